@@ -1,0 +1,300 @@
+"""The text encoder: BERT, which doubles as an image-grounded encoder (FLIP paper, section 4.1; BLIP's design).
+
+    caption -> word pieces -> word + position embeddings -> LayerNorm -> `depth` layers of
+        self-attention                              text looks at itself
+        [cross-attention, image-grounded mode only] text looks at the tokens of one image
+        MLP                                         each step is added, then normalised ("post-norm", unlike the ViT)
+
+Both modes share all other weights. They differ in the first token: [CLS] asks "what does this say?", [ENC] asks "does it
+say that of this image?", and what comes out at its place is the answer.
+
+Captions are packed (see kernels/attention.py): nothing is ever computed for padding. Departures from the official code,
+which pads to 65 tokens, projects the keys and values of an image again for every caption that reads it, and drops BERT's
+token-type embedding: type 0 is added to every token in BERT, so here it is folded into the position table on loading.
+
+Shapes: P captions, N tokens of all captions together, I images of L tokens each, D width.
+Run `python bert.py "a smiling woman"` to see what a sentence becomes.
+"""
+import argparse
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")    # data workers are forked; the tokenizer's threads are not
+
+import tokenizers
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from kernels.attention import Sequences
+from vit import Attention, copy_weights, download, read_weights, rename
+
+
+@dataclass(frozen=True)
+class BertConfig:
+    vocab_size: int = 30524     # bert-base-uncased's 30,522 word pieces, then [DEC], then [ENC]
+    width: int = 768
+    depth: int = 12
+    heads: int = 12
+    positions: int = 512
+    dropout: float = 0.1
+
+    def __post_init__(self):
+        if self.width % self.heads:
+            raise ValueError(f"BERT: width {self.width} is not a multiple of the number of heads, {self.heads}")
+
+
+# ---- from text to tokens ------------------------------------------------------------------------------------------
+MAX_WORDS = 65
+MAX_TOKENS = 65     # with [CLS] and [SEP]
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+
+
+def clean_caption(text, max_words=MAX_WORDS):
+    """Lower case, the punctuation . ! " ( ) * # : ; ~ as spaces, at most `max_words` words (as BLIP cleans captions)."""
+    return " ".join(re.sub(r'[.!"()*#:;~]', " ", text.lower()).split()[:max_words])
+
+
+class Captions(NamedTuple):
+    """P tokenised captions in one list."""
+    ids: torch.Tensor       # (N,) int64
+    sequences: Sequences    # where each caption lies
+
+    def to(self, device):
+        return Captions(self.ids.to(device, non_blocking=True), self.sequences.to(device))
+
+    def __len__(self):
+        return len(self.sequences.lengths)
+
+    def select(self, indices):
+        """The captions numbered `indices` (a CPU tensor; repeats allowed), packed again."""
+        lengths = self.sequences.lengths[indices]
+        firsts = (self.sequences.lengths.cumsum(0) - self.sequences.lengths)[indices]   # where each chosen one begins
+        begins = lengths.cumsum(0) - lengths                                            # and where it will begin
+        source = torch.arange(int(lengths.sum())) + (firsts - begins).repeat_interleave(lengths)
+        device = self.ids.device
+        return Captions(self.ids[source.to(device, non_blocking=True)], Sequences.of(lengths, device))
+
+    def starting_with(self, token):
+        """The same captions with `token` for their first token."""
+        return Captions(self.ids.index_fill(0, self.sequences.firsts.long(), token), self.sequences)
+
+
+class Tokenizer:
+    """WordPiece as BERT has it: lower case, split at spaces and punctuation, then the longest known pieces.
+
+    A callable from a list of captions to packed `Captions`: [CLS] pieces [SEP], cleaned and cut to MAX_TOKENS.
+    """
+
+    def __init__(self, wordpiece, source="vocabulary"):
+        self.wordpiece = wordpiece
+        for token in SPECIAL[:4]:
+            if wordpiece.token_to_id(token) is None:
+                raise ValueError(f"{source}: the vocabulary has no {token}; expected one as bert-base-uncased has it, "
+                                 f"with {', '.join(SPECIAL[:4])}")
+        self.cls, self.sep = wordpiece.token_to_id("[CLS]"), wordpiece.token_to_id("[SEP]")
+
+    @property
+    def vocab_size(self):
+        """Number of embeddings that the model needs: the word pieces, then [DEC], then [ENC]."""
+        return self.wordpiece.get_vocab_size() + 2
+
+    def __call__(self, texts):
+        encoded = self.wordpiece.encode_batch([clean_caption(text) for text in texts], add_special_tokens=False)
+        ids = [[self.cls, *pieces.ids[:MAX_TOKENS - 2], self.sep] for pieces in encoded]
+        return Captions(torch.tensor(sum(ids, [])), Sequences.of([len(caption) for caption in ids]))
+
+    def tokens(self, captions):
+        """The pieces of packed captions as text, for people to read."""
+        return [self.wordpiece.id_to_token(i) for i in captions.ids.tolist()]
+
+    def to_json(self):
+        return self.wordpiece.to_str()
+
+    @staticmethod
+    def from_json(text, source="vocabulary"):
+        try:
+            return Tokenizer(tokenizers.Tokenizer.from_str(text), source)
+        except Exception as error:
+            if "no [" in str(error):
+                raise
+            raise ValueError(f"{source}: not a tokenizer.json: {str(error).splitlines()[0]}") from error
+
+    @staticmethod
+    def from_vocabulary(pieces, source="vocabulary"):
+        """From the list of word pieces, ids in its order."""
+        model = tokenizers.models.WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]",
+                                            max_input_chars_per_word=100)
+        wordpiece = tokenizers.Tokenizer(model)
+        wordpiece.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=True)
+        wordpiece.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+        return Tokenizer(wordpiece, source)
+
+    @staticmethod
+    def load(source):
+        """From a vocab.txt, a tokenizer.json, a folder that holds one of them, or a hub name."""
+        path = Path(source)
+        if path.is_dir():
+            found = [path / name for name in ("vocab.txt", "tokenizer.json") if (path / name).exists()]
+            if not found:
+                raise FileNotFoundError(f"{path}: expected vocab.txt or tokenizer.json in this folder")
+            path = found[0]
+        elif not path.exists():
+            path = Path(download(str(source), ("vocab.txt", "tokenizer.json")))
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".json":
+            return Tokenizer.from_json(text, str(path))
+        return Tokenizer.from_vocabulary(text.splitlines(), str(path))
+
+    @staticmethod
+    def train(captions, vocab_size=2000):
+        """A small vocabulary from captions of one's own; pieces in alphabetical order, so the same for everyone."""
+        learner = Tokenizer.from_vocabulary(SPECIAL).wordpiece
+        trainer = tokenizers.trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=list(SPECIAL), show_progress=False)
+        learner.train_from_iterator((clean_caption(caption) for caption in captions), trainer)
+        return Tokenizer.from_vocabulary([*SPECIAL, *sorted(set(learner.get_vocab()) - set(SPECIAL))])
+
+
+# ---- the encoder --------------------------------------------------------------------------------------------------
+class Layer(nn.Module):
+    """Self-attention, cross-attention when there are images, MLP; each added to its input and normalised."""
+
+    def __init__(self, config, image_width):
+        super().__init__()
+        D = config.width
+        self.attention = Attention(D, config.heads, dropout=config.dropout)
+        self.norm_attention = nn.LayerNorm(D, eps=1e-12)
+        self.cross_attention = Attention(D, config.heads, key_width=image_width, dropout=config.dropout)
+        self.norm_cross_attention = nn.LayerNorm(D, eps=1e-12)
+        self.up = nn.Linear(D, 4 * D)
+        self.down = nn.Linear(4 * D, D)
+        self.norm_mlp = nn.LayerNorm(D, eps=1e-12)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, text, sequences, images=None, first_only=False):
+        """text (N, D) packed -> (N, D); with first_only -> (P, D), computed for the first token of each caption alone
+        (it still looks at the whole caption)."""
+        x, x_sequences = text, sequences
+        if first_only:
+            x = text.index_select(0, sequences.firsts)                                      # (P, D)
+            x_sequences = Sequences.uniform(len(x), 1, x.device)
+        x = self.norm_attention(x + self.dropout(self.attention(x, x_sequences, text, sequences)))
+        if images is not None:
+            x = self.norm_cross_attention(x + self.dropout(self.cross_attention(x, x_sequences, *images)))
+        return self.norm_mlp(x + self.dropout(self.down(F.gelu(self.up(x)))))
+
+
+class Bert(nn.Module):
+    def __init__(self, config, image_width=768):
+        super().__init__()
+        self.config = config
+        self.words = nn.Embedding(config.vocab_size, config.width)
+        self.positions = nn.Parameter(torch.empty(config.positions, config.width))
+        self.norm = nn.LayerNorm(config.width, eps=1e-12)
+        self.dropout = nn.Dropout(config.dropout)
+        self.layers = nn.ModuleList(Layer(config, image_width) for _ in range(config.depth))
+        self.initialise()
+
+    def forward(self, captions, image_tokens=None, image_of=None, first_only=False):
+        """Packed captions -> packed tokens (N, D), or (P, D) with first_only: each caption's first token, for which the
+        last layer computes nothing else.
+
+        image_tokens (I, L, image_width) switches to image-grounded mode: caption p reads image image_of[p]
+        (None: caption p reads image p). Keys and values are projected once per image.
+        """
+        sequences, images = captions.sequences, None
+        if sequences.longest > self.config.positions:
+            raise ValueError(f"BERT: a caption of {sequences.longest} tokens, but there are {self.config.positions} positions")
+        if image_tokens is not None:
+            I, L, _ = image_tokens.shape
+            images = image_tokens.flatten(0, 1), Sequences.uniform(I, L, image_tokens.device), image_of
+        x = self.words(captions.ids) + self.positions[self.position_of_tokens(sequences)]     # (N, D)
+        x = self.dropout(self.norm(x))
+        for layer in self.layers[:-1]:
+            x = layer(x, sequences, images)
+        return self.layers[-1](x, sequences, images, first_only)
+
+    def position_of_tokens(self, sequences):
+        """0, 1, 2, ... anew for each caption, (N,)."""
+        firsts = (sequences.lengths.cumsum(0) - sequences.lengths).repeat_interleave(sequences.lengths)
+        return (torch.arange(sequences.total) - firsts).to(self.positions.device, non_blocking=True)
+
+    @property
+    def enc_token(self):
+        """Id of [ENC], the last one; [DEC], which only captioning would use, lies before it."""
+        return self.config.vocab_size - 1
+
+    @torch.no_grad()
+    def initialise(self, std=0.02):
+        """BERT's initial values."""
+        nn.init.normal_(self.positions, std=std)
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=std)
+            if isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
+
+
+# ---- weights from elsewhere ---------------------------------------------------------------------------------------
+# Our name -> BERT's name on Hugging Face; replaced in this order.
+BERT_NAMES = [("words.", "embeddings.word_embeddings."), ("positions", "embeddings.position_embeddings.weight"),
+              ("norm_attention", "attention.output.LayerNorm"), ("norm_cross_attention", "crossattention.output.LayerNorm"),
+              ("norm_mlp", "output.LayerNorm"), ("layers.", "encoder.layer."),
+              (".cross_attention.out.", ".crossattention.output.dense."), (".cross_attention.", ".crossattention.self."),
+              (".attention.out.", ".attention.output.dense."), (".attention.query", ".attention.self.query"),
+              (".attention.key", ".attention.self.key"), (".attention.value", ".attention.self.value"),
+              (".up.", ".intermediate.dense."), (".down.", ".output.dense.")]
+
+
+def bert_name(name):
+    """Our name of a weight of the text encoder -> BERT's (the embeddings' LayerNorm is the one called just "norm")."""
+    return name.replace("norm.", "embeddings.LayerNorm.") if name.startswith("norm.") else rename(name, BERT_NAMES)
+
+
+def load_bert(bert, source):
+    """Fill `bert` with a BERT from Hugging Face (a file, a folder or a hub name). What BERT does not have stays at its
+    initial value: cross-attention, the rows of [DEC] and [ENC]."""
+    weights = {}
+    for name, tensor in read_weights(source).items():
+        name = name.removeprefix("bert.").replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+        if not name.startswith(("cls.", "pooler.")) and not name.endswith("position_ids"):
+            weights[name] = tensor
+    state = bert.state_dict()
+    words, table, types = (f"embeddings.{kind}_embeddings.weight" for kind in ("word", "position", "token_type"))
+    if words in weights and len(weights[words]) + 2 == bert.config.vocab_size:
+        weights[words] = torch.cat([weights[words], state["words.weight"][-2:].cpu()])
+    if table in weights and types in weights:
+        weights[table] = weights[table] + weights.pop(types)[0]
+    weights = {bert_name(name): tensor for name, tensor in state.items() if "cross_attention" in name} | weights
+    unused = copy_weights(bert, weights, bert_name, origin=str(source))
+    if unused:
+        raise ValueError(f"{source} holds weights that this text encoder has no place for: {', '.join(sorted(unused)[:3])}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Show what the tokenizer and the text encoder make of a sentence.")
+    parser.add_argument("caption", nargs="?", default="She is young, with a hat and lipstick on, and has pale skin.")
+    parser.add_argument("--bert", help="vocabulary and weights: a folder or a hub name such as bert-base-uncased "
+                                       "(default: random weights and a vocabulary of the sentence's own letters)")
+    args = parser.parse_args()
+    tokenizer = Tokenizer.load(args.bert) if args.bert else Tokenizer.train([args.caption])
+    bert = Bert(BertConfig(vocab_size=tokenizer.vocab_size)).eval()
+    if args.bert:
+        load_bert(bert, args.bert)
+    captions = tokenizer([args.caption])
+    with torch.no_grad():
+        text = bert(captions)
+        joint = bert(captions.starting_with(bert.enc_token), image_tokens=torch.zeros(1, 197, 768))
+    print(f"caption      {args.caption}")
+    print(f"cleaned      {clean_caption(args.caption)}")
+    print(f"pieces       {' '.join(tokenizer.tokens(captions))}")
+    print(f"text tokens  {tuple(text.shape)}   the first, [CLS], speaks for the sentence")
+    print(f"joint tokens {tuple(joint.shape)}   the first is now [ENC]; the tokens have looked at an image (here an empty one)")
+    print(f"parameters   {sum(p.numel() for p in bert.parameters()):,}")
+
+
+if __name__ == "__main__":
+    main()

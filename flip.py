@@ -1,0 +1,474 @@
+"""FLIP: the two encoders, their momentum copies, the queue and the heads (FLIP paper, figure 2a).
+
+                  student                                   momentum encoder (a slow average of the student)
+    image -> ViT -> tokens --+-> projection -> feature          image -> ViT  -> projection -> feature --> queue
+    text -> BERT ------------|-> projection -> feature          text  -> BERT -> projection -> feature --> queue
+    text + image tokens -> BERT with cross-attention -> matching head
+
+ITC compares student features with momentum features of batch and queue; ITM asks the image-grounded encoder about each
+pair of the batch and about two hard negatives per pair. This is BLIP without its caption decoder.
+
+`forward` computes the losses and changes nothing. The training loop changes state, one named call each:
+`update_momentum`, `enqueue`, `clamp_temperature`. (The official forward does all of this on the way.)
+
+Several processes: the keys are gathered (they carry no gradient), and each ITM pair is judged by the process that owns
+its image, so captions travel, a few bytes each, while image tokens and their gradients stay where they are.
+
+Shapes: B pairs here, G pairs on all processes, Q queue entries, E feature size, L image tokens, P pairs to judge.
+Run `python flip.py --checkpoint out/flip.pt --images DIR "a smiling woman with blond hair"` to search a folder.
+"""
+import argparse
+import copy
+import hashlib
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
+
+from bert import MAX_TOKENS, Bert, BertConfig, Captions, Tokenizer, bert_name
+from kernels.attention import Sequences, pad
+from losses import contrastive_loss, matching_loss, negative_probabilities
+from vit import CLIP_NAMES, ViT, ViTConfig, copy_weights, rename, resize_positions, to_tensor
+
+
+@dataclass(frozen=True)
+class FLIPConfig:
+    vit: ViTConfig = field(default_factory=ViTConfig)
+    bert: BertConfig = field(default_factory=BertConfig)
+    embed_dim: int = 256
+    queue_size: int = 61440
+    momentum: float = 0.995
+
+
+# ---- processes -----------------------------------------------------------------------------------------------------
+def rank_and_world():
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def gather(x):
+    """x (B, ...) of every process in the order of their ranks, (G, ...); without gradient."""
+    _, world = rank_and_world()
+    if world == 1:
+        return x.detach()
+    parts = [torch.empty_like(x) for _ in range(world)]
+    dist.all_gather(parts, x.detach().contiguous())
+    return torch.cat(parts)
+
+
+def gather_captions(captions):
+    """Captions of every process. They travel in rectangles, since every process must send equally much."""
+    if rank_and_world()[1] == 1:
+        return captions
+    device, B = captions.ids.device, len(captions)
+    rectangle = torch.zeros(B, MAX_TOKENS, dtype=torch.int64, device=device)
+    padded = pad(captions.ids[:, None, None], captions.sequences)[:, 0, :, 0]
+    rectangle[:, :padded.shape[1]] = padded
+    lengths = gather(captions.sequences.lengths.to(device)).cpu()                            # (G,)
+    rectangle = gather(rectangle)                                                            # (G, MAX_TOKENS)
+    real = torch.arange(MAX_TOKENS) < lengths[:, None]
+    return Captions(rectangle[real.to(device)], Sequences.of(lengths, device))
+
+
+# ---- the model -----------------------------------------------------------------------------------------------------
+class Encoders(nn.Module):
+    """Image encoder, text encoder and their projections; the student is one, the momentum encoder another."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.image = ViT(config.vit)
+        self.text = Bert(config.bert, image_width=config.vit.width)
+        self.image_projection = nn.Linear(config.vit.width, config.embed_dim)
+        self.text_projection = nn.Linear(config.bert.width, config.embed_dim)
+
+    def encode_image(self, images):
+        """images (B, 3, S, S) -> tokens (B, L, D), features (B, E) of length 1."""
+        tokens = self.image(images)
+        return tokens, F.normalize(self.image_projection(tokens[:, 0]).float(), dim=-1)
+
+    def encode_text(self, captions):
+        """Packed captions -> features (B, E) of length 1."""
+        first = self.text(captions, first_only=True)
+        return F.normalize(self.text_projection(first).float(), dim=-1)
+
+
+class Output(NamedTuple):
+    itc: torch.Tensor               # the two losses; their sum is what the paper minimises
+    itm: torch.Tensor
+    image_keys: torch.Tensor        # momentum features of all processes (G, E), to be enqueued
+    text_keys: torch.Tensor
+    identity: torch.Tensor          # (G,)
+
+
+class FLIP(nn.Module):
+    def __init__(self, config, tokenizer=None):
+        super().__init__()
+        self.config, self.tokenizer = config, tokenizer
+        self.student = Encoders(config)
+        self.matching_head = nn.Linear(config.bert.width, 2)
+        self.temperature = nn.Parameter(torch.tensor(0.07))
+        self.momentum_encoder = copy.deepcopy(self.student).requires_grad_(False)
+        # Random unit vectors at first, whose identity nobody has: negatives (the official start).
+        self.register_buffer("image_queue", F.normalize(torch.randn(config.queue_size, config.embed_dim), dim=-1))
+        self.register_buffer("text_queue", F.normalize(torch.randn(config.queue_size, config.embed_dim), dim=-1))
+        self.register_buffer("queue_identity", torch.full((config.queue_size,), -100))
+        self.register_buffer("queue_pointer", torch.zeros(1, dtype=torch.int64))
+
+    def encode_image(self, images):
+        return self.student.encode_image(images)
+
+    def encode_text(self, captions):
+        return self.student.encode_text(captions)
+
+    def match(self, image_tokens, captions, image_of=None):
+        """ITM logits (P, 2) of P captions with images: caption p with image_tokens[image_of[p]], (I, L, D)."""
+        captions = captions.starting_with(self.student.text.enc_token)
+        return self.matching_head(self.student.text(captions, image_tokens, image_of, first_only=True))
+
+    def forward(self, images, captions, identity, alpha=0.4, queue_length=None, hardness=1.0, with_itm=True, generator=None):
+        """Both losses for B pairs: images (B, 3, S, S), packed captions, identity (B,).
+
+        alpha: share of the soft targets in ITC. queue_length: how many queue entries to use (None: all).
+        hardness: see losses.negative_probabilities. generator: a CPU generator for drawing negatives.
+        """
+        image_tokens, image_features = self.encode_image(images)
+        text_features = self.encode_text(captions)
+        with torch.no_grad():
+            image_momentum = self.momentum_encoder.encode_image(images)[1]
+            text_momentum = self.momentum_encoder.encode_text(captions)
+        image_keys, text_keys, all_identity = gather(image_momentum), gather(text_momentum), gather(identity)
+        with torch.autocast(images.device.type, enabled=False):             # at tau 0.01 half precision is too coarse
+            key_identity = torch.cat([all_identity, self.queue_identity[:queue_length]])                # (G + Q,)
+            image_to_text = contrastive_loss(image_features, image_momentum, torch.cat([text_keys, self.text_queue[:queue_length]]),
+                                             identity, key_identity, self.temperature, alpha)
+            text_to_image = contrastive_loss(text_features, text_momentum, torch.cat([image_keys, self.image_queue[:queue_length]]),
+                                             identity, key_identity, self.temperature, alpha)
+        itc = (image_to_text + text_to_image) / 2
+        itm = itc.new_zeros(())
+        if with_itm:
+            negatives = self.draw_negatives(gather(image_features), gather(text_features), all_identity, hardness, generator)
+            itm = self.matching(image_tokens, captions, *negatives)
+        return Output(itc, itm, image_keys, text_keys, all_identity)
+
+    @torch.no_grad()
+    def draw_negatives(self, image_features, text_features, identity, hardness, generator):
+        """One negative image for every caption and one negative caption for every image: two (G,) CPU tensors.
+
+        The first process draws for all. Here the host waits for the GPU, once a step: which captions were drawn decides
+        how many tokens there are.
+        """
+        with torch.autocast(image_features.device.type, enabled=False):
+            similarity = text_features @ image_features.T                                   # (G texts, G images)
+            image_of_text = negative_probabilities(similarity, identity, identity, self.temperature, hardness)
+            text_of_image = negative_probabilities(similarity.T, identity, identity, self.temperature, hardness)
+        drawn = torch.multinomial(torch.cat([image_of_text, text_of_image]).cpu(), 1, generator=generator)
+        if dist.is_initialized():
+            drawn = drawn.to(identity.device)
+            dist.broadcast(drawn, src=0)
+        return drawn.cpu().squeeze(1).chunk(2)
+
+    def matching(self, image_tokens, captions, negative_image, negative_text):
+        """ITM over the 3 G pairs: each pair itself, each caption with its negative image, each image with its negative
+        caption. This process judges the pairs whose image it owns; averaged over processes that is the mean over 3 G."""
+        rank, world = rank_and_world()
+        B, G = len(captions), len(captions) * world
+        own = torch.arange(G)
+        image = torch.cat([own, negative_image, own])                                       # (3 G,)
+        text = torch.cat([own, own, negative_text])
+        is_match = torch.cat([torch.ones(G, dtype=torch.int64), torch.zeros(2 * G, dtype=torch.int64)])
+        mine = image // B == rank
+        image, text, is_match = image[mine] - rank * B, text[mine], is_match[mine]
+        device = image_tokens.device
+        logits = self.match(image_tokens, gather_captions(captions).select(text), image.to(device, non_blocking=True))
+        return matching_loss(logits, is_match.to(device, non_blocking=True), reduction="sum") * world / (3 * G)
+
+    # ---- changes of state, called by the training loop ----
+    @torch.no_grad()
+    def update_momentum(self, momentum=None):
+        """momentum encoder = m * momentum encoder + (1 - m) * student."""
+        m = self.config.momentum if momentum is None else momentum
+        torch._foreach_lerp_(list(self.momentum_encoder.parameters()), list(self.student.parameters()), 1 - m)
+
+    @torch.no_grad()
+    def enqueue(self, image_keys, text_keys, identity):
+        """Replace the oldest queue entries by these momentum features (G, E); the ring wraps."""
+        Q = self.config.queue_size
+        image_keys, text_keys, identity = image_keys[-Q:], text_keys[-Q:], identity[-Q:]
+        slots = (self.queue_pointer + torch.arange(len(identity), device=identity.device)) % Q
+        self.image_queue[slots], self.text_queue[slots], self.queue_identity[slots] = image_keys, text_keys, identity
+        self.queue_pointer.copy_((self.queue_pointer + len(identity)) % Q)
+
+    @torch.no_grad()
+    def clamp_temperature(self):
+        self.temperature.clamp_(0.001, 0.5)
+
+    # ---- checkpoints ----
+    def checkpoint(self):
+        """All that `from_pretrained` needs: plain tensors, numbers and text."""
+        return {"flip": asdict(self.config), "model": self.state_dict(),
+                "tokenizer": self.tokenizer.to_json() if self.tokenizer else None}
+
+    @staticmethod
+    def from_pretrained(path, config=None):
+        """A model from one of our checkpoints or from the official FLIP-base.pth.
+
+        config: needed only where an official file's widths are not multiples of 64, since head counts are not in it. An
+        image size other than the file's resizes the position tables. Our checkpoints bring their tokenizer.
+        """
+        saved = read_checkpoint(path)
+        if "flip" not in saved:
+            return from_official(saved["model"], config, path)
+        sizes = saved["flip"]
+        config = config or FLIPConfig(ViTConfig(**sizes["vit"]), BertConfig(**sizes["bert"]),
+                                      **{name: sizes[name] for name in ("embed_dim", "queue_size", "momentum")})
+        model = FLIP(config, saved["tokenizer"] and Tokenizer.from_json(saved["tokenizer"], str(path)))
+        weights = dict(saved["model"])
+        for name in ("student.image.positions", "momentum_encoder.image.positions"):
+            weights[name] = resize_positions(weights[name], config.vit.patches)
+        reject_unused(copy_weights(model, weights, lambda name: name, str(path)), path)
+        return model
+
+
+# ---- the official checkpoint ---------------------------------------------------------------------------------------
+HEADS = {"image_queue": "image_queue", "text_queue": "text_queue", "queue_identity": "idx_queue", "queue_pointer": "ptr_queue",
+         "temperature": "temp", "matching_head.weight": "itm_head.weight", "matching_head.bias": "itm_head.bias"}
+IMAGE_TABLE = "vision_model.embeddings.position_embedding.weight"
+
+
+def official_name(name):
+    """Our name of an entry of the state -> its name in FLIP-base.pth."""
+    if name in HEADS:
+        return HEADS[name]
+    encoders, part, rest = name.split(".", 2)
+    m = "_m" if encoders == "momentum_encoder" else ""
+    if part == "image":
+        return f"visual_encoder{m}.vision_model.{rename(rest, CLIP_NAMES).replace('post_layernorm', 'post_layrnorm')}"
+    if part == "text":
+        return f"text_encoder{m}.{bert_name(rest)}"
+    return f"{'vision_proj' if part == 'image_projection' else 'text_proj'}{m}.{rest}"
+
+
+def official_state(model):
+    """The model's state in the official layout: {name: tensor}, ready for torch.save({"model": ...})."""
+    state = {official_name(name): tensor for name, tensor in model.state_dict().items()}
+    state["image_queue"], state["text_queue"] = state["image_queue"].T.contiguous(), state["text_queue"].T.contiguous()
+    state["idx_queue"] = state["idx_queue"][None]                                           # (1, Q)
+    for m in ("", "_m"):                                                                    # these carry nothing
+        state[f"visual_encoder{m}.vision_model.embeddings.position_ids"] = torch.arange(model.config.vit.patches + 1)[None]
+        state[f"text_encoder{m}.embeddings.position_ids"] = torch.arange(model.config.bert.positions)[None]
+    return state
+
+
+def official_config(weights, path):
+    """The configuration that an official checkpoint's shapes tell; heads are 64 wide, as in every ViT and BERT of note."""
+    def depth(prefix):
+        return len({name[len(prefix):].split(".")[0] for name in weights if name.startswith(prefix)})
+    width, _, patch, _ = weights["visual_encoder.vision_model.embeddings.patch_embedding.weight"].shape
+    vocabulary, text_width = weights["text_encoder.embeddings.word_embeddings.weight"].shape
+    if width % 64 or text_width % 64:
+        raise ValueError(f"{path}: the widths {width} and {text_width} are not multiples of 64, so the number of heads cannot "
+                         f"be read off the shapes; pass config=FLIPConfig(...)")
+    grid = round((len(weights["visual_encoder." + IMAGE_TABLE]) - 1) ** 0.5)
+    positions = len(weights["text_encoder.embeddings.position_embeddings.weight"])
+    embed_dim, queue_size = weights["image_queue"].shape
+    return FLIPConfig(ViTConfig(grid * patch, patch, width, depth("visual_encoder.vision_model.encoder.layers."), width // 64),
+                      BertConfig(vocabulary, text_width, depth("text_encoder.encoder.layer."), text_width // 64, positions),
+                      embed_dim, queue_size)
+
+
+def from_official(weights, config, path):
+    weights = {name: tensor for name, tensor in weights.items() if not name.endswith("position_ids")}
+    missing = [name for name in map(official_name, FLIP_NAMES) if name not in weights]
+    if missing:
+        raise ValueError(f"{path} is neither one of our checkpoints nor an official one: it has no {missing[0]}")
+    config = config or official_config(weights, path)
+    for table in ("visual_encoder." + IMAGE_TABLE, "visual_encoder_m." + IMAGE_TABLE):
+        weights[table] = resize_positions(weights[table], config.vit.patches)
+    weights["image_queue"], weights["text_queue"] = weights["image_queue"].T, weights["text_queue"].T
+    weights["idx_queue"] = weights["idx_queue"][0]
+    model = FLIP(config)
+    reject_unused(copy_weights(model, weights, official_name, str(path)), path)
+    return model
+
+
+# Enough of our names to recognise an official checkpoint by.
+FLIP_NAMES = (*HEADS, *(f"{encoders}.{name}" for encoders in ("student", "momentum_encoder")
+                        for name in ("image.patch_embedding.weight", "image.positions", "text.words.weight", "text.positions")))
+
+
+def reject_unused(unused, path):
+    if unused:
+        raise ValueError(f"{path} holds {len(unused)} entries that this model has no place for: {', '.join(sorted(unused)[:3])}")
+
+
+def read_checkpoint(path):
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such checkpoint")
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:
+        raise ValueError(f"{path}: not a checkpoint that torch can read: {str(error).splitlines()[0]}") from error
+    if not isinstance(saved, dict) or "model" not in saved:
+        raise ValueError(f"{path}: expected a checkpoint with an entry 'model', found {type(saved).__name__}")
+    return saved
+
+
+def write_whole(contents, path):
+    """torch.save to `path`, completely or not at all: whoever reads it never sees half a file."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    torch.save(contents, partial)
+    os.replace(partial, path)
+
+
+# ---- retrieval -----------------------------------------------------------------------------------------------------
+@torch.no_grad()
+def rerank(model, image_tokens, captions, similarity, k, pairs_at_once=1024, progress=False):
+    """Score each query's k most similar candidates again with the matching head (BLIP's evaluation).
+
+    image_tokens (I, L, D), T packed captions, similarity (I, T): cosines. Returns (image_to_text (I, T), text_to_image
+    (T, I)): matching logit + cosine for the k candidates of a query; the others rank below them in order of cosine.
+    A pair that both directions ask for is judged once, and the keys and values of an image once per chunk of pairs.
+    """
+    device = next(model.parameters()).device
+    rank, world = rank_and_world()
+    for_image = torch.zeros_like(similarity, dtype=torch.bool)
+    for_text = for_image.clone()
+    for_image.scatter_(1, similarity.topk(min(k, similarity.shape[1]), dim=1).indices, True)
+    for_text.scatter_(0, similarity.topk(min(k, similarity.shape[0]), dim=0).indices, True)
+    pairs = (for_image | for_text).nonzero().cpu()                                          # (P, 2), image by image
+    logit = torch.zeros_like(similarity)
+    for chunk in tqdm(pairs.split(pairs_at_once)[rank::world], "re-ranking", disable=not progress, leave=False):
+        image, text = chunk.T
+        first, last = int(image[0]), int(image[-1])
+        tokens = image_tokens[first:last + 1].to(device)
+        judged = model.match(tokens, captions.select(text), (image - first).to(device))[:, 1]
+        logit[image, text] = judged.to(logit)
+    if world > 1:
+        dist.all_reduce(logit)
+    scores = similarity + logit
+    return torch.where(for_image, scores, similarity - 100), torch.where(for_text, scores, similarity - 100).T
+
+
+def contact_sheet(rows, tile=128):
+    """A picture of rows (title, [(image, label, framed)]): the title above, the label below each image; framed ones get a
+    green frame."""
+    font, margin, title_height, label_height = ImageFont.load_default(max(11, tile // 9)), 8, tile // 4, tile // 5
+    columns = max(len(tiles) for _, tiles in rows)
+    row_height = title_height + tile + label_height + margin
+    sheet = Image.new("RGB", (margin + columns * (tile + margin), margin + len(rows) * row_height), "white")
+    pen = ImageDraw.Draw(sheet)
+    for r, (title, tiles) in enumerate(rows):
+        top = margin + r * row_height
+        pen.text((margin, top), fit_text(pen, title, font, sheet.width - 2 * margin), fill="black", font=font)
+        for c, (image, label, framed) in enumerate(tiles):
+            left = margin + c * (tile + margin)
+            if framed:
+                pen.rectangle((left - 4, top + title_height - 4, left + tile + 3, top + title_height + tile + 3), fill=(40, 160, 70))
+            sheet.paste(image.convert("RGB").resize((tile, tile), Image.Resampling.LANCZOS), (left, top + title_height))
+            pen.text((left, top + title_height + tile + 4), fit_text(pen, label, font, tile), fill=(90, 90, 90), font=font)
+    return sheet
+
+
+def fit_text(pen, text, font, width):
+    while pen.textlength(text, font=font) > width:
+        text = text[:-2].rstrip("…") + "…"
+    return text
+
+
+# ---- search: python flip.py ----------------------------------------------------------------------------------------
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+
+
+def open_picture(path):
+    """A complete RGB image, or ValueError with a sentence."""
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except Exception as error:
+        raise ValueError(f"{path}: not a picture that can be read completely ({error})") from error
+
+
+@torch.no_grad()
+def folder_features(model, folder, cache, batch_size=64):
+    """{path: feature (E,)} for every picture below `folder`. Features of unchanged files come from the file `cache`;
+    a picture that cannot be read is named and left out."""
+    paths = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in PICTURES)
+    if not paths:
+        raise ValueError(f"{folder}: no pictures found ({', '.join(PICTURES)}, subfolders included)")
+    known = torch.load(cache, weights_only=True) if cache.exists() else {}
+    keys = {path: f"{path.resolve()} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in paths}
+    new = [path for path in paths if keys[path] not in known]
+    for start in tqdm(range(0, len(new), batch_size), "reading pictures", disable=not new):
+        pixels = {}
+        for path in new[start:start + batch_size]:
+            try:
+                pixels[path] = to_tensor(open_picture(path), model.config.vit.image_size)
+            except ValueError as error:
+                tqdm.write(f"left out: {error}")
+        if pixels:
+            device = model.temperature.device
+            features = model.encode_image(torch.stack(list(pixels.values())).to(device))[1].cpu()
+            known |= {keys[path]: feature.clone() for path, feature in zip(pixels, features)}
+    if new:
+        write_whole(known, cache)
+    return {path: known[key] for path, key in keys.items() if key in known}
+
+
+@torch.no_grad()
+def search(model, features, query, top=8, k=32):
+    """The `top` best (path, cosine, matching probability) for a sentence, the k most similar judged by the matching head."""
+    device = model.temperature.device
+    captions = model.tokenizer([query]).to(device)
+    paths = list(features)
+    similarity = torch.stack(list(features.values())) @ model.encode_text(captions)[0].cpu()        # (I,)
+    best = similarity.topk(min(max(k, top), len(paths))).indices
+    pixels = torch.stack([to_tensor(open_picture(paths[i]), model.config.vit.image_size) for i in best])
+    tokens = model.encode_image(pixels.to(device))[0]
+    logits = model.match(tokens, captions.select(torch.zeros(len(best), dtype=torch.int64)))        # (k, 2)
+    order = (logits[:, 1].cpu() + similarity[best]).argsort(descending=True)[:top]
+    probability = logits.softmax(1)[:, 1].cpu()
+    return [(paths[best[i]], similarity[best[i]].item(), probability[i].item()) for i in order]
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Search a folder of face photographs with a sentence.")
+    parser.add_argument("query", help='for example "a smiling woman with blond hair"')
+    parser.add_argument("--checkpoint", default="out/flip.pt", help="made by train.py, or the official FLIP-base.pth")
+    parser.add_argument("--images", required=True, help="folder of pictures, searched with its subfolders")
+    parser.add_argument("--vocabulary", help="vocab.txt, tokenizer.json, folder or hub name; needed for the official "
+                                             "checkpoint, which does not hold one (bert-base-uncased)")
+    parser.add_argument("--top", type=int, default=8, help="how many faces to show")
+    parser.add_argument("--out", default="out/search.png", help="where to write the contact sheet")
+    args = parser.parse_args()
+    model = FLIP.from_pretrained(args.checkpoint).eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    model.tokenizer = Tokenizer.load(args.vocabulary) if args.vocabulary else model.tokenizer
+    if model.tokenizer is None:
+        raise ValueError(f"{args.checkpoint} holds no vocabulary; give one with --vocabulary bert-base-uncased or a vocab.txt")
+    if not Path(args.images).is_dir():
+        raise FileNotFoundError(f"{args.images}: no such folder")
+    state = Path(args.checkpoint).stat()
+    name = hashlib.sha256(f"{Path(args.checkpoint).resolve()} {state.st_size} {state.st_mtime_ns}".encode()).hexdigest()[:12]
+    features = folder_features(model, args.images, Path(args.out).parent / f"features-{name}.pt")
+    found = search(model, features, args.query, args.top)
+    print(f"{'ITC':>6} {'ITM':>6}  best of {len(features)} faces")
+    for path, cosine, probability in found:
+        print(f"{cosine:6.3f} {probability:6.3f}  {path}")
+    tiles = [(open_picture(path), f"{cosine:.2f}  {probability:.2f}", False) for path, cosine, probability in found]
+    contact_sheet([(args.query, tiles)]).save(args.out)
+    print(f"contact sheet: {args.out}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, FileNotFoundError) as error:
+        raise SystemExit(f"error: {error}")

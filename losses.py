@@ -1,0 +1,75 @@
+"""The two pre-training losses and the retrieval metrics, as pure functions of tensors (FLIP paper, section 4.2).
+
+    ITC  image-text contrastive: an image's feature should be closer to its own caption's than to any other's
+    ITM  image-text matching: shown an image and a caption together, say whether they belong together; asked about the
+         pairs that ITC finds hardest to tell apart
+
+Departures from the official code: pairs of the same identity count as positives in batch and queue (there the code for it
+exists and is never reached); negatives are masked *before* the softmax, so a row cannot lose all its mass to rounding.
+
+Shapes: B pairs in the batch, K keys (batch and queue), E feature size, G gallery, tau temperature.
+"""
+import torch
+import torch.nn.functional as F
+
+
+# ---- image-text contrastive loss -----------------------------------------------------------------------------------
+def positives(identity, key_identity):
+    """The hard half of the targets: each row's mass spread evenly over the keys of its identity, (B, K)."""
+    same = (identity[:, None] == key_identity[None, :]).float()
+    return same / same.sum(1, keepdim=True)
+
+
+def contrastive_loss(feature, momentum_feature, keys, identity, key_identity, temperature, alpha):
+    """Soft cross-entropy of one direction of ITC, mean over the batch (BLIP eq. 1-2; ALBEF eq. 6).
+
+    feature (B, E): the student's, of one modality; momentum_feature (B, E): the momentum encoder's, of the same inputs.
+    keys (K, E): momentum features of the other modality, batch first, then queue; neither they nor momentum_feature
+    take part in the gradient. identity (B,), key_identity (K,): equal numbers mean the same person, so a positive.
+    alpha: share of the soft targets, the momentum encoder's own opinion, in [0, 1]. All features have length 1.
+    """
+    logits = feature @ keys.T / temperature                                                  # (B, K)
+    with torch.no_grad():
+        soft = F.softmax(momentum_feature @ keys.T / temperature, dim=1)
+        targets = alpha * soft + (1 - alpha) * positives(identity, key_identity)
+    return -(targets * F.log_softmax(logits, dim=1)).sum(1).mean()
+
+
+# ---- image-text matching loss --------------------------------------------------------------------------------------
+def negative_probabilities(similarity, row_identity, column_identity, temperature, hardness=1.0):
+    """For each row, the probability with which each column is drawn as its negative, (B, B).
+
+    softmax(hardness * similarity / tau) over the columns of *other* identities: hardness 1 is the paper's rule (similar
+    pairs are drawn more often), 0 draws evenly. Every row must have a column of another identity.
+    """
+    logits = hardness * similarity / temperature
+    return logits.masked_fill(row_identity[:, None] == column_identity[None, :], -torch.inf).softmax(1)
+
+
+def matching_loss(logits, is_match, reduction="mean"):
+    """Two-way cross-entropy of ITM logits (P, 2), class 1 = match; is_match (P,) of 0 and 1."""
+    return F.cross_entropy(logits.float(), is_match, reduction=reduction)
+
+
+# ---- retrieval metrics ---------------------------------------------------------------------------------------------
+def best_ranks(scores, is_match):
+    """Rank (0 = first) of each row's best-ranked match; scores, is_match (rows, G) -> (rows,).
+
+    Ties count against us: whatever scores the same as the match ranks above it.
+    """
+    best = scores.masked_fill(~is_match, -torch.inf).amax(1, keepdim=True)
+    return ((scores >= best) & ~is_match).sum(1)
+
+
+def retrieval_metrics(image_to_text, text_to_image, image_of_text):
+    """Recall at 1, 5 and 10 both ways in percent, and their means, by the official names.
+
+    image_to_text (I, T) scores of every text for an image, text_to_image (T, I); image_of_text (T,): which image each
+    caption belongs to (an image may have several: its rank is the best of them).
+    """
+    is_match = image_of_text[None, :] == torch.arange(len(image_to_text), device=image_of_text.device)[:, None]
+    metrics = {}
+    for way, ranks in (("txt", best_ranks(image_to_text, is_match)), ("img", best_ranks(text_to_image, is_match.T))):
+        recalls = {f"{way}_r{k}": 100 * (ranks < k).double().mean().item() for k in (1, 5, 10)}
+        metrics |= recalls | {f"{way}_r_mean": sum(recalls.values()) / 3}
+    return metrics | {"r_mean": (metrics["txt_r_mean"] + metrics["img_r_mean"]) / 2}
