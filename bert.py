@@ -18,6 +18,7 @@ Run `python bert.py "a smiling woman"` to see what a sentence becomes.
 import argparse
 import os
 import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -150,12 +151,17 @@ class Tokenizer:
         return Tokenizer.from_vocabulary(text.splitlines(), str(path))
 
     @staticmethod
-    def train(captions, vocab_size=2000):
-        """A small vocabulary from captions of one's own; pieces in alphabetical order, so the same for everyone."""
-        learner = Tokenizer.from_vocabulary(SPECIAL).wordpiece
-        trainer = tokenizers.trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=list(SPECIAL), show_progress=False)
-        learner.train_from_iterator((clean_caption(caption) for caption in captions), trainer)
-        return Tokenizer.from_vocabulary([*SPECIAL, *sorted(set(learner.get_vocab()) - set(SPECIAL))])
+    def train(captions, vocab_size=5000):
+        """A vocabulary from captions of one's own: their most frequent words, and the letters to spell all others with.
+
+        (The library's WordPiece trainer breaks ties by chance; this vocabulary is the same every time.)
+        """
+        empty = Tokenizer.from_vocabulary(SPECIAL).wordpiece
+        words = Counter(word for caption in captions for word, _ in
+                        empty.pre_tokenizer.pre_tokenize_str(empty.normalizer.normalize_str(clean_caption(caption))))
+        letters = sorted({letter for word in words for letter in word})
+        frequent = sorted(words, key=lambda word: (-words[word], word))[:vocab_size]
+        return Tokenizer.from_vocabulary([*SPECIAL, *letters, *("##" + letter for letter in letters), *sorted({*frequent} - {*letters})])
 
 
 # ---- the encoder --------------------------------------------------------------------------------------------------

@@ -1,12 +1,13 @@
 """Faces with sentences: the caption grammar, the readers, the augmentation of the recipe and the loader.
 
-FLIP's captions start from a probabilistic context-free grammar over CelebA's 40 attributes (arXiv 2407.08515, section 3).
-Ours states each *fact* of a face by chance, then writes the stated facts as sentences; because that chance is known, so
-is how well an ideal reader could find the face again (`reference_recalls`): the numbers a training run is held against.
+FLIP's captions start from a probabilistic context-free grammar over CelebA's 40 attributes (arXiv 2407.08515,
+section 3). Ours states each *fact* of a face by chance, then writes the stated facts as sentences; because that chance
+is known, so is how well an ideal reader could find the face again (`reference_recalls`): the numbers a training run is
+held against.
 
-Where we leave the official code: captions come fresh from the grammar each time instead of from a file; the order of the
-samples, their captions and their augmentation depend on (seed, epoch, index) alone, so a run resumed at any step, with
-any number of workers, sees what an uninterrupted one sees; bad input is named with file and record.
+Where we leave the official code: captions come fresh from the grammar each time instead of from a file; the order of
+the samples, their captions and their augmentation depend on (seed, epoch, index) alone, so a run resumed at any step,
+with any number of workers, sees what an uninterrupted one sees; bad input is named with file and record.
 
     python data.py                              # a sheet of drawn faces, sheet.png, and statistics of their captions
     python data.py --data DIR                   # the same for CelebA or for images with a json list of captions
@@ -21,8 +22,8 @@ import os
 import random
 import textwrap
 import zlib
-from collections import Counter
 from dataclasses import dataclass
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,67 +42,70 @@ from toyfaces import ATTRIBUTES
 # ways to say it, each opened by its kind: what one `is`, `has` or `wears`, the `noun` for the person, the `photo`, or
 # else the part of the face that the words describe. {his} becomes his, her or their.
 GRAMMAR = {
-    "5_o_Clock_Shadow": (.50, "has a 5 o'clock shadow | has stubble | has some stubble on {his} chin"),
-    "Arched_Eyebrows": (.40, "eyebrows arched | eyebrows curved"),
+    "5_o_Clock_Shadow": (.70, "has a 5 o'clock shadow | has stubble | has some stubble on {his} chin"),
+    "Arched_Eyebrows": (.55, "eyebrows arched | eyebrows curved"),
     "Attractive": (.40, "is attractive | is good-looking | has an attractive look"),
-    "Bags_Under_Eyes": (.45, "has bags under {his} eyes | has dark circles under {his} eyes"),
-    "Bald": (.75, "is bald | has a bald head | has no hair left"),
-    "Bangs": (.60, "has bangs | has a fringe | has bangs over {his} forehead"),
-    "Big_Lips": (.45, "lips full | lips big | lips large"),
-    "Big_Nose": (.45, "nose big | nose large"),
-    "Black_Hair": (.65, "hair black | hair jet-black"),
-    "Blond_Hair": (.65, "hair blond | hair blonde | hair golden"),
-    "Blurry": (.50, "photo blurry | photo blurred"),
-    "Brown_Hair": (.60, "hair brown | hair chestnut"),
-    "Bushy_Eyebrows": (.45, "eyebrows bushy | eyebrows thick"),
-    "Chubby": (.50, "is chubby | is plump"),
-    "Double_Chin": (.50, "has a double chin | has a second chin below the first"),
-    "Eyeglasses": (.75, "wears glasses | wears eyeglasses | wears a pair of glasses"),
-    "Goatee": (.65, "has a goatee | has a small goatee"),
-    "Gray_Hair": (.65, "hair gray | hair grey"),
-    "Heavy_Makeup": (.45, "wears heavy makeup | wears a lot of makeup"),
-    "High_Cheekbones": (.40, "cheekbones high | cheekbones prominent"),
-    "Male": (.85, "noun man | noun man | noun guy | noun gentleman"),
-    "Mouth_Slightly_Open": (.50, "mouth slightly open | mouth partly open"),
-    "Mustache": (.65, "has a mustache | has a moustache"),
-    "Narrow_Eyes": (.45, "eyes narrow | eyes small"),
-    "No_Beard": (.35, "has no beard | has a face without a beard"),
-    "Oval_Face": (.40, "face oval | face oval-shaped"),
-    "Pale_Skin": (.50, "skin pale | skin fair"),
-    "Pointy_Nose": (.40, "nose pointy | nose pointed"),
-    "Receding_Hairline": (.50, "hairline receding | has hair that is receding at the front"),
-    "Rosy_Cheeks": (.50, "cheeks rosy | cheeks flushed"),
-    "Sideburns": (.50, "has sideburns | has sideburns beside {his} ears"),
-    "Smiling": (.60, "is smiling | has a smile | has a smile on {his} face"),
-    "Straight_Hair": (.45, "hair straight | hair smooth"),
-    "Wavy_Hair": (.50, "hair wavy | hair curly"),
-    "Wearing_Earrings": (.55, "wears earrings | wears a pair of earrings"),
-    "Wearing_Hat": (.75, "wears a hat | wears a hat on {his} head"),
-    "Wearing_Lipstick": (.50, "wears lipstick | wears lipstick on {his} lips"),
-    "Wearing_Necklace": (.55, "wears a necklace | wears a necklace around {his} neck"),
-    "Wearing_Necktie": (.65, "wears a tie | wears a necktie"),
+    "Bags_Under_Eyes": (.65, "has bags under {his} eyes | has dark circles under {his} eyes"),
+    "Bald": (.85, "is bald | has a bald head | has no hair left"),
+    "Bangs": (.75, "has bangs | has a fringe | has bangs over {his} forehead"),
+    "Big_Lips": (.65, "lips full | lips big | lips large"),
+    "Big_Nose": (.65, "nose big | nose large"),
+    "Black_Hair": (.70, "hair black | hair jet-black"),
+    "Blond_Hair": (.75, "hair blond | hair blonde | hair golden"),
+    "Blurry": (.65, "photo blurry | photo blurred"),
+    "Brown_Hair": (.65, "hair brown | hair chestnut"),
+    "Bushy_Eyebrows": (.65, "eyebrows bushy | eyebrows thick"),
+    "Chubby": (.65, "is chubby | is plump"),
+    "Double_Chin": (.70, "has a double chin | has a second chin below the first"),
+    "Eyeglasses": (.90, "wears glasses | wears eyeglasses | wears a pair of glasses"),
+    "Goatee": (.80, "has a goatee | has a small goatee"),
+    "Gray_Hair": (.75, "hair gray | hair grey"),
+    "Heavy_Makeup": (.55, "wears heavy makeup | wears a lot of makeup"),
+    "High_Cheekbones": (.55, "cheekbones high | cheekbones prominent"),
+    "Male": (.80, "noun man | noun man | noun guy | noun gentleman"),
+    "Mouth_Slightly_Open": (.65, "mouth slightly open | mouth partly open"),
+    "Mustache": (.80, "has a mustache | has a moustache"),
+    "Narrow_Eyes": (.65, "eyes narrow | eyes small"),
+    "No_Beard": (.50, "has no beard | has no beard at all"),
+    "Oval_Face": (.60, "face oval | face oval-shaped"),
+    "Pale_Skin": (.70, "skin pale | skin fair"),
+    "Pointy_Nose": (.60, "nose pointy | nose pointed"),
+    "Receding_Hairline": (.70, "hairline receding | has hair that is receding at the front"),
+    "Rosy_Cheeks": (.65, "cheeks rosy | cheeks flushed"),
+    "Sideburns": (.70, "has sideburns | has sideburns beside {his} ears"),
+    "Smiling": (.65, "is smiling | has a smile | has a smile on {his} face"),
+    "Straight_Hair": (.55, "hair straight | hair smooth"),
+    "Wavy_Hair": (.60, "hair wavy | hair curly"),
+    "Wearing_Earrings": (.65, "wears earrings | wears a pair of earrings"),
+    "Wearing_Hat": (.90, "wears a hat | wears a hat on {his} head"),
+    "Wearing_Lipstick": (.55, "wears lipstick | wears lipstick on {his} lips"),
+    "Wearing_Necklace": (.65, "wears a necklace | wears a necklace around {his} neck"),
+    "Wearing_Necktie": (.80, "wears a tie | wears a necktie"),
     "Young": (.40, "is young | is youthful"),
-    "not Male": (.85, "noun woman | noun woman | noun lady"),
-    "not Young": (.55, "is old | is older | is elderly"),
+    "not Male": (.80, "noun woman | noun woman | noun lady"),
+    "not Young": (.60, "is old | is older | is elderly"),
 }
 FACTS = ATTRIBUTES + ("not Male", "not Young")
 STATE_PROBABILITY = {fact: GRAMMAR[fact][0] for fact in FACTS}
-PROBABILITIES = np.array(list(STATE_PROBABILITY.values()))                                      # (42,)
-PHRASES = [[phrase.split(" ", 1) for phrase in GRAMMAR[fact][1].split(" | ")] for fact in FACTS]   # [kind, words]
+PROBABILITIES = np.array(list(STATE_PROBABILITY.values()))      # (42,)
+PHRASES = [[phrase.split(" ", 1) for phrase in GRAMMAR[fact][1].split(" | ")] for fact in FACTS]  # [kind, words]
 MAN, WOMAN = FACTS.index("Male"), FACTS.index("not Male")
 NEGATED = [ATTRIBUTES.index("Male"), ATTRIBUTES.index("Young")]
 MIN_FACTS = 3       # a caption states at least so many, where the face has them
-MIN_WORDS = 10
+MIN_WORDS, MAX_WORDS = 10, 75
 
-PARTS = {"cheekbones": ("", "are"), "cheeks": ("", "are"), "eyebrows": ("", "are"), "eyes": ("", "are"),
-         "face": ("a", "is"), "hair": ("", "is"), "hairline": ("a", "is"), "lips": ("", "are"), "mouth": ("a", "is"),
-         "nose": ("a", "is"), "skin": ("", "is")}       # the article before "nose", the verb after it
+PARTS = {       # of the face: whether one says "a nose", and "the nose is" or "are"
+    "cheekbones": (False, "are"), "cheeks": (False, "are"), "eyebrows": (False, "are"), "eyes": (False, "are"),
+    "face": (True, "is"), "hair": (False, "is"), "hairline": (True, "is"), "lips": (False, "are"),
+    "mouth": (True, "is"), "nose": (True, "is"), "skin": (False, "is"),
+}
+NOUNS = ("person", "person", "individual")              # when the sex is unsaid
 SINGULAR = {"is": "is", "has": "has", "wears": "wears"}
-PLURAL = {"is": "are", "has": "have", "wears": "wear"}   # for "they"
+PLURAL = {"is": "are", "has": "have", "wears": "wear"}  # for "they"
 PREDICATES = {
     "is": ("{is} {x}",),
-    "has": ("{has} {x}", "{has} {x}", "can be seen with {x}"),
-    "wears": ("{is} wearing {x}", "{wears} {x}", "{has} {x} on"),
+    "has": ("{has} {x}", "{has} {x}", "{has} {x}", "can be seen with {x}", "{is} shown with {x}"),
+    "wears": ("{is} wearing {x}", "{wears} {x}", "{is} seen wearing {x}"),
 }
 OPENINGS = ("This is a {photo} of {x}.", "The {photo} shows {x}.", "Here is a {photo} of {x}.",
             "In this {photo} there is {x}.", "The {photo} shows the face of {x}.", "{x} looks out of this {photo}.")
@@ -113,8 +117,8 @@ NEUTRAL = ("Only the face can be seen.", "The face fills most of the picture.", 
 class Voice(NamedTuple):
     """How one caption is written."""
     noun: str           # for the person: "man", "lady", "individual" ...
-    he: str             # "he", "she" or "they"
-    his: str
+    he: str             # or "she" or "they"
+    his: str            # or "her" or "their"
     talkative: float    # 0: long lists in few sentences; 1: a sentence for everything
 
 
@@ -134,29 +138,39 @@ def caption(attributes, rng):
     chosen = facts[:0]
     while len(chosen) < min(MIN_FACTS, len(facts)):
         chosen = facts[rng.random(len(facts)) < PROBABILITIES[facts]]
-    stated = np.zeros(len(ATTRIBUTES), dtype=np.int8)
-    for fact in chosen:
-        if fact < len(ATTRIBUTES):
-            stated[fact] = 1
-        else:
-            stated[NEGATED[fact - len(ATTRIBUTES)]] = -1
+    said = np.zeros(len(FACTS), dtype=np.int8)
+    said[chosen] = 1
+    stated = said[:len(ATTRIBUTES)]
+    stated[NEGATED] -= said[len(ATTRIBUTES):]
     return write(chosen.tolist(), random.Random(int(rng.integers(2**62)))), stated
 
 
 def write(facts, dice):
-    """One caption that says these facts (numbers into FACTS) and no other, at least MIN_WORDS long."""
-    talkative = dice.random()**2        # squared: most writers are brief, a few are not, as in FLIP's captions
+    """The text that says these facts (numbers into FACTS) and no other, of MIN_WORDS to MAX_WORDS words.
+
+    Too long a text is written anew, never cut; only for a face with more facts than real ones have it may stay longer.
+    """
+    for _ in range(20):
+        sentences = compose(facts, dice)
+        while sum(text.count(" ") + 1 for text in sentences) < MIN_WORDS:
+            sentences.append(dice.choice(NEUTRAL))
+        text = " ".join(sentences)
+        if text.count(" ") < MAX_WORDS:
+            break
+    return text
+
+
+def compose(facts, dice):
+    """Facts -> list of sentences."""
+    # Most writers are brief and a few are not, as in FLIP's captions; who has much to tell is brief.
+    talkative = dice.random()**1.5 * min(1, 10 / len(facts))
     said = choose_words(facts, talkative, dice)
-    if MAN in facts:
-        voice = Voice(said["noun"][0], "he", "his", talkative)
-    elif WOMAN in facts:
-        voice = Voice(said["noun"][0], "she", "her", talkative)
-    else:
-        voice = Voice(dice.choice(("person", "person", "individual")), "they", "their", talkative)
+    he, his = ("he", "his") if MAN in facts else ("she", "her") if WOMAN in facts else ("they", "their")
+    voice = Voice(dice.choice(said["noun"] or NOUNS), he, his, talkative)
 
     sentences = []
     nothing_to_tell = not any(said[kind] for kind in ("is", "has", "wears", "part"))
-    if nothing_to_tell or dice.random() < 0.4:
+    if nothing_to_tell or dice.random() < 0.4 + 0.4 * talkative:
         sentences.append(opening(said, voice, dice))
     units = [(kind, chunk) for kind in ("is", "has", "wears", "part") for chunk in chunks(said[kind], talkative, dice)]
     dice.shuffle(units)
@@ -164,10 +178,8 @@ def write(facts, dice):
         sentences.append(sentence(units, voice, len(sentences), dice))
     if said["photo"]:
         sentences.append(f"The {dice.choice(('photo', 'picture', 'image'))} is {said['photo'][0]}.")
-    while sum(text.count(" ") + 1 for text in sentences) < MIN_WORDS:
-        sentences.append(dice.choice(NEUTRAL))
-    sentences = [text.replace("{his}", voice.his) for text in sentences]
-    return " ".join(text[0].upper() + text[1:] for text in sentences)
+    sentences = [text.replace("{his}", his) for text in sentences]
+    return [text[0].upper() + text[1:] for text in sentences]
 
 
 def choose_words(facts, talkative, dice):
@@ -206,7 +218,7 @@ def opening(said, voice, dice):
 
 
 def sentence(units, voice, position, dice):
-    """The next sentence, number `position`: it takes one or two of the units (kind, phrases) off the end of the list."""
+    """Sentence number `position`; it takes one or two of the units (kind, phrases) off the end of the list."""
     kind, phrases = units.pop()
     lead = dice.choice(LEADS[min(position, 2)]) if dice.random() < voice.talkative else ""
     if kind == "part":
@@ -295,7 +307,8 @@ def expected_recall(scores, k):
 
 
 def reference_recalls(stated, attributes, k=(1, 5, 10)):
-    """What knowing every attribute gives: {"consistency" or "ceiling": {"text_to_image" or "image_to_text": {K: recall}}}.
+    """What a reader finds who knows every attribute: {reference: {direction: {K: recall}}}, the references being
+    "consistency" and "ceiling", the directions "text_to_image" and "image_to_text".
 
     stated int8 (N, 40), attributes bool (N, 40); caption i was written for face i.
     Consistency: all answers that fit what is said are equally good. Ceiling: the Bayes ranking under the grammar.
@@ -308,8 +321,8 @@ def reference_recalls(stated, attributes, k=(1, 5, 10)):
     fits = np.where(consistent(stated, attributes), 0.0, -np.inf)
     log_p = log_likelihood(stated, attributes)
     posterior = log_p - np.logaddexp.reduce(log_p, axis=1, keepdims=True)
-    return {name: {"text_to_image": expected_recall(text_scores, k), "image_to_text": expected_recall(image_scores.T, k)}
-            for name, text_scores, image_scores in (("consistency", fits, fits), ("ceiling", log_p, posterior))}
+    return {"consistency": {"text_to_image": expected_recall(fits, k), "image_to_text": expected_recall(fits.T, k)},
+            "ceiling": {"text_to_image": expected_recall(log_p, k), "image_to_text": expected_recall(posterior.T, k)}}
 
 
 # ---- faces and their captions --------------------------------------------------------------------------------------
@@ -338,7 +351,7 @@ class Faces:
             self.check_files()
 
     def check_files(self):
-        """Every path is in the listing of its folder (one listing a folder: asking file by file is slow on big sets)."""
+        """Every path is in the listing of its folder (one listing each: asking file by file is slow on big sets)."""
         folders = {path.parent for path in self.pictures}
         listing = {folder: set(os.listdir(folder)) if folder.is_dir() else () for folder in folders}
         missing = [path for path in self.pictures if path.name not in listing[path.parent]]
@@ -388,7 +401,7 @@ def check_pictures(faces):
         except ValueError as error:
             return str(error)
 
-    with multiprocessing.pool.ThreadPool(os.cpu_count()) as pool:
+    with ThreadPool(os.cpu_count()) as pool:
         results = tqdm(pool.imap(complaint, range(len(faces))), "checking pictures", len(faces))
         bad = [result for result in results if result]
     if bad:
@@ -556,7 +569,8 @@ GREY = (128, 128, 128)      # fills what a moved picture leaves open
 
 def affine(image, a, b, c, d, e, f):
     """The picture whose pixel (x, y) is the given one's (a x + b y + c, d x + e y + f)."""
-    return image.transform(image.size, Image.Transform.AFFINE, (a, b, c, d, e, f), Image.Resampling.BILINEAR, fillcolor=GREY)
+    return image.transform(image.size, Image.Transform.AFFINE, (a, b, c, d, e, f), Image.Resampling.BILINEAR,
+                           fillcolor=GREY)
 
 
 # BLIP's operations at its strength 5 of 10; sign is +1 or -1. At this strength its formula for brightness and sharpness,
@@ -575,7 +589,7 @@ AUGMENTATIONS = {
 
 
 def augment(image, rng):
-    """The recipe's augmentation of a picture that has the model's size: a flip by chance, then two operations by chance."""
+    """The recipe's augmentation of a picture that has the model's size, RGB to RGB."""
     if rng.random() < 0.5:
         image = ImageOps.mirror(image)
     for name in rng.choice(list(AUGMENTATIONS), 2):
@@ -600,7 +614,7 @@ class Samples(torch.utils.data.Dataset):
 
     def __getitem__(self, key):
         epoch, index = key
-        rng = np.random.default_rng((self.seed, epoch, index + 1))      # + 1: (seed, epoch, 0) would equal (seed, epoch)
+        rng = np.random.default_rng((self.seed, epoch, index + 1))  # index 0 would give the permutation's
         image = self.faces.picture(index)
         if self.augmented:
             image = image.resize((self.image_size, self.image_size), Image.Resampling.BICUBIC)
@@ -613,7 +627,7 @@ class Samples(torch.utils.data.Dataset):
 
 
 class Batches:
-    """Endless batches of `batch_size` for one of `world` processes.
+    """Endless batches of `batch_size` for one of `world` processes; `steps_per_epoch` of them are an epoch.
 
     Step s of an epoch shows the s-th stretch of world * batch_size faces of the epoch's permutation; process r takes the
     r-th part of it, so the parts gathered in order are the batch that a single process would see.
@@ -629,7 +643,10 @@ class Batches:
                              f"({world} processes x {batch_size}); use a smaller batch")
 
     def from_step(self, step):
-        """Iterator over batches from this step (counted from 0 over all epochs) on, without end."""
+        """Iterator over batches from this step (counted from 0 over all epochs) on, without end.
+
+        ValueError, in one sentence, for a picture that cannot be read and for a batch without negatives.
+        """
         loader = torch.utils.data.DataLoader(
             self.samples, batch_sampler=self.keys(step), collate_fn=self.samples.collate, num_workers=self.workers,
             pin_memory=torch.cuda.is_available(),
@@ -637,7 +654,7 @@ class Batches:
         try:
             yield from loader
         except ValueError as error:             # from a worker it comes with a traceback as text: keep the sentence
-            raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from None
+            raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
 
     def keys(self, step):
         """For each step on from this one, the list of (epoch, index) that this process shows."""
@@ -648,8 +665,8 @@ class Batches:
                 batch = order[begin:begin + self.global_size]
                 people = set(self.faces.identity[batch].tolist())
                 if len(people) == 1:
-                    raise ValueError(f"{self.faces.name}: batch {step} shows only one person (identity {people.pop()}), "
-                                     f"so it has no negatives; use larger batches or more people")
+                    raise ValueError(f"{self.faces.name}: batch {step} shows only one person (identity "
+                                     f"{people.pop()}), so it has no negatives; use larger batches or more people")
                 yield [(epoch, index) for index in batch[self.rank * self.batch_size:][:self.batch_size].tolist()]
                 step += 1
 
@@ -675,29 +692,28 @@ def print_statistics(faces, count=10_000):
     words = [text.split() for text in texts]
     lengths = np.array([len(text) for text in words])
     grams = {gram for text in words for gram in zip(text, text[1:], text[2:], text[3:])}
-    print(f"{count:,} captions of {len(faces):,} faces ({faces.name})        FLIP's captions")
-    print(f"  words, mean          {lengths.mean():8.1f}              30")
-    print(f"  words, mode          {np.bincount(lengths).argmax():8d}              20 to 22")
-    print(f"  words, range         {lengths.min():4d} to {lengths.max()}            10 to 75")
-    print(f"  distinct 4-grams     {len(grams):8,d}")
+    print(f"{count:,} captions of {len(faces):,} faces, {faces.name} (in brackets: FLIP's captions, from the paper)")
+    print(f"  words          mean {lengths.mean():.1f} (30), mode {np.bincount(lengths).argmax()} (20 to 22), "
+          f"range {lengths.min()} to {lengths.max()} (10 to 75)")
+    print(f"  4-grams        {len(grams):,} distinct")
     if stated is not None:
         print_stated(stated, faces.attributes)
 
 
 def print_stated(stated, attributes):
     """The share of each group in the labels that captions state, int8 (T, 40), and the reference recalls."""
-    share = 100 * (stated != 0).sum(0) / (stated != 0).sum()                                    # (40,)
-    print(f"  facts stated, mean   {(stated != 0).sum(1).mean():8.1f}")
-    for group, (published, names) in GROUPS.items():
-        part = sum(share[ATTRIBUTES.index(name)] for name in names.split())
-        share_left = 100 - sum(share[ATTRIBUTES.index(n)] for _, ns in GROUPS.values() for n in ns.split())
-        print(f"  {group:<20} {part:8.1f} %          {published:>6} %")
-    print(f"  {'facial features':<20} {share_left:8.1f} %            34.0 %")
+    mentions = dict(zip(ATTRIBUTES, (stated != 0).mean(0)))
+    total = sum(mentions.values())
+    shares = {group: 100 * sum(mentions.pop(name) for name in names.split()) / total
+              for group, (_, names) in GROUPS.items()}
+    print(f"  labels stated  {total:.1f} a caption, of which",
+          ", ".join(f"{group} {share:.1f} % ({GROUPS[group][0]})" for group, share in shares.items()),
+          f"and facial features {100 * sum(mentions.values()) / total:.1f} % (34.0)")
     n = min(1000, len(attributes))
-    print(f"  recall among {n} faces for one who knows all attributes, at 1 / 5 / 10:")
+    print(f"  finding the one among {n} faces or captions, for a reader who knows all attributes: recall at 1 / 5 / 10")
     for name, recalls in reference_recalls(stated[:n], attributes[:n]).items():
         for direction, recall in recalls.items():
-            print(f"  {name:<12} {direction.replace('_', ' '):<14} {' / '.join(f'{r:.3f}' for r in recall.values())}")
+            print(f"    {name:<11} {direction.replace('_', ' '):<13}", " / ".join(f"{r:.3f}" for r in recall.values()))
 
 
 def draw_sheet(faces, count, side=192, columns=2):
@@ -719,16 +735,16 @@ def draw_sheet(faces, count, side=192, columns=2):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Draw a sheet of faces with captions and print statistics of the captions.")
-    parser.add_argument("--data", help="folder of CelebA, or of images with a json list of captions (default: drawn faces)")
-    parser.add_argument("--split", default="train", choices=("train", "val", "test"), help="part of --data to show (%(default)s)")
+    parser = argparse.ArgumentParser(description="Draw a sheet of faces with captions; print what the captions are like.")
+    parser.add_argument("--data", help="folder of CelebA, or of images and a json list of captions (default: drawn faces)")
+    parser.add_argument("--split", default="train", choices=("train", "val", "test"), help="part of --data (%(default)s)")
     parser.add_argument("--out", default="sheet.png", help="where the sheet goes (%(default)s)")
     parser.add_argument("--count", type=int, default=12, help="faces on the sheet (%(default)s)")
     parser.add_argument("--cache", default="out", help="folder that keeps drawn faces (%(default)s)")
     args = parser.parse_args()
     faces = open_faces(args.data, args.split) if args.data else drawn_faces(1000, 192, seed=0, folder=args.cache)
     print_statistics(faces)
-    draw_sheet(faces, args.count).save(args.out)
+    draw_sheet(faces, min(args.count, len(faces))).save(args.out)
     print(f"wrote {args.out}: each face as it is, augmented, and a caption")
 
 

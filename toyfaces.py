@@ -4,7 +4,7 @@ A face is drawn in three steps, each of which can be read alone:
 
 1. `sample_attributes` decides the 40 labels from a small table of CelebA's frequencies, given sex and age;
 2. `describe` turns them, and all that no caption mentions (pose, skin, colours, proportions), into a list of `Shape`s;
-3. `paint` turns head and light, rounds the shapes into curves and fills them with Pillow.
+3. `paint` turns the head, rounds the shapes into curves and fills them with Pillow.
 
 Every attribute can be seen. Most are drawn literally; these need a convention:
 
@@ -12,7 +12,8 @@ Every attribute can be seen. Most are drawn literally; these need a convention:
 - Young: without it, lines on the forehead, beside eyes and mouth, and heavier jowls.
 - High_Cheekbones: a highlight on the cheekbone with a shadow below. Pointy_Nose: an angular nose with a sharp tip.
 - Pale_Skin: nearly white. No_Beard absent with none of the four beards present: a full beard.
-- No hair colour: copper, auburn or dyed. Neither Straight_Hair nor Wavy_Hair: put up (women), cropped (men).
+- No hair colour: copper, auburn or dyed. Straight_Hair and Wavy_Hair hang loose, to the nape for men; with neither,
+  hair is put up (women) or cropped (men).
 
 Lengths are in face units: the chin is at y = 1, the top of the skull at y = -1, x = 0 is the middle.
 
@@ -30,11 +31,13 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from tqdm import tqdm
 
-ATTRIBUTES = tuple("""5_o_Clock_Shadow Arched_Eyebrows Attractive Bags_Under_Eyes Bald Bangs Big_Lips Big_Nose Black_Hair
-Blond_Hair Blurry Brown_Hair Bushy_Eyebrows Chubby Double_Chin Eyeglasses Goatee Gray_Hair Heavy_Makeup High_Cheekbones
-Male Mouth_Slightly_Open Mustache Narrow_Eyes No_Beard Oval_Face Pale_Skin Pointy_Nose Receding_Hairline Rosy_Cheeks
-Sideburns Smiling Straight_Hair Wavy_Hair Wearing_Earrings Wearing_Hat Wearing_Lipstick Wearing_Necklace Wearing_Necktie
-Young""".split())
+ATTRIBUTES = tuple("""
+5_o_Clock_Shadow Arched_Eyebrows Attractive Bags_Under_Eyes Bald Bangs Big_Lips Big_Nose Black_Hair Blond_Hair
+Blurry Brown_Hair Bushy_Eyebrows Chubby Double_Chin Eyeglasses Goatee Gray_Hair Heavy_Makeup High_Cheekbones Male
+Mouth_Slightly_Open Mustache Narrow_Eyes No_Beard Oval_Face Pale_Skin Pointy_Nose Receding_Hairline Rosy_Cheeks
+Sideburns Smiling Straight_Hair Wavy_Hair Wearing_Earrings Wearing_Hat Wearing_Lipstick Wearing_Necklace
+Wearing_Necktie Young
+""".split())
 
 # ---------------------------------------------------------------- who there is: frequencies close to CelebA's
 
@@ -127,12 +130,17 @@ def mix(a, b, amount):
     return tuple(int(x + (y - x) * amount) for x, y in zip(a, b))
 
 
-def mirror(points):
-    """The same outline on the other side of the face."""
-    return [(-x, y) for x, y in points]
+def at(side, *points):
+    """Points given for the right half (x > 0), put on `side`: 1 as they are, -1 mirrored."""
+    return [(side * x, y) for x, y in points]
 
 
-CIRCLE = [(float(np.cos(t)), float(np.sin(t))) for t in np.arange(8) * np.pi / 4]
+def symmetric(right):
+    """The closed outline whose right half is given; points with x = 0 are not doubled."""
+    return [*right, *((-x, y) for x, y in right[::-1] if x)]
+
+
+CIRCLE = [(float(np.cos(angle)), float(np.sin(angle))) for angle in np.arange(8) * np.pi / 4]
 
 
 def oval(x, y, half_width, half_height):
@@ -140,235 +148,284 @@ def oval(x, y, half_width, half_height):
 
 
 BLACK, WHITE = (20, 16, 18), (255, 255, 255)
-SKINS = ((243, 201, 170), (229, 178, 140), (206, 150, 110), (166, 112, 78), (118, 76, 52))
-HAIRS = {"Black_Hair": (36, 30, 36), "Blond_Hair": (234, 196, 106), "Brown_Hair": (112, 68, 40), "Gray_Hair": (176, 178, 184)}
+SKINS = ((248, 212, 184), (236, 188, 152), (212, 158, 118), (170, 116, 82), (120, 78, 54))
+HAIRS = {"Black_Hair": (36, 30, 36), "Blond_Hair": (234, 196, 106), "Brown_Hair": (112, 68, 40),
+         "Gray_Hair": (176, 178, 184)}
 OTHER_HAIRS = ((196, 86, 36), (150, 46, 34), (210, 110, 62), (176, 70, 44), (170, 60, 110), (74, 110, 140))
 IRISES = ((82, 52, 32), (58, 104, 150), (74, 120, 74), (120, 84, 40))
-CLOTHES = ((52, 84, 136), (176, 64, 70), (64, 122, 104), (232, 196, 120), (96, 80, 130), (60, 64, 74), (222, 132, 120), (226, 226, 220))
-BACKDROPS = ((188, 212, 226), (240, 214, 186), (200, 222, 196), (222, 206, 230), (116, 140, 160), (158, 132, 120), (236, 232, 222), (90, 96, 112))
 LIPSTICKS = ((200, 30, 58), (216, 62, 110), (156, 24, 66), (224, 70, 60))
-SHADOWS = ((110, 70, 150), (60, 110, 160), (150, 80, 50), (50, 130, 120))
+EYE_SHADOWS = ((110, 70, 150), (60, 110, 160), (150, 80, 50), (50, 130, 120))
+CLOTHES = ((52, 84, 136), (176, 64, 70), (64, 122, 104), (232, 196, 120), (96, 80, 130), (60, 64, 74),
+           (222, 132, 120), (226, 226, 220))
+BACKDROPS = ((188, 212, 226), (240, 214, 186), (200, 222, 196), (222, 206, 230), (116, 140, 160),
+             (158, 132, 120), (236, 232, 222), (90, 96, 112))
+METALS = ((246, 206, 84), (236, 240, 246))
+FRAMES = ((30, 30, 36), (120, 40, 40), (60, 44, 30))
 
 
-def choose_colours(has, draw, pick):
-    """Every colour of the picture; what captions do not name comes from `draw` and `pick`."""
-    skin = mix(*pick(tuple(zip(SKINS, SKINS[1:]))), draw(0, 1))
-    hair, shade = pick(OTHER_HAIRS), draw(-0.12, 0.12)
+def choose_colours(has, between, pick):
+    """Every colour of the picture; what captions do not name comes from `between` and `pick`."""
+    skin = mix(*pick(tuple(zip(SKINS, SKINS[1:]))), between(0, 1))
+    if "Pale_Skin" in has:
+        skin = mix(skin, (255, 242, 238), 0.84)
+    hair, shade = pick(OTHER_HAIRS), between(-0.12, 0.12)
     hair = next((colour for name, colour in HAIRS.items() if name in has), hair)
     hair = HAIRS["Brown_Hair"] if "Bald" in has else hair  # of brows and beard
     hair = mix(hair, WHITE if shade > 0 else BLACK, abs(shade))
-    if "Pale_Skin" in has:
-        skin = mix(skin, (255, 243, 240), 0.85)
-    natural, lipstick = mix(skin, (160, 56, 60), 0.46), pick(LIPSTICKS)
-    cloth, backdrop, second = pick(CLOTHES), pick(BACKDROPS), pick(BACKDROPS)
+    lipstick, cloth, backdrop, second = pick(LIPSTICKS), pick(CLOTHES), pick(BACKDROPS), pick(BACKDROPS)
     return dict(
-        skin=skin, skin_dark=mix(skin, (96, 40, 40), 0.26), line=mix(skin, (64, 26, 26), 0.55),
-        skin_light=mix(skin, WHITE, 0.42), hair=hair, hair_dark=mix(hair, BLACK, 0.36), hair_light=mix(hair, WHITE, 0.22),
-        iris=pick(IRISES), lips=lipstick if "Wearing_Lipstick" in has else natural, eye_shadow=pick(SHADOWS),
+        skin=skin, skin_dark=mix(skin, (76, 24, 28), 0.28), skin_light=mix(skin, WHITE, 0.42),
+        line=mix(skin, (40, 10, 14), 0.58),
+        hair=hair, hair_dark=mix(hair, BLACK, 0.36), hair_light=mix(hair, WHITE, 0.22),
+        lips=lipstick if "Wearing_Lipstick" in has else mix(skin, (160, 56, 60), 0.46),
+        iris=pick(IRISES), eye_shadow=pick(EYE_SHADOWS), metal=pick(METALS), frame=pick(FRAMES),
         cloth=cloth, cloth_dark=mix(cloth, BLACK, 0.25), accent=pick(CLOTHES[:5]),
-        metal=pick(((246, 206, 84), (236, 240, 246))), frame=pick(((30, 30, 36), (120, 40, 40), (60, 44, 30))),
-        backdrop=[mix(backdrop, second, draw(0, 0.6)) for _ in range(4)])
+        backdrop=[mix(backdrop, second, between(0, 0.6)) for _ in range(4)])
 
 
-def choose_proportions(has, draw):
-    """Where things are and how large: the attributes set the range, `draw` the person within it."""
+def choose_proportions(has, between, pick):
+    """Where things are and how large: the attributes set the range, `between` the person within it."""
     male, oval_face, chubby, young = (name in has for name in ("Male", "Oval_Face", "Chubby", "Young"))
-    width = draw(0.73, 0.79) - 0.11 * oval_face + 0.11 * chubby
-    jaw = draw(0.58, 0.63) + 0.06 * male - 0.13 * oval_face + 0.15 * chubby + 0.03 * (not young)
+    uneven = pick((-1, 1)) * between(0.035, 0.055)
     return dict(
-        width=width, jaw=jaw, chin=draw(0.24, 0.29) + 0.07 * male - 0.06 * oval_face + 0.10 * chubby,
-        eye_x=draw(0.30, 0.34), eye_y=draw(-0.10, -0.04), eye_width=draw(0.16, 0.185),
-        eye_height=draw(0.095, 0.115) * (0.42 if "Narrow_Eyes" in has else 1.0), gaze=draw(-0.03, 0.03),
-        brow_y=draw(-0.35, -0.30), nose_y=draw(0.27, 0.33), mouth_y=draw(0.60, 0.65), mouth_width=draw(0.22, 0.26),
-        volume=draw(0.12, 0.22), parting=draw(-0.3, 0.3), length=draw(0.95, 1.7), hat_height=draw(0.32, 0.5),
-        brimmed=draw(0, 1) < 0.5, round_glasses=draw(0, 1) < 0.5,
-        skew=draw(0.035, 0.055) * (0 if "Attractive" in has else 1 if draw(0, 1) < 0.5 else -1),
-        spots=[(draw(-0.5, 0.5), draw(-0.5, 0.75), draw(0.028, 0.042)) for _ in range(6)],
-        light=1 if draw(0, 1) < 0.5 else -1, shading=draw(30, 75),
-        turn=draw(-0.35, 0.35), nod=draw(-0.10, 0.10), tilt=draw(-0.13, 0.13),
-        scale=draw(0.31, 0.355), centre=(draw(0.46, 0.54), draw(0.47, 0.52)))
+        width=between(0.73, 0.79) - 0.11 * oval_face + 0.13 * chubby,
+        jaw=between(0.58, 0.63) + 0.06 * male - 0.13 * oval_face + 0.18 * chubby + 0.03 * (not young),
+        chin=between(0.24, 0.29) + 0.07 * male - 0.06 * oval_face + 0.10 * chubby,
+        eye_x=between(0.30, 0.34), eye_y=between(-0.10, -0.04), eye_width=between(0.16, 0.185),
+        eye_height=between(0.095, 0.115) * (0.42 if "Narrow_Eyes" in has else 1), gaze=between(-0.03, 0.03),
+        brow_y=between(-0.35, -0.30), nose_y=between(0.27, 0.33),
+        mouth_y=between(0.60, 0.65), mouth_width=between(0.22, 0.26),
+        volume=between(0.12, 0.22), parting=between(-0.2, 0.2), length=between(0.95, 1.7),
+        hat_height=between(0.32, 0.5), brimmed=pick((False, True)), round_glasses=pick((False, True)),
+        skew=0 if "Attractive" in has else uneven,
+        spots=[(between(-0.5, 0.5), between(-0.5, 0.75), between(0.028, 0.042)) for _ in range(6)],
+        light=pick((-1, 1)), shading=int(between(30, 75)),
+        turn=between(-0.35, 0.35), nod=between(-0.10, 0.10), tilt=between(-0.13, 0.13),
+        scale=between(0.31, 0.355), centre=(between(0.46, 0.54), between(0.47, 0.52)))
 
 
 def face_outline(look, grow=0.0):
     """The contour of the head, from the top of the skull clockwise."""
     w, jaw, chin = look.width + grow, look.jaw + grow, look.chin + grow / 2
-    right = [(w * 0.55, -0.92), (w * 0.93, -0.55), (w, -0.05), (w * 0.96, 0.28), (jaw, 0.60), (chin, 0.93 + grow)]
-    return [(0, -1.0), *right, (0, 1.0 + grow), *mirror(right)[::-1]]
+    return symmetric([(0, -1.0), (w * 0.55, -0.92), (w * 0.93, -0.55), (w, -0.05), (w * 0.96, 0.28),
+                      (jaw, 0.60), (chin, 0.93 + grow), (0, 1.0 + grow)])
 
 
 # ---------------------------------------------------------------- one function per part, from back to front
 
 def back_hair(has, look):
-    """What hangs behind the head: long for women, unless it is put up because it is neither straight nor wavy."""
-    if "Bald" in has or "Male" in has:
+    """What hangs behind the head, to the nape for men. A woman's hair that is neither straight nor wavy is put up."""
+    if "Bald" in has:
         return
-    w, top = look.width, -1 - look.volume
+    w, top, end = look.width, -1 - look.volume, 0.42 if "Male" in has else look.length
     if "Wavy_Hair" in has:
-        side = [(w + 0.08 + 0.11 * (i % 2) + 0.02 * i, y) for i, y in enumerate(np.linspace(-0.5, look.length, 8).tolist())]
-        side.append((w * 0.6, look.length + 0.1))
-        yield Shape("hair", [(0, top), (0.6, top + 0.25), *side, *mirror(side)[::-1], (-0.6, top + 0.25)], look.hair_dark, depth=0)
+        heights = np.linspace(-0.5, end, 8).tolist()
+        side = [(w + 0.09 + 0.11 * (i % 2) + 0.06 * (y + 0.5), y) for i, y in enumerate(heights)]
+        outline = symmetric([(0, top), (0.6, top + 0.25), *side, (w * 0.6, end + 0.1)])
+        yield Shape("hair", outline, look.hair_dark, depth=0)
     elif "Straight_Hair" in has:
-        side = [(w * 0.8, -0.6), (w + 0.08, -0.1), (w + 0.15, look.length)]
-        yield Shape("hair", [*side, *mirror(side)[::-1]], look.hair_dark, smooth=False, depth=0)
-    elif "Wearing_Hat" not in has:
+        outline = symmetric([(w * 0.8, -0.6), (w + 0.08, -0.1), (w + 0.15, end)])
+        yield Shape("hair", outline, look.hair_dark, smooth=False, depth=0)
+    elif not has & {"Wearing_Hat", "Male"}:
         yield Shape("hair", oval(look.parting / 2, top - 0.06, 0.34, 0.27), look.hair_dark, depth=0)
 
 
-def neck_and_clothes(has, look):
-    male, tie = "Male" in has, "Wearing_Necktie" in has
-    neck, shoulder = (0.44, 1.42) if male else (0.33, 1.2)
-    neck += 0.1 * ("Chubby" in has)
-    yield Shape("neck", [(-neck, 0.5), (neck, 0.5), (neck + 0.04, 1.3), (0, 1.75), (-neck - 0.04, 1.3)], look.skin, smooth=False, body=True)
-    yield Shape("neck", [(x, y + 0.16) for x, y in face_outline(look, -0.1)], look.skin_dark, depth=0.4)
-    side = [(neck + 0.02, 1.16), (shoulder * 0.8, 1.32), (shoulder, 1.5), (shoulder + 0.15, 2.2)]
-    dip = 1.32 if male else 1.5
-    front = (40, 44, 58) if tie else look.cloth
-    yield Shape("clothes", [(0, dip), *side, *mirror(side)[::-1]], front, smooth=False, body=True)
-    collar = [(neck + 0.03, 1.12), (0.02, dip + 0.06), (0.26, dip + 0.2), (neck + 0.16, 1.22)]
-    for points in (collar, mirror(collar)):
-        yield Shape("clothes", points, WHITE if tie else look.cloth_dark, smooth=False, body=True)
+def neck(has, look):
+    w = neck_width(has)
+    outline = symmetric([(w, 0.5), (w + 0.04, 1.3), (0, 1.75)])
+    yield Shape("neck", outline, look.skin, smooth=False, body=True)
+    shadow = [(x, y + 0.16) for x, y in face_outline(look, -0.1)]
+    yield Shape("neck", shadow, look.skin_dark, depth=0.4)
+
+
+def neck_width(has):
+    return (0.44 if "Male" in has else 0.33) + 0.1 * ("Chubby" in has)
+
+
+def clothes(has, look):
+    """Shoulders and collar; with a necktie, a dark jacket over a white shirt."""
+    tie, w = "Wearing_Necktie" in has, neck_width(has)
+    shoulder, dip = (1.42, 1.32) if "Male" in has else (1.2, 1.5)
+    outline = symmetric([(0, dip), (w + 0.02, 1.16), (shoulder * 0.8, 1.32), (shoulder, 1.5), (shoulder + 0.15, 2.2)])
+    yield Shape("clothes", outline, (40, 44, 58) if tie else look.cloth, smooth=False, body=True)
+    for side in (-1, 1):
+        collar = at(side, (w + 0.03, 1.12), (0.02, dip + 0.06), (0.26, dip + 0.2), (w + 0.16, 1.22))
+        yield Shape("clothes", collar, WHITE if tie else look.cloth_dark, smooth=False, body=True)
     if tie:
-        yield Shape("tie", [(-0.5, 1.2), (0.5, 1.2), (0.3, 2.2), (-0.3, 2.2)], (244, 244, 246), smooth=False, body=True)
-        yield Shape("tie", [(-0.13, 1.2), (0.13, 1.2), (0.09, 1.36), (0.2, 2.2), (-0.2, 2.2), (-0.09, 1.36)], look.accent, smooth=False, body=True)
+        shirt = symmetric([(0.5, 1.2), (0.3, 2.2)])
+        yield Shape("tie", shirt, (244, 244, 246), smooth=False, body=True)
+        cloth = symmetric([(0.13, 1.2), (0.09, 1.36), (0.2, 2.2)])
+        yield Shape("tie", cloth, look.accent, smooth=False, body=True)
+
+
+def necklace(has, look):
     if "Wearing_Necklace" in has:
-        yield Shape("necklace", [(-neck - 0.03, 1.08), (-0.22, 1.28), (0, 1.35), (0.22, 1.28), (neck + 0.03, 1.08)], look.metal, 0.06, body=True)
+        w = neck_width(has)
+        chain = [(-w - 0.03, 1.08), (-0.22, 1.28), (0, 1.35), (0.22, 1.28), (w + 0.03, 1.08)]
+        yield Shape("necklace", chain, look.metal, 0.06, body=True)
         yield Shape("necklace", oval(0, 1.42, 0.09, 0.11), look.metal, body=True)
 
 
 def ears(has, look):
-    for side in (-1, 1):
-        yield Shape("ear", oval(side * look.width, 0.02, 0.11, 0.19), mix(look.skin, look.skin_dark, 0.4), depth=0)
-        yield Shape("ear", oval(side * (look.width + 0.03), 0.02, 0.05, 0.10), look.skin_dark, depth=0)
+    for x in (-look.width, look.width):
+        yield Shape("ear", oval(x, 0.02, 0.11, 0.19), mix(look.skin, look.skin_dark, 0.4), depth=0)
+        yield Shape("ear", oval(x * 1.04, 0.02, 0.05, 0.10), look.skin_dark, depth=0)
 
 
 def head(has, look):
-    outline = face_outline(look)
-    if "Double_Chin" in has:
+    """The face, its side away from the light, and a second chin below the first."""
+    double = "Double_Chin" in has
+    if double:
         yield Shape("chin", oval(0, 0.9, look.chin + 0.2, 0.38), mix(look.skin, look.skin_dark, 0.35), depth=0.6)
         yield Shape("chin", [(-0.36, 1.16), (0, 1.28), (0.36, 1.16)], look.line, 0.045, depth=0.6)
+    outline = face_outline(look)
     yield Shape("face", outline, look.skin)
-    half = [(-look.light * x, y) for x, y in outline[1:8]]
-    inner = [(x * 0.74, y * 0.96) for x, y in half[:-1]]
-    yield Shape("shade", half + inner[::-1], (*look.skin_dark, int(look.shading)))
-    if "Double_Chin" in has:
+    edge = at(-look.light, *outline[1:8])
+    inner = [(x * 0.74, y * 0.96) for x, y in edge[:-1]]
+    yield Shape("shade", edge + inner[::-1], (*look.skin_dark, look.shading))
+    if double:
         yield Shape("chin", [(-0.3, 0.93), (0, 1.0), (0.3, 0.93)], look.line, 0.045)
 
 
-def skin_marks(has, look):
-    """Cheeks, age and blemishes: all that lies flat on the skin."""
-    if "Attractive" not in has:
-        for x, y, radius in look.spots:
-            yield Shape("blemish", oval(x, y, radius, radius), mix(look.skin, (150, 40, 40), 0.5))
+def cheeks(has, look):
     for side in (-1, 1):
+        if "High_Cheekbones" in has:
+            hollow = at(side, (0.34, 0.42), (0.5, 0.29), (0.68, 0.1), (0.66, 0.3), (0.55, 0.46))
+            bone = at(side, (0.3, 0.22), (0.42, 0.1), (0.6, 0.0), (0.65, 0.08), (0.5, 0.23))
+            yield Shape("cheek", hollow, (*look.skin_dark, 180))
+            yield Shape("cheek", bone, (*look.skin_light, 150))
         if "Rosy_Cheeks" in has:
             yield Shape("cheek", oval(side * 0.45, 0.26, 0.19, 0.15), (236, 60, 84, 70))
             yield Shape("cheek", oval(side * 0.45, 0.26, 0.13, 0.10), (236, 60, 84, 90))
-        if "High_Cheekbones" in has:
-            yield Shape("cheek", [(side * x, y) for x, y in ((0.34, 0.42), (0.5, 0.29), (0.68, 0.1), (0.66, 0.3), (0.55, 0.46))], (*look.skin_dark, 150))
-            yield Shape("cheek", [(side * x, y) for x, y in ((0.3, 0.2), (0.45, 0.1), (0.62, 0.01), (0.58, 0.13), (0.43, 0.23))], (*look.skin_light, 150))
-        if "Young" not in has:
-            yield Shape("wrinkle", [(side * 0.2, 0.34), (side * 0.34, 0.46), (side * 0.37, 0.62)], look.line, 0.03)
-            for y in (-0.04, 0.04):
-                yield Shape("wrinkle", [(side * 0.53, look.eye_y - y / 2), (side * 0.64, look.eye_y + 2 * y)], look.line, 0.025)
-    if "Young" not in has:
-        for y in (-0.58, -0.48):
-            yield Shape("wrinkle", [(-0.28, y), (0, y - 0.03), (0.28, y)], look.line, 0.025)
 
 
-def eyes(has, look):
-    makeup = "Heavy_Makeup" in has
+def blemishes(has, look):
+    if "Attractive" not in has:
+        for x, y, radius in look.spots:
+            yield Shape("blemish", oval(x, y, radius, radius), mix(look.skin, (150, 40, 40), 0.5))
+
+
+def wrinkles(has, look):
+    """Lines of age: across the forehead, from nose to mouth, beside the eyes."""
+    if "Young" in has:
+        return
+    for y in (-0.58, -0.48):
+        yield Shape("wrinkle", [(-0.28, y), (0, y - 0.03), (0.28, y)], look.line, 0.025)
     for side in (-1, 1):
-        x, y, w, h = side * look.eye_x, look.eye_y + side * look.skew, look.eye_width, look.eye_height
-        lid = [(x - side * w, y + 0.02), (x - side * w * 0.5, y - h * 0.8), (x + side * w * 0.2, y - h), (x + side * w, y - 0.02)]
-        lower = [(x + side * w * 0.45, y + h * 0.8), (x - side * w * 0.35, y + h * 0.85)]
-        if makeup:
-            yield Shape("makeup", [(x - side * w, y), (x - side * w * 0.5, y - h - 0.1), (x + side * w * 0.5, y - h - 0.13), (x + side * w * 1.5, y - 0.14), (x + side * w, y)], (*look.eye_shadow, 210))
-        if "Bags_Under_Eyes" in has:
-            yield Shape("eye bag", [(x - w, y + h), (x, y + h + 0.05), (x + w, y + h), (x + w * 0.6, y + h + 0.13), (x, y + h + 0.17), (x - w * 0.6, y + h + 0.13)], mix(look.skin, (86, 44, 92), 0.42))
-        yield Shape("eye", lid + lower, (252, 250, 248))
-        iris = [(px, min(max(py, y - h * 0.95), y + h * 0.8)) for px, py in oval(x + look.gaze, y, 0.092, 0.1)]
-        yield Shape("iris", iris, look.iris)
-        yield Shape("iris", oval(x + look.gaze, y, 0.045, min(0.05, h * 0.8)), BLACK)
-        yield Shape("iris", oval(x + look.gaze + 0.035 * look.light, y - h * 0.35, 0.024, 0.024), WHITE)
-        yield Shape("lid", lid, BLACK if makeup else mix(look.line, BLACK, 0.5), 0.075 if makeup else 0.04)
-        if "Male" not in has:
-            tip = 0.14 if makeup else 0.06
-            yield Shape("lash", [(x + side * w * 0.8, y - 0.03), (x + side * (w + tip), y - 0.03 - tip * 0.7)], BLACK, 0.06 if makeup else 0.03)
-
-
-def brows(has, look):
-    bushy = "Bushy_Eyebrows" in has
-    thick = (0.13 if bushy else 0.05) + 0.02 * ("Male" in has)
-    colour = mix(look.hair_dark, BLACK, 0.35)
-    for side in (-1, 1):
-        y = look.brow_y - 1.2 * side * look.skew - thick / 2
-        rise = 0.16 if "Arched_Eyebrows" in has else 0.03
-        top = [(0.14, y - 0.01), (0.26, y - rise * 0.75), (0.40, y - rise), (0.50, y - rise * 0.5), (0.57, y + 0.09)]
-        under = [(0.48, y - rise * 0.5 + thick), (0.39, y - rise + thick), (0.26, y - rise * 0.75 + thick), (0.14, y - 0.01 + thick)]
-        yield Shape("brow", [(side * px, py) for px, py in top + under], colour)
-
-
-def nose(has, look):
-    y, width, x = look.nose_y, 0.125, look.skew
-    if "Big_Nose" in has:
-        y, width = y + 0.06, 0.21
-    shadow = mix(look.skin, look.skin_dark, 0.75)
-    if "Pointy_Nose" in has:
-        width *= 0.85
-        yield Shape("nose", [(-0.04 * look.light, -0.1), (-width * look.light, y - 0.02), (x, y + 0.08)], shadow, smooth=False, depth=1.25)
-        yield Shape("nose", [(-0.02 * look.light, -0.1), (x, y + 0.08), (width * look.light, y - 0.02)], look.line, 0.035, False, 1.25)
-    else:
-        yield Shape("nose", oval(x, y - 0.05, width * 0.95, width * 0.75), shadow, depth=1.2)
-        yield Shape("nose", oval(x + 0.02 * look.light, y - 0.08, width * 0.62, width * 0.62), look.skin, depth=1.25)
-        yield Shape("nose", [(x - width, y - 0.05), (x - width * 0.5, y + 0.03), (x, y + 0.015), (x + width * 0.5, y + 0.03), (x + width, y - 0.05)], look.line, 0.035, depth=1.2)
-
-
-def mouth(has, look):
-    smile, gap = "Smiling" in has, 0.085 if "Mouth_Slightly_Open" in has else 0.0
-    w, y, lip = look.mouth_width + 0.08 * smile, look.mouth_y, 0.125 if "Big_Lips" in has else 0.05
-    lift, sag = (-0.12, 0.06) if smile else (-0.015, 0.0)
-    left, right = (-w, y + lift - look.skew), (w, y + lift + look.skew)
-    middle = y + sag
-    yield Shape("lips", [left, (-0.09, middle - gap - lip), (0, middle - gap - lip * 0.7), (0.09, middle - gap - lip), right,
-                         (w * 0.5, middle + gap + lip), (0, middle + gap + lip * 1.35), (-w * 0.5, middle + gap + lip)], look.lips)
-    if gap:
-        inside = 0.86
-        opening = [(left[0] * inside, left[1] * 1.0), (0, middle - gap * 0.75), (right[0] * inside, right[1]), (w * 0.45, middle + gap * 0.9), (-w * 0.45, middle + gap * 0.9)]
-        yield Shape("mouth", opening, (88, 22, 30))
-        yield Shape("teeth", [(-w * 0.6, y + lift * 0.45), (0, middle - gap * 0.7), (w * 0.6, y + lift * 0.45), (w * 0.35, middle + gap * 0.15), (-w * 0.35, middle + gap * 0.15)], WHITE)
-    else:
-        yield Shape("mouth", [left, (-w * 0.5, middle - lift * 0.1), (0, middle + 0.01), (w * 0.5, middle - lift * 0.1), right], mix(look.lips, BLACK, 0.55), 0.035)
-
-
-def jaw_region(look, top, reach):
-    """The cheeks below `top`, the chin and the upper lip; `reach` 1 ends at the contour of the face."""
-    right = [(look.width * 0.95 * reach, top), (look.jaw * reach, 0.60), (look.chin * reach, 0.93 * reach)]
-    inner = [(look.width * 0.82, top + 0.02), (look.jaw * 0.72, 0.45), (0.1, 0.45)]
-    return [*right, (0, reach), *mirror(right)[::-1], *mirror(inner), *inner[::-1]]
+        yield Shape("wrinkle", at(side, (0.2, 0.34), (0.34, 0.46), (0.37, 0.62)), look.line, 0.03)
+        for fan in (-0.04, 0.04):
+            crow_foot = at(side, (0.53, look.eye_y - fan / 2), (0.64, look.eye_y + 2 * fan))
+            yield Shape("wrinkle", crow_foot, look.line, 0.025)
 
 
 def beard(has, look):
     """All facial hair but the moustache, which lies over the lips."""
-    styles = has & {"5_o_Clock_Shadow", "Goatee", "Mustache", "Sideburns"}
-    if "No_Beard" not in has and not styles:
+    if not has & {"No_Beard", "5_o_Clock_Shadow", "Goatee", "Mustache", "Sideburns"}:
         yield Shape("beard", jaw_region(look, 0.05, 1.04), look.hair_dark)
     if "5_o_Clock_Shadow" in has:
         yield Shape("beard", jaw_region(look, 0.28, 0.97), (48, 50, 64, 90))
     if "Goatee" in has:
-        side = [(0.10, 0.76), (0.22, 0.72), (0.24, 0.92), (0.12, 1.08)]
-        yield Shape("beard", [*side, (0, 1.14), *mirror(side)[::-1]], look.hair_dark)
+        outline = symmetric([(0.10, 0.76), (0.22, 0.72), (0.24, 0.92), (0.12, 1.08), (0, 1.14)])
+        yield Shape("beard", outline, look.hair_dark)
     if "Sideburns" in has:
         w = look.width
         for side in (-1, 1):
-            points = [(w + 0.02, -0.3), (w + 0.02, 0.25), (look.jaw + 0.02, 0.56), (w - 0.2, 0.42), (w - 0.13, 0.0), (w - 0.1, -0.3)]
-            yield Shape("beard", [(side * x, y) for x, y in points], look.hair_dark)
+            outline = at(side, (w + 0.02, -0.3), (w + 0.02, 0.25), (look.jaw + 0.02, 0.56), (w - 0.2, 0.42),
+                         (w - 0.13, 0.0), (w - 0.1, -0.3))
+            yield Shape("beard", outline, look.hair_dark)
+
+
+def jaw_region(look, top, reach):
+    """The cheeks below `top`, the chin and the upper lip; `reach` 1 ends at the contour of the face."""
+    edge = [(look.width * 0.95 * reach, top), (look.jaw * reach, 0.60), (look.chin * reach, 0.93 * reach), (0, reach)]
+    inner = [(look.width * 0.82, top + 0.02), (look.jaw * 0.72, 0.45), (0.1, 0.45)]
+    return [*symmetric(edge), *at(-1, *inner), *inner[::-1]]
+
+
+def nose(has, look):
+    x, y, w, light = look.skew, look.nose_y, 0.125, look.light
+    if "Big_Nose" in has:
+        y, w = y + 0.06, 0.23
+    shadow = look.skin_dark
+    if "Pointy_Nose" in has:
+        tip, wing = (x, y + 0.08), w * 0.85 * light
+        yield Shape("nose", [(-0.04 * light, -0.1), (-wing, y - 0.02), tip], shadow, smooth=False, depth=1.25)
+        yield Shape("nose", [(-0.02 * light, -0.1), tip, (wing, y - 0.02)], look.line, 0.035, False, 1.25)
+    else:
+        base = [(x - w, y - 0.05), (x - w / 2, y + 0.03), (x, y + 0.015), (x + w / 2, y + 0.03), (x + w, y - 0.05)]
+        yield Shape("nose", oval(x, y - 0.05, w * 0.95, w * 0.75), shadow, depth=1.2)
+        yield Shape("nose", oval(x + 0.02 * light, y - 0.08, w * 0.62, w * 0.62), look.skin, depth=1.25)
+        yield Shape("nose", base, look.line, 0.035, depth=1.2)
+
+
+def eyes(has, look):
+    for side in (-1, 1):
+        yield from eye(has, look, side, side * look.eye_x, look.eye_y + side * look.skew)
+
+
+def eye(has, look, side, x, y):
+    """One eye about (x, y). In the lists below x runs from the inner (-1) to the outer (1) corner, y in eye heights."""
+    makeup, w, h = "Heavy_Makeup" in has, look.eye_width, look.eye_height
+    place = lambda *points: [(x + side * w * px, y + h * py) for px, py in points]
+    if makeup:
+        above = y - h - 0.12
+        shadow = [*place((-1, 0)), (x - side * w / 2, above), (x + side * w / 2, above), *place((1.5, -1.3), (1, 0))]
+        yield Shape("makeup", shadow, (*look.eye_shadow, 210))
+    if "Bags_Under_Eyes" in has:
+        bag = [(x + px, y + h + py) for px, py in symmetric([(0, 0.05), (w, 0), (w * 0.6, 0.13), (0, 0.17)])]
+        yield Shape("eye bag", bag, mix(look.skin, (52, 14, 64), 0.4))
+    lid = place((-1, 0.2), (-0.5, -0.8), (0.2, -1), (1, -0.2))
+    yield Shape("eye", lid + place((0.45, 0.8), (-0.35, 0.85)), (252, 250, 248))
+    centre = x + look.gaze
+    iris = [(px, min(max(py, y - h * 0.95), y + h * 0.8)) for px, py in oval(centre, y, 0.092, 0.1)]
+    yield Shape("iris", iris, look.iris)
+    yield Shape("iris", oval(centre, y, 0.045, min(0.05, h * 0.8)), BLACK)
+    yield Shape("iris", oval(centre + 0.035 * look.light, y - h * 0.35, 0.024, 0.024), WHITE)
+    yield Shape("lid", lid, BLACK if makeup else mix(look.line, BLACK, 0.5), 0.075 if makeup else 0.04)
+    if "Male" not in has:
+        reach, thick = (0.14, 0.06) if makeup else (0.06, 0.03)
+        lash = [(x + side * w * 0.8, y - 0.03), (x + side * (w + reach), y - 0.03 - reach * 0.7)]
+        yield Shape("lash", lash, BLACK, thick)
+
+
+def brows(has, look):
+    thick = (0.13 if "Bushy_Eyebrows" in has else 0.05) + 0.02 * ("Male" in has)
+    rise = 0.16 if "Arched_Eyebrows" in has else 0.03
+    for side in (-1, 1):
+        y = look.brow_y - 1.2 * side * look.skew - thick / 2
+        upper = [(0.14, y - 0.01), (0.26, y - rise * 0.75), (0.40, y - rise), (0.50, y - rise * 0.5)]
+        lower = [(px, py + thick) for px, py in upper[::-1]]
+        yield Shape("brow", at(side, *upper, (0.57, y + 0.09), *lower), mix(look.hair_dark, BLACK, 0.35))
+
+
+def mouth(has, look):
+    """Lips, and between them a line or an opening with teeth. A smile raises the corners and lowers the middle."""
+    smile, gap = "Smiling" in has, 0.085 if "Mouth_Slightly_Open" in has else 0.0
+    lip = 0.125 if "Big_Lips" in has else 0.05
+    w, rise = look.mouth_width + 0.08 * smile, 0.12 if smile else 0.015
+    middle = look.mouth_y + 0.06 * smile
+    corner = look.mouth_y - rise
+    left, right = (-w, corner - look.skew), (w, corner + look.skew)
+    top, bottom = middle - gap, middle + gap
+    yield Shape("lips", [left, (-0.09, top - lip), (0, top - lip * 0.7), (0.09, top - lip), right,
+                         (w / 2, bottom + lip), (0, bottom + lip * 1.35), (-w / 2, bottom + lip)], look.lips)
+    if gap:
+        inside = [(-w * 0.86, left[1]), (0, middle - gap * 0.75), (w * 0.86, right[1])]
+        floor, bite = middle + gap * 0.9, middle + gap * 0.15
+        yield Shape("mouth", inside + [(w * 0.45, floor), (-w * 0.45, floor)], (88, 22, 30))
+        ends = look.mouth_y - rise * 0.45
+        yield Shape("teeth", symmetric([(0, middle - gap * 0.7), (w * 0.6, ends), (w * 0.35, bite)]), WHITE)
+    else:
+        y = middle + rise * 0.1
+        line = [left, (-w / 2, y), (0, middle + 0.01), (w / 2, y), right]
+        yield Shape("mouth", line, mix(look.lips, BLACK, 0.55), 0.035)
 
 
 def moustache(has, look):
     if "Mustache" in has:
         y = look.mouth_y
-        side = [(0.08, y - 0.2), (0.24, y - 0.12), (0.32, y + 0.04), (0.14, y - 0.04)]
-        yield Shape("moustache", [(0, y - 0.17), *side, (0, y - 0.05), *mirror(side)[::-1]], look.hair_dark)
+        right = [(0, y - 0.17), (0.08, y - 0.2), (0.24, y - 0.12), (0.32, y + 0.04), (0.14, y - 0.04), (0, y - 0.05)]
+        yield Shape("moustache", symmetric(right), look.hair_dark)
 
 
 def front_hair(has, look):
@@ -376,64 +433,83 @@ def front_hair(has, look):
     if "Bald" in has:
         yield Shape("shine", oval(look.light * 0.3, -0.75, 0.16, 0.09), (*look.skin_light, 170))
         return
-    wavy, receding, w = "Wavy_Hair" in has, "Receding_Hairline" in has, look.width
-    angles = np.linspace(np.pi, 2 * np.pi, 14 if wavy else 8).tolist()
-    bump = [1 + (0.06 * (-1) ** i if wavy else 0) for i in range(len(angles))]
+    w, wavy, receding = look.width, "Wavy_Hair" in has, "Receding_Hairline" in has
     rise = 0.76 + (0.06 if receding else look.volume)
-    outer = [(b * (w + 0.08) * float(np.cos(t)), -0.25 + b * rise * float(np.sin(t))) for t, b in zip(angles, bump)]
-    temple, part = (0.02 if "Male" in has else 0.25), look.parting
+    angles = np.linspace(np.pi, 2 * np.pi, 14 if wavy else 8)
+    bumps = 1 + 0.06 * wavy * (-1.0) ** np.arange(len(angles))
+    outer = np.stack([bumps * (w + 0.08) * np.cos(angles), bumps * rise * np.sin(angles) - 0.25], 1).tolist()
+    temple = -0.1 if receding else 0.02 if "Male" in has else 0.25
     if receding:
-        line = [(w - 0.03, -0.1), (w - 0.06, -0.5), (0.42, -0.97), (0.2, -0.88), (0, -0.82), (-0.2, -0.88), (-0.42, -0.97), (-w + 0.06, -0.5), (-w + 0.03, -0.1)]
+        right, middle = [(w - 0.03, temple), (w - 0.06, -0.5), (0.42, -0.97), (0.2, -0.88)], (0, -0.82)
     else:
-        line = [(w - 0.05, temple), (w - 0.1, -0.3), (0.45, -0.6), (part, -0.76), (-0.45, -0.6), (-w + 0.1, -0.3), (-w + 0.05, temple)]
+        right, middle = [(w - 0.05, temple), (w - 0.1, -0.3), (0.45, -0.6)], (look.parting, -0.76)
+    line = [*right, middle, *at(-1, *right)[::-1]]
     yield Shape("hair", [(-w - 0.06, temple), *outer, (w + 0.06, temple), *line], look.hair)
-    if not receding:
-        yield from strands(has, look)
-    if "Bangs" in has:
-        teeth = [(x, -0.3 - 0.07 * (i % 2)) for i, x in enumerate(np.linspace(w * 0.86, -w * 0.86, 9).tolist())]
-        yield Shape("bangs", [(-w * 0.9, -0.55), (-0.4, -0.95), (0.4, -0.95), (w * 0.9, -0.55), *teeth], look.hair, smooth=False)
-        for x, y in teeth[2:-1:2]:
-            yield Shape("bangs", [(x * 0.7, -0.9), (x, y - 0.06)], look.hair_dark, 0.03)
 
 
 def strands(has, look):
-    """Lines that show how the hair falls, and long locks beside a woman's face."""
-    w, part, top = look.width, look.parting, -0.97 - look.volume * 0.6
-    waves = "Wavy_Hair" in has
-    if not waves and "Straight_Hair" not in has:
-        yield Shape("hair", [(look.light * x, y) for x, y in ((0.15, top + 0.03), (0.4, top + 0.14), (0.58, top + 0.36))], look.hair_light, 0.05)
+    """How the hair falls: lines from the parting for straight and wavy hair, a sheen on hair that is neither."""
+    if has & {"Bald", "Receding_Hairline", "Wearing_Hat"}:
         return
-    if "Male" not in has:
-        for side in (-1, 1):
-            ys = np.linspace(-0.3, look.length - 0.1, 7).tolist()
-            edge = [(side * (w - 0.02 + (0.08 * (i % 2) if waves else 0) + 0.008 * i), y) for i, y in enumerate(ys)]
-            yield Shape("hair", [(x + side * 0.09, y) for x, y in edge] + [(x - side * 0.06, y) for x, y in edge[::-1]], look.hair, smooth=waves, depth=0)
+    top = -0.97 - look.volume * 0.6
+    if not has & {"Straight_Hair", "Wavy_Hair"}:
+        sheen = at(look.light, (0.15, top + 0.03), (0.4, top + 0.14), (0.58, top + 0.36))
+        yield Shape("hair", sheen, look.hair_light, 0.05)
+        return
+    t = np.linspace(0, 1, 6)
+    ripple = 0.06 * np.sin(11 * t) * ("Wavy_Hair" in has)
     for side in (-1, 1):
-        for k, colour in ((0.3, look.hair_light), (0.62, look.hair_dark)):
-            start, end = (part + side * 0.08, top + 0.12 * k), (side * (w - 0.02), -0.75 + 0.6 * k)
-            path = [(start[0] + (end[0] - start[0]) * t, start[1] + (end[1] - start[1]) * t ** 2 + (0.06 * np.sin(11 * t) if waves else 0)) for t in (0, 0.2, 0.4, 0.6, 0.8, 1)]
+        for low, colour in ((0.3, look.hair_light), (0.62, look.hair_dark)):
+            start, end = look.parting + side * 0.08, side * (look.width - 0.02)
+            drop = (0.48 * low - 0.75 - top) * t**2
+            path = np.stack([start + (end - start) * t, top + 0.12 * low + drop + ripple], 1).tolist()
             yield Shape("hair", path, colour, 0.035)
+
+
+def locks(has, look):
+    """A woman's loose hair, in front of her shoulders."""
+    if "Male" in has or not has & {"Straight_Hair", "Wavy_Hair"}:
+        return
+    wavy = "Wavy_Hair" in has
+    heights = np.linspace(-0.3, look.length - 0.1, 7).tolist()
+    middle = [(look.width - 0.01 + 0.08 * wavy * (i % 2) + 0.008 * i, y) for i, y in enumerate(heights)]
+    outline = [(x + 0.08, y) for x, y in middle] + [(x - 0.07, y) for x, y in middle[::-1]]
+    for side in (-1, 1):
+        yield Shape("hair", at(side, *outline), look.hair, smooth=wavy, depth=0)
+
+
+def bangs(has, look):
+    if "Bangs" in has:
+        w = look.width * 0.88
+        fringe = [(x, -0.35 - 0.07 * (i % 2)) for i, x in enumerate(np.linspace(w, -w, 9).tolist())]
+        outline = [(-w, -0.55), (-0.4, -0.95), (0.4, -0.95), (w, -0.55), *fringe]
+        yield Shape("bangs", outline, look.hair, smooth=False)
+        for x, y in fringe[2:-1:2]:
+            yield Shape("bangs", [(x * 0.7, -0.9), (x, y - 0.06)], look.hair_dark, 0.03)
 
 
 def hat(has, look):
     if "Wearing_Hat" in has:
-        w, top = look.width + 0.1, -0.95 - look.hat_height
-        yield Shape("hat", [(-w, -0.5), (-w, -0.8), (-w * 0.6, top + 0.06), (0, top), (w * 0.6, top + 0.06), (w, -0.8), (w, -0.5)], look.accent, depth=0.3)
-        brim = w + 0.35 if look.brimmed else w + 0.02
-        yield Shape("hat", [(-brim, -0.5), (-w, -0.66), (0, -0.7), (w, -0.66), (brim, -0.5), (w * 0.8, -0.42), (0, -0.38), (-w * 0.8, -0.42)], mix(look.accent, BLACK, 0.3), depth=0.3)
+        w, top = look.width + 0.1, -1.05 - look.hat_height
+        crown = symmetric([(0, top), (w * 0.6, top + 0.06), (w, -0.85), (w, -0.62)])
+        edge = w + (0.35 if look.brimmed else 0.02)
+        brim = symmetric([(0, -0.8), (w, -0.76), (edge, -0.6), (w * 0.8, -0.52), (0, -0.48)])
+        yield Shape("hat", crown, look.accent, depth=0.3)
+        yield Shape("hat", brim, mix(look.accent, BLACK, 0.3), depth=0.3)
 
 
 def glasses(has, look):
-    if "Eyeglasses" in has:
-        y, rx, ry = look.eye_y + 0.03, 0.25, 0.23 if look.round_glasses else 0.17
-        for side in (-1, 1):
-            lens = oval(side * look.eye_x, y, rx, ry)
-            if not look.round_glasses:
-                lens = [(side * look.eye_x + rx * px, y + ry * py) for px, py in ((-1, -1), (1, -1), (0.9, 1), (-0.9, 1))]
-            yield Shape("glasses", lens, (225, 240, 250, 60), smooth=look.round_glasses)
-            yield Shape("glasses", lens + lens[:1], look.frame, 0.06, look.round_glasses)
-            yield Shape("glasses", [(side * (look.eye_x + rx), y - 0.06), (side * look.width, y - 0.08)], look.frame, 0.06)
-        yield Shape("glasses", [(rx - look.eye_x, y - 0.04), (0, y - 0.08), (look.eye_x - rx, y - 0.04)], look.frame, 0.06)
+    if "Eyeglasses" not in has:
+        return
+    x, y, w, h = look.eye_x, look.eye_y + 0.03, 0.25, 0.23 if look.round_glasses else 0.17
+    lens = oval(x, y, w, h) if look.round_glasses else [
+        (x - w, y - h), (x + w, y - h), (x + w * 0.9, y + h), (x - w * 0.9, y + h)]
+    for side in (-1, 1):
+        outline = at(side, *lens)
+        yield Shape("glasses", outline, (225, 240, 250, 60), smooth=look.round_glasses)
+        yield Shape("glasses", outline + outline[:1], look.frame, 0.06, look.round_glasses)
+        yield Shape("glasses", at(side, (x + w, y - 0.06), (look.width, y - 0.08)), look.frame, 0.06)
+    yield Shape("glasses", [(w - x, y - 0.04), (0, y - 0.08), (x - w, y - 0.04)], look.frame, 0.06)
 
 
 def earrings(has, look):
@@ -442,7 +518,8 @@ def earrings(has, look):
             yield Shape("earring", oval(side * (look.width + 0.04), 0.34, 0.075, 0.11), look.metal, depth=0)
 
 
-PARTS = (back_hair, neck_and_clothes, ears, head, skin_marks, beard, nose, eyes, mouth, moustache, brows, front_hair, hat, glasses, earrings)
+PARTS = (back_hair, neck, clothes, necklace, ears, head, cheeks, blemishes, wrinkles, beard, nose, eyes, mouth,
+         moustache, front_hair, strands, locks, bangs, brows, hat, glasses, earrings)
 
 
 # ---------------------------------------------------------------- from attributes to pixels
@@ -455,9 +532,9 @@ def describe(attributes, rng):
     """
     has = {name for name, value in zip(ATTRIBUTES, attributes) if value}
     numbers = iter(rng.random(80).tolist())
-    draw = lambda low, high: low + (high - low) * next(numbers)
+    between = lambda low, high: low + (high - low) * next(numbers)
     pick = lambda options: options[int(next(numbers) * len(options))]
-    look = SimpleNamespace(**choose_colours(has, draw, pick), **choose_proportions(has, draw))
+    look = SimpleNamespace(**choose_colours(has, between, pick), **choose_proportions(has, between, pick))
     return look, [shape for part in PARTS for shape in part(has, look)]
 
 
@@ -468,10 +545,10 @@ def spline(count, closed, steps):
     for row in range(len(weights)):
         i, t = divmod(row, steps)
         t = t / steps
-        basis = ((-t + 2 * t**2 - t**3) / 2, (2 - 5 * t**2 + 3 * t**3) / 2, (t + 4 * t**2 - 3 * t**3) / 2, (t**3 - t**2) / 2)
+        basis = (-t + 2 * t**2 - t**3, 2 - 5 * t**2 + 3 * t**3, t + 4 * t**2 - 3 * t**3, t**3 - t**2)
         for offset, weight in zip((-1, 0, 1, 2), basis):
-            at = (i + offset) % count if closed else min(max(i + offset, 0), count - 1)
-            weights[row, at] += weight
+            column = (i + offset) % count if closed else min(max(i + offset, 0), count - 1)
+            weights[row, column] += weight / 2
     return weights
 
 
@@ -482,7 +559,7 @@ def project(shapes, look, canvas):
     depth = np.repeat([0.0 if shape.body else shape.depth for shape in shapes], counts)
     tilt = np.repeat([0.0 if shape.body else look.tilt for shape in shapes], counts)
     x, y = points.T
-    z = 0.8 * depth * np.maximum(0, 1 - (x / look.width) ** 2 - (y / 1.15) ** 2)
+    z = 0.74 * depth * np.maximum(0, 1 - (x / look.width) ** 2 - (y / 1.15) ** 2)
     x, y = x + z * look.turn, y + z * look.nod - 1.0
     x, y = x * np.cos(tilt) - y * np.sin(tilt), x * np.sin(tilt) + y * np.cos(tilt) + 1.0
     pixels = (np.stack([x, y], 1) * look.scale + look.centre) * canvas
@@ -490,6 +567,7 @@ def project(shapes, look, canvas):
 
 
 def paint(look, shapes, canvas):
+    """The picture, canvas x canvas: a background between four colours, then every shape over the ones before it."""
     corners = Image.frombytes("RGB", (2, 2), bytes(value for colour in look.backdrop for value in colour))
     image = corners.resize((canvas, canvas), Image.BILINEAR, box=(0.5, 0.5, 1.5, 1.5))
     pen = ImageDraw.Draw(image, "RGBA")
@@ -538,8 +616,8 @@ def with_attribute(has, name, present):
     return has | {name}
 
 
-MEN_ON_SHEET = {"5_o_Clock_Shadow", "Bald", "Goatee", "Mustache", "Sideburns", "No_Beard", "Receding_Hairline", "Wearing_Necktie",
-                "Bushy_Eyebrows", "Double_Chin", "Gray_Hair", "Chubby"}
+MEN_ON_SHEET = {"5_o_Clock_Shadow", "Goatee", "Mustache", "Sideburns", "No_Beard", "Bald", "Receding_Hairline",
+                "Gray_Hair", "Bushy_Eyebrows", "Chubby", "Double_Chin", "Wearing_Necktie"}
 
 
 def contact_sheet(size=96, columns=5):

@@ -1,0 +1,637 @@
+"""What is claimed of this project, in the reading order of its files: `pytest test_all.py`.
+
+Numbers are held against something that we did not write: golden.npz (recorded from the official code at a small size,
+with random weights and dropout 0), torch's own modules, closed forms. `pytest -m slow` runs the long ones.
+"""
+import dataclasses
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image
+
+import bert as bert_module
+import data
+import flip as flip_module
+import losses
+import toyfaces
+import train
+import vit as vit_module
+from bert import Bert, BertConfig, Captions, Tokenizer, clean_caption, load_bert
+from flip import FLIP, FLIPConfig, official_name, official_state, rerank
+from kernels.attention import Sequences, attention
+from vit import ViT, ViTConfig, load_clip
+
+ROOT = Path(__file__).parent
+RECORDED = dict(np.load(ROOT / "golden.npz"))
+GOLDEN = {name: torch.from_numpy(value) for name, value in RECORDED.items() if value.dtype.kind != "U"}
+SENTENCES = json.loads(str(RECORDED["captions"]))
+GOLDEN_CONFIG = FLIPConfig(ViTConfig(image_size=32, patch_size=8, width=24, depth=4, heads=3),
+                           BertConfig(vocab_size=81, width=20, depth=3, heads=2, positions=66, dropout=0.0), 12, 8, 0.995)
+
+
+def close(found, expected, tolerance=1e-5):
+    torch.testing.assert_close(found.detach().to(expected.dtype), expected, rtol=0, atol=tolerance)
+
+
+def error_of(call, *args, **kwargs):
+    """The sentence with which a call refuses its input."""
+    with pytest.raises((ValueError, FileNotFoundError)) as caught:
+        call(*args, **kwargs)
+    return str(caught.value)
+
+
+# ---- kernels/attention.py ------------------------------------------------------------------------------------------
+def attention_one_by_one(q, k, v, q_sequences, k_sequences, kv_of):
+    """The definition, sequence by sequence, in whatever precision the inputs have."""
+    out = []
+    for p in range(len(q_sequences.lengths)):
+        s = p if kv_of is None else int(kv_of[p])
+        rows, columns = slice(*q_sequences.starts[p:p + 2]), slice(*k_sequences.starts[s:s + 2])
+        weights = (torch.einsum("qhd,khd->hqk", q[rows], k[columns]) * q.shape[-1] ** -0.5).softmax(-1)
+        out.append(torch.einsum("hqk,khd->qhd", weights, v[columns]))
+    return torch.cat(out)
+
+
+@pytest.mark.parametrize("query_lengths, key_lengths, kv_of", [
+    ([5, 5, 5], [5, 5, 5], None), ([3, 1, 17, 4], [3, 1, 17, 4], None), ([2, 9, 1, 4], [7, 7], [1, 0, 1, 1]),
+    ([1, 1, 1], [4, 9, 2], None), ([3, 8], [6, 2, 11], [2, 0])])
+def test_packed_attention_and_its_gradients_equal_the_definition_sequence_by_sequence(query_lengths, key_lengths, kv_of):
+    torch.manual_seed(0)
+    q_sequences, k_sequences = Sequences.of(query_lengths), Sequences.of(key_lengths)
+    inputs = [torch.randn(n, 2, 8, requires_grad=True) for n in (sum(query_lengths), sum(key_lengths), sum(key_lengths))]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    kv_of = None if kv_of is None else torch.tensor(kv_of)
+    found, expected = attention(*inputs, q_sequences, k_sequences, kv_of), attention_one_by_one(*exact, q_sequences, k_sequences, kv_of)
+    close(found.double(), expected, 1e-6)
+    weights = torch.randn_like(found)
+    (found * weights).sum().backward()
+    (expected * weights).sum().backward()
+    for x, y in zip(inputs, exact):
+        close(x.grad.double(), y.grad, 1e-5)
+
+
+# ---- vit.py --------------------------------------------------------------------------------------------------------
+def fill_torch_attention(theirs, ours):
+    theirs.in_proj_weight.data = torch.cat([ours.query.weight, ours.key.weight, ours.value.weight]).detach()
+    theirs.in_proj_bias.data = torch.cat([ours.query.bias, ours.key.bias, ours.value.bias]).detach()
+    theirs.out_proj.load_state_dict(ours.out.state_dict())
+
+
+def test_a_vit_block_equals_torchs_encoder_layer():
+    torch.manual_seed(0)
+    block = vit_module.Block(ViTConfig(width=32, heads=4))
+    theirs = nn.TransformerEncoderLayer(32, 4, 128, 0.0, vit_module.quick_gelu, batch_first=True, norm_first=True)
+    fill_torch_attention(theirs.self_attn, block.attention)
+    for ours, name in ((block.up, "linear1"), (block.down, "linear2"), (block.norm_attention, "norm1"), (block.norm_mlp, "norm2")):
+        nn.init.normal_(ours.weight), nn.init.normal_(ours.bias)
+        getattr(theirs, name).load_state_dict(ours.state_dict())
+    x = torch.randn(3, 7, 32)
+    close(block(x.flatten(0, 1), Sequences.uniform(3, 7)).unflatten(0, (3, 7)), theirs(x), 1e-4)
+
+
+def test_initial_values_are_clips():
+    vit = ViT(ViTConfig(image_size=32, patch_size=8, width=256, depth=6, heads=4))
+    block = vit.blocks[3]
+    for parameter, std in ((vit.patch_embedding.weight, 0.02), (vit.positions, 0.02), (vit.class_token, 256 ** -0.5),
+                           (block.attention.query.weight, 256 ** -0.5 * 12 ** -0.5), (block.attention.out.weight, 256 ** -0.5),
+                           (block.up.weight, 512 ** -0.5), (block.down.weight, 256 ** -0.5 * 12 ** -0.5)):
+        assert parameter.std().item() == pytest.approx(std, rel=0.15)
+
+
+def clip_file(folder, vit, suffix):
+    """The weights of `vit` as openai/clip-vit-base-patch16 spells them, among weights of CLIP's text half."""
+    weights = {"vision_model." + vit_module.rename(name, vit_module.CLIP_NAMES): tensor.clone() for name, tensor in vit.state_dict().items()}
+    weights |= {"text_model.final_layer_norm.weight": torch.ones(4), "logit_scale": torch.ones(()), "visual_projection.weight": torch.ones(2, 2),
+                "vision_model.embeddings.position_ids": torch.arange(17)[None]}
+    if suffix == ".safetensors":
+        from safetensors.torch import save_file
+        save_file(weights, folder / "model.safetensors")
+    else:
+        torch.save(weights, folder / "pytorch_model.bin")
+    return weights
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+def test_clip_weights_load_under_the_names_that_hugging_face_gives_them(tmp_path, suffix):
+    source, vit = ViT(GOLDEN_CONFIG.vit), ViT(GOLDEN_CONFIG.vit)
+    weights = clip_file(tmp_path, source, suffix)
+    official = {name.removeprefix("visual_encoder.").replace("post_layrnorm", "post_layernorm") for name in json.loads(str(RECORDED["base_shapes"]))
+                if name.startswith("visual_encoder.")}
+    assert {name for name in weights if name.startswith("vision_model.") and not ".layers." in name} == {name for name in official if not ".layers." in name}
+    load_clip(vit, tmp_path)
+    images = torch.randn(2, 3, 32, 32)
+    close(vit(images), source(images), 0)
+
+
+def test_clip_weights_for_another_image_size_have_their_position_table_resized(tmp_path):
+    source = ViT(GOLDEN_CONFIG.vit)
+    with torch.no_grad():
+        source.positions.copy_(torch.linspace(0, 1, 17)[:, None].expand(17, 24))
+    clip_file(tmp_path, source, ".bin")
+    vit = ViT(dataclasses.replace(GOLDEN_CONFIG.vit, image_size=64))
+    load_clip(vit, tmp_path)
+    grid = vit.positions[1:].unflatten(0, (8, 8))
+    close(vit.positions[0], source.positions[0], 0)
+    assert (grid[:, 1:] > grid[:, :-1]).all() and (grid[1:] > grid[:-1]).all(), "a rising table stays rising"
+    close(grid.mean((0, 1)), source.positions[1:].mean(0), 1e-3)
+
+
+# ---- bert.py -------------------------------------------------------------------------------------------------------
+def test_text_layers_equal_torchs_decoder_layers():
+    """torch's post-norm decoder layer is BERT's layer with cross-attention; its encoder layer is the one without."""
+    torch.manual_seed(0)
+    layer = bert_module.Layer(BertConfig(width=32, heads=4, dropout=0.0), image_width=32)
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    with_images = nn.TransformerDecoderLayer(32, 4, 128, 0.0, F.gelu, 1e-12, batch_first=True)
+    without = nn.TransformerEncoderLayer(32, 4, 128, 0.0, F.gelu, 1e-12, batch_first=True)
+    for theirs, norms in ((with_images, ("norm_attention", "norm_cross_attention", "norm_mlp")), (without, ("norm_attention", "norm_mlp"))):
+        fill_torch_attention(theirs.self_attn, layer.attention)
+        theirs.linear1.load_state_dict(layer.up.state_dict()), theirs.linear2.load_state_dict(layer.down.state_dict())
+        for number, name in enumerate(norms, start=1):
+            getattr(theirs, f"norm{number}").load_state_dict(getattr(layer, name).state_dict())
+    fill_torch_attention(with_images.multihead_attn, layer.cross_attention)
+    text, images, sequences = torch.randn(3, 6, 32), torch.randn(3, 9, 32), Sequences.uniform(3, 6)
+    close(layer(text.flatten(0, 1), sequences).unflatten(0, (3, 6)), without(text), 1e-5)
+    context = images.flatten(0, 1), Sequences.uniform(3, 9), None
+    close(layer(text.flatten(0, 1), sequences, context).unflatten(0, (3, 6)), with_images(text, images), 1e-5)
+
+
+def test_the_first_token_alone_is_what_the_whole_computation_gives_there():
+    torch.manual_seed(0)
+    bert = Bert(GOLDEN_CONFIG.bert, image_width=24).eval()
+    captions, images = Captions(torch.randint(5, 79, (14,)), Sequences.of([3, 7, 4])), torch.randn(2, 5, 24)
+    firsts = captions.sequences.firsts.long()
+    close(bert(captions, first_only=True), bert(captions)[firsts])
+    image_of = torch.tensor([1, 0, 1])
+    close(bert(captions, images, image_of, first_only=True), bert(captions, images, image_of)[firsts])
+
+
+def test_a_packed_caption_does_not_depend_on_its_neighbours():
+    torch.manual_seed(0)
+    bert = Bert(GOLDEN_CONFIG.bert, image_width=24).eval()
+    captions = Captions(torch.randint(5, 79, (14,)), Sequences.of([3, 7, 4]))
+    together = bert(captions)
+    for p, rows in enumerate(([0, 3], [3, 10], [10, 14])):
+        close(together[slice(*rows)], bert(captions.select(torch.tensor([p]))))
+
+
+def test_dropout_is_active_in_training_and_off_in_evaluation():
+    torch.manual_seed(0)
+    bert = Bert(dataclasses.replace(GOLDEN_CONFIG.bert, dropout=0.5), image_width=24)
+    captions = Captions(torch.arange(5, 12), Sequences.of([7]))
+    assert not torch.equal(bert(captions), bert(captions))
+    bert.eval()
+    close(bert(captions), bert(captions), 0)
+
+
+def test_bert_weights_load_with_token_type_zero_folded_in_and_new_parts_left_alone(tmp_path):
+    torch.manual_seed(0)
+    config = GOLDEN_CONFIG.bert
+    source, bert = Bert(config, image_width=24), Bert(config, image_width=24)
+    weights = {"bert." + bert_module.bert_name(name).replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): tensor.clone()
+               for name, tensor in source.state_dict().items() if "cross_attention" not in name}
+    weights["bert.embeddings.word_embeddings.weight"] = source.words.weight[:-2].detach().clone()
+    types = torch.randn(2, 20)
+    weights |= {"bert.embeddings.token_type_embeddings.weight": types, "bert.pooler.dense.weight": torch.ones(20, 20),
+                "cls.predictions.bias": torch.ones(79), "bert.embeddings.position_ids": torch.arange(66)[None]}
+    names = {name for name in json.loads(str(RECORDED["base_shapes"])) if name.startswith("text_encoder.") and "crossattention" not in name}
+    spelled = {name.replace("bert.", "text_encoder.", 1).replace("gamma", "weight").replace("beta", "bias") for name in weights if ".layer.0." in name}
+    assert spelled == {name for name in names if ".layer.0." in name}
+    torch.save(weights, tmp_path / "pytorch_model.bin")
+    own_words, own_cross = bert.words.weight[-2:].clone(), bert.layers[0].cross_attention.key.weight.clone()
+    load_bert(bert, tmp_path)
+    close(bert.positions, source.positions + types[0], 0)
+    close(bert.words.weight, torch.cat([source.words.weight[:-2], own_words]), 0)
+    close(bert.layers[0].cross_attention.key.weight, own_cross, 0)
+    close(bert.layers[1].down.weight, source.layers[1].down.weight, 0)
+
+
+def golden_tokenizer(folder):
+    (folder / "vocab.txt").write_text(str(RECORDED["vocab"]))
+    return Tokenizer.load(folder / "vocab.txt")
+
+
+def golden_captions(part):
+    """The recorded ids and masks of a part, packed."""
+    ids, mask = GOLDEN[f"{part}.input_ids"], GOLDEN[f"{part}.attention_mask"].bool()
+    return Captions(ids[mask], Sequences.of(mask.sum(-1)))
+
+
+def test_word_pieces_are_the_official_ones(tmp_path):
+    for part in ("train", "eval", "hard"):
+        found, expected = golden_tokenizer(tmp_path)(SENTENCES[part]), golden_captions(part)
+        assert found.ids.tolist() == expected.ids.tolist() and found.sequences.lengths.tolist() == expected.sequences.lengths.tolist()
+
+
+def test_a_tokenizer_is_the_same_from_vocab_txt_tokenizer_json_and_a_folder(tmp_path):
+    tokenizer = golden_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(tokenizer.to_json())
+    text = ["She is UNKNOWNWORD, bald!"]
+    for source in (tmp_path, tmp_path / "tokenizer.json"):
+        assert Tokenizer.load(source)(text).ids.tolist() == tokenizer(text).ids.tolist()
+
+
+def test_a_trained_vocabulary_knows_its_words_and_is_the_same_every_time():
+    captions = [data.caption(toyfaces.sample_attributes(np.random.default_rng(i)), np.random.default_rng(i))[0] for i in range(200)]
+    first, second = Tokenizer.train(captions), Tokenizer.train(captions)
+    assert first.to_json() == second.to_json()
+    ids = first(captions).ids
+    assert (ids != first.wordpiece.token_to_id("[UNK]")).all() and ids.max() < first.vocab_size - 2
+
+
+def test_captions_are_cleaned_and_cut_as_officially():
+    assert clean_caption('She (is) YOUNG!  With; a hat.\n') == "she is young with a hat"
+    assert clean_caption("o'clock, pale") == "o'clock, pale"
+    assert len(clean_caption("word " * 100).split()) == 65
+    long = Tokenizer.train(["word"])(["word " * 100])
+    assert long.sequences.longest == 65 and long.ids[-1] == 3, "65 tokens, [SEP] the last"
+
+
+# ---- losses.py -----------------------------------------------------------------------------------------------------
+def unit(*shape):
+    return F.normalize(torch.randn(*shape), dim=-1)
+
+
+def test_without_soft_targets_and_with_distinct_people_itc_is_cross_entropy_on_the_diagonal():
+    torch.manual_seed(0)
+    feature, keys = unit(5, 8), unit(12, 8)
+    found = losses.contrastive_loss(feature, unit(5, 8), keys, torch.arange(5), torch.arange(12), 0.1, alpha=0.0)
+    close(found, F.cross_entropy(feature @ keys.T / 0.1, torch.arange(5)), 1e-6)
+
+
+def test_with_soft_targets_alone_itc_is_cross_entropy_with_the_momentum_encoders_softmax():
+    torch.manual_seed(0)
+    feature, momentum, keys = unit(5, 8), unit(5, 8), unit(12, 8)
+    found = losses.contrastive_loss(feature, momentum, keys, torch.arange(5), torch.arange(12), 0.1, alpha=1.0)
+    close(found, F.cross_entropy(feature @ keys.T / 0.1, (momentum @ keys.T / 0.1).softmax(1)), 1e-6)
+
+
+def test_the_same_person_in_batch_and_queue_shares_the_positive_mass():
+    weights = losses.positives(torch.tensor([7, 8, 7]), torch.tensor([7, 8, 7, -100, 7, -100]))
+    close(weights, torch.tensor([[1, 0, 1, 0, 1, 0], [0, 3, 0, 0, 0, 0], [1, 0, 1, 0, 1, 0]]) / 3.0, 1e-7)
+
+
+def test_negatives_are_never_the_same_person_and_hardness_goes_from_even_to_softmax():
+    similarity, identity = torch.tensor([[1.0, 0.9, 0.2], [0.1, 1.0, 0.4], [0.9, 0.3, 1.0]]), torch.tensor([5, 6, 5])
+    even = losses.negative_probabilities(similarity, identity, identity, 0.001, hardness=0.0)
+    close(even, torch.tensor([[0, 1, 0], [0.5, 0, 0.5], [0, 1, 0]]), 1e-7)
+    hard = losses.negative_probabilities(similarity, identity, identity, 0.5, hardness=1.0)
+    close(hard[1], torch.tensor([0.1, -torch.inf, 0.4]).div(0.5).softmax(0), 1e-6)
+
+
+def test_a_negative_survives_similarities_that_would_vanish_beside_the_positive():
+    """exp(-2 / 0.001) is 0 in float32: softmax first and mask later would leave a row without mass."""
+    similarity = torch.tensor([[1.0, -1.0], [-1.0, 1.0]])
+    close(losses.negative_probabilities(similarity, torch.arange(2), torch.arange(2), 0.001), torch.tensor([[0.0, 1], [1, 0]]), 0)
+
+
+def test_recall_counts_the_best_of_an_images_captions_and_ties_against_us():
+    image_of_text = torch.tensor([0, 0, 1])
+    image_to_text = torch.tensor([[0.1, 0.9, 0.5], [0.7, 0.7, 0.7]])
+    metrics = losses.retrieval_metrics(image_to_text, image_to_text.T, image_of_text)
+    assert metrics["txt_r1"] == 50 and metrics["txt_r5"] == 100
+    assert metrics["img_r1"] == pytest.approx(100 * 2 / 3)
+
+
+# ---- flip.py: the official numbers ---------------------------------------------------------------------------------
+@pytest.fixture
+def official(tmp_path):
+    """The official checkpoint, as a file in its own format, loaded."""
+    weights = {name.removeprefix("checkpoint."): tensor for name, tensor in GOLDEN.items() if name.startswith("checkpoint.")}
+    torch.save({"model": weights, "optimizer": {}, "config": {}, "epoch": 0}, tmp_path / "official_checkpoint.pth")
+    return FLIP.from_pretrained(tmp_path / "official_checkpoint.pth", GOLDEN_CONFIG)
+
+
+def test_the_official_checkpoint_loads_with_nothing_missing_or_left_over_and_saves_back_the_same(official):
+    saved = official_state(official)
+    expected = {name.removeprefix("checkpoint."): tensor for name, tensor in GOLDEN.items() if name.startswith("checkpoint.")}
+    assert saved.keys() == expected.keys()
+    for name in expected:
+        assert saved[name].dtype == expected[name].dtype and torch.equal(saved[name], expected[name]), name
+
+
+def test_tokens_and_features_are_the_official_ones(official):
+    official.eval()
+    captions, real = golden_captions("eval"), GOLDEN["eval.attention_mask"].bool()
+    tokens, features = official.encode_image(GOLDEN["eval.images"])
+    close(tokens, GOLDEN["eval.image_tokens"])
+    for k, hidden in enumerate(official.student.image(GOLDEN["eval.images"], return_hidden=True)[1][:3]):
+        close(hidden, GOLDEN[f"eval.hidden.layer_{k}"])
+    close(features, GOLDEN["eval.image_feat"])
+    close(official.student.text(captions), GOLDEN["eval.text_tokens"][real])
+    close(official.encode_text(captions), GOLDEN["eval.text_feat"])
+
+
+@pytest.mark.parametrize("first", ["enc", "cls"])
+def test_joint_tokens_and_matching_logits_are_the_official_ones(official, first):
+    official.eval()
+    text = official.student.text
+    captions = golden_captions("eval").starting_with(text.enc_token if first == "enc" else 2)
+    joint = text(captions, official.encode_image(GOLDEN["eval.images"])[0], GOLDEN["eval.pair_image"])
+    close(joint, GOLDEN[f"eval.joint_tokens_{first}"][GOLDEN["eval.attention_mask"].bool()])
+    close(official.matching_head(joint[captions.sequences.firsts.long()]), GOLDEN[f"eval.itm_logits_{first}"])
+
+
+def official_step(model, part, alpha, identity, index=...):
+    """Momentum update and losses in the official order, on the recorded batch."""
+    mask = GOLDEN[f"{part}.attention_mask"][index].bool()
+    captions = Captions(GOLDEN[f"{part}.input_ids"][index][mask], Sequences.of(mask.sum(-1)))
+    model.update_momentum()
+    return model(GOLDEN[f"{part}.images"][index], captions, identity, float(alpha))
+
+
+def test_losses_and_every_gradient_norm_of_a_step_are_the_official_ones(official):
+    out = official_step(official.train(), "train", GOLDEN["train.alpha"], GOLDEN["train.pair_ids"])
+    close(out.itc, GOLDEN["train.loss_itc"])
+    close(out.itm, GOLDEN["train.loss_itm"])
+    (out.itc + out.itm).backward()
+    gradients = {official_name(name): p.grad for name, p in official.named_parameters() if p.requires_grad}
+    assert {f"train.grad_norm.{name}" for name in gradients} == {name for name in GOLDEN if name.startswith("train.grad_norm.")}
+    for name, gradient in gradients.items():
+        assert gradient.norm().item() == pytest.approx(GOLDEN[f"train.grad_norm.{name}"].item(), rel=1e-5, abs=1e-6), name
+    for name in (name.removeprefix("train.grad.") for name in GOLDEN if name.startswith("train.grad.")):
+        close(gradients[name], GOLDEN[f"train.grad.{name}"], 1e-5 * GOLDEN[f"train.grad_norm.{name}"].item())
+
+
+def test_queue_identities_pointer_and_momentum_weights_after_a_step_are_the_official_ones(official):
+    out = official_step(official.train(), "train", GOLDEN["train.alpha"], GOLDEN["train.pair_ids"])
+    official.enqueue(out.image_keys, out.text_keys, out.identity)
+    state = official_state(official)
+    for name in (name for name in GOLDEN if name.startswith("after_step.")):
+        close(state[name.removeprefix("after_step.")], GOLDEN[name], 1e-6)
+
+
+def test_ten_official_steps_with_a_queue_that_wraps_come_out_the_same(official):
+    trained = [p for p in official.train().parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.05)
+    for i in range(10):
+        out = official_step(official, "run", GOLDEN["run.alpha"][i], torch.tensor([2 * i, 2 * i + 1]), i)
+        close(out.itc, GOLDEN["run.loss_itc"][i])
+        close(out.itm, GOLDEN["run.loss_itm"][i])
+        optimizer.zero_grad()
+        (out.itc + out.itm).backward()
+        official.enqueue(out.image_keys, out.text_keys, out.identity)
+        optimizer.step()
+        official.clamp_temperature()
+    state = official_state(official)
+    for name in (name for name in GOLDEN if name.startswith("run.final.")):
+        close(state[name.removeprefix("run.final.")], GOLDEN[name])
+
+
+def test_probabilities_of_negatives_and_the_loss_of_the_likeliest_are_the_official_ones(official):
+    identity, captions = GOLDEN["hard.pair_ids"], golden_captions("hard")
+    image_tokens, image_features = official.encode_image(GOLDEN["hard.images"])
+    similarity = official.encode_text(captions) @ image_features.T
+    image_of_text = losses.negative_probabilities(similarity, identity, identity, official.temperature)
+    text_of_image = losses.negative_probabilities(similarity.T, identity, identity, official.temperature)
+    close(image_of_text, GOLDEN["hard.probability_image_of_text"])
+    close(text_of_image, GOLDEN["hard.probability_text_of_image"])
+    assert torch.equal(image_of_text.argmax(1), GOLDEN["hard.negative_image_of_text"])
+    assert torch.equal(text_of_image.argmax(1), GOLDEN["hard.negative_text_of_image"])
+    close(official.matching(image_tokens, captions, image_of_text.argmax(1), text_of_image.argmax(1)), GOLDEN["hard.loss_itm"])
+
+
+@pytest.mark.parametrize("k, suffix", [(3, "_k"), (256, "")])
+def test_reranked_scores_are_the_official_ones_when_read_from_cls_as_there(official, monkeypatch, k, suffix):
+    official.eval()
+    monkeypatch.setattr(Captions, "starting_with", lambda captions, token: captions)
+    captions = golden_captions("eval")
+    image_tokens, image_features = official.encode_image(GOLDEN["eval.images"])
+    scores = rerank(official, image_tokens, captions, (image_features @ official.encode_text(captions).T).detach(), k)
+    for found, name in zip(scores, ("i2t", "t2i")):
+        close(torch.where(found < -50, -100, found), GOLDEN[f"eval.score_{name}{suffix}"])
+    if not suffix:
+        assert losses.retrieval_metrics(*scores, torch.arange(8)) == pytest.approx(json.loads(str(RECORDED["retrieval_metrics"])))
+
+
+def test_what_is_not_reranked_keeps_the_order_of_its_cosine(official):
+    official.eval()
+    captions = golden_captions("eval")
+    image_tokens, image_features = official.encode_image(GOLDEN["eval.images"])
+    similarity = (image_features @ official.encode_text(captions).T).detach()
+    image_to_text, text_to_image = rerank(official, image_tokens, captions, similarity, k=3)
+    for scores, cosine in ((image_to_text, similarity), (text_to_image, similarity.T)):
+        assert ((scores > -50).sum(1) == 3).all()
+        for row, by_cosine in zip(scores, cosine):
+            assert row.argsort(descending=True)[3:].tolist() == by_cosine.argsort(descending=True)[3:].tolist()
+
+
+def test_base_has_the_papers_223453187_parameters_and_all_1049_official_names_load_and_save_back(tmp_path):
+    shapes = json.loads(str(RECORDED["base_shapes"]))
+    with torch.device("meta"):
+        model = FLIP(FLIPConfig())
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 223_453_187
+    torch.save({"model": {name: torch.zeros(shape, dtype=torch.int64 if name.endswith(("_ids", "idx_queue", "ptr_queue")) else torch.float32)
+                          for name, shape in shapes.items()}}, tmp_path / "FLIP-base.pth")
+    loaded = FLIP.from_pretrained(tmp_path / "FLIP-base.pth")
+    assert loaded.config == dataclasses.replace(FLIPConfig())
+    saved = official_state(loaded)
+    assert len(saved) == 1049 and {name: list(tensor.shape) for name, tensor in saved.items()} == shapes
+
+
+def test_the_large_model_has_the_large_vits_own_configuration():
+    vit, bert, embed_dim = train.MODELS["large"]
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in ViT(vit).parameters())
+    assert (vit.width, vit.depth, vit.heads) == (1024, 24, 16) and parameters == 303_301_632     # CLIP's ViT-L/16 vision tower
+
+
+# ---- flip.py: state ------------------------------------------------------------------------------------------------
+def small_flip(queue_size=8, dropout=0.0):
+    torch.manual_seed(0)
+    return FLIP(dataclasses.replace(GOLDEN_CONFIG, queue_size=queue_size, bert=dataclasses.replace(GOLDEN_CONFIG.bert, dropout=dropout)))
+
+
+def test_a_batch_that_does_not_fit_before_the_end_of_the_queue_wraps():
+    model = small_flip(queue_size=5)
+    for first in (0, 3, 6):
+        ids = torch.arange(first, first + 3)
+        model.enqueue(ids[:, None].expand(3, 12).float(), -ids[:, None].expand(3, 12).float(), ids)
+    assert model.queue_identity.tolist() == [5, 6, 7, 8, 4] and model.queue_pointer.item() == 4
+    assert model.image_queue[:, 0].tolist() == [5, 6, 7, 8, 4] and model.text_queue[:, 3].tolist() == [-5, -6, -7, -8, -4]
+
+
+def test_forward_changes_nothing_and_the_temperature_is_clamped_by_the_loop(official):
+    before = {name: tensor.clone() for name, tensor in official.state_dict().items()}
+    mode = official.training
+    official(GOLDEN["train.images"], golden_captions("train"), GOLDEN["train.pair_ids"])
+    assert official.training == mode and all(torch.equal(before[name], tensor) for name, tensor in official.state_dict().items())
+    for value, expected in ((-1.0, 0.001), (0.07, 0.07), (3.0, 0.5)):
+        official.temperature.data.fill_(value)
+        official.clamp_temperature()
+        assert official.temperature.item() == pytest.approx(expected)
+
+
+def test_negatives_are_drawn_with_their_probabilities():
+    model, generator = small_flip(), torch.Generator().manual_seed(0)
+    torch.manual_seed(1)
+    images, texts, identity = unit(4, 12), unit(4, 12), torch.tensor([1, 2, 1, 3])
+    model.temperature.data.fill_(0.5)
+    draws = [model.draw_negatives(images, texts, identity, 1.0, generator) for _ in range(3000)]
+    for side, similarity in ((0, texts @ images.T), (1, images @ texts.T)):
+        found = torch.stack([F.one_hot(draw[side], 4) for draw in draws]).double().mean(0)
+        close(found.float(), losses.negative_probabilities(similarity, identity, identity, 0.5), 0.03)
+
+
+def test_our_checkpoint_brings_model_configuration_and_vocabulary(tmp_path):
+    model = small_flip()
+    model.tokenizer = Tokenizer.train(["a smiling woman"])
+    flip_module.write_whole(model.checkpoint(), tmp_path / "flip.pt")
+    loaded = FLIP.from_pretrained(tmp_path / "flip.pt")
+    assert loaded.config == model.config and loaded.tokenizer.to_json() == model.tokenizer.to_json()
+    assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_checkpoint_is_written_whole_or_not_at_all(tmp_path):
+    flip_module.write_whole({"model": 1}, tmp_path / "flip.pt")
+    with pytest.raises(Exception):
+        flip_module.write_whole({"model": lambda: None}, tmp_path / "flip.pt")      # cannot be pickled
+    assert torch.load(tmp_path / "flip.pt") == {"model": 1}
+
+
+# ---- train.py ------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    return str(tmp_path_factory.mktemp("cache"))
+
+
+def quick(out, cache, **changes):
+    """A run of a few steps on a few drawn faces, with every part of the recipe in use."""
+    settings = train.RECIPES["tiny"] | dict(
+        out=str(out), cache=cache, faces=48, validation=20, steps=8, batch_size=8, queue_size=20, queue_from=0.25, itm_from=0.1,
+        itm_every=1, hard_ramp=(0.2, 0.6), alpha_ramp=(0.2, 0.8), warmup=2, log_every=1, eval_every=100)
+    return train.Config(**settings | changes)
+
+
+def losses_of(out):
+    """[(step, itc, itm)] of the log."""
+    lines = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+    return [(line["step"], line["itc"], line["itm"]) for line in lines if "itc" in line]
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(tmp_path_factory, cache):
+    out = tmp_path_factory.mktemp("uninterrupted")
+    train.train(quick(out, cache))
+    return out
+
+
+@pytest.mark.parametrize("stop_after", [1, 4, 7])
+def test_a_run_stopped_after_any_step_and_resumed_has_the_losses_of_one_never_stopped(tmp_path, cache, uninterrupted, monkeypatch, stop_after):
+    class Pressed(list):
+        """Ctrl-C during step `stop_after`: the loop asks once a step whether it was pressed."""
+        asked = 0
+
+        def __bool__(self):
+            self.asked += 1
+            return self.asked >= stop_after
+
+    monkeypatch.setattr(train, "stop_on_interrupt", Pressed)
+    with pytest.raises(SystemExit, match=f"stopped after step {stop_after}"):
+        train.train(quick(tmp_path, cache))
+    monkeypatch.setattr(train, "stop_on_interrupt", list)
+    train.train(quick(tmp_path, cache, resume=True))
+    assert losses_of(tmp_path) == losses_of(uninterrupted)
+
+
+def test_a_run_leaves_checkpoint_log_curves_and_sheet_and_the_checkpoint_evaluates_the_same(uninterrupted, cache):
+    assert {path.name for path in uninterrupted.iterdir()} >= {"flip.pt", "log.jsonl", "curves.png", "retrieval.png"}
+    for name in ("curves.png", "retrieval.png"):
+        Image.open(uninterrupted / name).load()
+    config = quick(uninterrupted, cache)
+    metrics, _ = train.evaluate(FLIP.from_pretrained(uninterrupted / "flip.pt"), train.Validation.of(train.open_data(config)[1]), config)
+    logged = json.loads((uninterrupted / "log.jsonl").read_text().splitlines()[-1])
+    assert metrics == pytest.approx({name: logged[name] for name in metrics})
+
+
+def test_two_processes_have_the_losses_of_one_with_the_same_global_batch(tmp_path, cache, uninterrupted):
+    changes = dict(batch_size=4)
+    script = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); import torch, train, test_all; torch.set_num_threads(1); "
+              f"train.train(test_all.quick({str(tmp_path)!r}, {cache!r}, **{changes!r}))")
+    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(29500 + os.getpid() % 1000), "WORLD_SIZE": "2"}
+    processes = [subprocess.Popen([sys.executable, "-c", script], env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                                  stderr=subprocess.PIPE, text=True) for rank in range(2)]
+    errors = [process.communicate(timeout=240)[1] for process in processes]
+    assert all(process.returncode == 0 for process in processes), errors
+    one, two = losses_of(uninterrupted), losses_of(tmp_path)
+    assert len(one) == len(two) == 8
+    np.testing.assert_allclose(np.array(two, float), np.array(one, float), atol=1e-4)
+    queues = [FLIP.from_pretrained(out / "flip.pt").state_dict() for out in (uninterrupted, tmp_path)]
+    for name in ("queue_identity", "queue_pointer", "image_queue", "text_queue"):
+        close(queues[1][name].double(), queues[0][name].double(), 1e-4)
+
+
+def test_two_micro_batches_give_the_gradient_of_their_mean(cache, tmp_path):
+    """Up to the queue, which the second already sees filled by the first."""
+    config = quick(tmp_path, cache, accumulate=2, queue_from=1.0, alpha_ramp=(1, 2), momentum_ramp=0, clip_grad=0.0)
+    faces, _ = train.open_data(config)
+    model = train.build_model(config, train.sample_captions(faces)).train()
+    micro = list(zip(range(2), data.Batches(faces, model.tokenizer, 48, 8).from_step(0)))
+    gradients = []
+
+    class Optimizer(torch.optim.SGD):
+        def step(self):
+            gradients.append(model.student.image.class_token.grad.clone())
+    optimizer = train.build_optimizer(model, config)
+    optimizer = Optimizer([{**group, "lr": 0.0} for group in optimizer.param_groups], lr=0.0)
+    for batches in ([micro[0][1]], [micro[1][1]], [micro[0][1], micro[1][1]]):
+        train.train_step(model, model, optimizer, batches, 0, config, 3)
+    close(gradients[2], (gradients[0] + gradients[1]) / 2, 1e-6)
+
+
+def test_every_trained_parameter_is_in_one_optimiser_group_and_only_matrices_decay(cache, tmp_path):
+    model = small_flip()
+    optimizer = train.build_optimizer(model, quick(tmp_path, cache))
+    grouped = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(grouped) == sorted(id(p) for p in model.parameters() if p.requires_grad)
+    assert all((p.ndim > 1) == (group["weight_decay"] > 0) for group in optimizer.param_groups for p in group["params"])
+    everything = train.build_optimizer(model, quick(tmp_path, cache, decay_all=True))
+    assert all(group["weight_decay"] == 0.05 for group in everything.param_groups if group["params"])
+
+
+def test_the_base_recipe_is_the_papers():
+    config = train.Config(**train.RECIPES["base"] | {"model": "base", "steps": 15 * 23_925})
+    rate = lambda step: train.learning_rate(step, config, 23_925)
+    assert rate(0) == pytest.approx(1e-6) and rate(10_000) == pytest.approx(1.55e-5) and rate(20_000) == 3e-5
+    assert rate(23_924) == 3e-5 and rate(23_925 * 3) == pytest.approx(3e-5 * 0.9 ** 3) and rate(23_925 * 40) == 1e-6
+    for step in (0, 1000, 23_925, 60_000, 300_000):
+        assert train.alpha_at(step, config) == pytest.approx(0.4 * min(1, step / (2 * 23_925)))
+        assert train.momentum_at(step, config) == 0.995 and train.queue_length_at(step, config) == 61_440
+        assert train.hardness_at(step, config) == 1 and train.itm_at(step, config)
+
+
+def test_the_tiny_recipe_starts_gently_and_ends_with_everything_on():
+    config = train.parse_arguments([])
+    first, last = 0, config.steps - 1
+    assert train.momentum_at(first, config) == 0 and train.momentum_at(last, config) == config.momentum
+    assert train.alpha_at(first, config) == 0 and train.alpha_at(last, config) == config.alpha
+    assert train.queue_length_at(first, config) == 0 and train.queue_length_at(last, config) == config.queue_size
+    assert not train.itm_at(first, config) and any(train.itm_at(last - k, config) for k in range(config.itm_every))
+    assert train.hardness_at(config.itm_from * config.steps, config) == 0 and train.hardness_at(last, config) == 1
+
+
+def test_flags_are_the_configurations_fields_and_recipes_yield_to_them():
+    assert train.parse_arguments(["--steps", "7", "--no-small_init", "--hard_ramp", "0.1", "0.2"]) == train.Config(
+        **train.RECIPES["tiny"] | dict(steps=7, small_init=False, hard_ramp=(0.1, 0.2)))
+    assert train.parse_arguments(["--model", "base"]) == train.Config(model="base")
+    with pytest.raises(SystemExit):
+        train.parse_arguments(["--leanring_rate", "1"])
+
+
+def test_a_retrieval_table_stands_beside_chance_and_both_references(uninterrupted, cache):
+    validation = train.Validation.of(train.open_data(quick(uninterrupted, cache))[1])
+    metrics = {f"{prefix}{way}_r{k}": 10.0 for prefix in ("", "itc_") for way in ("img", "txt") for k in (1, 5, 10)}
+    lines = train.table(metrics, validation).splitlines()
+    assert [line.split(" | ")[0][2:] for line in lines[2:]] == ["chance", "consistency", "ceiling", "this model, ITC alone",
+                                                                  "this model, re-ranked", "share of consistency", "share of ceiling"]
+    assert lines[2].split(" | ")[1:4] == ["5.0", "25.0", "50.0"]
