@@ -4,11 +4,13 @@ Numbers are held against something that we did not write: golden.npz (recorded f
 with random weights and dropout 0), torch's own modules, closed forms. `pytest -m slow` runs the long ones.
 """
 import dataclasses
-import io
+import itertools
 import json
 import os
+import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -18,14 +20,15 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 
-import bert as bert_module
+import bert
 import data
 import flip as flip_module
 import losses
 import toyfaces
 import train
-import vit as vit_module
+import vit
 from bert import Bert, BertConfig, Captions, Tokenizer, clean_caption, load_bert
+from data import ATTRIBUTES, FACTS
 from flip import FLIP, FLIPConfig, official_name, official_state, rerank
 from kernels.attention import Sequences, attention
 from vit import ViT, ViTConfig, load_clip
@@ -88,8 +91,8 @@ def fill_torch_attention(theirs, ours):
 
 def test_a_vit_block_equals_torchs_encoder_layer():
     torch.manual_seed(0)
-    block = vit_module.Block(ViTConfig(width=32, heads=4))
-    theirs = nn.TransformerEncoderLayer(32, 4, 128, 0.0, vit_module.quick_gelu, batch_first=True, norm_first=True)
+    block = vit.Block(ViTConfig(width=32, heads=4))
+    theirs = nn.TransformerEncoderLayer(32, 4, 128, 0.0, vit.quick_gelu, batch_first=True, norm_first=True)
     fill_torch_attention(theirs.self_attn, block.attention)
     for ours, name in ((block.up, "linear1"), (block.down, "linear2"), (block.norm_attention, "norm1"), (block.norm_mlp, "norm2")):
         nn.init.normal_(ours.weight), nn.init.normal_(ours.bias)
@@ -99,17 +102,17 @@ def test_a_vit_block_equals_torchs_encoder_layer():
 
 
 def test_initial_values_are_clips():
-    vit = ViT(ViTConfig(image_size=32, patch_size=8, width=256, depth=6, heads=4))
-    block = vit.blocks[3]
-    for parameter, std in ((vit.patch_embedding.weight, 0.02), (vit.positions, 0.02), (vit.class_token, 256 ** -0.5),
+    encoder = ViT(ViTConfig(image_size=32, patch_size=8, width=256, depth=6, heads=4))
+    block = encoder.blocks[3]
+    for parameter, std in ((encoder.patch_embedding.weight, 0.02), (encoder.positions, 0.02), (encoder.class_token, 256 ** -0.5),
                            (block.attention.query.weight, 256 ** -0.5 * 12 ** -0.5), (block.attention.out.weight, 256 ** -0.5),
                            (block.up.weight, 512 ** -0.5), (block.down.weight, 256 ** -0.5 * 12 ** -0.5)):
         assert parameter.std().item() == pytest.approx(std, rel=0.15)
 
 
-def clip_file(folder, vit, suffix):
+def clip_file(folder, encoder, suffix):
     """The weights of `vit` as openai/clip-vit-base-patch16 spells them, among weights of CLIP's text half."""
-    weights = {"vision_model." + vit_module.rename(name, vit_module.CLIP_NAMES): tensor.clone() for name, tensor in vit.state_dict().items()}
+    weights = {"vision_model." + vit.rename(name, vit.CLIP_NAMES): tensor.clone() for name, tensor in encoder.state_dict().items()}
     weights |= {"text_model.final_layer_norm.weight": torch.ones(4), "logit_scale": torch.ones(()), "visual_projection.weight": torch.ones(2, 2),
                 "vision_model.embeddings.position_ids": torch.arange(17)[None]}
     if suffix == ".safetensors":
@@ -122,14 +125,14 @@ def clip_file(folder, vit, suffix):
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
 def test_clip_weights_load_under_the_names_that_hugging_face_gives_them(tmp_path, suffix):
-    source, vit = ViT(GOLDEN_CONFIG.vit), ViT(GOLDEN_CONFIG.vit)
+    source, encoder = ViT(GOLDEN_CONFIG.vit), ViT(GOLDEN_CONFIG.vit)
     weights = clip_file(tmp_path, source, suffix)
     official = {name.removeprefix("visual_encoder.").replace("post_layrnorm", "post_layernorm") for name in json.loads(str(RECORDED["base_shapes"]))
                 if name.startswith("visual_encoder.")}
     assert {name for name in weights if name.startswith("vision_model.") and not ".layers." in name} == {name for name in official if not ".layers." in name}
-    load_clip(vit, tmp_path)
+    load_clip(encoder, tmp_path)
     images = torch.randn(2, 3, 32, 32)
-    close(vit(images), source(images), 0)
+    close(encoder(images), source(images), 0)
 
 
 def test_clip_weights_for_another_image_size_have_their_position_table_resized(tmp_path):
@@ -137,10 +140,10 @@ def test_clip_weights_for_another_image_size_have_their_position_table_resized(t
     with torch.no_grad():
         source.positions.copy_(torch.linspace(0, 1, 17)[:, None].expand(17, 24))
     clip_file(tmp_path, source, ".bin")
-    vit = ViT(dataclasses.replace(GOLDEN_CONFIG.vit, image_size=64))
-    load_clip(vit, tmp_path)
-    grid = vit.positions[1:].unflatten(0, (8, 8))
-    close(vit.positions[0], source.positions[0], 0)
+    encoder = ViT(dataclasses.replace(GOLDEN_CONFIG.vit, image_size=64))
+    load_clip(encoder, tmp_path)
+    grid = encoder.positions[1:].unflatten(0, (8, 8))
+    close(encoder.positions[0], source.positions[0], 0)
     assert (grid[:, 1:] > grid[:, :-1]).all() and (grid[1:] > grid[:-1]).all(), "a rising table stays rising"
     close(grid.mean((0, 1)), source.positions[1:].mean(0), 1e-3)
 
@@ -149,7 +152,7 @@ def test_clip_weights_for_another_image_size_have_their_position_table_resized(t
 def test_text_layers_equal_torchs_decoder_layers():
     """torch's post-norm decoder layer is BERT's layer with cross-attention; its encoder layer is the one without."""
     torch.manual_seed(0)
-    layer = bert_module.Layer(BertConfig(width=32, heads=4, dropout=0.0), image_width=32)
+    layer = bert.Layer(BertConfig(width=32, heads=4, dropout=0.0), image_width=32)
     for parameter in layer.parameters():
         nn.init.normal_(parameter, std=0.3)
     with_images = nn.TransformerDecoderLayer(32, 4, 128, 0.0, F.gelu, 1e-12, batch_first=True)
@@ -168,37 +171,37 @@ def test_text_layers_equal_torchs_decoder_layers():
 
 def test_the_first_token_alone_is_what_the_whole_computation_gives_there():
     torch.manual_seed(0)
-    bert = Bert(GOLDEN_CONFIG.bert, image_width=24).eval()
+    encoder = Bert(GOLDEN_CONFIG.bert, image_width=24).eval()
     captions, images = Captions(torch.randint(5, 79, (14,)), Sequences.of([3, 7, 4])), torch.randn(2, 5, 24)
     firsts = captions.sequences.firsts.long()
-    close(bert(captions, first_only=True), bert(captions)[firsts])
+    close(encoder(captions, first_only=True), encoder(captions)[firsts])
     image_of = torch.tensor([1, 0, 1])
-    close(bert(captions, images, image_of, first_only=True), bert(captions, images, image_of)[firsts])
+    close(encoder(captions, images, image_of, first_only=True), encoder(captions, images, image_of)[firsts])
 
 
 def test_a_packed_caption_does_not_depend_on_its_neighbours():
     torch.manual_seed(0)
-    bert = Bert(GOLDEN_CONFIG.bert, image_width=24).eval()
+    encoder = Bert(GOLDEN_CONFIG.bert, image_width=24).eval()
     captions = Captions(torch.randint(5, 79, (14,)), Sequences.of([3, 7, 4]))
-    together = bert(captions)
+    together = encoder(captions)
     for p, rows in enumerate(([0, 3], [3, 10], [10, 14])):
-        close(together[slice(*rows)], bert(captions.select(torch.tensor([p]))))
+        close(together[slice(*rows)], encoder(captions.select(torch.tensor([p]))))
 
 
 def test_dropout_is_active_in_training_and_off_in_evaluation():
     torch.manual_seed(0)
-    bert = Bert(dataclasses.replace(GOLDEN_CONFIG.bert, dropout=0.5), image_width=24)
+    encoder = Bert(dataclasses.replace(GOLDEN_CONFIG.bert, dropout=0.5), image_width=24)
     captions = Captions(torch.arange(5, 12), Sequences.of([7]))
-    assert not torch.equal(bert(captions), bert(captions))
-    bert.eval()
-    close(bert(captions), bert(captions), 0)
+    assert not torch.equal(encoder(captions), encoder(captions))
+    encoder.eval()
+    close(encoder(captions), encoder(captions), 0)
 
 
 def test_bert_weights_load_with_token_type_zero_folded_in_and_new_parts_left_alone(tmp_path):
     torch.manual_seed(0)
     config = GOLDEN_CONFIG.bert
-    source, bert = Bert(config, image_width=24), Bert(config, image_width=24)
-    weights = {"bert." + bert_module.bert_name(name).replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): tensor.clone()
+    source, encoder = Bert(config, image_width=24), Bert(config, image_width=24)
+    weights = {"bert." + bert.bert_name(name).replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): tensor.clone()
                for name, tensor in source.state_dict().items() if "cross_attention" not in name}
     weights["bert.embeddings.word_embeddings.weight"] = source.words.weight[:-2].detach().clone()
     types = torch.randn(2, 20)
@@ -208,12 +211,12 @@ def test_bert_weights_load_with_token_type_zero_folded_in_and_new_parts_left_alo
     spelled = {name.replace("bert.", "text_encoder.", 1).replace("gamma", "weight").replace("beta", "bias") for name in weights if ".layer.0." in name}
     assert spelled == {name for name in names if ".layer.0." in name}
     torch.save(weights, tmp_path / "pytorch_model.bin")
-    own_words, own_cross = bert.words.weight[-2:].clone(), bert.layers[0].cross_attention.key.weight.clone()
-    load_bert(bert, tmp_path)
-    close(bert.positions, source.positions + types[0], 0)
-    close(bert.words.weight, torch.cat([source.words.weight[:-2], own_words]), 0)
-    close(bert.layers[0].cross_attention.key.weight, own_cross, 0)
-    close(bert.layers[1].down.weight, source.layers[1].down.weight, 0)
+    own_words, own_cross = encoder.words.weight[-2:].clone(), encoder.layers[0].cross_attention.key.weight.clone()
+    load_bert(encoder, tmp_path)
+    close(encoder.positions, source.positions + types[0], 0)
+    close(encoder.words.weight, torch.cat([source.words.weight[:-2], own_words]), 0)
+    close(encoder.layers[0].cross_attention.key.weight, own_cross, 0)
+    close(encoder.layers[1].down.weight, source.layers[1].down.weight, 0)
 
 
 def golden_tokenizer(folder):
@@ -440,10 +443,12 @@ def test_base_has_the_papers_223453187_parameters_and_all_1049_official_names_lo
 
 
 def test_the_large_model_has_the_large_vits_own_configuration():
-    vit, bert, embed_dim = train.MODELS["large"]
+    image_config, _, _ = train.MODELS["large"]
     with torch.device("meta"):
-        parameters = sum(p.numel() for p in ViT(vit).parameters())
-    assert (vit.width, vit.depth, vit.heads) == (1024, 24, 16) and parameters == 303_301_632     # CLIP's ViT-L/16 vision tower
+        parameters = sum(p.numel() for p in ViT(image_config).parameters())
+    assert (image_config.width, image_config.depth, image_config.heads) == (1024, 24, 16)
+    # torchvision's vit_l_16 without its classifier has 303,301,632; CLIP has a LayerNorm more and no patch bias
+    assert parameters == 303_301_632 + 2 * 1024 - 1024
 
 
 # ---- flip.py: state ------------------------------------------------------------------------------------------------
@@ -497,6 +502,329 @@ def test_a_checkpoint_is_written_whole_or_not_at_all(tmp_path):
     with pytest.raises(Exception):
         flip_module.write_whole({"model": lambda: None}, tmp_path / "flip.pt")      # cannot be pickled
     assert torch.load(tmp_path / "flip.pt") == {"model": 1}
+
+
+def random_faces(count, seed=0):
+    rng = np.random.default_rng(seed)
+    return np.array([toyfaces.sample_attributes(rng) for _ in range(count)])
+
+
+def with_true(*names):
+    return np.isin(ATTRIBUTES, names)
+
+
+# ---- data.py: the caption grammar ------------------------------------------------------------------------------------------
+def facts_read_back(text):
+    """The facts a reader finds in a text, by looking for every phrase of the grammar's table."""
+    text, found = text.lower(), set()
+    for fact, phrases in zip(FACTS, data.PHRASES):
+        for kind, words in phrases:
+            pattern = re.escape(words.lower()).replace(r"\{his\}", "(his|her|their)")
+            if kind in data.PARTS:      # "a big, pointy nose" or "her nose is pointy and big"
+                others = "|".join(re.escape(w) for p in data.PHRASES for k, w in p if k == kind)
+                pattern = rf"\b{pattern}(, ({others}))* {kind}\b|\b(his|her|their) {kind} (is|are) (({others}) and )*{pattern}\b"
+            if re.search(rf"\b({pattern})\b", text):
+                found.add(fact)
+    for fact, pronouns in (("Male", "he|his"), ("not Male", "she|her")):
+        if re.search(rf"\b({pronouns})\b", text):
+            found.add(fact)
+    return found
+
+
+def test_a_caption_says_what_it_reports_and_nothing_else():
+    rng = np.random.default_rng(1)
+    for attributes in random_faces(3000):
+        text, stated = data.caption(attributes, rng)
+        assert facts_read_back(text) == {FACTS[i] for i in np.flatnonzero(data.facts_said(stated))}, text
+        assert data.consistent(stated[None], attributes[None]).all()
+        if stated[ATTRIBUTES.index("Male")] == 0:
+            assert re.search(r"\b(person|individual|they|their)\b", text.lower()) or "photo" in text or "picture" in text
+
+
+def test_every_phrase_of_the_grammar_reads_back_alone():
+    class Choose:       # dice that prefer one phrase of the table and else take the first
+        def __init__(self, phrase, clause): self.phrase, self.clause = phrase, clause
+        def choice(self, options): return self.phrase if self.phrase in options else options[0]
+        def random(self): return 0.0 if self.clause else 0.99
+        def randrange(self, *_): return 0
+        def sample(self, items, n): return list(items)
+        def shuffle(self, items): pass
+    for fact, phrases in enumerate(data.PHRASES):
+        for phrase, clause in itertools.product(phrases, (False, True)):
+            text = data.write([fact], Choose(phrase, clause))
+            assert facts_read_back(text) == {FACTS[fact]}, text
+
+
+def test_captions_have_the_lengths_and_the_variety_of_flips():
+    rng = np.random.default_rng(2)
+    words = [data.caption(attributes, rng)[0].split() for attributes in random_faces(5000)]
+    lengths = np.array([len(text) for text in words])
+    assert lengths.min() >= 10 and lengths.max() <= 75 and 26 < lengths.mean() < 32
+    assert 20 <= np.bincount(lengths // 3 * 3).argmax() + 1 <= 27
+    assert len({gram for text in words for gram in zip(text, text[1:], text[2:], text[3:])}) > 25_000
+
+
+def test_a_face_that_has_every_attribute_still_gets_its_caption():
+    text, stated = data.caption(np.ones(40, dtype=bool), np.random.default_rng(0))
+    assert (stated >= 0).all() and len(text.split()) >= 10
+
+
+@pytest.mark.parametrize("names", [("Male", "Young"), ("Male", "Smiling", "Bald"), ("Bangs", "Blond_Hair", "Young")])
+def test_log_likelihood_is_what_simulation_finds(names):
+    """Over all sets a face's captions can state: the probabilities add to 1 and agree with 20,000 captions drawn."""
+    attributes, draws, rng = with_true(*names), 20_000, np.random.default_rng(0)
+    seen = Counter(data.caption(attributes, rng)[1].tobytes() for _ in range(draws))
+    stated = np.array([np.frombuffer(key, dtype=np.int8) for key in seen])
+    expected = np.exp(data.log_likelihood(stated, attributes[None]))[:, 0]
+    observed = np.array(list(seen.values())) / draws
+    assert abs(expected.sum() - 1) < 1e-3
+    assert (abs(observed - expected) < 4.5 * np.sqrt(expected / draws)).all()
+
+
+def test_log_likelihood_rules_out_faces_that_contradict_the_caption():
+    faces = random_faces(300)
+    stated = np.stack([data.caption(attributes, np.random.default_rng(0))[1] for attributes in faces])
+    assert (np.isfinite(data.log_likelihood(stated, faces)) == data.consistent(stated, faces)).all()
+    for t, n in np.random.default_rng(1).integers(300, size=(500, 2)):      # the definition, one fact at a time
+        fits = all(s == 0 or (s > 0) == a for s, a in zip(stated[t], faces[n]))
+        assert data.consistent(stated[t:t + 1], faces[n:n + 1])[0, 0] == fits
+
+
+def test_recall_shares_ties_by_chance():
+    scores = np.array([[0., 0, 0, 0], [2, 1, 1, 0], [3, 2, 1, 3], [0, 0, 0, 1]])
+    recall = data.expected_recall(scores, k=(1, 2, 3))
+    assert recall == pytest.approx({1: (1/4 + 0 + 0 + 1) / 4, 2: (2/4 + 1/2 + 0 + 1) / 4, 3: (3/4 + 1 + 0 + 1) / 4})
+
+
+def test_references_on_captions_worked_by_hand():
+    """Two men, one of them bald. 'A bald young man' fits one face, 'a young man' fits both, unsaid baldness hints."""
+    attributes = np.stack([with_true("Male", "Young", "Bald"), with_true("Male", "Young")])
+    stated = attributes.astype(np.int8)
+    references = data.reference_recalls(stated, attributes, k=(1,))
+    assert references["consistency"]["text_to_image"][1] == pytest.approx((1 + 1 / 2) / 2)
+    assert references["consistency"]["image_to_text"][1] == pytest.approx((1 / 2 + 1) / 2)
+    assert references["ceiling"]["text_to_image"][1] == 1 and references["ceiling"]["image_to_text"][1] == 1
+
+
+def test_drawn_captions_are_as_hard_as_planned():
+    faces, rng = random_faces(1000), np.random.default_rng(0)
+    stated = np.stack([data.caption(attributes, rng)[1] for attributes in faces])
+    references = data.reference_recalls(stated, faces)
+    for direction in ("text_to_image", "image_to_text"):
+        assert all(references["ceiling"][direction][k] > references["consistency"][direction][k] for k in (1, 5, 10))
+    assert 0.6 < references["consistency"]["text_to_image"][5] < 0.8
+
+
+# ---- data.py: readers ------------------------------------------------------------------------------------------------------
+def write_celeba(folder, kaggle=False, count=6):
+    images = folder / "img_align_celeba" / ("img_align_celeba" if kaggle else ".")
+    images.mkdir(parents=True)
+    attributes, names = random_faces(count), [f"{i + 1:06d}.jpg" for i in range(count)]
+    for i, name in enumerate(names):
+        Image.new("RGB", (178, 218), (40 * i, 90, 60)).save(images / name)
+    rows = [[name, *np.where(row, "1", "-1")] for name, row in zip(names, attributes)]
+    parts = [[name, "0" if i < count - 2 else str(i - count + 3)] for i, name in enumerate(names)]
+    if kaggle:
+        rows, parts = [["image_id", *ATTRIBUTES], *rows], [["image_id", "partition"], *parts]
+        (folder / "list_attr_celeba.csv").write_text("\n".join(",".join(row) for row in rows))
+        (folder / "list_eval_partition.csv").write_text("\n".join(",".join(row) for row in parts))
+    else:
+        lines = [f"{count}", " ".join(ATTRIBUTES) + " ", *("  ".join(row) for row in rows)]
+        (folder / "list_attr_celeba.txt").write_text("\n".join(lines) + "\n")
+        (folder / "list_eval_partition.txt").write_text("\n".join(" ".join(row) for row in parts) + "\n")
+    return attributes
+
+
+@pytest.mark.parametrize("kaggle", [False, True])
+def test_celeba_is_read_in_its_own_and_in_kaggles_layout(tmp_path, kaggle):
+    attributes = write_celeba(tmp_path, kaggle)
+    train, val, test = (data.open_faces(tmp_path, split) for split in ("train", "val", "test"))
+    assert (train.attributes == attributes[:4]).all() and (test.attributes == attributes[5:]).all()
+    assert [len(faces) for faces in (train, val, test)] == [4, 1, 1]
+    assert val.picture(0).size == (178, 218) and val.pictures[0].name == "000005.jpg"
+    assert val.caption(0, np.random.default_rng(0)) == data.caption(attributes[4], np.random.default_rng(0))[0]
+
+
+def edit(path, old, new):
+    path.write_text(path.read_text().replace(old, new, 1))
+
+
+@pytest.mark.parametrize("spoil, sentence", [
+    (lambda d: edit(d / "list_attr_celeba.txt", "000005.jpg  1", "000005.jpg") or edit(d / "list_attr_celeba.txt", "000005.jpg  -1", "000005.jpg"),
+     "CelebA: list_attr_celeba.txt line 7 has 39 values, expected 40 (000005.jpg)"),
+    (lambda d: edit(d / "list_attr_celeba.txt", "000002.jpg  -1", "000002.jpg  0"), "line 4 has the value '0', expected 1 or -1 (000002.jpg)"),
+    (lambda d: edit(d / "list_attr_celeba.txt", "Bald", "Bold"), "line 2 should name the 40 attributes"),
+    (lambda d: edit(d / "list_eval_partition.txt", "000003.jpg 0", "000003.jpg 7"), "list_eval_partition.txt line 3 is '000003.jpg 7'"),
+    (lambda d: (d / "list_eval_partition.txt").write_text("000009.jpg 0\n"), "line 1 names 000009.jpg, which list_attr_celeba does not have"),
+    (lambda d: (d / "list_eval_partition.txt").write_text("000001.jpg 1\n"), "CelebA train: no faces"),
+    (lambda d: (d / "list_eval_partition.txt").unlink(), "list_eval_partition.txt (or .csv) is not in"),
+    (lambda d: (d / "img_align_celeba/000004.jpg").unlink(), "CelebA train: 1 of 4 pictures are not there, the first is"),
+])
+def test_a_faulty_celeba_is_refused_with_one_sentence(tmp_path, spoil, sentence):
+    write_celeba(tmp_path)
+    spoil(tmp_path)
+    with pytest.raises((ValueError, FileNotFoundError)) as error:
+        data.open_faces(tmp_path, "train")
+    assert sentence in str(error.value) and "\n" not in str(error.value)
+
+
+def write_captions(folder, records=None, name="train.json"):
+    folder.mkdir(exist_ok=True)
+    (folder / "images").mkdir(exist_ok=True)
+    for i in range(4):
+        Image.new("RGB", (50, 60), (60 * i, 90, 60)).save(folder / "images" / f"{i}.png")
+    records = records or [{"image": f"{i}.png", "image_id": "ab"[i // 2], "caption": [f"face {i}", f"the face {i}"]} for i in range(4)]
+    (folder / name).write_text(records if isinstance(records, str) else json.dumps(records))
+    return folder
+
+
+def test_a_caption_list_is_read_with_its_identities(tmp_path):
+    faces = data.open_faces(write_captions(tmp_path), "train")
+    assert faces.identity.tolist() == [0, 0, 1, 1] and faces.captions[3] == ["face 3", "the face 3"]
+    assert {faces.caption(1, np.random.default_rng(s)) for s in range(20)} == {"face 1", "the face 1"}
+    assert faces.subset([3, 1]).captions == [faces.captions[3], faces.captions[1]]
+
+
+def test_one_caption_list_is_split_so_that_a_person_is_in_one_part(tmp_path):
+    write_captions(tmp_path, [{"image": f"{i % 4}.png", "image_id": i // 2, "caption": "a face"} for i in range(800)], "all.json")
+    parts = [set(data.open_faces(tmp_path, split).identity.tolist()) for split in ("train", "val", "test")]
+    assert len(set.union(*parts)) == sum(map(len, parts)) == 400 and len(parts[0]) > 330
+
+
+@pytest.mark.parametrize("records, sentence", [
+    ('[{"image": "0.png",\n "caption" "a face"}]', "train.json: not valid json: Expecting ':' delimiter: line 2 column 12"),
+    ('{"image": "0.png"}', "train.json: expected a list of records, found a dict"),
+    ([{"caption": "a face"}], 'record 0 (counted from 0) has no "image" with a path'),
+    ([{"image": "0.png"}], 'record 0 (counted from 0) has no "caption" that is a text or a list of texts (0.png)'),
+    ([{"image": "0.png", "caption": ["a face", " . !"]}], "0.png has an empty caption"),
+    ([{"image": "7.png", "caption": "a face"}], "1 of 1 pictures are not there"),
+    ("[]", "train.json: no faces"),
+])
+def test_a_faulty_caption_list_is_refused_with_one_sentence(tmp_path, records, sentence):
+    with pytest.raises((ValueError, FileNotFoundError)) as error:
+        data.open_faces(write_captions(tmp_path, records), "train")
+    assert sentence in str(error.value) and "\n" not in str(error.value)
+
+
+def test_an_unknown_folder_is_told_what_layouts_are_known(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere: no such folder"):
+        data.open_faces(tmp_path / "nowhere", "train")
+    with pytest.raises(ValueError, match="found neither CelebA"):
+        data.open_faces(tmp_path, "train")
+
+
+def spoil_pictures(folder):
+    """Cut the JPEG of face 1 short, make face 2 a text file."""
+    write_celeba(folder)
+    images = folder / "img_align_celeba"
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 255, (218, 178, 3), dtype=np.uint8)).save(images / "000002.jpg")
+    (images / "000002.jpg").write_bytes((images / "000002.jpg").read_bytes()[:9000])
+    (images / "000003.jpg").write_text("not a picture")
+    return data.celeba(folder, "train")
+
+
+def test_a_damaged_picture_is_named(tmp_path):
+    faces = spoil_pictures(tmp_path)
+    with pytest.raises(ValueError, match=r"^CelebA train: .*000002.jpg \(record 1\) cannot be read: image file is truncated"):
+        faces.picture(1)
+    with pytest.raises(ValueError, match=r"000003.jpg \(record 2\) is not a picture$"):
+        faces.picture(2)
+    with pytest.raises(ValueError, match="2 of 4 pictures are bad"):
+        data.check_pictures(faces)
+
+
+def test_drawn_faces_are_kept_and_an_interrupted_drawing_leaves_nothing(tmp_path, monkeypatch):
+    faces = data.drawn_faces(5, 24, 3, tmp_path)
+    image, attributes = toyfaces.face(4, 3, 24)
+    assert (faces.pictures[4] == np.asarray(image)).all() and (faces.attributes[4] == attributes).all()
+    monkeypatch.setattr(toyfaces, "face", lambda *_: pytest.fail("drawn again"))
+    assert (data.drawn_faces(5, 24, 3, tmp_path).pictures == faces.pictures).all()
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(data, "tqdm", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        data.drawn_faces(6, 24, 3, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+# ---- augmentation and loader --------------------------------------------------------------------------------------
+def test_augmentation_moves_pixels_as_the_recipe_says():
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (224, 224, 3), dtype=np.uint8))
+    pixels = {name: np.asarray(operation(image, 1)) for name, operation in data.AUGMENTATIONS.items()}
+    for name in ("identity", "brightness", "sharpness"):
+        assert (pixels[name] == np.asarray(image)).all()
+    assert (pixels["translate x"][:, :-5] == np.asarray(image)[:, 5:]).all() and (pixels["translate x"][:, -5:] == 128).all()
+    assert (pixels["translate y"][:-5] == np.asarray(image)[5:]).all()
+    assert (pixels["shear x"][200, -29:] == 128).all() and (pixels["rotate"][0, 0] == 128).all()
+
+
+def test_augmentation_changes_five_in_nine_pictures_beyond_mirroring():
+    """Two draws, each skipped by chance 1/2 or one of three operations (of nine) that change nothing: (2/3)^2 unchanged."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (16, 16, 3), dtype=np.uint8))
+    plain, flipped = image.tobytes(), image.transpose(Image.Transpose.FLIP_LEFT_RIGHT).tobytes()
+    rng = np.random.default_rng(0)
+    seen = [data.augment(image, rng).tobytes() for _ in range(3000)]
+    assert abs(seen.count(plain) / 3000 - 2 / 9) < 0.03 and abs(seen.count(flipped) / 3000 - 2 / 9) < 0.03
+
+
+def drawn(count=20, size=16):
+    pairs = [toyfaces.face(i, 0, size) for i in range(count)]
+    return data.Faces("drawn", np.stack([np.asarray(image) for image, _ in pairs]), np.arange(count), np.stack([a for _, a in pairs]))
+
+
+TOKENIZER = bert.Tokenizer.train([data.caption(a, np.random.default_rng(i))[0] for i, a in enumerate(random_faces(200))], 300)
+
+
+def take(batches, start, count):
+    return list(itertools.islice(batches.from_step(start), count))
+
+
+def same(a, b):
+    return torch.equal(a.images, b.images) and torch.equal(a.captions.ids, b.captions.ids) and torch.equal(a.identity, b.identity)
+
+
+def test_batches_are_the_same_for_any_number_of_workers_and_from_any_step():
+    faces, size, n = drawn(), 16, 4
+    whole = take(data.Batches(faces, TOKENIZER, size, n, seed=7), 0, 12)
+    assert all(map(same, whole, take(data.Batches(faces, TOKENIZER, size, n, seed=7, workers=2), 0, 12)))
+    assert all(map(same, whole[7:], take(data.Batches(faces, TOKENIZER, size, n, seed=7), 7, 5)))
+    assert not same(whole[0], take(data.Batches(faces, TOKENIZER, size, n, seed=8), 0, 1)[0])
+    epochs = [torch.cat([batch.identity for batch in whole[e:e + 5]]).tolist() for e in (0, 5)]
+    assert epochs[0] != epochs[1] and sorted(epochs[0]) == sorted(epochs[1]) == list(range(20))
+
+
+def test_parts_of_the_processes_make_the_batch_of_one():
+    faces = drawn()
+    whole = take(data.Batches(faces, TOKENIZER, 16, 4), 3, 4)
+    parts = [take(data.Batches(faces, TOKENIZER, 16, 2, rank=rank, world=2), 3, 4) for rank in (0, 1)]
+    for batch, first, second in zip(whole, *parts):
+        assert torch.equal(batch.images, torch.cat([first.images, second.images]))
+        assert torch.equal(batch.captions.ids, torch.cat([first.captions.ids, second.captions.ids]))
+
+
+def test_the_loader_draws_nothing_from_the_models_random_numbers():
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    take(data.Batches(drawn(), TOKENIZER, 16, 4), 0, 3)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_a_damaged_picture_reaches_the_user_as_one_sentence_from_a_worker(tmp_path):
+    faces = spoil_pictures(tmp_path)
+    with pytest.raises(ValueError, match=r"^CelebA train: .*00000[23].jpg \(record [12]\) (cannot be read: .*|is not a picture)$") as error:
+        take(data.Batches(faces, TOKENIZER, 16, 4, workers=1), 0, 1)
+    assert "\n" not in str(error.value)
+
+
+def test_batches_without_negatives_or_faces_are_refused():
+    faces = drawn(6)
+    with pytest.raises(ValueError, match=r"drawn: 6 faces are fewer than a batch of 8 \(2 processes x 4\)"):
+        data.Batches(faces, TOKENIZER, 16, 4, world=2)
+    faces.identity[:] = 3
+    with pytest.raises(ValueError, match=r"batch 2 shows only one person \(identity 3\)"):
+        take(data.Batches(faces, TOKENIZER, 16, 3), 2, 1)
 
 
 # ---- train.py ------------------------------------------------------------------------------------------------------
