@@ -29,7 +29,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageEnhance, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageEnhance, ImageFont, ImageOps
 from tqdm import tqdm
 
 import bert
@@ -370,12 +370,9 @@ class Faces:
         if not isinstance(self.pictures, list):
             return Image.fromarray(self.pictures[i])
         try:
-            with Image.open(self.pictures[i]) as image:
-                return image.convert("RGB")         # reads the file to its end
-        except UnidentifiedImageError:
-            raise ValueError(f"{self.name}: {self.where(i)} (record {i}) is not a picture") from None
-        except Exception as error:                  # Pillow raises OSError, SyntaxError and others for damaged files
-            raise ValueError(f"{self.name}: {self.where(i)} (record {i}) cannot be read: {error}") from None
+            return vit.open_picture(self.pictures[i])
+        except ValueError as error:
+            raise ValueError(f"{self.name}, record {i}: {error}") from None
 
     def caption(self, i, rng):
         """One of the captions of face i, or a new one from the grammar."""

@@ -35,7 +35,7 @@ from tqdm import tqdm
 from bert import MAX_TOKENS, Bert, BertConfig, Captions, Tokenizer, bert_name
 from kernels.attention import Sequences, pad
 from losses import contrastive_loss, matching_loss, negative_probabilities
-from vit import CLIP_NAMES, ViT, ViTConfig, copy_weights, rename, resize_positions, to_tensor
+from vit import CLIP_NAMES, ViT, ViTConfig, copy_weights, open_picture, rename, resize_positions, to_tensor
 
 
 @dataclass(frozen=True)
@@ -386,15 +386,6 @@ def fit_text(pen, text, font, width):
 
 # ---- search: python flip.py ----------------------------------------------------------------------------------------
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-
-
-def open_picture(path):
-    """A complete RGB image, or ValueError with a sentence."""
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except Exception as error:
-        raise ValueError(f"{path}: not a picture that can be read completely ({error})") from error
 
 
 @torch.no_grad()

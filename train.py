@@ -99,8 +99,8 @@ class Config:
                 raise ValueError(f"--{name} {getattr(self, name)}: expected at least 1")
 
 
-TINY = (ViTConfig(image_size=48, patch_size=8, width=128, depth=3, heads=2),
-        BertConfig(vocab_size=0, width=128, depth=2, heads=2, positions=66, dropout=0.0), 128)
+TINY = (ViTConfig(image_size=48, patch_size=8, width=128, depth=3, heads=4),
+        BertConfig(vocab_size=0, width=128, depth=2, heads=4, positions=66, dropout=0.0), 128)
 MODELS = {"tiny": TINY, "base": (ViTConfig(), BertConfig(), 256),
           "large": (ViTConfig(width=1024, depth=24, heads=16), BertConfig(), 256)}
 
@@ -198,7 +198,9 @@ def build_model(config, captions):
 @torch.no_grad()
 def initialise_small(model):
     """Xavier for all linear layers; in the text encoder's self-attention, values and outputs larger, so that what the
-    caption says reaches [CLS] through a post-norm encoder that was never trained."""
+    caption says reaches [CLS] through a post-norm encoder that was never trained; the image encoder's positions as large
+    as what the patches bring, so that it can tell an eyebrow from a moustache."""
+    nn.init.normal_(model.student.image.positions, std=0.3)
     for module in model.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from kernels.attention import Sequences, attention
 
@@ -47,13 +47,25 @@ class ViTConfig:
 # CLIP's statistics of an RGB image in [0, 1]
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)
 STD = np.array([0.26862954, 0.26130258, 0.27577711], dtype=np.float32)
+SCALE, OFFSET = 1 / (255 * STD), MEAN / STD     # one multiplication and one subtraction a pixel
+
+
+def open_picture(path):
+    """A complete RGB image, upright as its camera noted; ValueError with a sentence when the file is damaged or none."""
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except UnidentifiedImageError:
+        raise ValueError(f"{path} is not a picture") from None
+    except Exception as error:                      # Pillow raises OSError, SyntaxError and others for damaged files
+        raise ValueError(f"{path} cannot be read completely: {error}") from None
 
 
 def to_tensor(image, size):
     """A PIL image -> float32 (3, size, size): resized without cropping (section 4.2), then CLIP's normalisation."""
     if image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.BICUBIC)
-    pixels = (np.asarray(image.convert("RGB"), dtype=np.float32) / 255 - MEAN) / STD
+    pixels = np.asarray(image.convert("RGB"), dtype=np.float32) * SCALE - OFFSET
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
@@ -256,7 +268,7 @@ def main():
     vit = ViT(config).eval()
     if args.clip:
         load_clip(vit, args.clip)
-    image = Image.open(args.image) if args.image else Image.new("RGB", (178, 218), "grey")
+    image = open_picture(args.image) if args.image else Image.new("RGB", (178, 218), "grey")
     pixels = to_tensor(image, config.image_size)[None]
     with torch.no_grad():
         tokens, hidden = vit(pixels, return_hidden=True)
