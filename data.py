@@ -737,7 +737,7 @@ def main():
     parser.add_argument("--split", default="train", choices=("train", "val", "test"), help="part of --data (%(default)s)")
     parser.add_argument("--out", default="sheet.png", help="where the sheet goes (%(default)s)")
     parser.add_argument("--count", type=int, default=12, help="faces on the sheet (%(default)s)")
-    parser.add_argument("--cache", default="out", help="folder that keeps drawn faces (%(default)s)")
+    parser.add_argument("--cache", default="cache", help="folder that keeps drawn faces (%(default)s)")
     args = parser.parse_args()
     faces = open_faces(args.data, args.split) if args.data else drawn_faces(1000, 192, seed=0, folder=args.cache)
     print_statistics(faces)

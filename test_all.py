@@ -963,3 +963,105 @@ def test_a_retrieval_table_stands_beside_chance_and_both_references(uninterrupte
     assert [line.split(" | ")[0][2:] for line in lines[2:]] == ["chance", "consistency", "ceiling", "this model, ITC alone",
                                                                   "this model, re-ranked", "share of consistency", "share of ceiling"]
     assert lines[2].split(" | ")[1:4] == ["5.0", "25.0", "50.0"]
+
+
+# ---- flip.py and the other scripts ---------------------------------------------------------------------------------
+@pytest.fixture
+def folder_of_faces(tmp_path):
+    folder = tmp_path / "my faces"
+    folder.mkdir()
+    for i in range(6):
+        toyfaces.face(i, seed=5, size=64)[0].save(folder / f"{i}.png")
+    (folder / "notes.jpg").write_text("no picture")
+    return folder
+
+
+def run(module, monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["script", *map(str, arguments)])
+    module.main()
+
+
+def test_search_ranks_a_folder_writes_a_sheet_names_what_it_cannot_read_and_reuses_features(uninterrupted, folder_of_faces, tmp_path, monkeypatch, capsys):
+    arguments = ("--checkpoint", uninterrupted / "flip.pt", "--images", folder_of_faces, "--out", tmp_path / "found.png", "--top", 4, "a smiling woman")
+    run(flip_module, monkeypatch, *arguments)
+    first = capsys.readouterr().out
+    assert "notes.jpg is not a picture" in first and "best of 6 faces" in first
+    lines = [line.split(maxsplit=2) for line in first.splitlines() if line.endswith(".png") and "sheet" not in line]
+    assert len(lines) == 4 and all(-1 <= float(itc) <= 1 and 0 <= float(itm) <= 1 for itc, itm, _ in lines)
+    assert Image.open(tmp_path / "found.png").width > 4 * 100
+    opened = []
+    monkeypatch.setattr(flip_module, "open_picture", lambda path: opened.append(path.name) or vit.open_picture(path))
+    toyfaces.face(9, seed=5, size=64)[0].save(folder_of_faces / "new.png")
+    monkeypatch.setattr(flip_module, "search", lambda model, features, *_: [(path, 0.0, 0.0) for path in features])
+    run(flip_module, monkeypatch, *arguments)
+    encoded = opened[:-7]                                   # the last seven are opened for the sheet
+    assert "new.png" in encoded and not any(name[0].isdigit() for name in encoded)
+
+
+def test_search_finds_the_faces_that_rank_best_by_matching_logit_plus_cosine(uninterrupted, folder_of_faces, tmp_path):
+    model = FLIP.from_pretrained(uninterrupted / "flip.pt").eval()
+    features = flip_module.folder_features(model, folder_of_faces, tmp_path / "features.pt")
+    found = flip_module.search(model, features, "a smiling woman", top=6)
+    captions = model.tokenizer(["a smiling woman"])
+    scores = {}
+    with torch.no_grad():
+        for path in features:
+            tokens, feature = model.encode_image(vit.to_tensor(vit.open_picture(path), 48)[None])
+            scores[path] = (feature @ model.encode_text(captions).T + model.match(tokens, captions)[:, 1]).item()
+    assert [path for path, _, _ in found] == sorted(scores, key=scores.get, reverse=True)
+
+
+@pytest.mark.parametrize("script, arguments, shows", [
+    ("vit.py", [], "class token first"), ("bert.py", ["a smiling woman"], "[CLS]"),
+    ("data.py", ["--count", "2", "--cache", "{tmp}", "--out", "{tmp}/sheet.png"], "distinct"),
+    ("toyfaces.py", ["--out", "{tmp}/faces", "--count", "3", "--size", "48"], "")])
+def test_every_file_runs_and_shows_what_it_is_about(tmp_path, script, arguments, shows):
+    command = [sys.executable, str(ROOT / script), *(argument.format(tmp=tmp_path) for argument in arguments)]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0 and shows in result.stdout, result.stderr
+
+
+# ---- bad input -----------------------------------------------------------------------------------------------------
+def test_a_vocabulary_without_cls_is_refused(tmp_path):
+    (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[SEP]\nwoman\n")
+    assert "vocab.txt: the vocabulary has no [CLS]" in error_of(Tokenizer.load, tmp_path / "vocab.txt")
+
+
+def test_a_checkpoint_of_other_sizes_is_refused_with_the_first_that_differ(uninterrupted):
+    config = dataclasses.replace(FLIP.from_pretrained(uninterrupted / "flip.pt").config, embed_dim=64)
+    sentence = error_of(FLIP.from_pretrained, uninterrupted / "flip.pt", config)
+    assert "flip.pt does not fit this model" in sentence and "has shape" in sentence and "expected" in sentence
+
+
+def test_weights_that_are_left_over_or_missing_are_named(official, tmp_path):
+    state = official_state(official)
+    torch.save({"model": state | {"surprise": torch.ones(1)}}, tmp_path / "more.pth")
+    assert "surprise" in error_of(FLIP.from_pretrained, tmp_path / "more.pth", GOLDEN_CONFIG)
+    del state["text_proj.weight"]
+    torch.save({"model": state}, tmp_path / "less.pth")
+    assert "text_proj.weight is missing" in error_of(FLIP.from_pretrained, tmp_path / "less.pth", GOLDEN_CONFIG)
+    assert "pass config=" in error_of(FLIP.from_pretrained, tmp_path / "more.pth")
+
+
+def test_files_that_are_no_checkpoints_are_refused(tmp_path):
+    assert "no such checkpoint" in error_of(FLIP.from_pretrained, tmp_path / "absent.pt")
+    (tmp_path / "noise.pt").write_bytes(b"noise" * 100)
+    assert "noise.pt: not a checkpoint" in error_of(FLIP.from_pretrained, tmp_path / "noise.pt")
+
+
+def test_resuming_with_other_flags_is_refused_by_name(uninterrupted, cache):
+    sentence = error_of(train.train, quick(uninterrupted, cache, resume=True, lr=0.5))
+    assert "--lr 0.001" in sentence and "0.5" in sentence
+
+
+def test_a_damaged_picture_met_in_training_costs_nothing_that_was_learned(tmp_path):
+    write_celeba(tmp_path, count=40)
+    (tmp_path / "img_align_celeba" / "000012.jpg").write_bytes(b"not a picture")
+    config = quick(tmp_path / "out", "", data=str(tmp_path), batch_size=4, steps=30)
+    sentence = error_of(train.train, config)
+    assert "000012.jpg is not a picture" in sentence
+    step = torch.load(tmp_path / "out" / "flip.pt")["training"]["step"]
+    assert step == len(losses_of(tmp_path / "out")) > 0
+    Image.new("RGB", (178, 218)).save(tmp_path / "img_align_celeba" / "000012.jpg")
+    train.train(dataclasses.replace(config, resume=True))
+    assert len(losses_of(tmp_path / "out")) == 30
