@@ -8,9 +8,9 @@
 Both modes share all other weights. They differ in the first token: [CLS] asks "what does this say?", [ENC] asks "does it
 say that of this image?", and what comes out at its place is the answer.
 
-Captions are packed (see kernels/attention.py): nothing is ever computed for padding. Departures from the official code,
-which pads to 65 tokens, projects the keys and values of an image again for every caption that reads it, and drops BERT's
-token-type embedding: type 0 is added to every token in BERT, so here it is folded into the position table on loading.
+Departures: the official code pads every caption to 65 tokens, projects an image's keys and values again for each caption,
+and drops BERT's token-type embedding. Here captions are packed (see kernels/attention.py) and nothing is padded, an image
+is projected once, and type 0, which BERT adds to every token, is folded into the positions on loading.
 
 Shapes: P captions, N tokens of all captions together, I images of L tokens each, D width.
 Run `python bert.py "a smiling woman"` to see what a sentence becomes.
@@ -20,8 +20,8 @@ import os
 import re
 from collections import Counter
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")    # data workers are forked; the tokenizer's threads are not
 
@@ -31,7 +31,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from kernels.attention import Sequences
-from vit import Attention, copy_weights, download, read_weights, rename
+from vit import Attention, copy_weights, download, first_line, read_weights, rename
 
 
 @dataclass(frozen=True)
@@ -49,35 +49,38 @@ class BertConfig:
 
 
 # ---- from text to tokens ------------------------------------------------------------------------------------------
-MAX_WORDS = 65
+WORDS_KEPT = 65
 MAX_TOKENS = 65     # with [CLS] and [SEP]
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
-def clean_caption(text, max_words=MAX_WORDS):
+def clean_caption(text, max_words=WORDS_KEPT):
     """Lower case, the punctuation . ! " ( ) * # : ; ~ as spaces, at most `max_words` words (as BLIP cleans captions)."""
     return " ".join(re.sub(r'[.!"()*#:;~]', " ", text.lower()).split()[:max_words])
 
 
-class Captions(NamedTuple):
+@dataclass(frozen=True)
+class Captions:
     """P tokenised captions in one list."""
     ids: torch.Tensor       # (N,) int64
     sequences: Sequences    # where each caption lies
+
+    def pin_memory(self):   # torch's loader asks for it, so that the copy to a GPU need not be waited for
+        return Captions(self.ids.pin_memory(), self.sequences)
 
     def to(self, device):
         return Captions(self.ids.to(device, non_blocking=True), self.sequences.to(device))
 
     def __len__(self):
-        return len(self.sequences.lengths)
+        return len(self.sequences)
 
     def select(self, indices):
         """The captions numbered `indices` (a CPU tensor; repeats allowed), packed again."""
-        lengths = self.sequences.lengths[indices]
-        firsts = (self.sequences.lengths.cumsum(0) - self.sequences.lengths)[indices]   # where each chosen one begins
-        begins = lengths.cumsum(0) - lengths                                            # and where it will begin
-        source = torch.arange(int(lengths.sum())) + (firsts - begins).repeat_interleave(lengths)
-        device = self.ids.device
-        return Captions(self.ids[source.to(device, non_blocking=True)], Sequences.of(lengths, device))
+        device, lengths = self.ids.device, self.sequences.lengths
+        chosen = Sequences.of(lengths[indices], device)
+        begins = (lengths.cumsum(0) - lengths)[indices]                         # where each chosen one lies now
+        source = begins.repeat_interleave(chosen.lengths) + chosen.places
+        return Captions(self.ids[source.to(device, non_blocking=True)], chosen)
 
     def starting_with(self, token):
         """The same captions with `token` for their first token."""
@@ -106,7 +109,7 @@ class Tokenizer:
     def __call__(self, texts):
         encoded = self.wordpiece.encode_batch([clean_caption(text) for text in texts], add_special_tokens=False)
         ids = [[self.cls, *pieces.ids[:MAX_TOKENS - 2], self.sep] for pieces in encoded]
-        return Captions(torch.tensor(sum(ids, [])), Sequences.of([len(caption) for caption in ids]))
+        return Captions(torch.tensor(list(chain.from_iterable(ids))), Sequences.of([len(caption) for caption in ids]))
 
     def tokens(self, captions):
         """The pieces of packed captions as text, for people to read."""
@@ -118,11 +121,10 @@ class Tokenizer:
     @staticmethod
     def from_json(text, source="vocabulary"):
         try:
-            return Tokenizer(tokenizers.Tokenizer.from_str(text), source)
+            wordpiece = tokenizers.Tokenizer.from_str(text)
         except Exception as error:
-            if "no [" in str(error):
-                raise
-            raise ValueError(f"{source}: not a tokenizer.json: {str(error).splitlines()[0]}") from error
+            raise ValueError(f"{source}: not a tokenizer.json: {first_line(error)}") from error
+        return Tokenizer(wordpiece, source)
 
     @staticmethod
     def from_vocabulary(pieces, source="vocabulary"):
@@ -151,7 +153,7 @@ class Tokenizer:
         return Tokenizer.from_vocabulary(text.splitlines(), str(path))
 
     @staticmethod
-    def train(captions, vocab_size=5000):
+    def train(captions, most_words=5000):
         """A vocabulary from captions of one's own: their most frequent words, and the letters to spell all others with.
 
         (The library's WordPiece trainer breaks ties by chance; this vocabulary is the same every time.)
@@ -160,8 +162,9 @@ class Tokenizer:
         words = Counter(word for caption in captions for word, _ in
                         empty.pre_tokenizer.pre_tokenize_str(empty.normalizer.normalize_str(clean_caption(caption))))
         letters = sorted({letter for word in words for letter in word})
-        frequent = sorted(words, key=lambda word: (-words[word], word))[:vocab_size]
-        return Tokenizer.from_vocabulary([*SPECIAL, *letters, *("##" + letter for letter in letters), *sorted({*frequent} - {*letters})])
+        frequent = sorted(words, key=lambda word: (-words[word], word))[:most_words]
+        pieces = [*SPECIAL, *letters, *("##" + letter for letter in letters)]
+        return Tokenizer.from_vocabulary(pieces + sorted(set(frequent) - set(letters)))
 
 
 # ---- the encoder --------------------------------------------------------------------------------------------------
@@ -180,16 +183,16 @@ class Layer(nn.Module):
         self.norm_mlp = nn.LayerNorm(D, eps=1e-12)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, text, sequences, images=None, first_only=False):
+    def forward(self, text, sequences, image_context=None, first_only=False):
         """text (N, D) packed -> (N, D); with first_only -> (P, D), computed for the first token of each caption alone
-        (it still looks at the whole caption)."""
+        (it still looks at the whole caption). image_context: (packed image tokens, their Sequences, image of caption)."""
         x, x_sequences = text, sequences
         if first_only:
             x = text.index_select(0, sequences.firsts)                                      # (P, D)
             x_sequences = Sequences.uniform(len(x), 1, x.device)
         x = self.norm_attention(x + self.dropout(self.attention(x, x_sequences, text, sequences)))
-        if images is not None:
-            x = self.norm_cross_attention(x + self.dropout(self.cross_attention(x, x_sequences, *images)))
+        if image_context is not None:
+            x = self.norm_cross_attention(x + self.dropout(self.cross_attention(x, x_sequences, *image_context)))
         return self.norm_mlp(x + self.dropout(self.down(F.gelu(self.up(x)))))
 
 
@@ -211,22 +214,18 @@ class Bert(nn.Module):
         image_tokens (I, L, image_width) switches to image-grounded mode: caption p reads image image_of[p]
         (None: caption p reads image p). Keys and values are projected once per image.
         """
-        sequences, images = captions.sequences, None
+        sequences, image_context = captions.sequences, None
         if sequences.longest > self.config.positions:
             raise ValueError(f"BERT: a caption of {sequences.longest} tokens, but there are {self.config.positions} positions")
         if image_tokens is not None:
             I, L, _ = image_tokens.shape
-            images = image_tokens.flatten(0, 1), Sequences.uniform(I, L, image_tokens.device), image_of
-        x = self.words(captions.ids) + self.positions[self.position_of_tokens(sequences)]     # (N, D)
+            image_context = image_tokens.flatten(0, 1), Sequences.uniform(I, L, image_tokens.device), image_of
+        places = sequences.places.to(captions.ids.device, non_blocking=True)
+        x = self.words(captions.ids) + self.positions[places]                                 # (N, D)
         x = self.dropout(self.norm(x))
         for layer in self.layers[:-1]:
-            x = layer(x, sequences, images)
-        return self.layers[-1](x, sequences, images, first_only)
-
-    def position_of_tokens(self, sequences):
-        """0, 1, 2, ... anew for each caption, (N,)."""
-        firsts = (sequences.lengths.cumsum(0) - sequences.lengths).repeat_interleave(sequences.lengths)
-        return (torch.arange(sequences.total) - firsts).to(self.positions.device, non_blocking=True)
+            x = layer(x, sequences, image_context)
+        return self.layers[-1](x, sequences, image_context, first_only)
 
     @property
     def enc_token(self):
@@ -245,7 +244,7 @@ class Bert(nn.Module):
 
 
 # ---- weights from elsewhere ---------------------------------------------------------------------------------------
-# Our name -> BERT's name on Hugging Face; replaced in this order.
+# Our name -> BERT's name on Hugging Face; replaced in this order (a longer name before one that it contains).
 BERT_NAMES = [("words.", "embeddings.word_embeddings."), ("positions", "embeddings.position_embeddings.weight"),
               ("norm_attention", "attention.output.LayerNorm"), ("norm_cross_attention", "crossattention.output.LayerNorm"),
               ("norm_mlp", "output.LayerNorm"), ("layers.", "encoder.layer."),
@@ -275,9 +274,7 @@ def load_bert(bert, source):
     if table in weights and types in weights:
         weights[table] = weights[table] + weights.pop(types)[0]
     weights = {bert_name(name): tensor for name, tensor in state.items() if "cross_attention" in name} | weights
-    unused = copy_weights(bert, weights, bert_name, origin=str(source))
-    if unused:
-        raise ValueError(f"{source} holds weights that this text encoder has no place for: {', '.join(sorted(unused)[:3])}")
+    copy_weights(bert, weights, bert_name, origin=str(source))
 
 
 def main():

@@ -21,7 +21,6 @@ import multiprocessing
 import os
 import random
 import textwrap
-import zlib
 from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -92,7 +91,7 @@ PHRASES = [[phrase.split(" ", 1) for phrase in GRAMMAR[fact][1].split(" | ")] fo
 MAN, WOMAN = FACTS.index("Male"), FACTS.index("not Male")
 NEGATED = [ATTRIBUTES.index("Male"), ATTRIBUTES.index("Young")]
 MIN_FACTS = 3       # a caption states at least so many, where the face has them
-MIN_WORDS, MAX_WORDS = 10, 75
+SHORTEST, LONGEST = 10, 75      # words of a caption; the tokenizer keeps 65, which cuts 2 captions in 1,000
 
 PARTS = {       # of the face: whether one says "a nose", and "the nose is" or "are"
     "cheekbones": (False, "are"), "cheeks": (False, "are"), "eyebrows": (False, "are"), "eyes": (False, "are"),
@@ -146,16 +145,16 @@ def caption(attributes, rng):
 
 
 def write(facts, dice):
-    """The text that says these facts (numbers into FACTS) and no other, of MIN_WORDS to MAX_WORDS words.
+    """The text that says these facts (numbers into FACTS) and no other, of SHORTEST to LONGEST words.
 
     Too long a text is written anew, never cut; only for a face with more facts than real ones have it may stay longer.
     """
     for _ in range(20):
         sentences = compose(facts, dice)
-        while sum(text.count(" ") + 1 for text in sentences) < MIN_WORDS:
+        while sum(text.count(" ") + 1 for text in sentences) < SHORTEST:
             sentences.append(dice.choice(NEUTRAL))
         text = " ".join(sentences)
-        if text.count(" ") < MAX_WORDS:
+        if text.count(" ") < LONGEST:
             break
     return text
 
@@ -499,10 +498,10 @@ def celeba_rows(folder, stem):
     raise FileNotFoundError(f"CelebA: {stem}.txt (or .csv) is not in {folder}")
 
 
-def caption_list(json_path, folder=None):
+def caption_list(json_path):
     """Official / BLIP style: a json list of {"image": path, "image_id": id, "caption": text or list of texts}.
 
-    The paths are below `folder`: by default the json's own, or `images` in it. Equal ids mean the same person; without
+    The paths are below the json's own folder, or `images` in it. Equal ids mean the same person; without
     an id every picture is a person of its own.
     """
     json_path = Path(json_path)
@@ -514,14 +513,14 @@ def caption_list(json_path, folder=None):
         texts = record.get("caption")
         if not (isinstance(texts, str) or isinstance(texts, list) and all(isinstance(text, str) for text in texts)):
             raise ValueError(f"{where} has no \"caption\" that is a text or a list of texts ({record['image']})")
-    folder = Path(folder or json_path.parent)
+    folder = json_path.parent
     if records and not (folder / records[0]["image"]).exists() and (folder / "images").is_dir():
         folder = folder / "images"
     ids = [str(record.get("image_id", record["image"])) for record in records]
-    numbers = {name: number for number, name in enumerate(dict.fromkeys(ids))}
+    numbers = [int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big") for name in ids]   # the same in every file
     captions = [[record["caption"]] if isinstance(record["caption"], str) else record["caption"] for record in records]
     return Faces(json_path.name, [folder / record["image"] for record in records],
-                 np.array([numbers[name] for name in ids], dtype=np.int64), captions=captions)
+                 np.array(numbers, dtype=np.int64), captions=captions)
 
 
 def read_json(path):
@@ -551,7 +550,7 @@ def open_faces(path, split):
         return caption_list(path / f"{split}.json")
     if len(jsons) == 1 and jsons[0].suffix == ".json":
         faces = caption_list(jsons[0])
-        part = np.array([zlib.crc32(str(identity).encode()) % 100 for identity in faces.identity])
+        part = faces.identity % 100
         low, high = {"train": (0, 90), "val": (90, 95), "test": (95, 100)}[split]
         faces.name = f"{jsons[0].name} ({split})"
         return faces.subset(np.flatnonzero((low <= part) & (part < high)))
@@ -570,7 +569,7 @@ def affine(image, a, b, c, d, e, f):
                            fillcolor=GREY)
 
 
-# BLIP's operations at its strength 5 of 10; sign is +1 or -1. At this strength its formula for brightness and sharpness,
+# FLIP's nine operations (BLIP's without AutoContrast) at strength 5 of 10; sign is +1 or -1. At this strength its formula for brightness and sharpness,
 # 0.1 + 1.8 * strength / 10, gives the factor 1: these two change nothing, here as there.
 AUGMENTATIONS = {
     "identity": lambda image, sign: image,
@@ -600,6 +599,9 @@ class Batch(NamedTuple):
     images: torch.Tensor        # (B, 3, S, S) float32
     captions: bert.Captions     # B of them, packed
     identity: torch.Tensor      # (B,) int64
+
+    def to(self, device):
+        return Batch(self.images.to(device, non_blocking=True), self.captions.to(device), self.identity.to(device, non_blocking=True))
 
 
 class Samples(torch.utils.data.Dataset):

@@ -14,7 +14,8 @@ pair of the batch and about two hard negatives per pair. This is BLIP without it
 Several processes: the keys are gathered (they carry no gradient), and each ITM pair is judged by the process that owns
 its image, so captions travel, a few bytes each, while image tokens and their gradients stay where they are.
 
-Shapes: B pairs here, G pairs on all processes, Q queue entries, E feature size, L image tokens, P pairs to judge.
+Shapes: B pairs here, A pairs on all processes, Q queue entries, E feature size, L image tokens, P pairs to judge,
+I images and T texts of a gallery.
 Run `python flip.py --checkpoint out/flip.pt --images DIR "a smiling woman with blond hair"` to search a folder.
 """
 import argparse
@@ -35,7 +36,7 @@ from tqdm import tqdm
 from bert import MAX_TOKENS, Bert, BertConfig, Captions, Tokenizer, bert_name
 from kernels.attention import Sequences, pad
 from losses import contrastive_loss, matching_loss, negative_probabilities
-from vit import CLIP_NAMES, ViT, ViTConfig, copy_weights, open_picture, rename, resize_positions, to_tensor
+from vit import CLIP_NAMES, ViT, ViTConfig, copy_weights, first_line, open_picture, rename, resize_positions, to_tensor
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def rank_and_world():
 
 
 def gather(x):
-    """x (B, ...) of every process in the order of their ranks, (G, ...); without gradient."""
+    """x (B, ...) of every process in the order of their ranks, (A, ...); without gradient."""
     _, world = rank_and_world()
     if world == 1:
         return x.detach()
@@ -66,14 +67,13 @@ def gather_captions(captions):
     """Captions of every process. They travel in rectangles, since every process must send equally much."""
     if rank_and_world()[1] == 1:
         return captions
-    device, B = captions.ids.device, len(captions)
-    rectangle = torch.zeros(B, MAX_TOKENS, dtype=torch.int64, device=device)
-    padded = pad(captions.ids[:, None, None], captions.sequences)[:, 0, :, 0]
-    rectangle[:, :padded.shape[1]] = padded
-    lengths = gather(captions.sequences.lengths.to(device)).cpu()                            # (G,)
-    rectangle = gather(rectangle)                                                            # (G, MAX_TOKENS)
-    real = torch.arange(MAX_TOKENS) < lengths[:, None]
-    return Captions(rectangle[real.to(device)], Sequences.of(lengths, device))
+    device = captions.ids.device
+    padded = pad(captions.ids[:, None, None], captions.sequences)[:, 0, :, 0]                # (B, longest)
+    rectangle = gather(F.pad(padded, (0, MAX_TOKENS - padded.shape[1])))                     # (A, MAX_TOKENS)
+    lengths = gather(captions.sequences.lengths.to(device)).cpu()       # (A,); the host waits for the GPU
+    sequences = Sequences.of(lengths, device)
+    starts = torch.arange(len(lengths)).repeat_interleave(lengths) * MAX_TOKENS
+    return Captions(rectangle.flatten()[(starts + sequences.places).to(device)], sequences)
 
 
 # ---- the model -----------------------------------------------------------------------------------------------------
@@ -101,15 +101,17 @@ class Encoders(nn.Module):
 class Output(NamedTuple):
     itc: torch.Tensor               # the two losses; their sum is what the paper minimises
     itm: torch.Tensor
-    image_keys: torch.Tensor        # momentum features of all processes (G, E), to be enqueued
+    image_keys: torch.Tensor        # momentum features of all processes (A, E), to be enqueued
     text_keys: torch.Tensor
-    identity: torch.Tensor          # (G,)
+    identity: torch.Tensor          # (A,)
 
 
 class FLIP(nn.Module):
     def __init__(self, config, tokenizer=None):
         super().__init__()
-        self.config, self.tokenizer = config, tokenizer
+        self.config, self.tokenizer = config, None
+        if tokenizer:
+            self.use(tokenizer)
         self.student = Encoders(config)
         self.matching_head = nn.Linear(config.bert.width, 2)
         self.temperature = nn.Parameter(torch.tensor(0.07))
@@ -120,16 +122,27 @@ class FLIP(nn.Module):
         self.register_buffer("queue_identity", torch.full((config.queue_size,), -100))
         self.register_buffer("queue_pointer", torch.zeros(1, dtype=torch.int64))
 
+    def use(self, tokenizer):
+        """Take this tokenizer; its vocabulary must have as many entries as the model has word embeddings."""
+        if tokenizer.vocab_size != self.config.bert.vocab_size:
+            raise ValueError(f"the vocabulary has {tokenizer.vocab_size} entries ([DEC] and [ENC] included), the model's word "
+                             f"embeddings {self.config.bert.vocab_size}; give the vocabulary that the model was trained with")
+        self.tokenizer = tokenizer
+
     def encode_image(self, images):
+        """images (B, 3, S, S) -> tokens (B, L, D), features (B, E) of length 1."""
         return self.student.encode_image(images)
 
     def encode_text(self, captions):
+        """Packed captions -> features (B, E) of length 1."""
         return self.student.encode_text(captions)
 
     def match(self, image_tokens, captions, image_of=None):
         """ITM logits (P, 2) of P captions with images: caption p with image_tokens[image_of[p]], (I, L, D)."""
         captions = captions.starting_with(self.student.text.enc_token)
-        return self.matching_head(self.student.text(captions, image_tokens, image_of, first_only=True))
+        first = self.student.text(captions, image_tokens, image_of, first_only=True)        # (P, D)
+        with torch.autocast(first.device.type, enabled=False):      # added to cosines later: half precision is too coarse
+            return self.matching_head(first.float())
 
     def forward(self, images, captions, identity, alpha=0.4, queue_length=None, hardness=1.0, with_itm=True, generator=None):
         """Both losses for B pairs: images (B, 3, S, S), packed captions, identity (B,).
@@ -143,12 +156,12 @@ class FLIP(nn.Module):
             image_momentum = self.momentum_encoder.encode_image(images)[1]
             text_momentum = self.momentum_encoder.encode_text(captions)
         image_keys, text_keys, all_identity = gather(image_momentum), gather(text_momentum), gather(identity)
+        image_pool = torch.cat([image_keys, self.image_queue[:queue_length]])               # (A + Q, E)
+        text_pool = torch.cat([text_keys, self.text_queue[:queue_length]])
+        shared = identity, torch.cat([all_identity, self.queue_identity[:queue_length]]), self.temperature, alpha
         with torch.autocast(images.device.type, enabled=False):             # at tau 0.01 half precision is too coarse
-            key_identity = torch.cat([all_identity, self.queue_identity[:queue_length]])                # (G + Q,)
-            image_to_text = contrastive_loss(image_features, image_momentum, torch.cat([text_keys, self.text_queue[:queue_length]]),
-                                             identity, key_identity, self.temperature, alpha)
-            text_to_image = contrastive_loss(text_features, text_momentum, torch.cat([image_keys, self.image_queue[:queue_length]]),
-                                             identity, key_identity, self.temperature, alpha)
+            image_to_text = contrastive_loss(image_features, image_momentum, text_pool, *shared)
+            text_to_image = contrastive_loss(text_features, text_momentum, image_pool, *shared)
         itc = (image_to_text + text_to_image) / 2
         itm = itc.new_zeros(())
         if with_itm:
@@ -158,35 +171,34 @@ class FLIP(nn.Module):
 
     @torch.no_grad()
     def draw_negatives(self, image_features, text_features, identity, hardness, generator):
-        """One negative image for every caption and one negative caption for every image: two (G,) CPU tensors.
+        """One negative image for every caption and one negative caption for every image: two (A,) CPU tensors.
 
-        The first process draws for all. Here the host waits for the GPU, once a step: which captions were drawn decides
-        how many tokens there are.
+        The first process draws for all, since probabilities may differ between processes in their last bit. Here the host
+        waits for the GPU: which captions were drawn decides how many tokens there are.
         """
         with torch.autocast(image_features.device.type, enabled=False):
-            similarity = text_features @ image_features.T                                   # (G texts, G images)
-            image_of_text = negative_probabilities(similarity, identity, identity, self.temperature, hardness)
-            text_of_image = negative_probabilities(similarity.T, identity, identity, self.temperature, hardness)
-        drawn = torch.multinomial(torch.cat([image_of_text, text_of_image]).cpu(), 1, generator=generator)
+            similarity = text_features @ image_features.T                                   # (A texts, A images)
+            images = negative_probabilities(similarity, identity, self.temperature, hardness)
+            texts = negative_probabilities(similarity.T, identity, self.temperature, hardness)
+        drawn = torch.multinomial(torch.cat([images, texts]).cpu(), 1, generator=generator)
         if dist.is_initialized():
             drawn = drawn.to(identity.device)
             dist.broadcast(drawn, src=0)
         return drawn.cpu().squeeze(1).chunk(2)
 
     def matching(self, image_tokens, captions, negative_image, negative_text):
-        """ITM over the 3 G pairs: each pair itself, each caption with its negative image, each image with its negative
-        caption. This process judges the pairs whose image it owns; averaged over processes that is the mean over 3 G."""
-        rank, world = rank_and_world()
-        B, G = len(captions), len(captions) * world
-        own = torch.arange(G)
-        image = torch.cat([own, negative_image, own])                                       # (3 G,)
-        text = torch.cat([own, own, negative_text])
-        is_match = torch.cat([torch.ones(G, dtype=torch.int64), torch.zeros(2 * G, dtype=torch.int64)])
-        mine = image // B == rank
-        image, text, is_match = image[mine] - rank * B, text[mine], is_match[mine]
+        """ITM over the 3 A pairs: each pair itself, each caption with its negative image, each image with its negative
+        caption. This process judges the pairs whose image it owns; averaged over processes that is the mean over 3 A."""
+        (rank, world), B = rank_and_world(), len(captions)
+        own = torch.arange(world * B)
+        image_index = torch.cat([own, negative_image, own])                                 # (3 A,)
+        text_index = torch.cat([own, own, negative_text])
+        is_match = (torch.arange(3 * world * B) < world * B).long()
+        mine = image_index // B == rank
         device = image_tokens.device
-        logits = self.match(image_tokens, gather_captions(captions).select(text), image.to(device, non_blocking=True))
-        return matching_loss(logits, is_match.to(device, non_blocking=True), reduction="sum") * world / (3 * G)
+        logits = self.match(image_tokens, gather_captions(captions).select(text_index[mine]),
+                            (image_index[mine] - rank * B).to(device, non_blocking=True))
+        return matching_loss(logits, is_match[mine].to(device, non_blocking=True), pairs=3 * B)
 
     # ---- changes of state, called by the training loop ----
     @torch.no_grad()
@@ -197,7 +209,7 @@ class FLIP(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, image_keys, text_keys, identity):
-        """Replace the oldest queue entries by these momentum features (G, E); the ring wraps."""
+        """Replace the oldest queue entries by these momentum features (A, E); the ring wraps."""
         Q = self.config.queue_size
         image_keys, text_keys, identity = image_keys[-Q:], text_keys[-Q:], identity[-Q:]
         slots = (self.queue_pointer + torch.arange(len(identity), device=identity.device)) % Q
@@ -231,7 +243,7 @@ class FLIP(nn.Module):
         weights = dict(saved["model"])
         for name in ("student.image.positions", "momentum_encoder.image.positions"):
             weights[name] = resize_positions(weights[name], config.vit.patches)
-        reject_unused(copy_weights(model, weights, lambda name: name, str(path)), path)
+        copy_weights(model, weights, lambda name: name, str(path))
         return model
 
 
@@ -293,18 +305,13 @@ def from_official(weights, config, path):
     weights["image_queue"], weights["text_queue"] = weights["image_queue"].T, weights["text_queue"].T
     weights["idx_queue"] = weights["idx_queue"][0]
     model = FLIP(config)
-    reject_unused(copy_weights(model, weights, official_name, str(path)), path)
+    copy_weights(model, weights, official_name, str(path))
     return model
 
 
 # Enough of our names to recognise an official checkpoint by.
 FLIP_NAMES = (*HEADS, *(f"{encoders}.{name}" for encoders in ("student", "momentum_encoder")
                         for name in ("image.patch_embedding.weight", "image.positions", "text.words.weight", "text.positions")))
-
-
-def reject_unused(unused, path):
-    if unused:
-        raise ValueError(f"{path} holds {len(unused)} entries that this model has no place for: {', '.join(sorted(unused)[:3])}")
 
 
 def read_checkpoint(path):
@@ -314,7 +321,7 @@ def read_checkpoint(path):
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
-        raise ValueError(f"{path}: not a checkpoint that torch can read: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{path}: not a checkpoint that torch can read: {first_line(error)}") from error
     if not isinstance(saved, dict) or "model" not in saved:
         raise ValueError(f"{path}: expected a checkpoint with an entry 'model', found {type(saved).__name__}")
     return saved
@@ -332,7 +339,8 @@ def write_whole(contents, path):
 # ---- retrieval -----------------------------------------------------------------------------------------------------
 @torch.no_grad()
 def rerank(model, image_tokens, captions, similarity, k, pairs_at_once=1024, progress=False):
-    """Score each query's k most similar candidates again with the matching head (BLIP's evaluation).
+    """Score each query's k most similar candidates again with the matching head (BLIP's evaluation; unlike the official
+    FLIP, which judges from [CLS] here though it trains on [ENC]).
 
     image_tokens (I, L, D), T packed captions, similarity (I, T): cosines. Returns (image_to_text (I, T), text_to_image
     (T, I)): matching logit + cosine for the k candidates of a query; the others rank below them in order of cosine.
@@ -411,7 +419,10 @@ def folder_features(model, folder, cache, batch_size=64):
             known |= {keys[path]: feature.clone() for path, feature in zip(pixels, features)}
     if new:
         write_whole(known, cache)
-    return {path: known[key] for path, key in keys.items() if key in known}
+    found = {path: known[key] for path, key in keys.items() if key in known}
+    if not found:
+        raise ValueError(f"{folder}: none of its {len(paths)} pictures can be read")
+    return found
 
 
 @torch.no_grad()
@@ -441,7 +452,8 @@ def main():
     parser.add_argument("--out", default="out/search.png", help="where to write the contact sheet")
     args = parser.parse_args()
     model = FLIP.from_pretrained(args.checkpoint).eval().to("cuda" if torch.cuda.is_available() else "cpu")
-    model.tokenizer = Tokenizer.load(args.vocabulary) if args.vocabulary else model.tokenizer
+    if args.vocabulary:
+        model.use(Tokenizer.load(args.vocabulary))
     if model.tokenizer is None:
         raise ValueError(f"{args.checkpoint} holds no vocabulary; give one with --vocabulary bert-base-uncased or a vocab.txt")
     if not Path(args.images).is_dir():

@@ -7,7 +7,8 @@
 Departures from the official code: pairs of the same identity count as positives in batch and queue (there the code for it
 exists and is never reached); negatives are masked *before* the softmax, so a row cannot lose all its mass to rounding.
 
-Shapes: B pairs in the batch, K keys (batch and queue), E feature size, G gallery, tau temperature.
+Shapes: B pairs in the batch, K keys (batch and queue), E feature size, P pairs judged, I images and T texts of a gallery,
+tau temperature.
 """
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,8 @@ def positives(identity, key_identity):
 
 
 def contrastive_loss(feature, momentum_feature, keys, identity, key_identity, temperature, alpha):
-    """Soft cross-entropy of one direction of ITC, mean over the batch (BLIP eq. 1-2; ALBEF eq. 6).
+    """Soft cross-entropy of one direction of ITC, mean over the batch (ALBEF, arXiv 2107.07651, eq. 1, 2
+    and 6; BLIP and FLIP refer to it).
 
     feature (B, E): the student's, of one modality; momentum_feature (B, E): the momentum encoder's, of the same inputs.
     keys (K, E): momentum features of the other modality, batch first, then queue; neither they nor momentum_feature
@@ -36,33 +38,35 @@ def contrastive_loss(feature, momentum_feature, keys, identity, key_identity, te
 
 
 # ---- image-text matching loss --------------------------------------------------------------------------------------
-def negative_probabilities(similarity, row_identity, column_identity, temperature, hardness=1.0):
-    """For each row, the probability with which each column is drawn as its negative, (B, B).
+def negative_probabilities(similarity, identity, temperature, hardness=1.0):
+    """For each row, the probability with which each column is drawn as its negative, (B, B); pair i is row and column i.
 
     softmax(hardness * similarity / tau) over the columns of *other* identities: hardness 1 is the paper's rule (similar
     pairs are drawn more often), 0 draws evenly. Every row must have a column of another identity.
     """
     logits = hardness * similarity / temperature
-    return logits.masked_fill(row_identity[:, None] == column_identity[None, :], -torch.inf).softmax(1)
+    return logits.masked_fill(identity[:, None] == identity[None, :], -torch.inf).softmax(1)
 
 
-def matching_loss(logits, is_match, reduction="mean"):
-    """Two-way cross-entropy of ITM logits (P, 2), class 1 = match; is_match (P,) of 0 and 1."""
-    return F.cross_entropy(logits.float(), is_match, reduction=reduction)
+def matching_loss(logits, is_match, pairs):
+    """Two-way cross-entropy of ITM logits (P, 2), class 1 = match; is_match (P,) of 0 and 1. The sum over these pairs as
+    a share of the mean over `pairs`, of which other processes may judge the rest."""
+    return F.cross_entropy(logits, is_match, reduction="sum") / pairs
 
 
 # ---- retrieval metrics ---------------------------------------------------------------------------------------------
 def best_ranks(scores, is_match):
-    """Rank (0 = first) of each row's best-ranked match; scores, is_match (rows, G) -> (rows,).
+    """Rank (0 = first) of each row's best-ranked match; scores, is_match (queries, gallery) -> (queries,).
 
-    Ties count against us: whatever scores the same as the match ranks above it.
+    Ties count against us, and so does what is not a number: whatever does not score below the match ranks above it.
     """
     best = scores.masked_fill(~is_match, -torch.inf).amax(1, keepdim=True)
-    return ((scores >= best) & ~is_match).sum(1)
+    return (~(scores < best) & ~is_match).sum(1)
 
 
 def retrieval_metrics(image_to_text, text_to_image, image_of_text):
-    """Recall at 1, 5 and 10 both ways in percent, and their means, by the official names.
+    """Recall at 1, 5 and 10 both ways in percent, and their means, by the official names: `txt_` is finding the text for
+    an image, `img_` finding the image for a text.
 
     image_to_text (I, T) scores of every text for an image, text_to_image (T, I); image_of_text (T,): which image each
     caption belongs to (an image may have several: its rank is the best of them).

@@ -5,8 +5,8 @@
     torchrun --nproc_per_node 8 train.py --model base --data DIR --clip openai/clip-vit-base-patch16 \\
         --bert bert-base-uncased                        the paper's recipe: 8 processes of 80 pairs
 
-The configuration is one dataclass whose fields are the flags; its defaults are the paper's, and RECIPES says what the
-tiny model does differently. What changes during a run (learning rate, momentum, hardness of the negatives, ...) is a
+The configuration is one dataclass whose fields are the flags. Its defaults are the paper's; RECIPES says what the tiny
+model, which is what runs when nothing else is asked for, does differently. What changes during a run (learning rate, momentum, hardness of the negatives, ...) is a
 schedule: a pure function of the step. So are the data and all random numbers, which is why a run that was stopped and
 resumed computes what it would have computed.
 
@@ -17,6 +17,7 @@ Shapes: B pairs per process and micro-batch, T captions and I images in validati
 import argparse
 import contextlib
 import dataclasses
+import datetime
 import itertools
 import json
 import math
@@ -119,10 +120,10 @@ RECIPES = {"base": {}, "large": {}, "tiny": dict(
 
 
 def parse_arguments(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     for f in dataclasses.fields(Config):
         tiny = RECIPES["tiny"].get(f.name, f.default)
-        shown = f"(default {f.default})" if tiny == f.default else f"(default {f.default}; tiny: {tiny})"
+        shown = f"({f.default})" if tiny == f.default else f"(tiny {tiny}, base {f.default})"
         options = {"default": argparse.SUPPRESS, "help": f"{f.metadata['help']} {shown}".replace("%", "%%")}
         if f.type is bool:
             options["action"] = argparse.BooleanOptionalAction
@@ -132,6 +133,8 @@ def parse_arguments(argv=None):
             options |= {"type": f.type, "metavar": f.name.upper()}
         parser.add_argument(f"--{f.name}", **options)
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(parser.parse_args(argv)).items()}
+    if "epochs" in given:
+        given = {"steps": 0} | given                # or the tiny recipe's number of steps would decide
     return Config(**RECIPES.get(given.get("model", "tiny"), {}) | given)
 
 
@@ -161,9 +164,10 @@ def momentum_at(step, config):
 
 
 def queue_length_at(step, config):
-    """Entries of the queue that ITC uses. An own queue starts empty: entries count once features were written there."""
+    """Entries of the queue that ITC uses: the paper's queue is full from the start, with random entries as negatives; one
+    that is used later counts only the features written so far."""
     if config.queue_from == 0:
-        return config.queue_size                                # the paper's: random entries count from the first step
+        return config.queue_size
     pairs_seen = step * config.accumulate * config.batch_size * rank_and_world()[1]
     return min(config.queue_size, pairs_seen) if step >= config.queue_from * config.steps else 0
 
@@ -178,11 +182,11 @@ def itm_at(step, config):
 
 
 # ---- building ------------------------------------------------------------------------------------------------------
-def build_model(config, captions):
-    """FLIP as --model says, from random weights, CLIP's or BERT's; `captions` are what a vocabulary is learned from."""
+def build_model(config, faces):
+    """FLIP as --model says, from random weights, CLIP's or BERT's; without BERT, with a vocabulary from captions of `faces`."""
     torch.manual_seed(config.seed)
     vit, bert, embed_dim = MODELS[config.model]
-    tokenizer = Tokenizer.load(config.bert) if config.bert else Tokenizer.train(captions)
+    tokenizer = Tokenizer.load(config.bert) if config.bert else Tokenizer.train(sample_captions(faces))
     bert = dataclasses.replace(bert, vocab_size=tokenizer.vocab_size)
     model = FLIP(FLIPConfig(vit, bert, embed_dim, config.queue_size, config.momentum), tokenizer)
     if config.small_init:
@@ -191,7 +195,7 @@ def build_model(config, captions):
         load_clip(model.student.image, config.clip)
     if config.bert:
         load_bert(model.student.text, config.bert)
-    model.update_momentum(0)
+    model.update_momentum(0)        # the momentum encoder starts as a copy of the student
     return model
 
 
@@ -225,7 +229,9 @@ def open_data(config):
     size = MODELS[config.model][0].image_size
     if config.data:
         train, validation = data.open_faces(config.data, "train"), data.open_faces(config.data, "val")
-        return train, validation.subset(range(min(config.validation, len(validation))))
+        validation = validation.subset(range(min(config.validation, len(validation))))
+        data.check_pictures(validation)             # a damaged one would stop every evaluation; in training, see train()
+        return train, validation
     return (data.drawn_faces(config.faces, size, seed=0, folder=config.cache),
             data.drawn_faces(config.validation, size, seed=1, folder=config.cache))
 
@@ -267,7 +273,7 @@ class Validation(NamedTuple):
 def evaluate(model, validation, config, batch_size=100):
     """Recalls both ways by cosine alone ("itc_...") and re-ranked, and the text-to-image scores (T, I)."""
     device = model.temperature.device
-    show = rank_and_world()[0] == 0
+    show, was_training = rank_and_world()[0] == 0, model.training
     model.eval()
     image_tokens, image_features = [], []
     with autocast(config, device):
@@ -279,9 +285,10 @@ def evaluate(model, validation, config, batch_size=100):
             image_features.append(features)
         captions = model.tokenizer(validation.texts).to(device)
         text_features = torch.cat([model.encode_text(captions.select(part)) for part in torch.arange(len(captions)).split(500)])
-        similarity = torch.cat(image_features) @ text_features.T                                    # (I, T)
-        scores = rerank(model, torch.cat(image_tokens), captions, similarity.float(), config.k_test, progress=show)
-    model.train()
+    similarity = torch.cat(image_features) @ text_features.T                                        # (I, T), in float32
+    with autocast(config, device):
+        scores = rerank(model, torch.cat(image_tokens), captions, similarity, config.k_test, progress=show)
+    model.train(was_training)
     image_of_text = validation.image_of_text.to(device)
     itc = retrieval_metrics(similarity, similarity.T, image_of_text)
     return {f"itc_{name}": value for name, value in itc.items()} | retrieval_metrics(*scores, image_of_text), scores[1].cpu()
@@ -289,8 +296,7 @@ def evaluate(model, validation, config, batch_size=100):
 
 def table(metrics, validation):
     """The final table: recalls in percent, text to image and image to text, beside chance and the references."""
-    rows = {"chance": [100 * min(1, k / len(validation.faces)) for k in (1, 5, 10)] * 2} | {
-        name: recalls for name, recalls in validation.references.items()}
+    rows = {"chance": [100 * min(1, k / len(validation.faces)) for k in (1, 5, 10)] * 2} | validation.references
     for name, prefix in (("this model, ITC alone", "itc_"), ("this model, re-ranked", "")):
         rows[name] = [metrics[f"{prefix}{way}_r{k}"] for way in ("img", "txt") for k in (1, 5, 10)]
     ours = rows["this model, re-ranked"]
@@ -301,7 +307,7 @@ def table(metrics, validation):
 
 
 def retrieval_sheet(validation, text_to_image, path, queries=6, top=5):
-    """For some captions the best faces, the one that the caption was written for framed, others that fit it labelled."""
+    """For some captions the best faces with their scores; the face that the caption was written for is framed."""
     rows = []
     for t in np.linspace(0, len(validation.texts) - 1, queries).astype(int):
         best = text_to_image[t].argsort(descending=True)[:top].tolist()
@@ -334,14 +340,14 @@ def plot_curves(log, validation, path):
 
 # ---- the step and the loop -----------------------------------------------------------------------------------------
 def seed_of(*numbers):
-    """One seed that depends on all the numbers."""
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+    """One seed that depends on all the numbers and on how many they are (alone, SeedSequence ignores a last 0)."""
+    return int(np.random.SeedSequence((len(numbers), *numbers)).generate_state(1)[0])
 
 
 def train_step(model, wrapped, optimizer, micro_batches, step, config, steps_per_epoch):
     """One step on `accumulate` micro-batches; everything that changes state is here. Returns (ITC, ITM) as one tensor.
 
-    model: FLIP; wrapped: the same, or inside DistributedDataParallel. ITM is nan in steps that do not train it.
+    model: FLIP; wrapped: the same, or inside DistributedDataParallel. ITM is 0 in steps that do not train it.
     """
     rank, _ = rank_and_world()
     device = model.temperature.device
@@ -352,9 +358,10 @@ def train_step(model, wrapped, optimizer, micro_batches, step, config, steps_per
     for number, batch in enumerate(micro_batches, start=1):
         last = number == len(micro_batches)
         with contextlib.nullcontext() if last or wrapped is model else wrapped.no_sync(), autocast(config, device):
-            out = wrapped(batch.images.to(device, non_blocking=True), batch.captions.to(device),
-                          batch.identity.to(device, non_blocking=True), alpha_at(step, config),
-                          queue_length_at(step, config), hardness_at(step, config), with_itm, generator)
+            batch = batch.to(device)
+            out = wrapped(batch.images, batch.captions, batch.identity, alpha=alpha_at(step, config),
+                          queue_length=queue_length_at(step, config), hardness=hardness_at(step, config),
+                          with_itm=with_itm, generator=generator)
             ((out.itc + out.itm) / len(micro_batches)).backward()
         model.enqueue(out.image_keys, out.text_keys, out.identity)
         losses += torch.stack([out.itc, out.itm]).detach() / len(micro_batches)
@@ -365,16 +372,17 @@ def train_step(model, wrapped, optimizer, micro_batches, step, config, steps_per
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     model.clamp_temperature()
-    return losses if with_itm else losses * torch.tensor([1, torch.nan], device=device)
+    return losses
 
 
 def start_processes():
     """Join the other processes when started by torchrun; returns this one's device."""
     cuda = torch.cuda.is_available()
-    if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo")
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if "RANK" in os.environ and not dist.is_initialized():
+        # the others wait while the first process draws or checks the data
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=2))
     return torch.device("cuda" if cuda else "cpu")
 
 
@@ -388,23 +396,26 @@ def on_first_process(build):
     return result if rank == 0 else build()
 
 
-FREE_TO_CHANGE = ("resume", "out", "cache", "data", "workers", "log_every", "eval_every")
+FREE_TO_CHANGE = ("resume", "out", "cache", "data", "validation", "workers", "log_every", "eval_every", "k_test")
+
+
+def settings(config):
+    """What a run was started with: the flags, and the number of processes, which decides the global batch."""
+    return asdict(config) | {"processes": rank_and_world()[1]}
 
 
 def load_training(config, saved, optimizer, path):
     """Put the optimiser where the run stopped; returns the step to go on with. Refuses other settings, by name."""
-    if "training" not in saved:
-        raise ValueError(f"{path} holds a model but no training state, so there is nothing to resume")
-    before, now = saved["training"]["config"], asdict(config)
+    before, now = saved["training"]["settings"], settings(config)
     for name in now:
-        if name not in FREE_TO_CHANGE and now[name] != before[name]:
-            raise ValueError(f"--resume: the run in {path} had --{name} {before[name]}, now it is {now[name]}; use the same flags")
+        if name not in FREE_TO_CHANGE and now[name] != before.get(name):
+            raise ValueError(f"--resume: the run in {path} had --{name} {before.get(name)}, now it is {now[name]}; use the same")
     optimizer.load_state_dict(saved["training"]["optimizer"])
     return saved["training"]["step"]
 
 
 def save(model, optimizer, step, config):
-    state = {"config": asdict(config), "step": step, "optimizer": optimizer.state_dict()}
+    state = {"settings": settings(config), "step": step, "optimizer": optimizer.state_dict()}
     write_whole(model.checkpoint() | {"training": state}, Path(config.out) / "flip.pt")
 
 
@@ -416,10 +427,14 @@ def train(config):
     validation = Validation.of(validation)
     path = out / "flip.pt"
     saved = read_checkpoint(path) if config.resume else None
-    model = (FLIP.from_pretrained(path) if saved else build_model(config, sample_captions(faces))).to(device).train()
+    if saved and "training" not in saved:
+        raise ValueError(f"{path} holds a model but no training state, so there is nothing to resume")
+    model = (FLIP.from_pretrained(path) if saved else build_model(config, faces)).to(device).train()
     batches = data.Batches(faces, model.tokenizer, model.config.vit.image_size, config.batch_size, config.seed, config.augment,
                            rank, world, config.workers)
     steps_per_epoch = batches.steps_per_epoch // config.accumulate
+    if steps_per_epoch == 0:
+        raise ValueError(f"an epoch has {batches.steps_per_epoch} batches, fewer than --accumulate {config.accumulate}")
     config = dataclasses.replace(config, steps=config.steps or config.epochs * steps_per_epoch)
     optimizer = build_optimizer(model, config)
     start = load_training(config, saved, optimizer, path) if saved else 0
@@ -428,47 +443,51 @@ def train(config):
     log = Log(out / "log.jsonl", config, start) if first else None
     stop = stop_on_interrupt() if world == 1 else []
     stream = batches.from_step(start * config.accumulate)
-    metrics, recent, begin = {}, [], time.time()
+    metrics, recent, begin = None, [], time.time()
     bar = tqdm(range(start, config.steps), "training", initial=start, total=config.steps, disable=not first)
     for step in bar:
         try:
             micro_batches = list(itertools.islice(stream, config.accumulate))
         except ValueError:
-            if first:
-                save(model, optimizer, step, config)        # a bad picture costs nothing that was learned
-            raise
+            if first and world == 1:
+                save(model, optimizer, step, config)        # a damaged picture costs nothing that was learned
+            raise                                           # (of several processes, one alone cannot save: --eval_every)
         recent.append(train_step(model, wrapped, optimizer, micro_batches, step, config, steps_per_epoch))
         done = step + 1
         if done % config.log_every == 0 or done == config.steps:
-            line = summarise(recent, model, (time.time() - begin) / len(recent))
+            line = summarise(recent, range(done - len(recent), done), model, config)
+            line["seconds"] = (time.time() - begin) / len(recent)
             recent, begin = [], time.time()
             if first:
                 log.write(step=done, **line, lr=learning_rate(step, config, steps_per_epoch))
-                bar.set_postfix(itc=f"{line['itc']:.3f}", itm=f"{line['itm'] or math.nan:.3f}")
+                bar.set_postfix({name: f"{line[name]:.3f}" for name in ("itc", "itm") if line[name] is not None})
         if done % config.eval_every == 0 or done == config.steps or stop:
             if first:
                 save(model, optimizer, done, config)
             if stop:
                 raise SystemExit(f"stopped after step {done}; continue with --resume")
+            paused = time.time()
             metrics, text_to_image = evaluate(model, validation, config)
-            begin = time.time()
+            begin += time.time() - paused
             if first:
                 log.write(step=done, **metrics)
                 plot_curves(log.lines, validation, out / "curves.png")
                 retrieval_sheet(validation, text_to_image, out / "retrieval.png")
+    if metrics is None:                                             # resumed after the last step
+        metrics, _ = evaluate(model, validation, config)
     if first:
         print(table(metrics, validation))
     return model, metrics
 
 
-def summarise(losses, model, seconds):
+def summarise(losses, steps, model, config):
     """Mean losses of the recent steps over all processes; ITM is None where no step trained it."""
-    mean = torch.stack(losses).nanmean(0)                                           # (2,)
+    total = torch.stack(losses).sum(0)                                              # (2,)
     if dist.is_initialized():
-        dist.all_reduce(mean)
-        mean /= dist.get_world_size()
-    itc, itm = mean.tolist()
-    return {"itc": itc, "itm": None if math.isnan(itm) else itm, "temperature": model.temperature.item(), "seconds": seconds}
+        dist.all_reduce(total)
+        total /= dist.get_world_size()
+    (itc, itm), matched = total.tolist(), sum(itm_at(step, config) for step in steps)
+    return {"itc": itc / len(losses), "itm": itm / matched if matched else None, "temperature": model.temperature.item()}
 
 
 class Log:

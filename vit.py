@@ -6,9 +6,9 @@
 The class token is what the contrastive loss sees; all tokens are what the text encoder reads in image-grounded mode.
 CLIP's particulars, kept so that its weights load: a LayerNorm before the first block, the activation
 x * sigmoid(1.702 x), a patch convolution without bias.
-Departure from the official code: it drops CLIP's final LayerNorm weights when loading (a spelling); here they load.
+Departure from the official code: a misspelt name makes it lose CLIP's final LayerNorm; here it loads.
 
-Shapes: B images, N patches, D width, H heads, d = D / H.
+Shapes: B images of S x S pixels, N patches, L = N + 1 tokens, D width, H heads, d = D / H.
 Run `python vit.py photo.jpg` to see what an image becomes.
 """
 import argparse
@@ -143,7 +143,7 @@ class ViT(nn.Module):
 
     @torch.no_grad()
     def initialise(self):
-        """CLIP's initial values: each block's contribution shrinks with depth, so that their sum keeps its scale."""
+        """CLIP's initial values as Hugging Face has them: each block's contribution shrinks with depth, so that their sum keeps its scale."""
         D, depth = self.config.width, self.config.depth
         nn.init.normal_(self.class_token, std=D ** -0.5)
         nn.init.normal_(self.positions, std=0.02)
@@ -159,7 +159,7 @@ class ViT(nn.Module):
 
 
 # ---- weights from elsewhere ---------------------------------------------------------------------------------------
-# Our name -> CLIP's name on Hugging Face; replaced in this order.
+# Our name -> CLIP's name on Hugging Face; replaced in this order (a longer name before one that it contains).
 CLIP_NAMES = [("class_token", "embeddings.class_embedding"), ("patch_embedding", "embeddings.patch_embedding"),
               ("positions", "embeddings.position_embedding.weight"), ("norm_before", "pre_layrnorm"),
               ("norm_after", "post_layernorm"), ("blocks.", "encoder.layers."), ("norm_attention", "layer_norm1"),
@@ -172,6 +172,11 @@ def rename(name, table):
     for ours, theirs in table:
         name = name.replace(ours, theirs)
     return name
+
+
+def first_line(error):
+    """An error's text, as far as it fits into a sentence."""
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def read_weights(source):
@@ -194,7 +199,7 @@ def read_weights(source):
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(f"{path}: not a file of weights that torch can read: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{path}: not a file of weights that torch can read: {first_line(error)}") from error
 
 
 def download(name, filenames):
@@ -209,16 +214,15 @@ def download(name, filenames):
         except EntryNotFoundError:
             continue
         except Exception as error:
-            reason = str(error).splitlines()[0]
-            raise FileNotFoundError(f"{name}: no such file or folder, and the hub did not give it: {reason}") from error
+            raise FileNotFoundError(f"{name}: no such file or folder, and the hub did not give it: {first_line(error)}") from error
     raise FileNotFoundError(f"{name}: the hub repository holds none of {', '.join(filenames)}")
 
 
 @torch.no_grad()
 def copy_weights(module, weights, name_of, origin):
-    """Fill every entry of module's state with weights[name_of(entry)]; return the names in `weights` that were not used.
+    """Fill every entry of module's state with weights[name_of(entry)].
 
-    Raises ValueError, before anything is copied, with what is missing or has another shape.
+    Raises ValueError, before anything is copied, with what is missing, has another shape or would be left over.
     """
     state, unused, wrong = module.state_dict(), set(weights), []
     for ours, target in state.items():
@@ -228,12 +232,12 @@ def copy_weights(module, weights, name_of, origin):
         elif weights[theirs].shape != target.shape:
             wrong.append(f"{theirs} has shape {tuple(weights[theirs].shape)}, expected {tuple(target.shape)}")
         unused.discard(theirs)
+    wrong += [f"{theirs} has no place in it" for theirs in sorted(unused)]
     if wrong:
         more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
         raise ValueError(f"{origin} does not fit this model: {'; '.join(wrong[:3])}{more}")
     for ours, target in state.items():
-        target.copy_(weights[name_of(ours)].reshape(target.shape))
-    return unused
+        target.copy_(weights[name_of(ours)])
 
 
 def resize_positions(positions, patches):
@@ -254,9 +258,7 @@ def load_clip(vit, source):
     table = "embeddings.position_embedding.weight"
     if table in weights:
         weights[table] = resize_positions(weights[table], vit.config.patches)
-    unused = copy_weights(vit, weights, lambda name: rename(name, CLIP_NAMES), origin=str(source))
-    if unused:
-        raise ValueError(f"{source} holds weights that this image encoder has no place for: {', '.join(sorted(unused)[:3])}")
+    copy_weights(vit, weights, lambda name: rename(name, CLIP_NAMES), origin=str(source))
 
 
 def main():

@@ -12,16 +12,19 @@ The caller never sees padding. Here, in plain PyTorch, sequences of different le
 `scaled_dot_product_attention` and unpadded again; everything around it (projections, MLPs: almost all the work) runs on
 real tokens only.
 
-Shapes: S sequences, N tokens in all, H heads, d channels per head; P query sequences when they differ from the keys'.
+Shapes: S sequences, N tokens in all, H heads, d channels per head, L the longest sequence; where queries and keys differ,
+P query sequences of up to Lq tokens look at S key sequences of up to Lk.
 """
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 
 
-class Sequences(NamedTuple):
-    """Where each of S sequences lies in one long list of tokens: sequence s is tokens[starts[s]:starts[s + 1]]."""
+@dataclass(frozen=True)
+class Sequences:
+    """Where each of S sequences lies in one long list of N tokens: sequence s is tokens[starts[s]:starts[s + 1]]."""
     lengths: torch.Tensor   # (S,) int64, always on the CPU, so that sizes are known without waiting for the GPU
     starts: torch.Tensor    # (S + 1,) int32, on the device of the tokens
 
@@ -38,47 +41,45 @@ class Sequences(NamedTuple):
     def to(self, device):
         return Sequences(self.lengths, self.starts.to(device, non_blocking=True))
 
-    @property
-    def firsts(self):
-        """Index of the first token of each sequence, (S,) int32."""
-        return self.starts[:-1]
+    def __len__(self):
+        return len(self.lengths)
 
     @property
+    def firsts(self):
+        """Index of the first token of each sequence, (S,) int32, on the device of the tokens."""
+        return self.starts[:-1]
+
+    # What follows is asked for in every layer, and computed once.
+    @cached_property
     def longest(self):
         return int(self.lengths.max())
 
-    @property
-    def total(self):
-        return int(self.lengths.sum())
-
-    @property
+    @cached_property
     def is_uniform(self):
-        return self.longest * len(self.lengths) == self.total
+        return self.longest * len(self) == int(self.lengths.sum())
 
+    @cached_property
+    def places(self):
+        """0, 1, 2, ... anew for each sequence: every token's place in its own, (N,) int64, on the CPU."""
+        offsets = self.lengths.cumsum(0) - self.lengths
+        return torch.arange(int(self.lengths.sum())) - offsets.repeat_interleave(self.lengths)
 
-def padded_slots(sequences):
-    """For each packed token its place in the padded (S * longest) layout, (N,) int64."""
-    shift = torch.arange(len(sequences.lengths)) * sequences.longest - F.pad(sequences.lengths.cumsum(0)[:-1], (1, 0))
-    slots = torch.arange(sequences.total) + shift.repeat_interleave(sequences.lengths)
-    return slots.to(sequences.starts.device)
+    @cached_property
+    def slots(self):
+        """Every token's place in the padded (S * longest) layout, (N,) int64, on the device of the tokens."""
+        rows = torch.arange(len(self)).repeat_interleave(self.lengths)
+        return (rows * self.longest + self.places).to(self.starts.device, non_blocking=True)
 
-
-class Pad(torch.autograd.Function):
-    """(N, ...) packed tokens -> (S * longest, ...) with zeros between. Its backward is Unpad, and the other way round:
-    autograd's own backward of an indexed read adds row by row, in case two rows coincide; here they never do."""
-
-    @staticmethod
-    def forward(ctx, tokens, slots, size):
-        ctx.save_for_backward(slots)
-        return tokens.new_zeros(size, *tokens.shape[1:]).index_copy_(0, slots, tokens)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad.index_select(0, *ctx.saved_tensors), None, None
+    @cached_property
+    def mask(self):
+        """Which places of the padded (S, longest) layout hold a token, bool, on the device of the tokens."""
+        real = torch.arange(self.longest) < self.lengths[:, None]
+        return real.to(self.starts.device, non_blocking=True)
 
 
 class Unpad(torch.autograd.Function):
-    """(S * longest, ...) -> (N, ...) packed tokens."""
+    """(S * longest, ...) -> (N, ...) packed tokens. Its gradient is written, not added: autograd's own backward of an
+    indexed read adds row by row, in case two rows coincide; here they never do."""
 
     @staticmethod
     def forward(ctx, padded, slots):
@@ -92,16 +93,17 @@ class Unpad(torch.autograd.Function):
 
 
 def pad(tokens, sequences):
-    """Packed (N, H, d) -> (S, H, longest, d)."""
+    """Packed (N, H, d) -> (S, H, longest, d), zeros where there is no token."""
+    S, L = len(sequences), sequences.longest
     if not sequences.is_uniform:
-        tokens = Pad.apply(tokens, padded_slots(sequences), len(sequences.lengths) * sequences.longest)
-    return tokens.unflatten(0, (len(sequences.lengths), sequences.longest)).transpose(1, 2)
+        tokens = tokens.new_zeros(S * L, *tokens.shape[1:]).index_copy(0, sequences.slots, tokens)
+    return tokens.unflatten(0, (S, L)).transpose(1, 2)
 
 
 def unpad(padded, sequences):
     """(S, H, longest, d) -> packed (N, H, d)."""
     tokens = padded.transpose(1, 2).flatten(0, 1)
-    return tokens if sequences.is_uniform else Unpad.apply(tokens, padded_slots(sequences))
+    return tokens if sequences.is_uniform else Unpad.apply(tokens, sequences.slots)
 
 
 def attention(query, key, value, query_sequences, key_sequences, kv_of=None, dropout=0.0):
@@ -113,10 +115,7 @@ def attention(query, key, value, query_sequences, key_sequences, kv_of=None, dro
     """
     query = pad(query, query_sequences)                                             # (P, H, Lq, d)
     key, value = pad(key, key_sequences), pad(value, key_sequences)                 # (S, H, Lk, d)
-    mask = None
-    if not key_sequences.is_uniform:
-        position = torch.arange(key_sequences.longest)
-        mask = (position < key_sequences.lengths[:, None])[:, None, None].to(query.device)   # (S, 1, 1, Lk)
+    mask = None if key_sequences.is_uniform else key_sequences.mask[:, None, None]  # (S, 1, 1, Lk)
     if kv_of is not None:
         key, value = key.index_select(0, kv_of), value.index_select(0, kv_of)       # (P, H, Lk, d)
         mask = None if mask is None else mask.index_select(0, kv_of)
