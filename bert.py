@@ -264,7 +264,8 @@ def load_bert(bert, source):
     initial value: cross-attention, the rows of [DEC] and [ENC]."""
     weights = {}
     for name, tensor in read_weights(source).items():
-        name = name.removeprefix("bert.").replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+        name = name.removeprefix("bert.").replace("LayerNorm.gamma", "LayerNorm.weight")
+        name = name.replace("LayerNorm.beta", "LayerNorm.bias")
         if not name.startswith(("cls.", "pooler.")) and not name.endswith("position_ids"):
             weights[name] = tensor
     state = bert.state_dict()

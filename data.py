@@ -28,7 +28,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageEnhance, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
 import bert
@@ -569,12 +569,12 @@ def affine(image, a, b, c, d, e, f):
                            fillcolor=GREY)
 
 
-# FLIP's nine operations (BLIP's without AutoContrast) at strength 5 of 10; sign is +1 or -1. At this strength its formula for brightness and sharpness,
-# 0.1 + 1.8 * strength / 10, gives the factor 1: these two change nothing, here as there.
+# FLIP's nine operations (BLIP's without AutoContrast) at strength 5 of 10; sign is +1 or -1. Brightness and sharpness are
+# multiplied by 0.1 + 1.8 * strength / 10, which at this strength is 1: they change nothing, here as there.
 AUGMENTATIONS = {
     "identity": lambda image, sign: image,
-    "brightness": lambda image, sign: ImageEnhance.Brightness(image).enhance(1.0),
-    "sharpness": lambda image, sign: ImageEnhance.Sharpness(image).enhance(1.0),
+    "brightness": lambda image, sign: image,
+    "sharpness": lambda image, sign: image,
     "equalize": lambda image, sign: ImageOps.equalize(image),
     "shear x": lambda image, sign: affine(image, 1, sign * 0.15, 0, 0, 1, 0),
     "shear y": lambda image, sign: affine(image, 1, 0, 0, sign * 0.15, 1, 0),
@@ -601,7 +601,8 @@ class Batch(NamedTuple):
     identity: torch.Tensor      # (B,) int64
 
     def to(self, device):
-        return Batch(self.images.to(device, non_blocking=True), self.captions.to(device), self.identity.to(device, non_blocking=True))
+        return Batch(self.images.to(device, non_blocking=True), self.captions.to(device),
+                     self.identity.to(device, non_blocking=True))
 
 
 class Samples(torch.utils.data.Dataset):

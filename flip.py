@@ -46,6 +46,7 @@ class FLIPConfig:
     embed_dim: int = 256
     queue_size: int = 61440
     momentum: float = 0.995
+    cosine_weight: float = 1.0      # of the cosine beside the matching logit when candidates are scored again
 
 
 # ---- processes -----------------------------------------------------------------------------------------------------
@@ -87,10 +88,11 @@ class Encoders(nn.Module):
         self.image_projection = nn.Linear(config.vit.width, config.embed_dim)
         self.text_projection = nn.Linear(config.bert.width, config.embed_dim)
 
-    def encode_image(self, images):
-        """images (B, 3, S, S) -> tokens (B, L, D), features (B, E) of length 1."""
-        tokens = self.image(images)
-        return tokens, F.normalize(self.image_projection(tokens[:, 0]).float(), dim=-1)
+    def encode_image(self, images, features_only=False):
+        """images (B, 3, S, S) -> tokens (B, L, D), features (B, E) of length 1; with features_only the tokens are None."""
+        tokens = self.image(images, first_only=features_only)
+        first = tokens if features_only else tokens[:, 0]                                   # (B, D)
+        return None if features_only else tokens, F.normalize(self.image_projection(first).float(), dim=-1)
 
     def encode_text(self, captions):
         """Packed captions -> features (B, E) of length 1."""
@@ -129,9 +131,9 @@ class FLIP(nn.Module):
                              f"embeddings {self.config.bert.vocab_size}; give the vocabulary that the model was trained with")
         self.tokenizer = tokenizer
 
-    def encode_image(self, images):
-        """images (B, 3, S, S) -> tokens (B, L, D), features (B, E) of length 1."""
-        return self.student.encode_image(images)
+    def encode_image(self, images, features_only=False):
+        """images (B, 3, S, S) -> tokens (B, L, D), features (B, E) of length 1; with features_only the tokens are None."""
+        return self.student.encode_image(images, features_only)
 
     def encode_text(self, captions):
         """Packed captions -> features (B, E) of length 1."""
@@ -144,17 +146,21 @@ class FLIP(nn.Module):
         with torch.autocast(first.device.type, enabled=False):      # added to cosines later: half precision is too coarse
             return self.matching_head(first.float())
 
-    def forward(self, images, captions, identity, alpha=0.4, queue_length=None, hardness=1.0, with_itm=True, generator=None):
+    def forward(self, images, captions, identity, alpha=0.4, queue_length=None, hardness=1.0, with_momentum=True, with_itm=True,
+                generator=None):
         """Both losses for B pairs: images (B, 3, S, S), packed captions, identity (B,).
 
         alpha: share of the soft targets in ITC. queue_length: how many queue entries to use (None: all).
-        hardness: see losses.negative_probabilities. generator: a CPU generator for drawing negatives.
+        hardness: see losses.negative_probabilities. generator: a CPU generator for drawing negatives. with_momentum: False
+        while the momentum encoder is a copy of the student (momentum 0), whose features then serve as its own.
         """
-        image_tokens, image_features = self.encode_image(images)
+        image_tokens, image_features = self.encode_image(images, features_only=not with_itm)
         text_features = self.encode_text(captions)
-        with torch.no_grad():
-            image_momentum = self.momentum_encoder.encode_image(images)[1]
-            text_momentum = self.momentum_encoder.encode_text(captions)
+        image_momentum, text_momentum = image_features.detach(), text_features.detach()
+        if with_momentum:
+            with torch.no_grad():
+                image_momentum = self.momentum_encoder.encode_image(images, features_only=True)[1]
+                text_momentum = self.momentum_encoder.encode_text(captions)
         image_keys, text_keys, all_identity = gather(image_momentum), gather(text_momentum), gather(identity)
         image_pool = torch.cat([image_keys, self.image_queue[:queue_length]])               # (A + Q, E)
         text_pool = torch.cat([text_keys, self.text_queue[:queue_length]])
@@ -237,8 +243,7 @@ class FLIP(nn.Module):
         if "flip" not in saved:
             return from_official(saved["model"], config, path)
         sizes = saved["flip"]
-        config = config or FLIPConfig(ViTConfig(**sizes["vit"]), BertConfig(**sizes["bert"]),
-                                      **{name: sizes[name] for name in ("embed_dim", "queue_size", "momentum")})
+        config = config or FLIPConfig(**sizes | {"vit": ViTConfig(**sizes["vit"]), "bert": BertConfig(**sizes["bert"])})
         model = FLIP(config, saved["tokenizer"] and Tokenizer.from_json(saved["tokenizer"], str(path)))
         weights = dict(saved["model"])
         for name in ("student.image.positions", "momentum_encoder.image.positions"):
@@ -343,7 +348,8 @@ def rerank(model, image_tokens, captions, similarity, k, pairs_at_once=1024, pro
     FLIP, which judges from [CLS] here though it trains on [ENC]).
 
     image_tokens (I, L, D), T packed captions, similarity (I, T): cosines. Returns (image_to_text (I, T), text_to_image
-    (T, I)): matching logit + cosine for the k candidates of a query; the others rank below them in order of cosine.
+    (T, I)): matching logit + cosine (times its weight) for the k candidates of a query; the others rank below them in
+    order of cosine.
     A pair that both directions ask for is judged once, and the keys and values of an image once per chunk of pairs.
     """
     device = next(model.parameters()).device
@@ -362,34 +368,41 @@ def rerank(model, image_tokens, captions, similarity, k, pairs_at_once=1024, pro
         logit[image, text] = judged.to(logit)
     if world > 1:
         dist.all_reduce(logit)
-    scores = similarity + logit
+    scores = model.config.cosine_weight * similarity + logit
     return torch.where(for_image, scores, similarity - 100), torch.where(for_text, scores, similarity - 100).T
 
 
-def contact_sheet(rows, tile=128):
+def contact_sheet(rows, tile=128, margin=8):
     """A picture of rows (title, [(image, label, framed)]): the title above, the label below each image; framed ones get a
     green frame."""
-    font, margin, title_height, label_height = ImageFont.load_default(max(11, tile // 9)), 8, tile // 4, tile // 5
+    font = ImageFont.load_default(max(11, tile // 9))
     columns = max(len(tiles) for _, tiles in rows)
-    row_height = title_height + tile + label_height + margin
-    sheet = Image.new("RGB", (margin + columns * (tile + margin), margin + len(rows) * row_height), "white")
-    pen = ImageDraw.Draw(sheet)
-    for r, (title, tiles) in enumerate(rows):
-        top = margin + r * row_height
-        pen.text((margin, top), fit_text(pen, title, font, sheet.width - 2 * margin), fill="black", font=font)
-        for c, (image, label, framed) in enumerate(tiles):
-            left = margin + c * (tile + margin)
+    width = margin + columns * (tile + margin)
+    titles = [wrap(title, font, width - 2 * margin) for title, _ in rows]
+    line = font.size + 4
+    heights = [title.count("\n") * line + 2 * line + tile + line + 2 * margin for title in titles]
+    sheet = Image.new("RGB", (width, sum(heights) + margin), "white")
+    pen, top = ImageDraw.Draw(sheet), margin
+    for title, height, (_, tiles) in zip(titles, heights, rows):
+        pen.text((margin, top), title, fill="black", font=font, spacing=4)
+        y = top + height - tile - line - 2 * margin                             # where the images of this row begin
+        for column, (image, label, framed) in enumerate(tiles):
+            x = margin + column * (tile + margin)
             if framed:
-                pen.rectangle((left - 4, top + title_height - 4, left + tile + 3, top + title_height + tile + 3), fill=(40, 160, 70))
-            sheet.paste(image.convert("RGB").resize((tile, tile), Image.Resampling.LANCZOS), (left, top + title_height))
-            pen.text((left, top + title_height + tile + 4), fit_text(pen, label, font, tile), fill=(90, 90, 90), font=font)
+                pen.rectangle((x - 4, y - 4, x + tile + 3, y + tile + 3), fill=(40, 160, 70))
+            sheet.paste(image.convert("RGB").resize((tile, tile), Image.Resampling.LANCZOS), (x, y))
+            pen.text((x, y + tile + 4), label, fill=(90, 90, 90), font=font)
+        top += height
     return sheet
 
 
-def fit_text(pen, text, font, width):
-    while pen.textlength(text, font=font) > width:
-        text = text[:-2].rstrip("…") + "…"
-    return text
+def wrap(text, font, width):
+    """Line breaks where the text would become wider than `width` pixels."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        lines[-1:] = [longer] if font.getlength(longer) <= width else [lines[-1], word]
+    return "\n".join(lines)
 
 
 # ---- search: python flip.py ----------------------------------------------------------------------------------------
@@ -415,7 +428,7 @@ def folder_features(model, folder, cache, batch_size=64):
                 tqdm.write(f"left out: {error}")
         if pixels:
             device = model.temperature.device
-            features = model.encode_image(torch.stack(list(pixels.values())).to(device))[1].cpu()
+            features = model.encode_image(torch.stack(list(pixels.values())).to(device), features_only=True)[1].cpu()
             known |= {keys[path]: feature.clone() for path, feature in zip(pixels, features)}
     if new:
         write_whole(known, cache)
@@ -436,7 +449,7 @@ def search(model, features, query, top=8, k=32):
     pixels = torch.stack([to_tensor(open_picture(paths[i]), model.config.vit.image_size) for i in best])
     tokens = model.encode_image(pixels.to(device))[0]
     logits = model.match(tokens, captions.select(torch.zeros(len(best), dtype=torch.int64)))        # (k, 2)
-    order = (logits[:, 1].cpu() + similarity[best]).argsort(descending=True)[:top]
+    order = (logits[:, 1].cpu() + model.config.cosine_weight * similarity[best]).argsort(descending=True)[:top]
     probability = logits.softmax(1)[:, 1].cpu()
     return [(paths[best[i]], similarity[best[i]].item(), probability[i].item()) for i in order]
 

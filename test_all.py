@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections import Counter
@@ -99,6 +100,12 @@ def test_a_vit_block_equals_torchs_encoder_layer():
         getattr(theirs, name).load_state_dict(ours.state_dict())
     x = torch.randn(3, 7, 32)
     close(block(x.flatten(0, 1), Sequences.uniform(3, 7)).unflatten(0, (3, 7)), theirs(x), 1e-4)
+
+
+def test_the_class_token_alone_is_what_the_whole_computation_gives_there():
+    encoder = ViT(GOLDEN_CONFIG.vit)
+    images = torch.randn(3, 3, 32, 32)
+    close(encoder(images, first_only=True), encoder(images)[:, 0], 1e-6)
 
 
 def test_initial_values_are_clips():
@@ -838,7 +845,7 @@ def quick(out, cache, **changes):
     """A run of a few steps on a few drawn faces, with every part of the recipe in use."""
     settings = train.RECIPES["tiny"] | dict(
         out=str(out), cache=cache, faces=48, validation=20, steps=8, batch_size=8, queue_size=20, queue_from=0.25, itm_from=0.1,
-        itm_every=1, hard_ramp=(0.2, 0.6), alpha_ramp=(0.2, 0.8), warmup=2, log_every=1, eval_every=100)
+        itm_every=1, hard_ramp=(0.2, 0.6), alpha_ramp=(0.2, 0.8), momentum_from=0.2, warmup=2, log_every=1, eval_every=100)
     return train.Config(**settings | changes)
 
 
@@ -902,7 +909,7 @@ def test_two_processes_have_the_losses_of_one_with_the_same_global_batch(tmp_pat
 
 def test_two_micro_batches_give_the_gradient_of_their_mean(cache, tmp_path):
     """Up to the queue, which the second already sees filled by the first."""
-    config = quick(tmp_path, cache, accumulate=2, queue_from=1.0, alpha_ramp=(1, 2), momentum_ramp=0, clip_grad=0.0)
+    config = quick(tmp_path, cache, accumulate=2, queue_from=1.0, alpha_ramp=(1, 1), momentum_from=1.0, clip_grad=0.0)
     faces, _ = train.open_data(config)
     model = train.build_model(config, faces).train()
     micro = list(zip(range(2), data.Batches(faces, model.tokenizer, 48, 8).from_step(0)))
@@ -913,8 +920,9 @@ def test_two_micro_batches_give_the_gradient_of_their_mean(cache, tmp_path):
             gradients.append(model.student.image.class_token.grad.clone())
     optimizer = train.build_optimizer(model, config)
     optimizer = Optimizer([{**group, "lr": 0.0} for group in optimizer.param_groups], lr=0.0)
+    run = train.Run(config, model, model, optimizer, None, 3, None, 0)
     for batches in ([micro[0][1]], [micro[1][1]], [micro[0][1], micro[1][1]]):
-        train.train_step(model, model, optimizer, batches, 0, config, 3)
+        train.train_step(run, batches, 0)
     close(gradients[2], (gradients[0] + gradients[1]) / 2, 1e-6)
 
 
@@ -946,7 +954,7 @@ def test_the_tiny_recipe_starts_gently_and_ends_with_everything_on():
     assert train.alpha_at(first, config) == 0 and train.alpha_at(last, config) == config.alpha
     assert train.queue_length_at(first, config) == 0 and train.queue_length_at(last, config) == config.queue_size
     assert not train.itm_at(first, config) and any(train.itm_at(last - k, config) for k in range(config.itm_every))
-    assert train.hardness_at(config.itm_from * config.steps, config) == 0 and train.hardness_at(last, config) == 1
+    assert train.hardness_at(config.itm_from * config.steps, config) == 0 and train.hardness_at(last, config) == config.hardness
 
 
 def test_flags_are_the_configurations_fields_and_recipes_yield_to_them():
@@ -955,6 +963,14 @@ def test_flags_are_the_configurations_fields_and_recipes_yield_to_them():
     assert train.parse_arguments(["--model", "base"]) == train.Config(model="base")
     with pytest.raises(SystemExit):
         train.parse_arguments(["--leanring_rate", "1"])
+
+
+@pytest.mark.parametrize("flags, sentence", [
+    (dict(batch_size=0), "--batch_size 0: expected at least 1"), (dict(steps=-1), "--steps -1"), (dict(alpha=2.0), "--alpha 2.0"),
+    (dict(hard_ramp=(0.9, 0.1)), "--hard_ramp (0.9, 0.1)"), (dict(model="huge"), "--model huge: expected one of tiny, base, large"),
+    (dict(precision="fp16"), "--precision fp16"), (dict(lr=float("nan")), "--lr nan")])
+def test_flags_out_of_range_are_refused_by_name(flags, sentence):
+    assert sentence in error_of(train.Config, **flags)
 
 
 def test_a_retrieval_table_stands_beside_chance_and_both_references(uninterrupted, cache):
@@ -1008,7 +1024,7 @@ def test_search_finds_the_faces_that_rank_best_by_matching_logit_plus_cosine(uni
     with torch.no_grad():
         for path in features:
             tokens, feature = model.encode_image(vit.to_tensor(vit.open_picture(path), 48)[None])
-            scores[path] = (feature @ model.encode_text(captions).T + model.match(tokens, captions)[:, 1]).item()
+            scores[path] = (model.config.cosine_weight * feature @ model.encode_text(captions).T + model.match(tokens, captions)[:, 1]).item()
     assert [path for path, _, _ in found] == sorted(scores, key=scores.get, reverse=True)
 
 
@@ -1070,3 +1086,43 @@ def test_a_damaged_picture_met_in_training_costs_nothing_that_was_learned(tmp_pa
     Image.new("RGB", (178, 218)).save(tmp_path / "img_align_celeba" / "000012.jpg")
     train.train(dataclasses.replace(config, resume=True))
     assert len(losses_of(tmp_path / "out")) == 30
+
+
+# ---- README.md -----------------------------------------------------------------------------------------------------
+def readme_commands():
+    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    return [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+
+
+def test_every_command_of_the_readme_works(tmp_path):
+    """As written, but on less data, with stand-ins for what would be downloaded; the recipe for eight GPUs is only parsed."""
+    (tmp_path / "DIR").mkdir()
+    write_celeba(tmp_path / "DIR", count=40)
+    torch.manual_seed(0)
+    official_like = FLIP(FLIPConfig(ViTConfig(32, 8, 64, 1, 1), BertConfig(81, 64, 1, 1, 66), 16, 4))
+    torch.save({"model": official_state(official_like)}, tmp_path / "FLIP-base.pth")
+    (tmp_path / "vocab.txt").write_text(str(RECORDED["vocab"]))
+    quick_run = "--faces 64 --validation 20 --steps 4 --batch_size 8"
+    ran = set()
+    for command in readme_commands():
+        program, *arguments = shlex.split(command)
+        if program == "torchrun":
+            train.parse_arguments(arguments[arguments.index("train.py") + 1:])
+        if program == "python":
+            script = arguments[0]
+            more = {"train.py": quick_run, "toyfaces.py": "--count 8"}.get(script, "").split()
+            arguments = ["vocab.txt" if argument == "bert-base-uncased" else argument for argument in arguments[1:] + more]
+            result = subprocess.run([sys.executable, str(ROOT / script), *arguments], cwd=tmp_path, capture_output=True, text=True)
+            assert result.returncode == 0, (command, result.stderr)
+        ran.add(program)
+    assert ran == {"pip", "python", "pytest", "torchrun"}
+
+
+@pytest.mark.slow
+def test_the_default_run_finds_faces_at_least_85_percent_as_well_as_knowing_all_attributes_does(tmp_path):
+    """Text to image, at 5 and at 10, in the ten minutes that the README promises on two cores."""
+    config = train.parse_arguments(["--out", str(tmp_path / "out"), "--cache", str(tmp_path / "cache")])
+    _, metrics = train.train(config)
+    consistency = train.Validation.of(train.open_data(config)[1]).references["consistency"]
+    assert 60 <= consistency[1] <= 80
+    assert metrics["img_r5"] >= 0.85 * consistency[1] and metrics["img_r10"] >= 0.85 * consistency[2]

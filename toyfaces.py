@@ -186,22 +186,22 @@ def choose_colours(has, between, pick):
 def choose_proportions(has, between, pick):
     """Where things are and how large: the attributes set the range, `between` the person within it."""
     male, oval_face, chubby, young = (name in has for name in ("Male", "Oval_Face", "Chubby", "Young"))
-    uneven = pick((-1, 1)) * between(0.035, 0.055)
+    uneven = pick((-1, 1)) * between(0.05, 0.075)
     return dict(
         width=between(0.73, 0.79) - 0.11 * oval_face + 0.13 * chubby,
         jaw=between(0.58, 0.63) + 0.06 * male - 0.13 * oval_face + 0.18 * chubby + 0.03 * (not young),
         chin=between(0.24, 0.29) + 0.07 * male - 0.06 * oval_face + 0.10 * chubby,
-        eye_x=between(0.30, 0.34), eye_y=between(-0.10, -0.04), eye_width=between(0.16, 0.185),
-        eye_height=between(0.095, 0.115) * (0.42 if "Narrow_Eyes" in has else 1), gaze=between(-0.03, 0.03),
+        eye_x=between(0.32, 0.35), eye_y=between(-0.10, -0.04), eye_width=between(0.19, 0.215),
+        eye_height=between(0.125, 0.145) * (0.36 if "Narrow_Eyes" in has else 1), gaze=between(-0.03, 0.03),
         brow_y=between(-0.35, -0.30), nose_y=between(0.27, 0.33),
         mouth_y=between(0.60, 0.65), mouth_width=between(0.22, 0.26),
         volume=between(0.12, 0.22), parting=between(-0.2, 0.2), length=between(0.95, 1.7),
         hat_height=between(0.32, 0.5), brimmed=pick((False, True)), round_glasses=pick((False, True)),
         skew=0 if "Attractive" in has else uneven,
-        spots=[(between(-0.5, 0.5), between(-0.5, 0.75), between(0.028, 0.042)) for _ in range(6)],
+        spots=[(between(-0.5, 0.5), between(-0.5, 0.75), between(0.034, 0.05)) for _ in range(6)],
         light=pick((-1, 1)), shading=int(between(30, 75)),
-        turn=between(-0.35, 0.35), nod=between(-0.10, 0.10), tilt=between(-0.13, 0.13),
-        scale=between(0.31, 0.355), centre=(between(0.46, 0.54), between(0.47, 0.52)))
+        turn=between(-0.28, 0.28), nod=between(-0.10, 0.10), tilt=between(-0.10, 0.10),
+        scale=between(0.33, 0.36), centre=(between(0.475, 0.525), between(0.465, 0.495)))
 
 
 def face_outline(look, grow=0.0):
@@ -262,8 +262,8 @@ def necklace(has, look):
     if "Wearing_Necklace" in has:
         w = neck_width(has)
         chain = [(-w - 0.03, 1.08), (-0.22, 1.28), (0, 1.35), (0.22, 1.28), (w + 0.03, 1.08)]
-        yield Shape("necklace", chain, look.metal, 0.06, body=True)
-        yield Shape("necklace", oval(0, 1.42, 0.09, 0.11), look.metal, body=True)
+        yield Shape("necklace", chain, look.metal, 0.075, body=True)
+        yield Shape("necklace", oval(0, 1.40, 0.11, 0.12), look.metal, body=True)
 
 
 def ears(has, look):
@@ -310,12 +310,12 @@ def wrinkles(has, look):
     if "Young" in has:
         return
     for y in (-0.58, -0.48):
-        yield Shape("wrinkle", [(-0.28, y), (0, y - 0.03), (0.28, y)], look.line, 0.025)
+        yield Shape("wrinkle", [(-0.28, y), (0, y - 0.03), (0.28, y)], look.line, 0.035)
     for side in (-1, 1):
-        yield Shape("wrinkle", at(side, (0.2, 0.34), (0.34, 0.46), (0.37, 0.62)), look.line, 0.03)
+        yield Shape("wrinkle", at(side, (0.2, 0.34), (0.34, 0.46), (0.37, 0.62)), look.line, 0.04)
         for fan in (-0.04, 0.04):
             crow_foot = at(side, (0.53, look.eye_y - fan / 2), (0.64, look.eye_y + 2 * fan))
-            yield Shape("wrinkle", crow_foot, look.line, 0.025)
+            yield Shape("wrinkle", crow_foot, look.line, 0.035)
 
 
 def beard(has, look):
@@ -343,14 +343,14 @@ def jaw_region(look, top, reach):
 
 
 def nose(has, look):
-    x, y, w, light = look.skew, look.nose_y, 0.125, look.light
+    x, y, w, light = look.skew, look.nose_y, 0.13, look.light
     if "Big_Nose" in has:
-        y, w = y + 0.06, 0.23
-    shadow = look.skin_dark
+        y, w = y + 0.06, 0.26
+    shadow = mix(look.skin_dark, look.line, 0.3 * ("Pointy_Nose" in has))
     if "Pointy_Nose" in has:
         tip, wing = (x, y + 0.08), w * 0.85 * light
         yield Shape("nose", [(-0.04 * light, -0.1), (-wing, y - 0.02), tip], shadow, smooth=False, depth=1.25)
-        yield Shape("nose", [(-0.02 * light, -0.1), tip, (wing, y - 0.02)], look.line, 0.035, False, 1.25)
+        yield Shape("nose", [(-0.02 * light, -0.1), tip, (wing, y - 0.02)], look.line, 0.06, False, 1.25)
     else:
         base = [(x - w, y - 0.05), (x - w / 2, y + 0.03), (x, y + 0.015), (x + w / 2, y + 0.03), (x + w, y - 0.05)]
         yield Shape("nose", oval(x, y - 0.05, w * 0.95, w * 0.75), shadow, depth=1.2)
@@ -377,7 +377,7 @@ def eye(has, look, side, x, y):
     lid = place((-1, 0.2), (-0.5, -0.8), (0.2, -1), (1, -0.2))
     yield Shape("eye", lid + place((0.45, 0.8), (-0.35, 0.85)), (252, 250, 248))
     centre = x + look.gaze
-    iris = [(px, min(max(py, y - h * 0.95), y + h * 0.8)) for px, py in oval(centre, y, 0.092, 0.1)]
+    iris = [(px, min(max(py, y - h * 0.95), y + h * 0.8)) for px, py in oval(centre, y, 0.105, 0.115)]
     yield Shape("iris", iris, look.iris)
     yield Shape("iris", oval(centre, y, 0.045, min(0.05, h * 0.8)), BLACK)
     yield Shape("iris", oval(centre + 0.035 * look.light, y - h * 0.35, 0.024, 0.024), WHITE)
@@ -389,7 +389,7 @@ def eye(has, look, side, x, y):
 
 
 def brows(has, look):
-    thick = (0.13 if "Bushy_Eyebrows" in has else 0.05) + 0.02 * ("Male" in has)
+    thick = (0.17 if "Bushy_Eyebrows" in has else 0.05) + 0.02 * ("Male" in has)
     rise = 0.16 if "Arched_Eyebrows" in has else 0.03
     for side in (-1, 1):
         y = look.brow_y - 1.2 * side * look.skew - thick / 2

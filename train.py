@@ -6,9 +6,9 @@
         --bert bert-base-uncased                        the paper's recipe: 8 processes of 80 pairs
 
 The configuration is one dataclass whose fields are the flags. Its defaults are the paper's; RECIPES says what the tiny
-model, which is what runs when nothing else is asked for, does differently. What changes during a run (learning rate, momentum, hardness of the negatives, ...) is a
-schedule: a pure function of the step. So are the data and all random numbers, which is why a run that was stopped and
-resumed computes what it would have computed.
+model, which is what runs when nothing else is asked for, does differently. What changes during a run (learning rate,
+momentum, hardness of the negatives, ...) is a schedule: a pure function of the step. So are the data and all random
+numbers, which is why a run that was stopped and resumed computes what it would have computed.
 
 Into --out go flip.pt (model, optimiser, vocabulary), log.jsonl, curves.png and retrieval.png.
 
@@ -36,7 +36,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data
-from bert import BertConfig, Captions, Tokenizer, load_bert
+from bert import BertConfig, Tokenizer, load_bert
 from flip import FLIP, FLIPConfig, contact_sheet, rank_and_world, read_checkpoint, rerank, write_whole
 from losses import retrieval_metrics
 from vit import ViTConfig, load_clip, to_tensor
@@ -50,11 +50,12 @@ def flag(default, help):
 @dataclass(frozen=True)
 class Config:
     """Every field is a flag; the defaults are the paper's. Shares are fractions of the whole run."""
-    model: str = flag("tiny", "tiny (for drawn faces, two CPU cores are enough), base (ViT-B/16 and BERT-base, the paper's) or large (ViT-L/16)")
+    model: str = flag("tiny", "tiny (for drawn faces, two CPU cores are enough), base (the paper's ViT-B/16 and BERT-base) or "
+                              "large (ViT-L/16)")
     data: str = flag("", "folder with your own faces; without it faces are drawn and kept in --cache")
     out: str = flag("out", "folder for checkpoint, log and pictures")
     cache: str = flag("cache", "folder for the drawn faces")
-    faces: int = flag(100_000, "how many faces to draw for training")
+    faces: int = flag(20_000, "how many faces to draw for training")
     validation: int = flag(1000, "at most how many faces to validate on")
     resume: bool = flag(False, "continue the run in --out exactly where it stopped")
     seed: int = flag(0, "of initial values, order, captions, negatives")
@@ -78,26 +79,37 @@ class Config:
     alpha: float = flag(0.4, "final share of the momentum encoder's soft targets")
     alpha_ramp: tuple[float, float] = flag((0, 2 / 15), "shares of the run between which alpha rises from 0")
     momentum: float = flag(0.995, "final momentum")
-    momentum_ramp: float = flag(0.0, "share of the run over which momentum rises from 0")
+    momentum_from: float = flag(0.0, "share of the run until which momentum is 0: the momentum encoder copies the student")
     queue_size: int = flag(61_440, "entries in the queue")
     queue_from: float = flag(0.0, "share of the run after which the queue is used")
     itm_from: float = flag(0.0, "share of the run after which ITM is trained")
     itm_every: int = flag(1, "train ITM at each n-th step")
-    hard_ramp: tuple[float, float] = flag((0, 0), "shares of the run between which negatives become hard")
+    hardness: float = flag(1.0, "final hardness of the negatives: 1 draws them by similarity as the paper does, 0 evenly")
+    hard_ramp: tuple[float, float] = flag((0, 0), "shares of the run between which hardness rises from 0")
     augment: bool = flag(True, "flip and distort the pictures as the paper does")
     workers: int = flag(8, "processes that read pictures, for each training process")
     precision: str = flag("auto", "float32, bf16 (autocast), or auto: bf16 on CUDA")
     log_every: int = flag(50, "steps between lines of the log")
     eval_every: int = flag(5000, "steps between evaluations, each of which also saves the checkpoint")
     k_test: int = flag(256, "candidates per query that the matching head scores again")
+    cosine_weight: float = flag(1.0, "of the cosine beside the matching logit when it does")
 
     def __post_init__(self):
         for name, allowed in (("model", MODELS), ("lr_decay", ("epoch", "cosine")), ("precision", ("auto", "float32", "bf16"))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"--{name} {getattr(self, name)}: expected one of {', '.join(allowed)}")
-        for name in ("batch_size", "accumulate", "itm_every", "queue_size", "eval_every", "log_every", "k_test"):
+        for name in ("faces", "validation", "epochs", "batch_size", "accumulate", "itm_every", "queue_size", "eval_every",
+                     "log_every", "k_test"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)}: expected at least 1")
+        for name in ("steps", "lr", "warmup", "weight_decay", "clip_grad", "temperature_lr", "hardness", "workers"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"--{name} {getattr(self, name)}: expected a number that is not negative")
+        for name in ("alpha", "alpha_ramp", "momentum", "momentum_from", "queue_from", "itm_from", "hard_ramp"):
+            values = getattr(self, name)
+            values = values if isinstance(values, tuple) else (0, values)
+            if not 0 <= values[0] <= values[1] <= 1:
+                raise ValueError(f"--{name} {getattr(self, name)}: expected a share from 0 to 1, or two with FROM <= TO")
 
 
 TINY = (ViTConfig(image_size=48, patch_size=8, width=128, depth=3, heads=4),
@@ -107,20 +119,24 @@ MODELS = {"tiny": TINY, "base": (ViTConfig(), BertConfig(), 256),
 
 # What learning from random weights needs, in a thousand steps, beyond the paper's recipe (which starts from CLIP and BERT):
 RECIPES = {"base": {}, "large": {}, "tiny": dict(
-    faces=24_000, steps=1200, batch_size=128, workers=0, augment=False, log_every=20, eval_every=300, k_test=16,
+    steps=1500, batch_size=128, workers=0, augment=False, log_every=20, eval_every=750, k_test=16,
     lr=1e-3, lr_start=1e-5, lr_min=2e-5, lr_decay="cosine", warmup=60, beta2=0.98, clip_grad=1.0,
     # At the full rate the temperature falls to 0.01 before there is anything to tell apart.
     temperature_lr=0.1,
     # BERT's 0.02 at width 128 leaves [CLS] nearly blind to the caption.
     small_init=True,
-    # Asked about hard negatives from the start, the matching head never leaves its prior: even ones first.
-    itm_from=0.25, itm_every=2, hard_ramp=(0.35, 0.65),
-    # In a short run a slow teacher lags behind by most of what was learned: it slows down, and is listened to, late.
-    momentum=0.95, momentum_ramp=0.5, alpha_ramp=(0.6, 0.85), queue_size=512, queue_from=0.5)}
+    # Asked about hard negatives from the start, the matching head never leaves its prior: even ones first. And never the
+    # hardest: 40 attributes are no person, so the caption most like an image's own is often true of the image as well.
+    itm_from=0.4, itm_every=3, hard_ramp=(0.5, 0.9), hardness=0.5,
+    # In the logit's unit, which is log-odds, a cosine weighs 1 / temperature.
+    cosine_weight=20.0,
+    # In a short run a slow teacher lags behind most of what was learned: it slows down, and is listened to, late.
+    momentum=0.95, momentum_from=0.7, alpha_ramp=(0.75, 0.95), queue_size=512, queue_from=0.75)}
 
 
 def parse_arguments(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     for f in dataclasses.fields(Config):
         tiny = RECIPES["tiny"].get(f.name, f.default)
         shown = f"({f.default})" if tiny == f.default else f"(tiny {tiny}, base {f.default})"
@@ -160,7 +176,7 @@ def alpha_at(step, config):
 
 
 def momentum_at(step, config):
-    return config.momentum * ramp(step / config.steps, 0, config.momentum_ramp)
+    return config.momentum if step >= config.momentum_from * config.steps else 0.0
 
 
 def queue_length_at(step, config):
@@ -173,8 +189,8 @@ def queue_length_at(step, config):
 
 
 def hardness_at(step, config):
-    """How strongly similarity decides which negatives ITM sees: 0 not at all, 1 as in the paper."""
-    return ramp(step / config.steps, *config.hard_ramp)
+    """How strongly similarity decides which negatives ITM sees."""
+    return config.hardness * ramp(step / config.steps, *config.hard_ramp)
 
 
 def itm_at(step, config):
@@ -188,7 +204,7 @@ def build_model(config, faces):
     vit, bert, embed_dim = MODELS[config.model]
     tokenizer = Tokenizer.load(config.bert) if config.bert else Tokenizer.train(sample_captions(faces))
     bert = dataclasses.replace(bert, vocab_size=tokenizer.vocab_size)
-    model = FLIP(FLIPConfig(vit, bert, embed_dim, config.queue_size, config.momentum), tokenizer)
+    model = FLIP(FLIPConfig(vit, bert, embed_dim, config.queue_size, config.momentum, config.cosine_weight), tokenizer)
     if config.small_init:
         initialise_small(model)
     if config.clip:
@@ -220,7 +236,8 @@ def build_optimizer(model, config):
     others = [p for name, p in named if p.ndim <= 1 and not config.decay_all]
     groups = [{"params": decayed, "weight_decay": config.weight_decay, "scale": 1.0},
               {"params": others, "weight_decay": 0.0, "scale": 1.0},
-              {"params": [model.temperature], "weight_decay": config.weight_decay * config.decay_all, "scale": config.temperature_lr}]
+              {"params": [model.temperature], "weight_decay": config.weight_decay * config.decay_all,
+               "scale": config.temperature_lr}]
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2), eps=1e-8, fused=model.temperature.is_cuda or None)
 
 
@@ -311,7 +328,7 @@ def retrieval_sheet(validation, text_to_image, path, queries=6, top=5):
     rows = []
     for t in np.linspace(0, len(validation.texts) - 1, queries).astype(int):
         best = text_to_image[t].argsort(descending=True)[:top].tolist()
-        tiles = [(validation.faces.picture(i), f"{text_to_image[t, i]:.2f}", i == validation.image_of_text[t]) for i in best]
+        tiles = [(validation.faces.picture(i), f"score {text_to_image[t, i]:.1f}", i == validation.image_of_text[t]) for i in best]
         rows.append((validation.texts[t], tiles))
     contact_sheet(rows).save(path)
 
@@ -322,59 +339,25 @@ def plot_curves(log, validation, path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     losses, recalls = [line for line in log if "itc" in line], [line for line in log if "img_r10" in line]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
     for name in ("itc", "itm"):
         shown = [(line["step"], line[name]) for line in losses if line[name] is not None]
         left.plot(*zip(*shown) if shown else ([], []), label=name.upper())
     left.set(xlabel="step", title="training losses")
     for k, colour in ((1, "tab:blue"), (5, "tab:orange"), (10, "tab:green")):
-        right.plot([line["step"] for line in recalls], [line[f"img_r{k}"] for line in recalls], "o-", color=colour, label=f"R@{k}")
+        steps, shown = [line["step"] for line in recalls], [line[f"img_r{k}"] for line in recalls]
+        right.plot(steps, shown, "o-", color=colour, label=f"R@{k}")
         for name, style in zip(validation.references, (":", "--")):
             right.axhline(validation.references[name][(1, 5, 10).index(k)], color=colour, linestyle=style, linewidth=0.8)
-    right.set(xlabel="step", title="text to image, re-ranked (dotted: consistency, dashed: ceiling)", ylim=(0, 100), ylabel="%")
+    right.set(xlabel="step", ylabel="%", ylim=(0, 100), xlim=(0, None),
+              title="recall, text to image, re-ranked\n(dotted: consistency, dashed: ceiling)")
     left.legend()
     right.legend()
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
-# ---- the step and the loop -----------------------------------------------------------------------------------------
-def seed_of(*numbers):
-    """One seed that depends on all the numbers and on how many they are (alone, SeedSequence ignores a last 0)."""
-    return int(np.random.SeedSequence((len(numbers), *numbers)).generate_state(1)[0])
-
-
-def train_step(model, wrapped, optimizer, micro_batches, step, config, steps_per_epoch):
-    """One step on `accumulate` micro-batches; everything that changes state is here. Returns (ITC, ITM) as one tensor.
-
-    model: FLIP; wrapped: the same, or inside DistributedDataParallel. ITM is 0 in steps that do not train it.
-    """
-    rank, _ = rank_and_world()
-    device = model.temperature.device
-    torch.manual_seed(seed_of(config.seed, step, rank))                             # dropout
-    generator = torch.Generator().manual_seed(seed_of(config.seed, step))           # negatives: the same on every process
-    model.update_momentum(momentum_at(step, config))
-    with_itm, losses = itm_at(step, config), torch.zeros(2, device=device)
-    for number, batch in enumerate(micro_batches, start=1):
-        last = number == len(micro_batches)
-        with contextlib.nullcontext() if last or wrapped is model else wrapped.no_sync(), autocast(config, device):
-            batch = batch.to(device)
-            out = wrapped(batch.images, batch.captions, batch.identity, alpha=alpha_at(step, config),
-                          queue_length=queue_length_at(step, config), hardness=hardness_at(step, config),
-                          with_itm=with_itm, generator=generator)
-            ((out.itc + out.itm) / len(micro_batches)).backward()
-        model.enqueue(out.image_keys, out.text_keys, out.identity)
-        losses += torch.stack([out.itc, out.itm]).detach() / len(micro_batches)
-    if config.clip_grad:
-        nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad)
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(step, config, steps_per_epoch) * group["scale"]
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    model.clamp_temperature()
-    return losses
-
-
+# ---- starting -------------------------------------------------------------------------------------------------------
 def start_processes():
     """Join the other processes when started by torchrun; returns this one's device."""
     cuda = torch.cuda.is_available()
@@ -396,7 +379,7 @@ def on_first_process(build):
     return result if rank == 0 else build()
 
 
-FREE_TO_CHANGE = ("resume", "out", "cache", "data", "validation", "workers", "log_every", "eval_every", "k_test")
+FREE_TO_CHANGE = ("resume", "out", "cache", "data", "validation", "workers", "log_every", "eval_every", "k_test", "cosine_weight")
 
 
 def settings(config):
@@ -414,21 +397,26 @@ def load_training(config, saved, optimizer, path):
     return saved["training"]["step"]
 
 
-def save(model, optimizer, step, config):
-    state = {"settings": settings(config), "step": step, "optimizer": optimizer.state_dict()}
-    write_whole(model.checkpoint() | {"training": state}, Path(config.out) / "flip.pt")
+class Run(NamedTuple):
+    """What the loop works on."""
+    config: Config                  # with the number of steps decided
+    model: FLIP
+    wrapped: nn.Module              # the model itself, or DistributedDataParallel around it
+    optimizer: torch.optim.Optimizer
+    batches: data.Batches
+    steps_per_epoch: int
+    validation: Validation
+    start: int                      # the first step to do
 
 
-def train(config):
-    """The whole run; returns the trained model and its metrics."""
+def prepare(config):
+    """Data, model and optimiser, as new or as the checkpoint in --out has them."""
     device, (rank, world) = start_processes(), rank_and_world()
-    out, first = Path(config.out), rank == 0
-    faces, validation = on_first_process(lambda: open_data(config))
-    validation = Validation.of(validation)
-    path = out / "flip.pt"
+    path = Path(config.out) / "flip.pt"
     saved = read_checkpoint(path) if config.resume else None
     if saved and "training" not in saved:
         raise ValueError(f"{path} holds a model but no training state, so there is nothing to resume")
+    faces, validation = on_first_process(lambda: open_data(config))
     model = (FLIP.from_pretrained(path) if saved else build_model(config, faces)).to(device).train()
     batches = data.Batches(faces, model.tokenizer, model.config.vit.image_size, config.batch_size, config.seed, config.augment,
                            rank, world, config.workers)
@@ -440,70 +428,126 @@ def train(config):
     start = load_training(config, saved, optimizer, path) if saved else 0
     wrapped = model if world == 1 else DistributedDataParallel(
         model, broadcast_buffers=False, find_unused_parameters=config.itm_from > 0 or config.itm_every > 1)
-    log = Log(out / "log.jsonl", config, start) if first else None
+    return Run(config, model, wrapped, optimizer, batches, steps_per_epoch, Validation.of(validation), start)
+
+
+def save(run, step, alone=False):
+    """Write the checkpoint, from the first process; `alone`: only where there is no other, which may be elsewhere."""
+    rank, world = rank_and_world()
+    if rank == 0 and not (alone and world > 1):
+        state = {"settings": settings(run.config), "step": step, "optimizer": run.optimizer.state_dict()}
+        write_whole(run.model.checkpoint() | {"training": state}, Path(run.config.out) / "flip.pt")
+
+
+# ---- the step and the loop -------------------------------------------------------------------------------------------
+def seed_of(*numbers):
+    """One seed that depends on all the numbers and on how many they are (alone, SeedSequence ignores a last 0)."""
+    return int(np.random.SeedSequence((len(numbers), *numbers)).generate_state(1)[0])
+
+
+def train_step(run, micro_batches, step):
+    """One step on `accumulate` micro-batches; everything that changes state is here. Returns (ITC, ITM) as one tensor (2,);
+    ITM is 0 in steps that do not train it."""
+    config, model, rank = run.config, run.model, rank_and_world()[0]
+    device = model.temperature.device
+    torch.manual_seed(seed_of(config.seed, step, rank))                             # dropout
+    generator = torch.Generator().manual_seed(seed_of(config.seed, step))           # negatives: the same on every process
+    momentum = momentum_at(step, config)
+    model.update_momentum(momentum)
+    with_itm, losses = itm_at(step, config), torch.zeros(2, device=device)
+    for number, batch in enumerate(micro_batches, start=1):
+        last = number == len(micro_batches)
+        with contextlib.nullcontext() if last or run.wrapped is model else run.wrapped.no_sync(), autocast(config, device):
+            batch = batch.to(device)
+            out = run.wrapped(batch.images, batch.captions, batch.identity, alpha=alpha_at(step, config),
+                          queue_length=queue_length_at(step, config), hardness=hardness_at(step, config),
+                          with_momentum=momentum > 0, with_itm=with_itm, generator=generator)
+            ((out.itc + out.itm) / len(micro_batches)).backward()
+        model.enqueue(out.image_keys, out.text_keys, out.identity)
+        losses += torch.stack([out.itc, out.itm]).detach() / len(micro_batches)
+    if config.clip_grad:
+        nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad)
+    for group in run.optimizer.param_groups:
+        group["lr"] = learning_rate(step, config, run.steps_per_epoch) * group["scale"]
+    run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    model.clamp_temperature()
+    return losses
+
+
+def train(config):
+    """The whole run; returns the trained model and its metrics."""
+    run = prepare(config)
+    config, model, (rank, world) = run.config, run.model, rank_and_world()
+    log = Log(Path(config.out) / "log.jsonl", config, run.start, writes=rank == 0)
     stop = stop_on_interrupt() if world == 1 else []
-    stream = batches.from_step(start * config.accumulate)
+    stream = run.batches.from_step(run.start * config.accumulate)
     metrics, recent, begin = None, [], time.time()
-    bar = tqdm(range(start, config.steps), "training", initial=start, total=config.steps, disable=not first)
+    bar = tqdm(range(run.start, config.steps), "training", initial=run.start, total=config.steps, disable=rank > 0)
     for step in bar:
         try:
             micro_batches = list(itertools.islice(stream, config.accumulate))
-        except ValueError:
-            if first and world == 1:
-                save(model, optimizer, step, config)        # a damaged picture costs nothing that was learned
-            raise                                           # (of several processes, one alone cannot save: --eval_every)
-        recent.append(train_step(model, wrapped, optimizer, micro_batches, step, config, steps_per_epoch))
+        except ValueError:                                  # a damaged picture costs nothing that was learned
+            save(run, step, alone=True)
+            raise
+        recent.append(train_step(run, micro_batches, step))
         done = step + 1
         if done % config.log_every == 0 or done == config.steps:
-            line = summarise(recent, range(done - len(recent), done), model, config)
-            line["seconds"] = (time.time() - begin) / len(recent)
+            line = summarise(recent, range(done - len(recent), done), run)
+            log.write(step=done, **line, seconds=(time.time() - begin) / len(recent))
+            bar.set_postfix({name: f"{line[name]:.3f}" for name in ("itc", "itm") if line[name] is not None})
             recent, begin = [], time.time()
-            if first:
-                log.write(step=done, **line, lr=learning_rate(step, config, steps_per_epoch))
-                bar.set_postfix({name: f"{line[name]:.3f}" for name in ("itc", "itm") if line[name] is not None})
         if done % config.eval_every == 0 or done == config.steps or stop:
-            if first:
-                save(model, optimizer, done, config)
+            save(run, done)
             if stop:
                 raise SystemExit(f"stopped after step {done}; continue with --resume")
             paused = time.time()
-            metrics, text_to_image = evaluate(model, validation, config)
+            metrics = evaluate_and_draw(run, done, log)
             begin += time.time() - paused
-            if first:
-                log.write(step=done, **metrics)
-                plot_curves(log.lines, validation, out / "curves.png")
-                retrieval_sheet(validation, text_to_image, out / "retrieval.png")
-    if metrics is None:                                             # resumed after the last step
-        metrics, _ = evaluate(model, validation, config)
-    if first:
-        print(table(metrics, validation))
+    if metrics is None:                                     # resumed after the last step
+        metrics = evaluate_and_draw(run, config.steps, log)
+    if rank == 0:
+        print(table(metrics, run.validation))
     return model, metrics
 
 
-def summarise(losses, steps, model, config):
+def evaluate_and_draw(run, step, log):
+    """Recalls on the validation faces, into the log and the two pictures."""
+    metrics, text_to_image = evaluate(run.model, run.validation, run.config)
+    log.write(step=step, **metrics)
+    if rank_and_world()[0] == 0:
+        plot_curves(log.lines, run.validation, Path(run.config.out) / "curves.png")
+        retrieval_sheet(run.validation, text_to_image, Path(run.config.out) / "retrieval.png")
+    return metrics
+
+
+def summarise(losses, steps, run):
     """Mean losses of the recent steps over all processes; ITM is None where no step trained it."""
     total = torch.stack(losses).sum(0)                                              # (2,)
     if dist.is_initialized():
         dist.all_reduce(total)
         total /= dist.get_world_size()
-    (itc, itm), matched = total.tolist(), sum(itm_at(step, config) for step in steps)
-    return {"itc": itc / len(losses), "itm": itm / matched if matched else None, "temperature": model.temperature.item()}
+    (itc, itm), matched = total.tolist(), sum(itm_at(step, run.config) for step in steps)
+    return {"itc": itc / len(losses), "itm": itm / matched if matched else None,
+            "temperature": run.model.temperature.item(), "lr": learning_rate(steps[-1], run.config, run.steps_per_epoch)}
 
 
 class Log:
     """log.jsonl: the configuration, then a line every few steps. Resuming drops the lines after the checkpoint."""
 
-    def __init__(self, path, config, start):
-        self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
+    def __init__(self, path, config, start, writes):
+        self.path, self.writes = path, writes
         before = [json.loads(line) for line in path.read_text().splitlines()] if start and path.exists() else []
         self.lines = [line for line in before if line.get("step", 0) <= start] or [{"config": asdict(config)}]
-        path.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
+        if writes:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
 
     def write(self, **line):
         self.lines.append(line)
-        with open(self.path, "a") as file:
-            file.write(json.dumps(line) + "\n")
+        if self.writes:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(line) + "\n")
 
 
 def stop_on_interrupt():

@@ -92,7 +92,8 @@ class Attention(nn.Module):
 
 
 def quick_gelu(x):
-    return x * torch.sigmoid(1.702 * x)
+    """x * sigmoid(1.702 x), written so that torch computes it in one pass (silu(y) = y * sigmoid(y))."""
+    return F.silu(1.702 * x) / 1.702
 
 
 class Block(nn.Module):
@@ -104,9 +105,15 @@ class Block(nn.Module):
         self.up = nn.Linear(config.width, 4 * config.width)
         self.down = nn.Linear(4 * config.width, config.width)
 
-    def forward(self, x, sequences):
+    def forward(self, x, sequences, first_only=False):
+        """x (B L, D) packed -> the same; with first_only -> (B, D), computed for the first token of each image alone (it
+        still looks at the whole image)."""
         y = self.norm_attention(x)
-        x = x + self.attention(y, sequences, y, sequences)
+        query, query_sequences = y, sequences
+        if first_only:
+            x, query = x.index_select(0, sequences.firsts), y.index_select(0, sequences.firsts)     # (B, D)
+            query_sequences = Sequences.uniform(len(x), 1, x.device)
+        x = x + self.attention(query, query_sequences, y, sequences)
         return x + self.down(quick_gelu(self.up(self.norm_mlp(x))))
 
 
@@ -123,27 +130,33 @@ class ViT(nn.Module):
         self.norm_after = nn.LayerNorm(D)
         self.initialise()
 
-    def forward(self, images, return_hidden=False):
-        """images (B, 3, S, S) -> tokens (B, N + 1, D), the class token first; with return_hidden also a list with the
-        tokens after each block, before the final LayerNorm."""
+    def forward(self, images, first_only=False, return_hidden=False):
+        """images (B, 3, S, S) -> tokens (B, L, D), the class token first; with first_only -> the class tokens (B, D), for
+        which the last block computes nothing else. return_hidden: also a list with the tokens after each block, before the
+        final LayerNorm."""
         size = self.config.image_size
         if images.shape[1:] != (3, size, size):
             raise ValueError(f"ViT: expected images (B, 3, {size}, {size}), found {tuple(images.shape)}")
         x = self.patch_embedding(images).flatten(2).transpose(1, 2)                         # (B, N, D)
-        x = torch.cat([self.class_token.to(x.dtype).expand(len(x), 1, -1), x], dim=1)       # (B, N + 1, D)
+        x = torch.cat([self.class_token.to(x.dtype).expand(len(x), 1, -1), x], dim=1)       # (B, L, D)
         x = self.norm_before(x + self.positions)
         B, L, _ = x.shape
-        sequences, x = Sequences.uniform(B, L, x.device), x.flatten(0, 1)                   # (B (N + 1), D)
+        sequences, x = Sequences.uniform(B, L, x.device), x.flatten(0, 1)                   # (B L, D)
         hidden = []
-        for block in self.blocks:
+        for block in self.blocks[:-1]:
             x = block(x, sequences)
             hidden.append(x.unflatten(0, (B, L)))
-        tokens = self.norm_after(x).unflatten(0, (B, L))                                    # (B, N + 1, D)
+        x = self.blocks[-1](x, sequences, first_only)
+        if first_only:
+            return self.norm_after(x)                                                       # (B, D)
+        hidden.append(x.unflatten(0, (B, L)))
+        tokens = self.norm_after(hidden[-1])                                                # (B, L, D)
         return (tokens, hidden) if return_hidden else tokens
 
     @torch.no_grad()
     def initialise(self):
-        """CLIP's initial values as Hugging Face has them: each block's contribution shrinks with depth, so that their sum keeps its scale."""
+        """CLIP's initial values as Hugging Face has them: a block's contribution shrinks with depth, so that the sum of all
+        keeps its scale."""
         D, depth = self.config.width, self.config.depth
         nn.init.normal_(self.class_token, std=D ** -0.5)
         nn.init.normal_(self.positions, std=0.02)
@@ -214,7 +227,8 @@ def download(name, filenames):
         except EntryNotFoundError:
             continue
         except Exception as error:
-            raise FileNotFoundError(f"{name}: no such file or folder, and the hub did not give it: {first_line(error)}") from error
+            raise FileNotFoundError(f"{name}: no such file or folder, and the hub did not give it: "
+                                    f"{first_line(error)}") from error
     raise FileNotFoundError(f"{name}: the hub repository holds none of {', '.join(filenames)}")
 
 
