@@ -147,7 +147,10 @@ class Tokenizer:
             path = found[0]
         elif not path.exists():
             path = Path(download(str(source), ("vocab.txt", "tokenizer.json")))
-        text = path.read_text(encoding="utf-8")
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: not a vocabulary (not UTF-8 text)") from error
         if path.suffix == ".json":
             return Tokenizer.from_json(text, str(path))
         return Tokenizer.from_vocabulary(text.splitlines(), str(path))

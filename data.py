@@ -20,6 +20,7 @@ import json
 import multiprocessing
 import os
 import random
+import signal
 import textwrap
 from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
@@ -413,8 +414,13 @@ def drawn_faces(count, size, seed, folder):
     pictures_path, attributes_path = Path(f"{stem}.npy"), Path(f"{stem}.attributes.npy")
     if not pictures_path.exists():
         draw_faces(count, size, seed, pictures_path, attributes_path)
-    return Faces(f"drawn faces (seed {seed})", np.load(pictures_path, mmap_mode="r"), np.arange(count),
-                 np.load(attributes_path))
+    try:
+        pictures, attributes = np.load(pictures_path, mmap_mode="r"), np.load(attributes_path)
+        if pictures.shape != (count, size, size, 3) or attributes.shape != (count, len(ATTRIBUTES)):
+            raise ValueError("its shape is another")
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(f"{pictures_path}: damaged ({error}); delete it, and the faces are drawn again") from None
+    return Faces(f"drawn faces (seed {seed})", pictures, np.arange(count), attributes)
 
 
 def draw_faces(count, size, seed, pictures_path, attributes_path):
@@ -425,7 +431,7 @@ def draw_faces(count, size, seed, pictures_path, attributes_path):
     attributes = np.zeros((count, len(ATTRIBUTES)), dtype=bool)
     try:
         pictures = np.lib.format.open_memmap(pictures_partial, "w+", np.uint8, (count, size, size, 3))
-        with multiprocessing.Pool(os.cpu_count()) as pool:
+        with multiprocessing.Pool(os.cpu_count(), signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:    # Ctrl-C is ours
             tasks = ((index, seed, size) for index in range(count))
             for i, (picture, row) in enumerate(tqdm(pool.imap(draw_face, tasks, 64), "drawing faces", count)):
                 pictures[i], attributes[i] = picture, row
@@ -470,8 +476,7 @@ def celeba(folder, split):
 def celeba_attributes(folder):
     """list_attr_celeba -> {picture name: bool (40,)}."""
     source, rows = celeba_rows(folder, "list_attr_celeba")
-    if source.endswith(".txt"):
-        next(rows, None)                            # the number of faces
+    count = next(rows, (1, ["?"]))[1][0] if source.endswith(".txt") else None       # the .csv does not say how many
     number, header = next(rows, (1, []))
     names = tuple(name for name in header if name != "image_id")
     if names != ATTRIBUTES:
@@ -484,7 +489,11 @@ def celeba_attributes(folder):
         if not set(values) <= {"1", "-1"}:
             odd = next(value for value in values if value not in ("1", "-1"))
             raise ValueError(f"CelebA: {source} line {number} has the value {odd!r}, expected 1 or -1 ({name})")
+        if name in attributes:
+            raise ValueError(f"CelebA: {source} line {number} lists {name} a second time")
         attributes[name] = np.array([value == "1" for value in values])
+    if count not in (None, str(len(attributes))):
+        raise ValueError(f"CelebA: {source} line 1 announces {count} pictures, but {len(attributes)} follow")
     return attributes
 
 
@@ -493,7 +502,7 @@ def celeba_rows(folder, stem):
     for suffix, separator in ((".txt", None), (".csv", ",")):
         path = folder / f"{stem}{suffix}"
         if path.is_file():
-            lines = path.read_text(encoding="utf-8-sig").splitlines()
+            lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
             return path.name, ((n, line.split(separator)) for n, line in enumerate(lines, 1) if line.strip())
     raise FileNotFoundError(f"CelebA: {stem}.txt (or .csv) is not in {folder}")
 
@@ -516,7 +525,7 @@ def caption_list(json_path):
     folder = json_path.parent
     if records and not (folder / records[0]["image"]).exists() and (folder / "images").is_dir():
         folder = folder / "images"
-    ids = [str(record.get("image_id", record["image"])) for record in records]
+    ids = [str(record["image"] if record.get("image_id") is None else record["image_id"]) for record in records]
     numbers = [int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big") for name in ids]   # the same in every file
     captions = [[record["caption"]] if isinstance(record["caption"], str) else record["caption"] for record in records]
     return Faces(json_path.name, [folder / record["image"] for record in records],
@@ -528,7 +537,7 @@ def read_json(path):
         records = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file") from None
-    except ValueError as error:                     # malformed json (it says line and column) or text that is not UTF-8
+    except (ValueError, RecursionError, OSError) as error:      # malformed (it says line and column), not UTF-8, a folder
         raise ValueError(f"{path}: not valid json: {error}") from None
     if not isinstance(records, list):
         raise ValueError(f"{path}: expected a list of records, found a {type(records).__name__}")

@@ -22,6 +22,7 @@ import argparse
 import copy
 import hashlib
 import os
+import zipfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -33,10 +34,10 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from bert import MAX_TOKENS, Bert, BertConfig, Captions, Tokenizer, bert_name
+from bert import MAX_TOKENS, Bert, BertConfig, Captions, Tokenizer, bert_name, clean_caption
 from kernels.attention import Sequences, pad
 from losses import contrastive_loss, matching_loss, negative_probabilities
-from vit import CLIP_NAMES, ViT, ViTConfig, copy_weights, first_line, open_picture, rename, resize_positions, to_tensor
+from vit import CLIP_NAMES, ViT, ViTConfig, copy_weights, open_picture, rename, resize_positions, to_tensor
 
 
 @dataclass(frozen=True)
@@ -186,7 +187,10 @@ class FLIP(nn.Module):
             similarity = text_features @ image_features.T                                   # (A texts, A images)
             images = negative_probabilities(similarity, identity, self.temperature, hardness)
             texts = negative_probabilities(similarity.T, identity, self.temperature, hardness)
-        drawn = torch.multinomial(torch.cat([images, texts]).cpu(), 1, generator=generator)
+        probabilities = torch.cat([images, texts]).cpu()                                    # (2 A, A)
+        if not probabilities.isfinite().all():
+            raise ValueError("the features are no longer finite numbers: training has diverged; use a smaller --lr")
+        drawn = torch.multinomial(probabilities, 1, generator=generator)
         if dist.is_initialized():
             drawn = drawn.to(identity.device)
             dist.broadcast(drawn, src=0)
@@ -240,16 +244,21 @@ class FLIP(nn.Module):
         image size other than the file's resizes the position tables. Our checkpoints bring their tokenizer.
         """
         saved = read_checkpoint(path)
-        if "flip" not in saved:
-            return from_official(saved["model"], config, path)
-        sizes = saved["flip"]
-        config = config or FLIPConfig(**sizes | {"vit": ViTConfig(**sizes["vit"]), "bert": BertConfig(**sizes["bert"])})
-        model = FLIP(config, saved["tokenizer"] and Tokenizer.from_json(saved["tokenizer"], str(path)))
-        weights = dict(saved["model"])
-        for name in ("student.image.positions", "momentum_encoder.image.positions"):
-            weights[name] = resize_positions(weights[name], config.vit.patches)
-        copy_weights(model, weights, lambda name: name, str(path))
-        return model
+        try:
+            return from_official(saved["model"], config, path) if "flip" not in saved else from_ours(saved, config, path)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path}: damaged, or written by another version ({type(error).__name__}: {error})") from error
+
+
+def from_ours(saved, config, path):
+    sizes = saved["flip"]
+    config = config or FLIPConfig(**sizes | {"vit": ViTConfig(**sizes["vit"]), "bert": BertConfig(**sizes["bert"])})
+    model = FLIP(config, saved["tokenizer"] and Tokenizer.from_json(saved["tokenizer"], str(path)))
+    weights = dict(saved["model"])
+    for name in ("student.image.positions", "momentum_encoder.image.positions"):
+        weights[name] = resize_positions(weights[name], config.vit.patches)
+    copy_weights(model, weights, lambda name: name, str(path))
+    return model
 
 
 # ---- the official checkpoint ---------------------------------------------------------------------------------------
@@ -324,11 +333,11 @@ def read_checkpoint(path):
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such checkpoint")
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:
-        raise ValueError(f"{path}: not a checkpoint that torch can read: {first_line(error)}") from error
-    if not isinstance(saved, dict) or "model" not in saved:
-        raise ValueError(f"{path}: expected a checkpoint with an entry 'model', found {type(saved).__name__}")
+        raise ValueError(f"{path}: not a checkpoint, or damaged ({type(error).__name__})") from error
+    if not isinstance(saved, dict) or not isinstance(saved.get("model"), dict):
+        raise ValueError(f"{path}: expected a checkpoint with the weights under 'model', found none")
     return saved
 
 
@@ -409,6 +418,15 @@ def wrap(text, font, width):
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 
+def read_features(cache, embed_dim):
+    """{key: feature} kept from the last search; nothing where there is none, or a damaged one."""
+    try:
+        known = torch.load(cache, weights_only=True)
+        return known if all(feature.shape == (embed_dim,) for feature in known.values()) else {}
+    except Exception:                               # whatever is wrong with it, it is computed again
+        return {}
+
+
 @torch.no_grad()
 def folder_features(model, folder, cache, batch_size=64):
     """{path: feature (E,)} for every picture below `folder`. Features of unchanged files come from the file `cache`;
@@ -416,9 +434,9 @@ def folder_features(model, folder, cache, batch_size=64):
     paths = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in PICTURES)
     if not paths:
         raise ValueError(f"{folder}: no pictures found ({', '.join(PICTURES)}, subfolders included)")
-    known = torch.load(cache, weights_only=True) if cache.exists() else {}
-    keys = {path: f"{path.resolve()} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in paths}
-    new = [path for path in paths if keys[path] not in known]
+    known = read_features(cache, model.config.embed_dim)
+    keys = {path: f"{path.resolve()} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in paths if path.is_file()}
+    new = [path for path in keys if keys[path] not in known]
     for start in tqdm(range(0, len(new), batch_size), "reading pictures", disable=not new):
         pixels = {}
         for path in new[start:start + batch_size]:
@@ -464,6 +482,13 @@ def main():
     parser.add_argument("--top", type=int, default=8, help="how many faces to show")
     parser.add_argument("--out", default="out/search.png", help="where to write the contact sheet")
     args = parser.parse_args()
+    if not clean_caption(args.query):
+        raise ValueError(f"the query {args.query!r} has no words")
+    if args.top < 1:
+        raise ValueError(f"--top {args.top}: expected at least 1")
+    if Path(args.out).suffix.lower() not in Image.registered_extensions():
+        raise ValueError(f"--out {args.out}: expected the name of a picture, such as out/search.png")
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     model = FLIP.from_pretrained(args.checkpoint).eval().to("cuda" if torch.cuda.is_available() else "cpu")
     if args.vocabulary:
         model.use(Tokenizer.load(args.vocabulary))
@@ -486,5 +511,5 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}")

@@ -24,6 +24,7 @@ import math
 import os
 import signal
 import time
+import zlib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -102,10 +103,11 @@ class Config:
                      "log_every", "k_test"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)}: expected at least 1")
-        for name in ("steps", "lr", "warmup", "weight_decay", "clip_grad", "temperature_lr", "hardness", "workers"):
-            if not getattr(self, name) >= 0:
+        for name in ("seed", "steps", "lr", "lr_start", "lr_min", "warmup", "weight_decay", "clip_grad", "temperature_lr",
+                     "hardness", "workers", "cosine_weight"):
+            if not 0 <= getattr(self, name) < 2 ** 62:                  # neither negative nor infinite nor nan
                 raise ValueError(f"--{name} {getattr(self, name)}: expected a number that is not negative")
-        for name in ("alpha", "alpha_ramp", "momentum", "momentum_from", "queue_from", "itm_from", "hard_ramp"):
+        for name in ("alpha", "alpha_ramp", "momentum", "beta2", "momentum_from", "queue_from", "itm_from", "hard_ramp"):
             values = getattr(self, name)
             values = values if isinstance(values, tuple) else (0, values)
             if not 0 <= values[0] <= values[1] <= 1:
@@ -382,17 +384,18 @@ def on_first_process(build):
 FREE_TO_CHANGE = ("resume", "out", "cache", "data", "validation", "workers", "log_every", "eval_every", "k_test", "cosine_weight")
 
 
-def settings(config):
-    """What a run was started with: the flags, and the number of processes, which decides the global batch."""
-    return asdict(config) | {"processes": rank_and_world()[1]}
+def settings(config, faces):
+    """What decides how a run goes: the flags, the number of processes (hence the global batch) and the data."""
+    known = zlib.crc32(str([str(path) for path in faces.pictures] if isinstance(faces.pictures, list) else faces.name).encode())
+    return asdict(config) | {"processes": rank_and_world()[1], "pictures": f"{len(faces)} (digest {known})"}
 
 
-def load_training(config, saved, optimizer, path):
-    """Put the optimiser where the run stopped; returns the step to go on with. Refuses other settings, by name."""
-    before, now = saved["training"]["settings"], settings(config)
+def load_training(now, saved, optimizer, path):
+    """Put the optimiser where the run stopped; returns the step to go on with. Refuses other settings than `now`, by name."""
+    before = saved["training"]["settings"]
     for name in now:
         if name not in FREE_TO_CHANGE and now[name] != before.get(name):
-            raise ValueError(f"--resume: the run in {path} had --{name} {before.get(name)}, now it is {now[name]}; use the same")
+            raise ValueError(f"--resume: the run in {path} had {name} {before.get(name)}, now it is {now[name]}; use the same")
     optimizer.load_state_dict(saved["training"]["optimizer"])
     return saved["training"]["step"]
 
@@ -413,6 +416,8 @@ def prepare(config):
     """Data, model and optimiser, as new or as the checkpoint in --out has them."""
     device, (rank, world) = start_processes(), rank_and_world()
     path = Path(config.out) / "flip.pt"
+    if path.exists() and not config.resume:
+        raise ValueError(f"{path} is there already; continue that run with --resume, or choose another --out")
     saved = read_checkpoint(path) if config.resume else None
     if saved and "training" not in saved:
         raise ValueError(f"{path} holds a model but no training state, so there is nothing to resume")
@@ -425,17 +430,19 @@ def prepare(config):
         raise ValueError(f"an epoch has {batches.steps_per_epoch} batches, fewer than --accumulate {config.accumulate}")
     config = dataclasses.replace(config, steps=config.steps or config.epochs * steps_per_epoch)
     optimizer = build_optimizer(model, config)
-    start = load_training(config, saved, optimizer, path) if saved else 0
+    try:
+        start = load_training(settings(config, faces), saved, optimizer, path) if saved else 0
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path}: its training state is damaged, or of another version ({error})") from error
     wrapped = model if world == 1 else DistributedDataParallel(
         model, broadcast_buffers=False, find_unused_parameters=config.itm_from > 0 or config.itm_every > 1)
     return Run(config, model, wrapped, optimizer, batches, steps_per_epoch, Validation.of(validation), start)
 
 
-def save(run, step, alone=False):
-    """Write the checkpoint, from the first process; `alone`: only where there is no other, which may be elsewhere."""
-    rank, world = rank_and_world()
-    if rank == 0 and not (alone and world > 1):
-        state = {"settings": settings(run.config), "step": step, "optimizer": run.optimizer.state_dict()}
+def save(run, step):
+    """Write the checkpoint, from the first process."""
+    if rank_and_world()[0] == 0:
+        state = {"settings": settings(run.config, run.batches.faces), "step": step, "optimizer": run.optimizer.state_dict()}
         write_whole(run.model.checkpoint() | {"training": state}, Path(run.config.out) / "flip.pt")
 
 
@@ -485,11 +492,7 @@ def train(config):
     metrics, recent, begin = None, [], time.time()
     bar = tqdm(range(run.start, config.steps), "training", initial=run.start, total=config.steps, disable=rank > 0)
     for step in bar:
-        try:
-            micro_batches = list(itertools.islice(stream, config.accumulate))
-        except ValueError:                                  # a damaged picture costs nothing that was learned
-            save(run, step, alone=True)
-            raise
+        micro_batches = next_batches(run, stream, step)
         recent.append(train_step(run, micro_batches, step))
         done = step + 1
         if done % config.log_every == 0 or done == config.steps:
@@ -509,6 +512,24 @@ def train(config):
     if rank == 0:
         print(table(metrics, run.validation))
     return model, metrics
+
+
+def next_batches(run, stream, step):
+    """The micro-batches of a step. A damaged picture costs nothing that was learned: all processes hear of it, the first
+    one saves, and each ends with the sentence that says what is wrong."""
+    problem, micro_batches = None, []
+    try:
+        micro_batches = list(itertools.islice(stream, run.config.accumulate))
+    except (ValueError, RuntimeError) as error:             # RuntimeError: a process that reads pictures was killed
+        problem = error
+    failed = torch.tensor(float(problem is not None), device=run.model.temperature.device)
+    if dist.is_initialized():
+        dist.all_reduce(failed)
+    if failed > 0:
+        if step > run.start:
+            save(run, step)
+        raise ValueError(f"{problem or 'another process could not read its batch'} ({step} steps are saved: --resume)")
+    return micro_batches
 
 
 def evaluate_and_draw(run, step, log):
@@ -537,7 +558,7 @@ class Log:
 
     def __init__(self, path, config, start, writes):
         self.path, self.writes = path, writes
-        before = [json.loads(line) for line in path.read_text().splitlines()] if start and path.exists() else []
+        before = read_log(path) if start and path.exists() else []
         self.lines = [line for line in before if line.get("step", 0) <= start] or [{"config": asdict(config)}]
         if writes:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -550,19 +571,35 @@ class Log:
                 file.write(json.dumps(line) + "\n")
 
 
+def read_log(path):
+    """The lines of a log; a last one that was cut off while it was written is dropped."""
+    lines = []
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            if number < len(path.read_text().splitlines()):
+                raise ValueError(f"{path} line {number} is not a json object; repair or delete the log") from None
+    return lines
+
+
 def stop_on_interrupt():
-    """A list that Ctrl-C puts something into, so that the loop can finish its step and save; a second one stops at once."""
+    """A list that Ctrl-C or a polite kill puts something into, so that the loop can finish its step and save; a second one
+    stops at once."""
     pressed = []
 
     def handle(number, frame):
         pressed.append(number)
         signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGINT, handle)
+    signal.signal(signal.SIGTERM, handle)
     return pressed
 
 
 if __name__ == "__main__":
     try:
         train(parse_arguments())
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}")
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted")

@@ -54,6 +54,8 @@ def open_picture(path):
     """A complete RGB image, upright as its camera noted; ValueError with a sentence when the file is damaged or none."""
     try:
         with Image.open(path) as image:
+            if image.mode in ("I", "F") or image.mode.startswith("I;"):         # converting them would clip to white
+                raise ValueError(f"its pixels are of kind {image.mode}; save it with 8 bits per channel")
             return ImageOps.exif_transpose(image).convert("RGB")
     except UnidentifiedImageError:
         raise ValueError(f"{path} is not a picture") from None
@@ -206,24 +208,30 @@ def read_weights(source):
         path = found[0]
     elif not path.exists():
         path = Path(download(str(source), ("model.safetensors", "pytorch_model.bin")))
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-        return load_file(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+            return load_file(path)
+        weights = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(f"{path}: not a file of weights that torch can read: {first_line(error)}") from error
+        raise ValueError(f"{path}: damaged, or not a file of weights ({type(error).__name__})") from error
+    if not isinstance(weights, dict) or not all(isinstance(name, str) and torch.is_tensor(t) for name, t in weights.items()):
+        raise ValueError(f"{path}: expected a dictionary of named tensors, found {type(weights).__name__}")
+    return weights
 
 
 def download(name, filenames):
     """Fetch the first of `filenames` that hub repository `name` has; returns its local path."""
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
     if name.count("/") > 1 or Path(name).suffix in (".bin", ".pt", ".pth", ".safetensors", ".txt", ".json"):
         raise FileNotFoundError(f"{name}: no such file or folder (and not a hub name, which looks like 'owner/model')")
     for filename in filenames:
         try:
             return hf_hub_download(name, filename)
+        except LocalEntryNotFoundError as error:            # a kind of EntryNotFoundError, but says something else
+            raise FileNotFoundError(f"{name}: no such file or folder, and the hub cannot be reached; download it where "
+                                    f"there is a network and give its folder") from error
         except EntryNotFoundError:
             continue
         except Exception as error:
@@ -257,6 +265,8 @@ def copy_weights(module, weights, name_of, origin):
 def resize_positions(positions, patches):
     """Position table (1 + n, D) of a square grid of n patches -> (1 + patches, D), bicubic; the class token's row stays."""
     old, new = round((len(positions) - 1) ** 0.5), round(patches ** 0.5)
+    if positions.ndim != 2 or old * old + 1 != len(positions):
+        raise ValueError(f"a position table of shape {tuple(positions.shape)} is not that of a square grid and a class token")
     if old == new:
         return positions
     grid = positions[1:].T.reshape(1, -1, old, old)                                         # (1, D, old, old)
