@@ -153,7 +153,7 @@ def write(facts, dice):
     for _ in range(20):
         sentences = compose(facts, dice)
         while sum(text.count(" ") + 1 for text in sentences) < SHORTEST:
-            sentences.append(dice.choice(NEUTRAL))
+            sentences.append(dice.choice([text for text in NEUTRAL if text not in sentences]))
         text = " ".join(sentences)
         if text.count(" ") < LONGEST:
             break
