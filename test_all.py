@@ -34,6 +34,7 @@ from flip import FLIP, FLIPConfig, official_name, official_state, rerank
 from kernels.attention import Sequences, attention
 from vit import ViT, ViTConfig, load_clip
 
+torch.set_num_threads(1)    # with several, sums are added up in no fixed order, and equal runs differ in the last bit
 ROOT = Path(__file__).parent
 RECORDED = dict(np.load(ROOT / "golden.npz"))
 GOLDEN = {name: torch.from_numpy(value) for name, value in RECORDED.items() if value.dtype.kind != "U"}
