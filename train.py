@@ -386,8 +386,10 @@ FREE_TO_CHANGE = ("resume", "out", "cache", "data", "validation", "workers", "lo
 
 def settings(config, faces):
     """What decides how a run goes: the flags, the number of processes (hence the global batch) and the data."""
-    known = zlib.crc32(str([str(path) for path in faces.pictures] if isinstance(faces.pictures, list) else faces.name).encode())
-    return asdict(config) | {"processes": rank_and_world()[1], "pictures": f"{len(faces)} (digest {known})"}
+    # file names without their folder, which may be moved
+    names = [path.name for path in faces.pictures] if isinstance(faces.pictures, list) else faces.name
+    digest = zlib.crc32(str(names).encode())
+    return asdict(config) | {"processes": rank_and_world()[1], "pictures": f"{len(faces)} (digest {digest})"}
 
 
 def load_training(now, saved, optimizer, path):
@@ -573,12 +575,12 @@ class Log:
 
 def read_log(path):
     """The lines of a log; a last one that was cut off while it was written is dropped."""
-    lines = []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    written, lines = path.read_text().splitlines(), []
+    for number, line in enumerate(written, start=1):
         try:
             lines.append(json.loads(line))
         except ValueError:
-            if number < len(path.read_text().splitlines()):
+            if number < len(written):
                 raise ValueError(f"{path} line {number} is not a json object; repair or delete the log") from None
     return lines
 
