@@ -76,11 +76,10 @@ class Captions:
 
     def select(self, indices):
         """The captions numbered `indices` (a CPU tensor; repeats allowed), packed again."""
-        device, lengths = self.ids.device, self.sequences.lengths
-        chosen = Sequences.of(lengths[indices], device)
-        begins = (lengths.cumsum(0) - lengths)[indices]                         # where each chosen one lies now
-        source = begins.repeat_interleave(chosen.lengths) + chosen.places
-        return Captions(self.ids[source.to(device, non_blocking=True)], chosen)
+        device = self.ids.device
+        chosen = Sequences.of(self.sequences.lengths[indices], device)
+        begins = self.sequences.firsts[indices.to(device, non_blocking=True)]   # where each chosen one lies now
+        return Captions(self.ids[begins[chosen.rows] + chosen.places], chosen)
 
     def starting_with(self, token):
         """The same captions with `token` for their first token."""
@@ -223,8 +222,7 @@ class Bert(nn.Module):
         if image_tokens is not None:
             I, L, _ = image_tokens.shape
             image_context = image_tokens.flatten(0, 1), Sequences.uniform(I, L, image_tokens.device), image_of
-        places = sequences.places.to(captions.ids.device, non_blocking=True)
-        x = self.words(captions.ids) + self.positions[places]                                 # (N, D)
+        x = self.words(captions.ids) + self.positions[sequences.places]                       # (N, D)
         x = self.dropout(self.norm(x))
         for layer in self.layers[:-1]:
             x = layer(x, sequences, image_context)

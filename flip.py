@@ -36,7 +36,8 @@ from tqdm import tqdm
 
 from bert import MAX_TOKENS, Bert, BertConfig, Captions, Tokenizer, bert_name, clean_caption
 from kernels.attention import Sequences, pad
-from losses import contrastive_loss, matching_loss, negative_probabilities
+from kernels.contrastive import contrastive_loss
+from losses import matching_loss, negative_probabilities
 from vit import CLIP_NAMES, ViT, ViTConfig, copy_weights, open_picture, rename, resize_positions, to_tensor
 
 
@@ -74,8 +75,7 @@ def gather_captions(captions):
     rectangle = gather(F.pad(padded, (0, MAX_TOKENS - padded.shape[1])))                     # (A, MAX_TOKENS)
     lengths = gather(captions.sequences.lengths.to(device)).cpu()       # (A,); the host waits for the GPU
     sequences = Sequences.of(lengths, device)
-    starts = torch.arange(len(lengths)).repeat_interleave(lengths) * MAX_TOKENS
-    return Captions(rectangle.flatten()[(starts + sequences.places).to(device)], sequences)
+    return Captions(rectangle[sequences.rows, sequences.places], sequences)
 
 
 # ---- the model -----------------------------------------------------------------------------------------------------
@@ -163,12 +163,11 @@ class FLIP(nn.Module):
                 image_momentum = self.momentum_encoder.encode_image(images, features_only=True)[1]
                 text_momentum = self.momentum_encoder.encode_text(captions)
         image_keys, text_keys, all_identity = gather(image_momentum), gather(text_momentum), gather(identity)
-        image_pool = torch.cat([image_keys, self.image_queue[:queue_length]])               # (A + Q, E)
-        text_pool = torch.cat([text_keys, self.text_queue[:queue_length]])
-        shared = identity, torch.cat([all_identity, self.queue_identity[:queue_length]]), self.temperature, alpha
-        with torch.autocast(images.device.type, enabled=False):             # at tau 0.01 half precision is too coarse
-            image_to_text = contrastive_loss(image_features, image_momentum, text_pool, *shared)
-            text_to_image = contrastive_loss(text_features, text_momentum, image_pool, *shared)
+        image_pool = [image_keys, self.image_queue[:queue_length]]              # batch and queue, two pieces as they lie
+        text_pool = [text_keys, self.text_queue[:queue_length]]
+        shared = identity, [all_identity, self.queue_identity[:queue_length]], self.temperature, alpha
+        image_to_text = contrastive_loss(image_features, image_momentum, text_pool, *shared)
+        text_to_image = contrastive_loss(text_features, text_momentum, image_pool, *shared)
         itc = (image_to_text + text_to_image) / 2
         itm = itc.new_zeros(())
         if with_itm:

@@ -1,6 +1,7 @@
-"""The two pre-training losses and the retrieval metrics, as pure functions of tensors (FLIP paper, section 4.2).
+"""The pre-training losses and the retrieval metrics, as pure functions of tensors (FLIP paper, section 4.2).
 
-    ITC  image-text contrastive: an image's feature should be closer to its own caption's than to any other's
+    ITC  image-text contrastive: an image's feature should be closer to its own caption's than to any other's. It has a file
+         of its own, kernels/contrastive.py, whose `reference` is the loss in eight lines
     ITM  image-text matching: shown an image and a caption together, say whether they belong together; asked about the
          pairs that ITC finds hardest to tell apart
 
@@ -12,29 +13,6 @@ tau temperature.
 """
 import torch
 import torch.nn.functional as F
-
-
-# ---- image-text contrastive loss -----------------------------------------------------------------------------------
-def positives(identity, key_identity):
-    """The hard half of the targets: each row's mass spread evenly over the keys of its identity, (B, K)."""
-    same = (identity[:, None] == key_identity[None, :]).float()
-    return same / same.sum(1, keepdim=True)
-
-
-def contrastive_loss(feature, momentum_feature, keys, identity, key_identity, temperature, alpha):
-    """Soft cross-entropy of one direction of ITC, mean over the batch (ALBEF, arXiv 2107.07651, eq. 1, 2
-    and 6; BLIP and FLIP refer to it).
-
-    feature (B, E): the student's, of one modality; momentum_feature (B, E): the momentum encoder's, of the same inputs.
-    keys (K, E): momentum features of the other modality, batch first, then queue; neither they nor momentum_feature
-    take part in the gradient. identity (B,), key_identity (K,): equal numbers mean the same person, so a positive.
-    alpha: share of the soft targets, the momentum encoder's own opinion, in [0, 1]. All features have length 1.
-    """
-    logits = feature @ keys.T / temperature                                                  # (B, K)
-    with torch.no_grad():
-        soft = F.softmax(momentum_feature @ keys.T / temperature, dim=1)
-        targets = alpha * soft + (1 - alpha) * positives(identity, key_identity)
-    return -(targets * F.log_softmax(logits, dim=1)).sum(1).mean()
 
 
 # ---- image-text matching loss --------------------------------------------------------------------------------------

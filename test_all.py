@@ -21,6 +21,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"        # before Triton is imported: the kernels run on CPU tensors, slowly
+
 import bert
 import data
 import flip as flip_module
@@ -31,9 +35,14 @@ import vit
 from bert import Bert, BertConfig, Captions, Tokenizer, clean_caption, load_bert
 from data import ATTRIBUTES, FACTS
 from flip import FLIP, FLIPConfig, official_name, official_state, rerank
+from kernels import attention as attention_file
+from kernels import bench
+from kernels import contrastive as contrastive_file
 from kernels.attention import Sequences, attention
+from kernels.contrastive import contrastive_loss
 from vit import ViT, ViTConfig, load_clip
 
+torch.backends.cudnn.allow_tf32 = False
 torch.set_num_threads(1)    # with several, sums are added up in no fixed order, and equal runs differ in the last bit
 ROOT = Path(__file__).parent
 RECORDED = dict(np.load(ROOT / "golden.npz"))
@@ -55,20 +64,61 @@ def error_of(call, *args, **kwargs):
 
 
 # ---- kernels/attention.py ------------------------------------------------------------------------------------------
-def attention_one_by_one(q, k, v, q_sequences, k_sequences, kv_of):
-    """The definition, sequence by sequence, in whatever precision the inputs have."""
+def attention_one_by_one(q, k, v, q_sequences, k_sequences, kv_of, factor=None):
+    """The definition, sequence by sequence, in whatever precision the inputs have; factor: what dropout multiplies the weights
+    of each sequence with."""
     out = []
     for p in range(len(q_sequences.lengths)):
         s = p if kv_of is None else int(kv_of[p])
         rows, columns = slice(*q_sequences.starts[p:p + 2]), slice(*k_sequences.starts[s:s + 2])
         weights = (torch.einsum("qhd,khd->hqk", q[rows], k[columns]) * q.shape[-1] ** -0.5).softmax(-1)
+        weights = weights if factor is None else weights * factor[p]
         out.append(torch.einsum("hqk,khd->qhd", weights, v[columns]))
     return torch.cat(out)
 
 
+MIXED = ([1, 5, 16, 17, 64, 65, 0], [1, 5, 16, 17, 64, 65, 0], None)                # the last: an empty caption
+SHARED = ([3, 17, 20, 1], [65, 10, 7], [1, 0, 1, 1])                                # nobody reads the third
+
+
+def packed_inputs(query_lengths, key_lengths, kv_of, dtype=torch.float32, heads=2, channels=16):
+    """q, k, v and the sequences, on the device under test."""
+    torch.manual_seed(0)
+    q_sequences, k_sequences = Sequences.of(query_lengths, DEVICE), Sequences.of(key_lengths, DEVICE)
+    inputs = [torch.randn(sequences.tokens, heads, channels, device=DEVICE).to(dtype)
+              for sequences in (q_sequences, k_sequences, k_sequences)]
+    kv_of = torch.tensor(range(len(query_lengths)) if kv_of is None else kv_of, dtype=torch.int32, device=DEVICE)
+    return inputs, q_sequences, k_sequences, kv_of
+
+
+def run_kernels(inputs, q_sequences, k_sequences, kv_of, grad, dropout=0.0, seed=2 ** 40 + 7):
+    """(O, dQ, dK, dV) from the Triton kernels themselves: on a GPU, or by Triton's interpreter."""
+    shared = q_sequences.starts, k_sequences.starts, kv_of, q_sequences.longest, k_sequences.longest, dropout, torch.tensor(seed)
+    out, lse = attention_file.launch_forward(*inputs, *shared)
+    return out, *attention_file.launch_backward(grad, *inputs, out, lse, *shared)
+
+
+def expected_attention(inputs, q_sequences, k_sequences, kv_of, grad, factor=None):
+    """(O, dQ, dK, dV) by float64 autograd through the definition."""
+    exact = [x.double().requires_grad_() for x in inputs]
+    out = attention_one_by_one(*exact, q_sequences, k_sequences, kv_of, factor)
+    return out, *torch.autograd.grad(out, exact, grad.double())
+
+
+def agree(found, expected, tolerance):
+    """Relative to the size of the whole, for each tensor."""
+    for x, exact in zip(found, expected, strict=True):
+        assert x.isfinite().all()
+        assert (x.double() - exact).norm() <= tolerance * exact.norm()
+
+
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}        # half: its rounding of inputs and P
+DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")     # the interpreter is wrong in bfloat16
+
+
 @pytest.mark.parametrize("query_lengths, key_lengths, kv_of", [
     ([5, 5, 5], [5, 5, 5], None), ([3, 1, 17, 4], [3, 1, 17, 4], None), ([2, 9, 1, 4], [7, 7], [1, 0, 1, 1]),
-    ([1, 1, 1], [4, 9, 2], None), ([3, 8], [6, 2, 11], [2, 0])])
+    ([1, 1, 1], [4, 9, 2], None), ([3, 8], [6, 2, 11], [2, 0]), ([3, 0, 2], [3, 0, 2], None), ([3, 2], [0, 4], None)])
 def test_packed_attention_and_its_gradients_equal_the_definition_sequence_by_sequence(query_lengths, key_lengths, kv_of):
     torch.manual_seed(0)
     q_sequences, k_sequences = Sequences.of(query_lengths), Sequences.of(key_lengths)
@@ -82,6 +132,212 @@ def test_packed_attention_and_its_gradients_equal_the_definition_sequence_by_seq
     (expected * weights).sum().backward()
     for x, y in zip(inputs, exact):
         close(x.grad.double(), y.grad, 1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("lengths, channels", [(MIXED, 16), (MIXED, 24), (SHARED, 32), (([197], [197], None), 64),
+                                               (([30, 2], [16, 197], [1, 1]), 128), (([4, 3], [0, 5], None), 16)])
+def test_the_attention_kernels_equal_float64_autograd(lengths, channels, dtype):
+    inputs, *sequences = packed_inputs(*lengths, dtype=dtype, channels=channels)
+    grad = torch.randn_like(inputs[0])
+    agree(run_kernels(inputs, *sequences, grad), expected_attention(inputs, *sequences, grad), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_attention_kernels_drop_the_same_weights_forward_and_backward(dtype):
+    """With equal scores and the identity for values, O shows which weights were dropped; with these the definition must give
+    what the kernels give for any other scores, gradients included."""
+    lengths, dropout = ([65, 9, 100], [70, 128, 30], [1, 0, 2]), 0.3
+    inputs, q_sequences, k_sequences, kv_of = packed_inputs(*lengths, dtype=dtype, channels=128)
+    q, k, v = inputs
+    identity = torch.cat([torch.eye(n, 128) for n in lengths[1]]).to(v)[:, None].expand_as(v).contiguous()
+    shown = run_kernels([q * 0, k, identity], q_sequences, k_sequences, kv_of, q, dropout)[0]
+    factor = []
+    for p in range(3):
+        n = lengths[1][lengths[2][p]]
+        kept = shown[q_sequences.starts[p]:q_sequences.starts[p + 1], :, :n].transpose(0, 1) > 0    # (H, Lq, n)
+        factor.append(kept.double() / (1 - dropout))
+    rate = torch.cat([f.flatten() for f in factor]).bool().double().mean()
+    assert rate == pytest.approx(1 - dropout, abs=0.01)                             # 5 standard deviations
+    grad = torch.randn_like(q)
+    found, expected = (f(inputs, q_sequences, k_sequences, kv_of, grad, x) for f, x in
+                       ((run_kernels, dropout), (expected_attention, factor)))
+    agree(found, expected, TOLERANCE[dtype])
+    other = run_kernels([q * 0, k, identity], q_sequences, k_sequences, kv_of, q, dropout, seed=8)[0]
+    assert not torch.equal(other, shown), "another seed drops others"
+
+
+def test_dropout_of_0_is_exact_in_the_attention_kernels():
+    """2 ** -40 goes the way of dropout and keeps everything."""
+    inputs, *sequences = packed_inputs(*SHARED)
+    grad = torch.randn_like(inputs[0])
+    for x, y in zip(run_kernels(inputs, *sequences, grad, 0.0), run_kernels(inputs, *sequences, grad, 2.0 ** -40)):
+        assert torch.equal(x, y)
+
+
+def test_two_runs_of_the_attention_kernels_give_equal_bits():
+    inputs, *sequences = packed_inputs(*SHARED)
+    grad = torch.randn_like(inputs[0])
+    for x, y in zip(run_kernels(inputs, *sequences, grad, 0.1), run_kernels(inputs, *sequences, grad, 0.1)):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("lengths", [MIXED, SHARED])
+def test_the_formulas_in_pytorch_equal_float64_autograd_and_the_kernels(lengths, dropout):
+    inputs, q_sequences, k_sequences, kv_of = packed_inputs(*lengths)
+    grad, seed = torch.randn_like(inputs[0]), 2 ** 40 + 7
+    shared = q_sequences.starts, k_sequences.starts, kv_of, dropout, torch.tensor(seed)
+    out, lse = attention_file.reference_forward(*inputs, *shared)
+    found = out, *attention_file.reference_backward(grad, *inputs, out, lse, *shared)
+    agree(run_kernels(inputs, q_sequences, k_sequences, kv_of, grad, dropout), [x.double() for x in found], 1e-5)
+    factor = [attention_file.dropout_factor(torch.empty(2, n, int(k_sequences.lengths[s]), device=DEVICE), int(start), dropout, seed)
+              for n, start, s in zip(q_sequences.lengths, q_sequences.starts, kv_of)]
+    agree(found, expected_attention(inputs, q_sequences, k_sequences, kv_of, grad, factor), 1e-5)
+
+
+def test_random_bits_are_philox():
+    """The known answer of Random123 for counter and key 0 (philox4x32, 10 rounds)."""
+    zero = torch.zeros(1, dtype=torch.int64)
+    assert attention_file.philox(0, zero, zero, zero).item() == 0x6627E8D5
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_the_attention_operators_keep_torchs_rules(dropout):
+    inputs, q_sequences, k_sequences, kv_of = packed_inputs(*SHARED)
+    shared = q_sequences.starts, k_sequences.starts, kv_of, q_sequences.longest, k_sequences.longest, dropout, torch.tensor(7)
+    torch.library.opcheck(attention_file.fused, (*[x.requires_grad_() for x in inputs], *shared))
+    inputs = [x.detach() for x in inputs]
+    torch.library.opcheck(attention_file.fused_backward, (inputs[0], *inputs, *attention_file.fused(*inputs, *shared), *shared))
+
+
+def test_attention_computes_in_the_type_of_autocast():
+    inputs, q_sequences, k_sequences, _ = packed_inputs([3, 4], [3, 4], None)
+    for dropout in (0.0, 0.1):
+        with torch.autocast(DEVICE, torch.bfloat16):
+            assert attention(*inputs, q_sequences, k_sequences, dropout=dropout).dtype == torch.bfloat16
+
+
+# ---- kernels/contrastive.py ----------------------------------------------------------------------------------------
+def unit(*shape):
+    return F.normalize(torch.randn(*shape), dim=-1)
+
+
+def test_without_soft_targets_and_with_distinct_people_itc_is_cross_entropy_on_the_diagonal():
+    torch.manual_seed(0)
+    feature, keys, identity = unit(5, 8), unit(12, 8), torch.arange(12)
+    found = contrastive_loss(feature, unit(5, 8), [keys], torch.arange(5), [identity], torch.tensor(0.1), alpha=0.0)
+    close(found, F.cross_entropy(feature @ keys.T / 0.1, torch.arange(5)), 1e-6)
+
+
+def test_with_soft_targets_alone_itc_is_cross_entropy_with_the_momentum_encoders_softmax():
+    torch.manual_seed(0)
+    feature, momentum, keys, identity = unit(5, 8), unit(5, 8), unit(12, 8), torch.arange(12)
+    found = contrastive_loss(feature, momentum, [keys], torch.arange(5), [identity], torch.tensor(0.1), alpha=1.0)
+    close(found, F.cross_entropy(feature @ keys.T / 0.1, (momentum @ keys.T / 0.1).softmax(1)), 1e-6)
+
+
+def test_the_same_person_in_batch_and_queue_shares_the_positive_mass():
+    torch.manual_seed(0)
+    feature, batch, queue = unit(3, 8), unit(3, 8), unit(3, 8)
+    shares = torch.tensor([[1, 0, 1, 0, 1, 0], [0, 3, 0, 0, 0, 0], [1, 0, 1, 0, 1, 0]]) / 3.0
+    found = contrastive_loss(feature, unit(3, 8), [batch, queue], torch.tensor([7, 8, 7]),
+                             [torch.tensor([7, 8, 7]), torch.tensor([-100, 7, -100])], torch.tensor(0.1), alpha=0.0)
+    close(found, F.cross_entropy(feature @ torch.cat([batch, queue]).T / 0.1, shares), 1e-6)
+
+
+def contrastive_case(B=20, Q=300, E=32, dtype=torch.float32):
+    """Features with momentum features close to their keys; people who appear twice in the batch and again in the queue."""
+    torch.manual_seed(0)
+    momentum = unit(B, E)
+    keys = [F.normalize(momentum + 0.1 * torch.randn(B, E), dim=-1), unit(Q, E)]
+    identity = torch.arange(B) // 2
+    tensors = unit(B, E), momentum, keys, identity, [identity, torch.randint(0, 50, (Q,))]
+    return [[y.to(DEVICE, dtype if y.is_floating_point() else None) for y in x] if isinstance(x, list) else
+            x.to(DEVICE, dtype if x.is_floating_point() else None) for x in tensors]
+
+
+def expected_contrastive(feature, momentum, keys, identity, key_identity, temperature, alpha):
+    """(loss, dq, dtau) by float64 autograd through the direct form."""
+    q, tau = feature.double().requires_grad_(), torch.tensor(temperature, dtype=torch.float64, device=DEVICE, requires_grad=True)
+    loss = contrastive_file.reference(q, momentum.double(), torch.cat(keys).double(), identity, torch.cat(key_identity), tau, alpha)
+    return loss, *torch.autograd.grad(loss, (q, tau))
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("temperature", [0.001, 0.07, 0.5])
+@pytest.mark.parametrize("shape, programs", [((20, 300, 32), 1), ((20, 300, 32), 12), ((5, 40, 12), 12), ((2, 33, 96), 4)])
+def test_the_contrastive_kernel_and_its_plain_twin_equal_float64_autograd(shape, programs, temperature, alpha):
+    case = contrastive_case(*shape)
+    expected = expected_contrastive(*case, temperature, alpha)
+    tau = torch.tensor(temperature, device=DEVICE)
+    for sums in (contrastive_file.kernel_sums(*case, tau, programs=programs), contrastive_file.plain_sums(*case, tau, chunk=16)):
+        agree(contrastive_file.loss_and_gradients(sums, case[0], tau, alpha), expected, 1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_the_contrastive_kernel_reads_half_precision_keys(dtype):
+    """They are rounded once, on being stored: what is computed from them is exact."""
+    feature, momentum, keys, identity, key_identity = contrastive_case()
+    case = feature, momentum, [piece.to(dtype) for piece in keys], identity, key_identity
+    tau = torch.tensor(0.07, device=DEVICE)
+    found = contrastive_file.loss_and_gradients(contrastive_file.kernel_sums(*case, tau, programs=12), feature, tau, 0.4)
+    agree(found, expected_contrastive(*case, 0.07, 0.4), 1e-5)
+    half_features = contrastive_loss(feature.to(dtype), momentum.to(dtype), case[2], identity, key_identity, tau, 0.4)
+    agree([half_features], [expected_contrastive(*case, 0.07, 0.4)[0]], TOLERANCE[dtype])
+
+
+def test_pieces_of_keys_merge_into_the_whole_in_any_order_and_empty_ones_do_not_count():
+    feature, momentum, keys, identity, key_identity = contrastive_case()
+    whole = contrastive_loss(feature, momentum, [torch.cat(keys)], identity, [torch.cat(key_identity)], torch.tensor(0.07, device=DEVICE), 0.4)
+    pieces = [keys[1][150:], keys[0], keys[1][:150], keys[1][:0]]
+    ids = [key_identity[1][150:], key_identity[0], key_identity[1][:150], key_identity[1][:0]]
+    close(contrastive_loss(feature, momentum, pieces, identity, ids, torch.tensor(0.07, device=DEVICE), 0.4), whole, 1e-6)
+
+
+def test_gradients_reach_feature_and_temperature_through_the_operator_and_it_keeps_torchs_rules():
+    feature, momentum, keys, identity, key_identity = contrastive_case()
+    tau = torch.tensor(0.07, device=DEVICE, requires_grad=True)
+    loss = contrastive_loss(feature.requires_grad_(), momentum, keys, identity, key_identity, tau, 0.4)
+    found = loss, *torch.autograd.grad(3 * loss, (feature, tau))
+    expected = expected_contrastive(feature.detach(), momentum, keys, identity, key_identity, 0.07, 0.4)
+    agree(found, (expected[0], 3 * expected[1], 3 * expected[2]), 1e-5)
+    torch.library.opcheck(contrastive_file.contrastive, (feature, momentum, keys, identity, key_identity, tau, 0.4))
+
+
+def test_the_memory_of_the_contrastive_loss_does_not_grow_with_the_queue():
+    """At B 80, Q 61,440, E 256; the logits alone would be 20 MB."""
+    def needed(Q):
+        feature, *others, temperature = bench.contrastive_inputs(80, Q, 256)
+        return bench.megabytes(lambda: torch.autograd.grad(contrastive_loss(feature, *others, temperature, 0.4), (feature, temperature)))
+    assert needed(61_440) <= 15
+    assert DEVICE == "cuda" or needed(61_440) == pytest.approx(needed(6_144), rel=0.1)
+
+
+# ---- kernels/bench.py ----------------------------------------------------------------------------------------------
+def test_the_bench_prints_its_tables(monkeypatch, capsys):
+    """Small, each once, and without the compiler."""
+    monkeypatch.setattr(bench, "cases", lambda images, cases=bench.cases: cases(2))
+    monkeypatch.setattr(bench, "milliseconds", lambda run: (run(), (1.0, 1.0, 1.0))[1])
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    bench.bench_attention()
+    bench.bench_contrastive(B=4, Q=50, E=16)
+    printed = capsys.readouterr().out
+    assert printed.count("| ours | 1.00") == 4 and printed.count("| SDPA, math, padded | 1.00") == 3
+    assert len(re.findall(r"\d\.\de-\d\d", printed)) >= 3 * 4 + 2 * 3
+
+
+def test_every_shipped_kernel_compiles_for_a100_and_h100_without_spilling():
+    """In a process of its own, since this one may be running Triton's interpreter."""
+    pytest.importorskip("triton", reason="Triton comes for Linux only")
+    done = subprocess.run([sys.executable, "-m", "kernels.bench", "--compile-only"], cwd=ROOT, capture_output=True, text=True,
+                          env={name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines()[2:]]
+    assert {row[1] for row in rows} == {"forward_kernel", "query_kernel", "key_kernel", "sums_kernel"}
+    assert {(row[2], row[5]) for row in rows} == set(itertools.product(("fp16", "bf16", "fp32"), ("8.0", "9.0")))
+    for row in rows:
+        assert row[7] == "0" and float(row[8]) <= {"8.0": 163, "9.0": 227}[row[5]], row
 
 
 # ---- vit.py --------------------------------------------------------------------------------------------------------
@@ -269,29 +525,6 @@ def test_captions_are_cleaned_and_cut_as_officially():
 
 
 # ---- losses.py -----------------------------------------------------------------------------------------------------
-def unit(*shape):
-    return F.normalize(torch.randn(*shape), dim=-1)
-
-
-def test_without_soft_targets_and_with_distinct_people_itc_is_cross_entropy_on_the_diagonal():
-    torch.manual_seed(0)
-    feature, keys = unit(5, 8), unit(12, 8)
-    found = losses.contrastive_loss(feature, unit(5, 8), keys, torch.arange(5), torch.arange(12), 0.1, alpha=0.0)
-    close(found, F.cross_entropy(feature @ keys.T / 0.1, torch.arange(5)), 1e-6)
-
-
-def test_with_soft_targets_alone_itc_is_cross_entropy_with_the_momentum_encoders_softmax():
-    torch.manual_seed(0)
-    feature, momentum, keys = unit(5, 8), unit(5, 8), unit(12, 8)
-    found = losses.contrastive_loss(feature, momentum, keys, torch.arange(5), torch.arange(12), 0.1, alpha=1.0)
-    close(found, F.cross_entropy(feature @ keys.T / 0.1, (momentum @ keys.T / 0.1).softmax(1)), 1e-6)
-
-
-def test_the_same_person_in_batch_and_queue_shares_the_positive_mass():
-    weights = losses.positives(torch.tensor([7, 8, 7]), torch.tensor([7, 8, 7, -100, 7, -100]))
-    close(weights, torch.tensor([[1, 0, 1, 0, 1, 0], [0, 3, 0, 0, 0, 0], [1, 0, 1, 0, 1, 0]]) / 3.0, 1e-7)
-
-
 def test_negatives_are_never_the_same_person_and_hardness_goes_from_even_to_softmax():
     similarity, identity = torch.tensor([[1.0, 0.9, 0.2], [0.1, 1.0, 0.4], [0.9, 0.3, 1.0]]), torch.tensor([5, 6, 5])
     even = losses.negative_probabilities(similarity, identity, 0.001, hardness=0.0)
@@ -353,20 +586,33 @@ def test_joint_tokens_and_matching_logits_are_the_official_ones(official, first)
     close(official.matching_head(joint[captions.sequences.firsts.long()]), GOLDEN[f"eval.itm_logits_{first}"])
 
 
-def official_step(model, part, alpha, identity, index=...):
+@pytest.fixture(params=["pytorch", "triton"])
+def path(request, monkeypatch):
+    """Run the model with PyTorch's attention and the plain contrastive loss, or with the kernels. Returns the device for it."""
+    if request.param == "pytorch":
+        return "cpu"
+    if DEVICE == "cpu":             # the interpreter takes CPU tensors
+        kernel_sums = contrastive_file.kernel_sums
+        monkeypatch.setattr(attention_file, "runs_kernel", lambda query: True)
+        monkeypatch.setattr(contrastive_file, "runs_kernel", lambda feature: True)
+        monkeypatch.setattr(contrastive_file, "kernel_sums", lambda *case: kernel_sums(*case, programs=8))
+    return DEVICE
+
+
+def official_step(model, part, alpha, identity, index=..., device="cpu"):
     """Momentum update and losses in the official order, on the recorded batch."""
     mask = GOLDEN[f"{part}.attention_mask"][index].bool()
     captions = Captions(GOLDEN[f"{part}.input_ids"][index][mask], Sequences.of(mask.sum(-1)))
     model.update_momentum()
-    return model(GOLDEN[f"{part}.images"][index], captions, identity, float(alpha))
+    return model(GOLDEN[f"{part}.images"][index].to(device), captions.to(device), identity.to(device), float(alpha))
 
 
-def test_losses_and_every_gradient_norm_of_a_step_are_the_official_ones(official):
-    out = official_step(official.train(), "train", GOLDEN["train.alpha"], GOLDEN["train.pair_ids"])
-    close(out.itc, GOLDEN["train.loss_itc"])
-    close(out.itm, GOLDEN["train.loss_itm"])
+def test_losses_and_every_gradient_norm_of_a_step_are_the_official_ones(official, path):
+    out = official_step(official.to(path).train(), "train", GOLDEN["train.alpha"], GOLDEN["train.pair_ids"], device=path)
+    close(out.itc.cpu(), GOLDEN["train.loss_itc"])
+    close(out.itm.cpu(), GOLDEN["train.loss_itm"])
     (out.itc + out.itm).backward()
-    gradients = {official_name(name): p.grad for name, p in official.named_parameters() if p.requires_grad}
+    gradients = {official_name(name): p.grad.cpu() for name, p in official.named_parameters() if p.requires_grad}
     assert {f"train.grad_norm.{name}" for name in gradients} == {name for name in GOLDEN if name.startswith("train.grad_norm.")}
     for name, gradient in gradients.items():
         assert gradient.norm().item() == pytest.approx(GOLDEN[f"train.grad_norm.{name}"].item(), rel=1e-5, abs=1e-6), name
@@ -382,19 +628,21 @@ def test_queue_identities_pointer_and_momentum_weights_after_a_step_are_the_offi
         close(state[name.removeprefix("after_step.")], GOLDEN[name], 1e-6)
 
 
-def test_ten_official_steps_with_a_queue_that_wraps_come_out_the_same(official):
+@pytest.mark.parametrize("path", ["pytorch", pytest.param("triton", marks=pytest.mark.slow)], indirect=True)
+def test_ten_official_steps_with_a_queue_that_wraps_come_out_the_same(official, path):
+    official.to(path)
     trained = [p for p in official.train().parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.05)
     for i in range(10):
-        out = official_step(official, "run", GOLDEN["run.alpha"][i], torch.tensor([2 * i, 2 * i + 1]), i)
-        close(out.itc, GOLDEN["run.loss_itc"][i])
-        close(out.itm, GOLDEN["run.loss_itm"][i])
+        out = official_step(official, "run", GOLDEN["run.alpha"][i], torch.tensor([2 * i, 2 * i + 1]), i, path)
+        close(out.itc.cpu(), GOLDEN["run.loss_itc"][i])
+        close(out.itm.cpu(), GOLDEN["run.loss_itm"][i])
         optimizer.zero_grad()
         (out.itc + out.itm).backward()
         official.enqueue(out.image_keys, out.text_keys, out.identity)
         optimizer.step()
         official.clamp_temperature()
-    state = official_state(official)
+    state = official_state(official.cpu())
     for name in (name for name in GOLDEN if name.startswith("run.final.")):
         close(state[name.removeprefix("run.final.")], GOLDEN[name])
 
@@ -474,6 +722,21 @@ def test_a_batch_that_does_not_fit_before_the_end_of_the_queue_wraps():
     assert model.image_queue[:, 0].tolist() == [5, 6, 7, 8, 4] and model.text_queue[:, 3].tolist() == [-5, -6, -7, -8, -4]
 
 
+def test_the_loss_over_a_queue_that_has_wrapped_is_the_direct_one(path):
+    model = small_flip(queue_size=5).to(path).eval()
+    for first in (0, 3):
+        torch.manual_seed(first)
+        model.enqueue(unit(3, 12).to(path), unit(3, 12).to(path), torch.arange(first, first + 3).to(path))
+    identity, captions = torch.tensor([4, 5, 9, 9, 7, 8, 6, 1], device=path), golden_captions("eval").to(path)
+    images = GOLDEN["eval.images"].to(path)
+    out = model(images, captions, identity, alpha=0.4, with_itm=False)
+    sides = ((model.encode_image(images)[1], out.image_keys, out.text_keys, model.text_queue),
+             (model.encode_text(captions), out.text_keys, out.image_keys, model.image_queue))
+    direct = [contrastive_file.reference(feature, momentum, torch.cat([keys, queue]), identity, torch.cat([identity, model.queue_identity]),
+                                         model.temperature, 0.4) for feature, momentum, keys, queue in sides]
+    close(out.itc, (sum(direct) / 2).detach())
+
+
 def test_forward_changes_nothing_and_the_temperature_is_clamped_by_the_loop(official):
     before = {name: tensor.clone() for name, tensor in official.state_dict().items()}
     mode = official.training
@@ -483,6 +746,32 @@ def test_forward_changes_nothing_and_the_temperature_is_clamped_by_the_loop(offi
         official.temperature.data.fill_(value)
         official.clamp_temperature()
         assert official.temperature.item() == pytest.approx(expected)
+
+
+def losses_and_gradients(model, compiled=None, dropout_seed=0):
+    """Of ITC and of judging three pairs, for three faces; `compiled` names a backend of torch.compile."""
+    captions, identity = model.tokenizer(["she is young", "a hat", "lipstick and a hat on"]), torch.arange(3)
+    images = torch.randn(3, 3, 48, 48, generator=torch.Generator().manual_seed(0))
+
+    def losses_of(images, captions, identity, image_of):
+        tokens, _ = model.encode_image(images)
+        return model(images, captions, identity, with_itm=False).itc + model.match(tokens, captions, image_of).square().sum()
+    run = torch.compile(losses_of, fullgraph=True, backend=compiled) if compiled else losses_of
+    torch.manual_seed(dropout_seed)
+    loss = run(images, captions, identity, torch.tensor([1, 0, 1]))
+    return loss, *torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])
+
+
+@pytest.mark.parametrize("compiled, dropout", [
+    ("aot_eager", 0.0), ("aot_eager", 0.1), pytest.param("inductor", 0.0, marks=pytest.mark.slow)])
+def test_the_tiny_model_compiles_into_one_graph_forward_and_backward(compiled, dropout):
+    torch._dynamo.reset()
+    tokenizer, (vit_config, bert_config, embed_dim) = Tokenizer.train(["she is young with a hat and lipstick on"]), train.TINY
+    bert_config = dataclasses.replace(bert_config, vocab_size=tokenizer.vocab_size, dropout=dropout)
+    torch.manual_seed(0)
+    model = FLIP(FLIPConfig(vit_config, bert_config, embed_dim, queue_size=64), tokenizer).train()
+    for found, expected in zip(losses_and_gradients(model, compiled), losses_and_gradients(model), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item() + 1e-8)
 
 
 def test_negatives_are_drawn_with_their_probabilities():
@@ -1109,7 +1398,9 @@ def test_every_command_of_the_readme_works(tmp_path):
         program, *arguments = shlex.split(command)
         if program == "torchrun":
             train.parse_arguments(arguments[arguments.index("train.py") + 1:])
-        if program == "python":
+        if program == "python" and arguments[0] == "-m":
+            assert arguments[1] == "kernels.bench"              # has tests of its own
+        elif program == "python":
             script = arguments[0]
             more = {"train.py": quick_run, "toyfaces.py": "--count 8"}.get(script, "").split()
             arguments = ["vocab.txt" if argument == "bert-base-uncased" else argument for argument in arguments[1:] + more]

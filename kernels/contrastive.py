@@ -1,0 +1,221 @@
+"""The image-text contrastive loss without its logits: the only contrastive loss of this project.
+
+One direction of ITC (FLIP paper, section 4.2; ALBEF, arXiv 2107.07651, eq. 1, 2 and 6). A row has a feature q from the
+student and a feature m from the momentum encoder; both are compared with keys k_j (momentum features of the other modality,
+batch and queue), and y is the target:
+
+    s_j = q k_j / tau      t_j = m k_j / tau      y = alpha softmax(t) + (1 - alpha) e      loss = -sum_j y_j log softmax(s)_j
+
+where e spreads a mass of 1 evenly over the positives, the keys of the row's own identity. With 80 rows and 61,520 keys the
+logits are 20 MB that are written, read and written again, several times over. But y sums to 1, and s is linear in k:
+
+    loss = log sum_j exp(s_j) - q k* / tau         k* = sum_j y_j k_j            the average key under the target
+    dq   = (k' - k*) / tau                         k' = sum_j softmax(s)_j k_j   the average key under the student
+    dtau = -q dq / tau
+
+So all that is needed are three average keys per row, under softmax(s), softmax(t) and e, and one log-sum-exp; and an average
+under a softmax is *attention with the keys as values*. It is computed as FlashAttention does: the keys stream by, each row
+keeps the largest logit so far, the sum of weights and the weighted sum of keys. Such `Sums` over two sets of keys merge
+into the `Sums` over both. Hence batch and queue can be given as they lie, in two pieces, and never need to be copied
+together; and few rows still fill a GPU, since each of its processors can take a share of the keys. e is a softmax as well:
+of logits 0 for the row's own identity and -inf for all others.
+
+The loss and both gradients come from one pass over the keys; the backward pass only scales them. Float32 throughout, since
+at tau 0.01 a cosine in half precision is too coarse.
+
+Shapes: B rows, K keys (C in a chunk, in any number of pieces), E feature size, G shares of the keys.
+Run `python kernels/contrastive.py` to compare and time it.
+"""
+import subprocess
+import sys
+from functools import reduce
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+if __name__ == "__main__":
+    raise SystemExit(subprocess.call([sys.executable, "-m", "kernels.bench", "contrastive", *sys.argv[1:]],
+                                     cwd=Path(__file__).parents[1]))
+
+from kernels import tl, triton
+
+
+def reference(feature, momentum_feature, keys, identity, key_identity, temperature, alpha):
+    """The loss as the papers write it, with its (B, K) logits: what the rest of this file computes without them."""
+    logits = feature @ keys.T / temperature                                                  # (B, K)
+    with torch.no_grad():
+        same = (identity[:, None] == key_identity[None, :]).to(feature.dtype)
+        soft = (momentum_feature @ keys.T / temperature).softmax(1)
+        targets = alpha * soft + (1 - alpha) * same / same.sum(1, keepdim=True)
+    return -(targets * logits.log_softmax(1)).sum(1).mean()
+
+
+# ---- sums over keys ------------------------------------------------------------------------------------------------
+class Sums(NamedTuple):
+    """Three softmax-weighted sums over some keys, under the student, the momentum encoder and the positives. In the order
+    of the first dimension; all weights are relative to exp(peak), so that nothing overflows."""
+    peak: Tensor    # (3, B) the largest logit
+    mass: Tensor    # (3, B) sum_j exp(logit_j - peak)
+    key: Tensor     # (3, B, E) sum_j exp(logit_j - peak) k_j
+
+
+def sums_over(queries, keys, identity, key_identity, temperature):
+    """`Sums` over the keys (C, E) for queries (2, B, E): the student's features and the momentum encoder's."""
+    logits = queries @ keys.T / temperature                                                  # (2, B, C)
+    peak = logits.amax(-1)
+    weights = logits.sub_(peak[..., None]).exp_()
+    same = (identity[:, None] == key_identity[None, :]).to(keys.dtype)                       # (B, C)
+    positive_sum = same @ keys if same.any() else torch.zeros_like(queries[0])               # mostly there is none
+    return Sums(torch.cat([peak, peak.new_zeros(1, len(same))]), torch.cat([weights.sum(-1), same.sum(-1)[None]]),
+                torch.cat([weights @ keys, positive_sum[None]]))
+
+
+def merge(parts):
+    """`Sums` stacked along a first dimension (parts, 3, B, ...) -> the `Sums` over all their keys."""
+    peak = parts.peak.amax(0)
+    shrink = (parts.peak - peak).exp()                                                       # (parts, 3, B)
+    return Sums(peak, (shrink * parts.mass).sum(0), (shrink[..., None] * parts.key).sum(0))
+
+
+def loss_and_gradients(sums, feature, temperature, alpha):
+    """What the docstring derives: the mean loss (), and its gradients by feature (B, E) and temperature ()."""
+    student, momentum, positive = sums.key / sums.mass[..., None]                            # (B, E) each
+    target = alpha * momentum + (1 - alpha) * positive
+    log_sum_exp = sums.peak[0] + sums.mass[0].log()                                          # (B,)
+    loss = log_sum_exp - (feature * target).sum(1) / temperature
+    by_feature = (student - target) / temperature
+    by_temperature = -(feature * by_feature).sum(1) / temperature
+    return loss.mean(), by_feature / len(feature), by_temperature.mean()
+
+
+# ---- the kernel ----------------------------------------------------------------------------------------------------
+@triton.jit
+def sums_kernel(queries, keys, identity, key_identity, temperature, peak_out, mass_out, key_out, B, K, share,
+                E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, SLICE: tl.constexpr):
+    """One program: `Sums` of BLOCK_ROWS of the 3 B rows over one share of the keys.
+
+    queries (3, B, E): student, momentum encoder, zeros for the positives; outputs (G, 3, B) and (G, 3, B, E).
+    """
+    rows, g = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS), tl.program_id(1)
+    columns = tl.arange(0, BLOCK_E)
+    is_row, is_column = rows < 3 * B, columns < E
+    compares_all = rows < 2 * B                             # the rows of the third kind count positives only
+    row_identity = tl.load(identity + rows % B)
+    scale = 1.0 / tl.load(temperature)
+
+    peak = tl.full((BLOCK_ROWS,), -1e38, tl.float32)        # finite, so that peak - peak is 0 before the first positive
+    mass = tl.zeros((BLOCK_ROWS,), tl.float32)
+    key_sum = tl.zeros((BLOCK_ROWS, BLOCK_E), tl.float32)
+    for start in range(g * share, tl.minimum((g + 1) * share, K), BLOCK_KEYS):
+        j = start + tl.arange(0, BLOCK_KEYS)
+        is_key = j < K
+        same = row_identity[:, None] == tl.load(key_identity + j, mask=is_key, other=0)[None, :]
+        counts = is_key[None, :] & (same | compares_all[:, None])
+        if tl.max(tl.max(counts.to(tl.int32), 1), 0) > 0:   # most blocks of keys hold no positive
+            first_of_key = keys + j.to(tl.int64) * E
+            # q k_j, by slices of the features: with all of them at once the registers would not suffice
+            cosines = tl.zeros((BLOCK_ROWS, BLOCK_KEYS), tl.float32)
+            for e in range(0, E, SLICE):
+                part = e + tl.arange(0, SLICE)
+                q = tl.load(queries + rows[:, None] * E + part[None, :], mask=is_row[:, None] & (part < E)[None, :], other=0.0)
+                k = tl.load(first_of_key[:, None] + part[None, :], mask=is_key[:, None] & (part < E)[None, :], other=0.0)
+                cosines = tl.dot(q, tl.trans(k.to(tl.float32)), cosines, input_precision="tf32x3")
+            # s_j = q k_j / tau; in the rows whose q is 0 it is 0 for positives
+            logits = tl.where(counts, cosines * scale, float("-inf"))
+            # the online softmax: what was summed so far shrinks when a larger logit turns up
+            new_peak = tl.maximum(peak, tl.max(logits, 1))
+            weights = tl.exp(logits - new_peak[:, None])
+            shrink = tl.exp(peak - new_peak)
+            mass = mass * shrink + tl.sum(weights, 1)
+            k = tl.load(first_of_key[:, None] + columns[None, :], mask=is_key[:, None] & is_column[None, :], other=0.0)
+            key_sum = key_sum * shrink[:, None] + tl.dot(weights, k.to(tl.float32), input_precision="tf32x3")
+            peak = new_peak
+
+    out = g * 3 * B + rows
+    tl.store(peak_out + out, peak, mask=is_row)
+    tl.store(mass_out + out, mass, mask=is_row)
+    tl.store(key_out + out[:, None].to(tl.int64) * E + columns[None, :], key_sum, mask=is_row[:, None] & is_column[None, :])
+
+
+# "tf32x3" computes float32 products to float32's precision on tensor cores, in three steps. With Triton 3.6 to 3.9 this tiling
+# compiles for compute capability 8.0 and 9.0 without spilling registers up to MAX_E (`python -m kernels.bench --compile-only`); it
+# has not been tuned on a card yet.
+TILES, WARPS, STAGES, MAX_E = dict(BLOCK_ROWS=32, BLOCK_KEYS=32, SLICE=32), 8, 1, 256
+
+
+def runs_kernel(feature):
+    return feature.is_cuda and feature.shape[1] <= MAX_E and feature.dtype == torch.float32
+
+
+def launch(queries, keys, identity, key_identity, temperature, programs):
+    """Run the kernel on one piece of keys, in so many shares that about `programs` programs run; returns stacked `Sums`."""
+    (_, B, E), K, block = queries.shape, len(keys), TILES["BLOCK_KEYS"]
+    row_blocks = triton.cdiv(3 * B, TILES["BLOCK_ROWS"])
+    share = triton.cdiv(K, max(1, programs // row_blocks) * block) * block                   # keys of one program
+    shares = triton.cdiv(K, share)
+    out = Sums(queries.new_empty(shares, 3, B), queries.new_empty(shares, 3, B), queries.new_empty(shares, 3, B, E))
+    sums_kernel[row_blocks, shares](queries, keys.contiguous(), identity, key_identity.contiguous(), temperature, *out, B, K, share,
+                                    E=E, BLOCK_E=max(32, triton.next_power_of_2(E)), **TILES, num_warps=WARPS, num_stages=STAGES)
+    return out
+
+
+def kernel_sums(feature, momentum_feature, keys, identity, key_identity, temperature, programs=None):
+    """`Sums` over all pieces of keys from the kernel, one program for each processor of the GPU."""
+    programs = programs or torch.cuda.get_device_properties(feature.device).multi_processor_count
+    queries = torch.stack([feature, momentum_feature, torch.zeros_like(feature)])
+    parts = [launch(queries, piece, identity, ids, temperature, programs) for piece, ids in zip(keys, key_identity)]
+    return merge(Sums(*map(torch.cat, zip(*parts))))
+
+
+def plain_sums(feature, momentum_feature, keys, identity, key_identity, temperature, chunk=1024):
+    """The same in PyTorch, one chunk of keys after the other."""
+    queries = torch.stack([feature, momentum_feature])
+    parts = (sums_over(queries, some.to(feature.dtype), identity, ids, temperature)
+             for piece, piece_ids in zip(keys, key_identity) for some, ids in zip(piece.split(chunk), piece_ids.split(chunk)))
+    return reduce(lambda sums, part: merge(Sums(*map(torch.stack, zip(sums, part)))), parts)
+
+
+# ---- what the model calls ------------------------------------------------------------------------------------------
+@torch.library.custom_op("flip::contrastive", mutates_args=())
+def contrastive(feature: Tensor, momentum_feature: Tensor, keys: list[Tensor], identity: Tensor, key_identity: list[Tensor],
+                temperature: Tensor, alpha: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss and its gradients by feature and temperature. One operator for torch.compile, whatever happens inside."""
+    sums = kernel_sums if runs_kernel(feature) else plain_sums
+    return loss_and_gradients(sums(feature, momentum_feature, keys, identity, key_identity, temperature), feature, temperature, alpha)
+
+
+@contrastive.register_fake
+def _(feature, momentum_feature, keys, identity, key_identity, temperature, alpha):
+    return feature.new_empty(()), torch.empty_like(feature), torch.empty_like(temperature)
+
+
+def save_gradients(ctx, inputs, output):
+    ctx.save_for_backward(*output[1:])
+    ctx.pieces = len(inputs[2])
+
+
+def scale_gradients(ctx, grad_loss, *_):
+    by_feature, by_temperature = ctx.saved_tensors
+    nothing = [None] * ctx.pieces
+    return grad_loss * by_feature, None, nothing, None, nothing, grad_loss * by_temperature, None
+
+
+contrastive.register_autograd(scale_gradients, setup_context=save_gradients)
+
+
+def contrastive_loss(feature, momentum_feature, keys, identity, key_identity, temperature, alpha):
+    """Soft cross-entropy of one direction of ITC, mean over the batch, a tensor ().
+
+    feature (B, E): the student's, of one modality; momentum_feature (B, E): the momentum encoder's, of the same inputs; all
+    features have length 1. keys: momentum features of the other modality in any number of pieces [(K1, E), (K2, E), ...],
+    such as batch and queue. identity (B,), key_identity [(K1,), (K2,), ...]: equal numbers mean the same person, so a
+    positive; every row needs at least one. temperature: a tensor (). alpha: share of the soft targets, the momentum
+    encoder's own opinion, from 0 to 1. Gradients flow into feature and temperature only.
+    """
+    pieces = [piece for piece in zip(keys, key_identity) if len(piece[0])]
+    keys, key_identity = map(list, zip(*pieces))
+    wide = torch.promote_types(feature.dtype, torch.float32)
+    return contrastive(feature.to(wide).contiguous(), momentum_feature.detach().to(wide), keys, identity, key_identity,
+                       temperature.to(wide), alpha)[0]
