@@ -79,7 +79,7 @@ class Captions:
         device = self.ids.device
         chosen = Sequences.of(self.sequences.lengths[indices], device)
         begins = self.sequences.firsts[indices.to(device, non_blocking=True)]   # where each chosen one lies now
-        return Captions(self.ids[begins[chosen.rows] + chosen.places], chosen)
+        return Captions(self.ids[begins[chosen.sequence_of] + chosen.places], chosen)
 
     def starting_with(self, token):
         """The same captions with `token` for their first token."""

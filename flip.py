@@ -75,7 +75,7 @@ def gather_captions(captions):
     rectangle = gather(F.pad(padded, (0, MAX_TOKENS - padded.shape[1])))                     # (A, MAX_TOKENS)
     lengths = gather(captions.sequences.lengths.to(device)).cpu()       # (A,); the host waits for the GPU
     sequences = Sequences.of(lengths, device)
-    return Captions(rectangle[sequences.rows, sequences.places], sequences)
+    return Captions(rectangle[sequences.sequence_of, sequences.places], sequences)
 
 
 # ---- the model -----------------------------------------------------------------------------------------------------

@@ -211,6 +211,23 @@ def test_the_attention_operators_keep_torchs_rules(dropout):
     torch.library.opcheck(attention_file.fused_backward, (inputs[0], *inputs, *attention_file.fused(*inputs, *shared), *shared))
 
 
+def test_half_precision_formulas_compute_in_float32():
+    inputs, q_sequences, k_sequences, kv_of = packed_inputs(*SHARED, dtype=torch.bfloat16)
+    grad, shared = torch.randn_like(inputs[0]), (q_sequences.starts, k_sequences.starts, kv_of, 0.0, torch.tensor(0))
+    with torch.autocast(DEVICE, torch.bfloat16):
+        out, lse = attention_file.reference_forward(*inputs, *shared)
+    assert out.dtype == torch.bfloat16 and lse.dtype == torch.float32
+    found = out, *attention_file.reference_backward(grad, *inputs, out, lse, *shared)
+    agree(found, expected_attention(inputs, q_sequences, k_sequences, kv_of, grad), TOLERANCE[torch.bfloat16])
+
+
+def test_attention_refuses_sequences_that_do_not_fit_the_tokens():
+    inputs, q_sequences, k_sequences, kv_of = packed_inputs(*SHARED)
+    assert "41 queries, 82 keys and 3 pairs of sequences, but the sequences say 41, 82 and 4" in error_of(
+        attention, *inputs, q_sequences, k_sequences)
+    assert "40 queries" in error_of(attention, inputs[0][1:], *inputs[1:], q_sequences, k_sequences, kv_of)
+
+
 def test_attention_computes_in_the_type_of_autocast():
     inputs, q_sequences, k_sequences, _ = packed_inputs([3, 4], [3, 4], None)
     for dropout in (0.0, 0.1):
@@ -305,6 +322,13 @@ def test_gradients_reach_feature_and_temperature_through_the_operator_and_it_kee
     torch.library.opcheck(contrastive_file.contrastive, (feature, momentum, keys, identity, key_identity, tau, 0.4))
 
 
+def test_the_contrastive_loss_stays_in_float32_under_autocast():
+    case, tau = contrastive_case(), torch.tensor(0.01, device=DEVICE)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        found = contrastive_loss(*case, tau, 0.4)
+    assert found.dtype == torch.float32 and torch.equal(found, contrastive_loss(*case, tau, 0.4))
+
+
 def test_the_memory_of_the_contrastive_loss_does_not_grow_with_the_queue():
     """At B 80, Q 61,440, E 256; the logits alone would be 20 MB."""
     def needed(Q):
@@ -325,6 +349,12 @@ def test_the_bench_prints_its_tables(monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert printed.count("| ours | 1.00") == 4 and printed.count("| SDPA, math, padded | 1.00") == 3
     assert len(re.findall(r"\d\.\de-\d\d", printed)) >= 3 * 4 + 2 * 3
+
+
+def test_without_triton_everything_else_works():
+    """As on a Mac: importing it fails."""
+    code = "import sys; sys.modules['triton'] = None; import torch, train; print(train.FLIP.__name__)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout == "FLIP\n"
 
 
 def test_every_shipped_kernel_compiles_for_a100_and_h100_without_spilling():

@@ -8,16 +8,17 @@ Sentences differ in length, so instead of a padded (sequences, longest) rectangl
     captions attending to images          `kv_of[p]` names the image that query sequence p looks at, so the keys and
                                           values of an image are projected once, however many captions read it
 
-For one head and one pair of sequences, with queries Q (Lq, d), keys K and values V (Lk, d):
+For one head and one pair of sequences, with queries Q (Lq, d), keys K and values V (Lk, d), scores A and weights W:
 
-    S = Q K^T / sqrt(d)      P = softmax(S) = exp(S - lse)      O = (P D) V       D: dropout, 0 or 1 / (1 - p), else 1
+    A = Q K^T / sqrt(d)      W = softmax(A) = exp(A - lse)      O = (W D) V
+    D: what dropout leaves, 0 or rescale = 1 / (1 - its probability); 1 without dropout
 
-The kernel never writes S or P (FlashAttention, arXiv 2205.14135 and 2307.08691): blocks of keys stream by while each query
+The kernel never writes A or W (FlashAttention, arXiv 2205.14135 and 2307.08691): blocks of keys stream by while each query
 keeps the largest score so far, the sum of weights and the weighted sum of values. For the backward pass only O and lse, the
-logarithm of the sum of exp(S), one number a row, are kept; P comes back block by block as exp(S - lse):
+logarithm of the sum of exp(A), one number a row, are kept beside the inputs; W comes back block by block as exp(A - lse):
 
-    dV = (P D)^T dO          dS = P (D dO V^T - delta)          delta_i = dO_i O_i, which equals sum_j P_ij D_ij (dO V^T)_ij
-    dQ = dS K / sqrt(d)      dK = dS^T Q / sqrt(d)
+    dV = (W D)^T dO          dA = W (D dO V^T - delta)          delta_i = dO_i O_i, which equals sum_j W_ij D_ij (dO V^T)_ij
+    dQ = dA K / sqrt(d)      dK = dA^T Q / sqrt(d)
 
 Two backward kernels: one program per block of queries gathers dQ; one per block of keys gathers dK and dV from every query
 sequence that reads them. Nobody adds to anyone else's sum, so there are no atomics and equal runs give equal bits.
@@ -26,7 +27,7 @@ sequence that reads them. Nobody adds to anyone else's sum, so there are no atom
 so 208 columns are computed instead of 256.
 
 Dropout is not stored but computed anew where it is needed: Philox (Salmon et al. 2011, "Parallel random numbers: as easy as
-1, 2, 3") is a hash of (seed; key, query, head), so that the same weight is dropped in forward and backward and on every device.
+1, 2, 3") is a hash of (seed; key, query, head), the query by its number in the whole list of tokens, so that the same weight is dropped in forward and backward and on every device.
 
 Shapes: S sequences, N tokens in all, H heads, d channels per head, L the longest sequence; where queries and keys differ,
 P query sequences of up to Lq tokens look at S key sequences of up to Lk.
@@ -45,7 +46,7 @@ if __name__ == "__main__":
     raise SystemExit(subprocess.call([sys.executable, "-m", "kernels.bench", "attention", *sys.argv[1:]],
                                      cwd=Path(__file__).parents[1]))
 
-from kernels import tl, triton
+from kernels import takes_kernels, tl, triton
 
 
 # ---- packed sequences ----------------------------------------------------------------------------------------------
@@ -56,6 +57,8 @@ class Sequences:
     starts: Tensor      # (S + 1,) int32, on the device of the tokens
     longest: int
     tokens: int         # N
+
+    # What is computed from these lies on the device of the tokens.
 
     @staticmethod
     def of(lengths, device="cpu"):
@@ -80,23 +83,23 @@ class Sequences:
 
     @property
     def firsts(self):
-        """Index of the first token of each sequence, (S,) int32. This and what follows: on the device of the tokens."""
+        """Index of the first token of each sequence, (S,) int32."""
         return self.starts[:-1]
 
     @property
-    def rows(self):
+    def sequence_of(self):
         """Which sequence each token belongs to, (N,) int64."""
         return torch.searchsorted(self.starts, torch.arange(self.tokens, device=self.starts.device), right=True) - 1
 
     @property
     def places(self):
         """0, 1, 2, ... anew for each sequence: every token's place in its own, (N,) int64."""
-        return torch.arange(self.tokens, device=self.starts.device) - self.starts[self.rows]
+        return torch.arange(self.tokens, device=self.starts.device) - self.starts[self.sequence_of]
 
     @property
     def slots(self):
         """Every token's place in the padded (S * longest) layout, (N,) int64."""
-        return self.rows * self.longest + self.places
+        return self.sequence_of * self.longest + self.places
 
     @property
     def mask(self):
@@ -133,7 +136,7 @@ def unpad(padded, sequences):
     return tokens if sequences.is_uniform else Unpad.apply(tokens, sequences.slots)
 
 
-# ---- the mathematics, sequence by sequence ---------------------------------------------------------------------------
+# ---- the mathematics, sequence by sequence: also what runs where there is dropout and no GPU -------------------------
 def pairs_of_sequences(query_starts, key_starts, kv_of):
     """(queries, keys) as slices of the two lists, for each query sequence."""
     queries, keys = query_starts.tolist(), key_starts.tolist()
@@ -141,17 +144,19 @@ def pairs_of_sequences(query_starts, key_starts, kv_of):
 
 
 def reference_forward(query, key, value, query_starts, key_starts, kv_of, dropout, seed):
-    """O (Nq, H, d) and lse (Nq, H): the formulas of the docstring, and what the kernel is held against."""
+    """O (Nq, H, d) and lse (Nq, H), in float32 or wider: the formulas of the docstring, which the kernels are held against."""
+    dtype, (query, key, value) = query.dtype, map(widen, (query, key, value))
     out, lse = torch.zeros_like(query), query.new_zeros(query.shape[:2])
     for q, k in pairs_of_sequences(query_starts, key_starts, kv_of):
         scores = torch.einsum("qhd,khd->hqk", query[q], key[k]) * query.shape[-1] ** -0.5
         weights = scores.softmax(-1) * dropout_factor(scores, q.start, dropout, seed)
         out[q], lse[q] = torch.einsum("hqk,khd->qhd", weights, value[k]), scores.logsumexp(-1).T
-    return out, lse
+    return out.to(dtype), lse
 
 
 def reference_backward(grad, query, key, value, out, lse, query_starts, key_starts, kv_of, dropout, seed):
     """dQ, dK, dV for the gradient dO (Nq, H, d)."""
+    dtype, (grad, query, key, value, out) = query.dtype, map(widen, (grad, query, key, value, out))
     by_query, by_key, by_value = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
     scale = query.shape[-1] ** -0.5
     for q, k in pairs_of_sequences(query_starts, key_starts, kv_of):
@@ -162,7 +167,11 @@ def reference_backward(grad, query, key, value, out, lse, query_starts, key_star
         by_query[q] = torch.einsum("hqk,khd->qhd", by_scores, key[k])
         by_key[k] += torch.einsum("hqk,qhd->khd", by_scores, query[q])
         by_value[k] += torch.einsum("hqk,qhd->khd", weights * factor, grad[q])
-    return by_query, by_key, by_value
+    return by_query.to(dtype), by_key.to(dtype), by_value.to(dtype)
+
+
+def widen(x):
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def dropout_factor(scores, first_query, dropout, seed):
@@ -231,7 +240,7 @@ def ends(query_starts, p, key_starts, s):
 
 @triton.jit
 def dot(a, b):
-    """Matrix product, accumulated in float32; for float32 inputs as exact as that, on tensor cores ("tf32x3")."""
+    """Matrix product, accumulated in float32; float32 inputs are multiplied nearly as exactly as that, on tensor cores."""
     return tl.dot(a, b, input_precision="tf32x3")
 
 
@@ -250,7 +259,7 @@ def attend(q, peak, mass, mixed, key, value, start, Lk, stride, scale, seed, que
     """A block of queries looks at keys start to start + WIDTH; what it has seen so far shrinks when a larger score turns up."""
     j = start + tl.arange(0, WIDTH)
     k, v = load(key, j, Lk, stride, d, BLOCK_D, MASKED), load(value, j, Lk, stride, d, BLOCK_D, MASKED)
-    scores = dot(q, tl.trans(k)) * scale                                                     # S = Q K^T / sqrt(d)
+    scores = dot(q, tl.trans(k)) * scale                                                     # A = Q K^T / sqrt(d)
     if MASKED:
         scores = tl.where((j < Lk)[None, :], scores, float("-inf"))
     new_peak = tl.maximum(peak, tl.max(scores, 1))
@@ -259,7 +268,7 @@ def attend(q, peak, mass, mixed, key, value, start, Lk, stride, scale, seed, que
     mass = mass * shrink + tl.sum(weights, 1)
     if DROPOUT:
         weights = tl.where(keep(seed, j[None, :], query_number[:, None], head, threshold), weights, 0.0)
-    mixed = mixed * shrink[:, None] + dot(weights.to(v.dtype), v)                            # O = (P D) V
+    mixed = mixed * shrink[:, None] + dot(weights.to(v.dtype), v)                            # O = (W D) V, but for the sum of W and rescale
     return new_peak, mass, mixed
 
 
@@ -302,13 +311,13 @@ def gather_for_queries(q, grad, lse, delta, by_query, key, value, start, Lk, str
     scores = dot(q, tl.trans(k)) * scale
     if MASKED:
         scores = tl.where((j < Lk)[None, :], scores, float("-inf"))
-    weights = tl.exp2(scores - lse[:, None])                                                 # P = exp(S - lse)
+    weights = tl.exp2(scores - lse[:, None])                                                 # W = exp(A - lse)
     by_weights = dot(grad, tl.trans(v))                                                      # dO V^T
     if DROPOUT:
         kept = keep(seed, j[None, :], query_number[:, None], head, threshold)
         by_weights = tl.where(kept, by_weights * rescale, 0.0)                               # D dO V^T
     by_scores = weights * (by_weights - delta[:, None])                                      # dS
-    return by_query + dot(by_scores.to(k.dtype), k)                                          # dQ = dS K
+    return by_query + dot(by_scores.to(k.dtype), k)                                          # dQ = dA K, but for sqrt(d)
 
 
 @triton.jit(do_not_specialize=["seed"])
@@ -349,16 +358,16 @@ def gather_for_keys(k, v, by_key, by_value, query, grad, lse, delta, start, Lq, 
     q, g = load(query, i, Lq, H * d, d, BLOCK_D, MASKED), load(grad, i, Lq, H * d, d, BLOCK_D, MASKED)
     row_lse = tl.load(lse + i * H, mask=i < Lq, other=float("inf")) * LOG2_E                 # beyond the end: weight 0
     row_delta = tl.load(delta + i * H, mask=i < Lq, other=0.0)
-    weights = tl.exp2(dot(k, tl.trans(q)) * scale - row_lse[None, :])                        # P^T
+    weights = tl.exp2(dot(k, tl.trans(q)) * scale - row_lse[None, :])                        # W^T
     by_weights = dot(v, tl.trans(g))                                                         # V dO^T
     kept_weights = weights
     if DROPOUT:
         kept = keep(seed, j[:, None], (first_query + i)[None, :], head, threshold)
         kept_weights = tl.where(kept, weights * rescale, 0.0)
         by_weights = tl.where(kept, by_weights * rescale, 0.0)
-    by_value += dot(kept_weights.to(g.dtype), g)                                             # dV = (P D)^T dO
-    by_scores = weights * (by_weights - row_delta[None, :])                                  # dS^T
-    by_key += dot(by_scores.to(q.dtype), q)                                                  # dK = dS^T Q
+    by_value += dot(kept_weights.to(g.dtype), g)                                             # dV = (W D)^T dO
+    by_scores = weights * (by_weights - row_delta[None, :])                                  # dA^T
+    by_key += dot(by_scores.to(q.dtype), q)                                                  # dK = dA^T Q, but for sqrt(d)
     return by_key, by_value
 
 
@@ -395,8 +404,8 @@ def key_kernel(grad, query, key, value, lse, delta, by_key, by_value, query_star
 
 
 # ---- launching -----------------------------------------------------------------------------------------------------------
-TAIL = 16
-# (kernel, bytes per number): for head dimensions up to the first number, BLOCK, WIDTH, warps and stages. With Triton 3.6 to 3.9
+TAIL = 16       # the narrowest block that a matrix product takes
+# (kernel, bytes per number): rows of (largest head dimension, BLOCK, WIDTH, warps, stages). With Triton 3.6 to 3.9
 # they compile for compute capability 8.0 and 9.0 without spilling registers (`python -m kernels.bench --compile-only`); none has
 # been tuned on a card yet.
 TILES = {("forward", 2): [(64, 64, 64, 4, 2), (128, 64, 64, 8, 2)], ("forward", 4): [(64, 32, 32, 8, 1), (128, 16, 32, 4, 1)],
@@ -406,7 +415,7 @@ MAX_D = 128
 
 
 def runs_kernel(query):
-    return query.is_cuda and query.shape[-1] <= MAX_D and query.element_size() <= 4
+    return takes_kernels(query) and query.shape[-1] <= MAX_D and query.element_size() <= 4
 
 
 def tiles(kernel, d, itemsize):
@@ -434,7 +443,8 @@ def launch_backward(grad, query, key, value, out, lse, query_starts, key_starts,
     blocks = triton.cdiv(longest_query, meta["BLOCK"])
     query_kernel[blocks * len(kv_of), H](grad, query, key, value, out, lse, by_query, delta, query_starts, key_starts, kv_of,
                                          blocks, *numbers, DROPOUT=dropout > 0, **meta)
-    readers = kv_of.argsort(stable=True).int()              # query sequences in the order of the key sequence they read
+    # Query sequences in the order of the key sequence that they read: kv_of [1, 0, 1] -> readers [1, 0, 2], starts [0, 1, 3].
+    readers = kv_of.argsort(stable=True).int()
     reader_starts = torch.searchsorted(kv_of[readers], torch.arange(S + 1, device=kv_of.device, dtype=torch.int32)).int()
     meta = tiles("key", d, query.element_size())
     blocks = triton.cdiv(longest_key, meta["BLOCK"])
@@ -447,10 +457,11 @@ def launch_backward(grad, query, key, value, out, lse, query_starts, key_starts,
 @torch.library.custom_op("flip::attention", mutates_args=())
 def fused(query: Tensor, key: Tensor, value: Tensor, query_starts: Tensor, key_starts: Tensor, kv_of: Tensor,
           longest_query: int, longest_key: int, dropout: float, seed: Tensor) -> tuple[Tensor, Tensor]:
-    """O and lse. One operator for torch.compile, whatever happens inside."""
+    """O and lse."""
     if runs_kernel(query):
         return launch_forward(query, key, value, query_starts, key_starts, kv_of, longest_query, longest_key, dropout, seed)
-    return reference_forward(query, key, value, query_starts, key_starts, kv_of, dropout, seed)
+    with torch.autocast(query.device.type, enabled=False):
+        return reference_forward(query, key, value, query_starts, key_starts, kv_of, dropout, seed)
 
 
 @torch.library.custom_op("flip::attention_backward", mutates_args=())
@@ -460,7 +471,8 @@ def fused_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out:
     if runs_kernel(query):
         return launch_backward(grad, query, key, value, out, lse, query_starts, key_starts, kv_of, longest_query, longest_key,
                                dropout, seed)
-    return reference_backward(grad, query, key, value, out, lse, query_starts, key_starts, kv_of, dropout, seed)
+    with torch.autocast(query.device.type, enabled=False):
+        return reference_backward(grad, query, key, value, out, lse, query_starts, key_starts, kv_of, dropout, seed)
 
 
 @fused.register_fake
@@ -495,12 +507,18 @@ def attention(query, key, value, query_sequences, key_sequences, kv_of=None, dro
     dropout: the probability with which an attention weight is dropped. Returns (Nq, H, d). Under autocast it computes in
     autocast's type.
     """
+    pairs = len(key_sequences if kv_of is None else kv_of)
+    if (query_sequences.tokens, key_sequences.tokens, len(query_sequences)) != (len(query), len(key), pairs):
+        raise ValueError(f"attention: {len(query)} queries, {len(key)} keys and {pairs} pairs of sequences, but the sequences say "
+                         f"{query_sequences.tokens}, {key_sequences.tokens} and {len(query_sequences)}")
     device = query.device.type
     if torch.is_autocast_enabled(device):
         query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
+    # Three ways to the same: the kernels; without them PyTorch's own attention, which is faster on a CPU than anything written out
+    # here; and with dropout the formulas above, which keep the kernels' memory of nothing but a seed, on every device.
     if runs_kernel(query) or dropout > 0:
         if kv_of is None:
-            kv_of = torch.arange(len(query_sequences), device=query.device)
+            kv_of = torch.arange(len(query_sequences), dtype=torch.int32, device=query.device)
         seed = torch.randint(2 ** 62, ())                   # on the CPU: the host need not wait for the GPU to read it
         return fused(query.contiguous(), key.contiguous(), value.contiguous(), query_sequences.starts, key_sequences.starts,
                      kv_of.int(), query_sequences.longest, key_sequences.longest, dropout, seed)[0]
@@ -508,7 +526,7 @@ def attention(query, key, value, query_sequences, key_sequences, kv_of=None, dro
 
 
 def padded_attention(query, key, value, query_sequences, key_sequences, kv_of):
-    """The same by PyTorch's own attention, for which sequences of different length are padded. On a CPU it is the fastest."""
+    """The same by PyTorch's own attention, for which sequences of different length are padded."""
     query = pad(query, query_sequences)                                             # (P, H, Lq, d)
     key, value = pad(key, key_sequences), pad(value, key_sequences)                 # (S, H, Lk, d)
     mask = None if key_sequences.is_uniform else key_sequences.mask[:, None, None]  # (S, 1, 1, Lk)

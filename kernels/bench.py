@@ -2,11 +2,12 @@
 
     python -m kernels.bench                     everything that runs here, as Markdown tables
     python -m kernels.bench attention           one of the two
-    python -m kernels.bench --compile-only      compile every shipped configuration for compute capability 8.0 (A100) and 9.0
-                                                (H100), which needs no GPU, and show what it takes of registers and memory
+    python -m kernels.bench --compile-only      compile every row of the kernels' tables for compute capability 8.0 (A100) and
+                                                9.0 (H100), which needs no GPU, and show what it takes of registers and memory
 
-On a CUDA GPU "ours" is the Triton kernel, elsewhere the PyTorch path of the same function. Times are medians; memory is what is
-allocated beyond the inputs at its peak. All of a table is measured in one run: compare within it.
+On a CUDA GPU "ours" is the Triton kernel, elsewhere the PyTorch path of the same function. Times are medians and include the
+launch, as a model sees it; memory is what is allocated beyond the inputs at its peak. All of a table is measured in one run:
+compare within it.
 """
 import argparse
 import datetime
@@ -223,7 +224,7 @@ SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
 TYPES = {name: "*fp32" for name in ("lse", "delta", "delta_out", "queries", "temperature", "peak_out", "mass_out", "key_out")}
 TYPES |= {name: "*i32" for name in ("query_starts", "key_starts", "kv_of", "readers", "reader_starts")}
 TYPES |= {name: "*i64" for name in ("identity", "key_identity")}
-TYPES |= {name: "i32" for name in ("blocks", "H", "B", "K", "share", "threshold")}
+TYPES |= {name: "i32" for name in ("blocks", "H", "B", "K", "stretch", "threshold")}
 TYPES |= {"scale": "fp32", "rescale": "fp32", "seed": "i64"}
 
 
@@ -233,14 +234,14 @@ HEAD_DIMENSIONS = {"bf16": (16, 32, 64, 80, 128), "fp16": (64,), "fp32": (16, 32
 
 
 def shipped():
-    """Every configuration in the kernels' tables, with and without dropout."""
+    """The configurations in the kernels' tables at these dimensions, with and without dropout."""
     found = []
     for capability in SHARED_LIMIT:
         for dtype, dimensions in HEAD_DIMENSIONS.items():
             for kernel, d, dropout in itertools.product(("forward", "query", "key"), dimensions, (False, True)):
                 meta = attention_file.tiles(kernel, d, 4 if dtype == "fp32" else 2) | {"DROPOUT": dropout}
-                found.append(Shipped("attention", f"{kernel}_kernel", dtype, meta, meta.pop("num_warps"), meta.pop("num_stages"),
-                                     capability))
+                warps, stages = meta.pop("num_warps"), meta.pop("num_stages")
+                found.append(Shipped("attention", f"{kernel}_kernel", dtype, meta, warps, stages, capability))
         for dtype, E in itertools.product(("fp32", "bf16"), (32, 64, 128, 256)):
             found.append(Shipped("contrastive", "sums_kernel", dtype, dict(E=E, BLOCK_E=E, **contrastive_file.TILES),
                                  contrastive_file.WARPS, contrastive_file.STAGES, capability))

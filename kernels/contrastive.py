@@ -6,8 +6,9 @@ batch and queue), and y is the target:
 
     s_j = q k_j / tau      t_j = m k_j / tau      y = alpha softmax(t) + (1 - alpha) e      loss = -sum_j y_j log softmax(s)_j
 
-where e spreads a mass of 1 evenly over the positives, the keys of the row's own identity. With 80 rows and 61,520 keys the
-logits are 20 MB that are written, read and written again, several times over. But y sums to 1, and s is linear in k:
+where e spreads a mass of 1 evenly over the positives, the keys of the row's own identity, and no gradient flows into y. With 80
+rows and 61,520 keys the logits are 20 MB that are written, read and written again, several times over. But y sums to 1, and s is
+linear in k:
 
     loss = log sum_j exp(s_j) - q k* / tau         k* = sum_j y_j k_j            the average key under the target
     dq   = (k' - k*) / tau                         k' = sum_j softmax(s)_j k_j   the average key under the student
@@ -17,13 +18,14 @@ So all that is needed are three average keys per row, under softmax(s), softmax(
 under a softmax is *attention with the keys as values*. It is computed as FlashAttention does: the keys stream by, each row
 keeps the largest logit so far, the sum of weights and the weighted sum of keys. Such `Sums` over two sets of keys merge
 into the `Sums` over both. Hence batch and queue can be given as they lie, in two pieces, and never need to be copied
-together; and few rows still fill a GPU, since each of its processors can take a share of the keys. e is a softmax as well:
+together; and few rows still fill a GPU, since each of its processors can take a stretch of the keys. e is a softmax as well:
 of logits 0 for the row's own identity and -inf for all others.
 
-The loss and both gradients come from one pass over the keys; the backward pass only scales them. Float32 throughout, since
-at tau 0.01 a cosine in half precision is too coarse.
+The loss and both gradients come from one pass over the keys; the backward pass only scales them. Float32 throughout, under
+autocast too, since at tau 0.01 a cosine in half precision is too coarse.
 
-Shapes: B rows, K keys (C in a chunk, in any number of pieces), E feature size, G shares of the keys.
+Shapes: B rows (3 B for the kernel, which takes the three averages of a row for three rows), K keys (C in a chunk, in any number
+of pieces), E feature size, G stretches of keys that are summed apart.
 Run `python kernels/contrastive.py` to compare and time it.
 """
 import subprocess
@@ -39,7 +41,7 @@ if __name__ == "__main__":
     raise SystemExit(subprocess.call([sys.executable, "-m", "kernels.bench", "contrastive", *sys.argv[1:]],
                                      cwd=Path(__file__).parents[1]))
 
-from kernels import tl, triton
+from kernels import takes_kernels, tl, triton
 
 
 def reference(feature, momentum_feature, keys, identity, key_identity, temperature, alpha):
@@ -54,11 +56,11 @@ def reference(feature, momentum_feature, keys, identity, key_identity, temperatu
 
 # ---- sums over keys ------------------------------------------------------------------------------------------------
 class Sums(NamedTuple):
-    """Three softmax-weighted sums over some keys, under the student, the momentum encoder and the positives. In the order
-    of the first dimension; all weights are relative to exp(peak), so that nothing overflows."""
-    peak: Tensor    # (3, B) the largest logit
-    mass: Tensor    # (3, B) sum_j exp(logit_j - peak)
-    key: Tensor     # (3, B, E) sum_j exp(logit_j - peak) k_j
+    """Three softmax-weighted sums over some keys; first dimension: student, momentum encoder, positives. Weights are relative
+    to exp(peak), so that nothing overflows."""
+    peak: Tensor        # (3, B) the largest logit
+    mass: Tensor        # (3, B) sum_j exp(logit_j - peak)
+    key_sum: Tensor     # (3, B, E) sum_j exp(logit_j - peak) k_j
 
 
 def sums_over(queries, keys, identity, key_identity, temperature):
@@ -76,25 +78,25 @@ def merge(parts):
     """`Sums` stacked along a first dimension (parts, 3, B, ...) -> the `Sums` over all their keys."""
     peak = parts.peak.amax(0)
     shrink = (parts.peak - peak).exp()                                                       # (parts, 3, B)
-    return Sums(peak, (shrink * parts.mass).sum(0), (shrink[..., None] * parts.key).sum(0))
+    return Sums(peak, (shrink * parts.mass).sum(0), torch.einsum("pkb,pkbe->kbe", shrink, parts.key_sum))
 
 
 def loss_and_gradients(sums, feature, temperature, alpha):
     """What the docstring derives: the mean loss (), and its gradients by feature (B, E) and temperature ()."""
-    student, momentum, positive = sums.key / sums.mass[..., None]                            # (B, E) each
-    target = alpha * momentum + (1 - alpha) * positive
+    student_key, momentum_key, positive_key = sums.key_sum / sums.mass[..., None]            # averages, (B, E) each
+    target_key = alpha * momentum_key + (1 - alpha) * positive_key
     log_sum_exp = sums.peak[0] + sums.mass[0].log()                                          # (B,)
-    loss = log_sum_exp - (feature * target).sum(1) / temperature
-    by_feature = (student - target) / temperature
+    loss = log_sum_exp - (feature * target_key).sum(1) / temperature
+    by_feature = (student_key - target_key) / temperature
     by_temperature = -(feature * by_feature).sum(1) / temperature
     return loss.mean(), by_feature / len(feature), by_temperature.mean()
 
 
 # ---- the kernel ----------------------------------------------------------------------------------------------------
 @triton.jit
-def sums_kernel(queries, keys, identity, key_identity, temperature, peak_out, mass_out, key_out, B, K, share,
+def sums_kernel(queries, keys, identity, key_identity, temperature, peak_out, mass_out, key_out, B, K, stretch,
                 E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, SLICE: tl.constexpr):
-    """One program: `Sums` of BLOCK_ROWS of the 3 B rows over one share of the keys.
+    """One program: `Sums` of BLOCK_ROWS of the 3 B rows over one stretch of the keys.
 
     queries (3, B, E): student, momentum encoder, zeros for the positives; outputs (G, 3, B) and (G, 3, B, E).
     """
@@ -108,7 +110,7 @@ def sums_kernel(queries, keys, identity, key_identity, temperature, peak_out, ma
     peak = tl.full((BLOCK_ROWS,), -1e38, tl.float32)        # finite, so that peak - peak is 0 before the first positive
     mass = tl.zeros((BLOCK_ROWS,), tl.float32)
     key_sum = tl.zeros((BLOCK_ROWS, BLOCK_E), tl.float32)
-    for start in range(g * share, tl.minimum((g + 1) * share, K), BLOCK_KEYS):
+    for start in range(g * stretch, tl.minimum((g + 1) * stretch, K), BLOCK_KEYS):
         j = start + tl.arange(0, BLOCK_KEYS)
         is_key = j < K
         same = row_identity[:, None] == tl.load(key_identity + j, mask=is_key, other=0)[None, :]
@@ -139,34 +141,36 @@ def sums_kernel(queries, keys, identity, key_identity, temperature, peak_out, ma
     tl.store(key_out + out[:, None].to(tl.int64) * E + columns[None, :], key_sum, mask=is_row[:, None] & is_column[None, :])
 
 
-# "tf32x3" computes float32 products to float32's precision on tensor cores, in three steps. With Triton 3.6 to 3.9 this tiling
+# "tf32x3" computes float32 products nearly to float32's precision on tensor cores, in three steps. With Triton 3.6 to 3.9 this tiling
 # compiles for compute capability 8.0 and 9.0 without spilling registers up to MAX_E (`python -m kernels.bench --compile-only`); it
 # has not been tuned on a card yet.
 TILES, WARPS, STAGES, MAX_E = dict(BLOCK_ROWS=32, BLOCK_KEYS=32, SLICE=32), 8, 1, 256
 
 
 def runs_kernel(feature):
-    return feature.is_cuda and feature.shape[1] <= MAX_E and feature.dtype == torch.float32
+    return takes_kernels(feature) and feature.shape[1] <= MAX_E and feature.dtype == torch.float32
 
 
 def launch(queries, keys, identity, key_identity, temperature, programs):
-    """Run the kernel on one piece of keys, in so many shares that about `programs` programs run; returns stacked `Sums`."""
+    """Run the kernel on one piece of keys, in so many stretches that about `programs` programs have work (those of the rows for
+    positives have next to none); returns stacked `Sums`."""
     (_, B, E), K, block = queries.shape, len(keys), TILES["BLOCK_KEYS"]
-    row_blocks = triton.cdiv(3 * B, TILES["BLOCK_ROWS"])
-    share = triton.cdiv(K, max(1, programs // row_blocks) * block) * block                   # keys of one program
-    shares = triton.cdiv(K, share)
-    out = Sums(queries.new_empty(shares, 3, B), queries.new_empty(shares, 3, B), queries.new_empty(shares, 3, B, E))
-    sums_kernel[row_blocks, shares](queries, keys.contiguous(), identity, key_identity.contiguous(), temperature, *out, B, K, share,
-                                    E=E, BLOCK_E=max(32, triton.next_power_of_2(E)), **TILES, num_warps=WARPS, num_stages=STAGES)
+    row_blocks, busy_blocks = (triton.cdiv(n * B, TILES["BLOCK_ROWS"]) for n in (3, 2))
+    stretch = triton.cdiv(K, max(1, programs // busy_blocks) * block) * block
+    stretches = triton.cdiv(K, stretch)
+    out = Sums(*(queries.new_empty(stretches, *shape) for shape in ((3, B), (3, B), (3, B, E))))
+    sums_kernel[row_blocks, stretches](
+        queries, keys.contiguous(), identity.contiguous(), key_identity.contiguous(), temperature, *out, B, K, stretch, E=E,
+        BLOCK_E=max(32, triton.next_power_of_2(E)), **TILES, num_warps=WARPS, num_stages=STAGES)
     return out
 
 
 def kernel_sums(feature, momentum_feature, keys, identity, key_identity, temperature, programs=None):
-    """`Sums` over all pieces of keys from the kernel, one program for each processor of the GPU."""
+    """`Sums` over all pieces of keys from the kernel, with about one busy program for each processor of the GPU."""
     programs = programs or torch.cuda.get_device_properties(feature.device).multi_processor_count
     queries = torch.stack([feature, momentum_feature, torch.zeros_like(feature)])
     parts = [launch(queries, piece, identity, ids, temperature, programs) for piece, ids in zip(keys, key_identity)]
-    return merge(Sums(*map(torch.cat, zip(*parts))))
+    return merge(parts[0] if len(parts) == 1 else Sums(*map(torch.cat, zip(*parts))))
 
 
 def plain_sums(feature, momentum_feature, keys, identity, key_identity, temperature, chunk=1024):
@@ -182,8 +186,9 @@ def plain_sums(feature, momentum_feature, keys, identity, key_identity, temperat
 def contrastive(feature: Tensor, momentum_feature: Tensor, keys: list[Tensor], identity: Tensor, key_identity: list[Tensor],
                 temperature: Tensor, alpha: float) -> tuple[Tensor, Tensor, Tensor]:
     """The loss and its gradients by feature and temperature. One operator for torch.compile, whatever happens inside."""
-    sums = kernel_sums if runs_kernel(feature) else plain_sums
-    return loss_and_gradients(sums(feature, momentum_feature, keys, identity, key_identity, temperature), feature, temperature, alpha)
+    with torch.autocast(feature.device.type, enabled=False):
+        sums = (kernel_sums if runs_kernel(feature) else plain_sums)(feature, momentum_feature, keys, identity, key_identity, temperature)
+        return loss_and_gradients(sums, feature, temperature, alpha)
 
 
 @contrastive.register_fake
@@ -211,11 +216,13 @@ def contrastive_loss(feature, momentum_feature, keys, identity, key_identity, te
     feature (B, E): the student's, of one modality; momentum_feature (B, E): the momentum encoder's, of the same inputs; all
     features have length 1. keys: momentum features of the other modality in any number of pieces [(K1, E), (K2, E), ...],
     such as batch and queue. identity (B,), key_identity [(K1,), (K2,), ...]: equal numbers mean the same person, so a
-    positive; every row needs at least one. temperature: a tensor (). alpha: share of the soft targets, the momentum
+    positive; every row needs at least one. temperature: a tensor () on the same device. alpha: share of the soft targets, the momentum
     encoder's own opinion, from 0 to 1. Gradients flow into feature and temperature only.
     """
     pieces = [piece for piece in zip(keys, key_identity) if len(piece[0])]
+    if not pieces:
+        raise ValueError("contrastive loss: there are no keys to compare with")
     keys, key_identity = map(list, zip(*pieces))
     wide = torch.promote_types(feature.dtype, torch.float32)
-    return contrastive(feature.to(wide).contiguous(), momentum_feature.detach().to(wide), keys, identity, key_identity,
+    return contrastive(feature.to(wide), momentum_feature.detach().to(wide), keys, identity, key_identity,
                        temperature.to(wide), alpha)[0]
