@@ -10,18 +10,26 @@ the samples, their captions and their augmentation depend on (seed, epoch, index
 with any number of workers, sees what an uninterrupted one sees; bad input is named with file and record.
 
     python data.py                              # a sheet of drawn faces, sheet.png, and statistics of their captions
-    python data.py --data DIR                   # the same for CelebA or for images with a json list of captions
+    python data.py --data DIR                   # the same for faces of your own
 
-Shapes: N faces, T captions, B pairs in a batch, S pixels a side.
+Your own faces (open_faces) may be CelebA, LFWA, MM-CelebA-HQ, CelebA-Dialog, FaceCaption-15M as img2dataset downloads
+it, or images with a json list of captions; photos with sketches (open_episodes) FS2K-SDE or FS2K. Each reader says in
+its docstring how its files lie, and which part of a set without a validation part becomes one.
+
+Shapes: N faces, T captions or steps of a sketch, B pairs in a batch, S pixels a side.
 """
 import argparse
 import hashlib
+import io
 import json
 import multiprocessing
 import os
+import pickle
 import random
 import signal
+import tarfile
 import textwrap
+from collections import Counter
 from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -326,11 +334,60 @@ def reference_recalls(stated, attributes, k=(1, 5, 10)):
 
 
 # ---- faces and their captions --------------------------------------------------------------------------------------
+class Crop(NamedTuple):
+    """A face in a picture that lies in a tar; read from there, and cut out, whenever it is opened."""
+    tar: Path
+    name: str           # of the picture in the tar
+    offset: int         # in bytes, where its file begins there
+    size: int           # in bytes
+    box: tuple          # x1, y1, x2, y2 in pixels of the picture
+
+    def __str__(self):
+        return f"{self.tar}: {self.name}"
+
+    def open(self):
+        """The face as a PIL RGB image; ValueError if the picture is damaged or the box lies outside of it."""
+        with open(self.tar, "rb") as file:
+            file.seek(self.offset)
+            content = io.BytesIO(file.read(self.size))
+        try:
+            picture = vit.open_picture(content)
+        except ValueError as error:
+            raise ValueError(str(error).replace(str(content), str(self))) from None
+        x1, y1, x2, y2 = self.box
+        inside = max(x1, 0), max(y1, 0), min(x2, picture.width), min(y2, picture.height)
+        if inside[0] >= inside[2] or inside[1] >= inside[3]:
+            raise ValueError(f"{self} has {picture.width} x {picture.height} pixels, its box {list(self.box)} is outside")
+        return picture.crop(inside)
+
+
+def open_file(name, i, picture):
+    """Entry i of the set `name`, a path or a Crop, as a PIL RGB image; ValueError if it is damaged or no picture."""
+    try:
+        return picture.open() if isinstance(picture, Crop) else vit.open_picture(picture)
+    except ValueError as error:
+        raise ValueError(f"{name}, record {i}: {error}") from None
+
+
+def check_files(name, paths):
+    """Every path is in the listing of its folder (one listing each: asking file by file is slow on big sets)."""
+    folders = {path.parent for path in paths}
+    listing = {folder: set(os.listdir(folder)) if folder.is_dir() else () for folder in folders}
+    missing = [path for path in paths if path.name not in listing[path.parent]]
+    if missing:
+        raise FileNotFoundError(f"{name}: {len(missing)} of {len(paths)} pictures are not there, the first is {missing[0]}")
+
+
+def pick(values, indices):
+    """The entries of a list or an array; None stays None."""
+    return [values[i] for i in indices] if isinstance(values, list) else None if values is None else values[indices]
+
+
 @dataclass
 class Faces:
-    """N pictures, each with its attributes or its captions, checked when made."""
+    """N pictures, with their attributes, their captions, both or neither, checked when made."""
     name: str                               # what to call them in errors: "CelebA train"
-    pictures: list | np.ndarray             # paths, or uint8 (N, S, S, 3)
+    pictures: list | np.ndarray             # paths or Crops, or uint8 (N, S, S, 3)
     identity: np.ndarray                    # int64 (N,): equal numbers, same person
     attributes: np.ndarray | None = None    # bool (N, 40)
     captions: list | None = None            # a list of texts for each picture; without it, the grammar writes them
@@ -338,8 +395,6 @@ class Faces:
     def __post_init__(self):
         if len(self) == 0:
             raise ValueError(f"{self.name}: no faces")
-        if self.attributes is None and self.captions is None:
-            raise ValueError(f"{self.name}: expected attributes or captions, found neither")
         for field in ("identity", "attributes", "captions"):
             values = getattr(self, field)
             if values is not None and len(values) != len(self):
@@ -348,16 +403,7 @@ class Faces:
             if not texts or not all(bert.clean_caption(text) for text in texts):
                 raise ValueError(f"{self.name}: {self.where(i)} has an empty caption: {texts}")
         if isinstance(self.pictures, list):
-            self.check_files()
-
-    def check_files(self):
-        """Every path is in the listing of its folder (one listing each: asking file by file is slow on big sets)."""
-        folders = {path.parent for path in self.pictures}
-        listing = {folder: set(os.listdir(folder)) if folder.is_dir() else () for folder in folders}
-        missing = [path for path in self.pictures if path.name not in listing[path.parent]]
-        if missing:
-            raise FileNotFoundError(f"{self.name}: {len(missing)} of {len(self)} pictures are not there, "
-                                    f"the first is {missing[0]}")
+            check_files(self.name, [picture for picture in self.pictures if isinstance(picture, Path)])
 
     def __len__(self):
         return len(self.pictures)
@@ -367,27 +413,69 @@ class Faces:
 
     def picture(self, i):
         """Face i as a PIL RGB image; ValueError if the file is damaged or no picture."""
-        if not isinstance(self.pictures, list):
-            return Image.fromarray(self.pictures[i])
-        try:
-            return vit.open_picture(self.pictures[i])
-        except ValueError as error:
-            raise ValueError(f"{self.name}, record {i}: {error}") from None
+        if isinstance(self.pictures, list):
+            return open_file(self.name, i, self.pictures[i])
+        return Image.fromarray(self.pictures[i])
+
+    def check_text(self):
+        """ValueError where nothing can be said of the faces; whoever needs text asks before the work begins."""
+        if self.attributes is None and self.captions is None:
+            raise ValueError(f"{self.name}: expected captions, or attributes to write them from, found neither")
 
     def caption(self, i, rng):
         """One of the captions of face i, or a new one from the grammar."""
+        self.check_text()
         if self.captions is not None:
             return self.captions[i][rng.integers(len(self.captions[i]))]
         return caption(self.attributes[i], rng)[0]
 
     def subset(self, indices):
         indices = np.asarray(indices)
+        return Faces(self.name, pick(self.pictures, indices), self.identity[indices],
+                     pick(self.attributes, indices), pick(self.captions, indices))
 
-        def pick(values):
-            return [values[i] for i in indices] if isinstance(values, list) else values[indices]
-        return Faces(self.name, pick(self.pictures), self.identity[indices],
-                     None if self.attributes is None else self.attributes[indices],
-                     None if self.captions is None else pick(self.captions))
+
+@dataclass
+class Episodes:
+    """N photos, each with T sketches of it that grow from the first strokes to the finished one, checked when made."""
+    photos: Faces
+    sketches: list | np.ndarray             # for each photo the list of its T paths, or uint8 (N, T, S, S), white on black
+
+    def __post_init__(self):
+        name = self.photos.name
+        if len(self.sketches) != len(self):
+            raise ValueError(f"{name}: {len(self)} photos, but sketches of {len(self.sketches)}")
+        if isinstance(self.sketches, list):
+            usual = Counter(len(paths) for paths in self.sketches).most_common(1)[0][0]
+            for i, paths in enumerate(self.sketches):
+                if len(paths) != usual:
+                    raise ValueError(f"{name}: {self.photos.where(i)} has {len(paths)} sketches, the others have {usual}")
+            check_files(name, [path for paths in self.sketches for path in paths])
+        if self.steps == 0:
+            raise ValueError(f"{name}: no sketches")
+
+    def __len__(self):
+        return len(self.photos)
+
+    @property
+    def steps(self):
+        return len(self.sketches[0])
+
+    def sketch(self, i, t):
+        """The sketch of photo i after step t (counted from 0) as a PIL RGB image, white on black.
+
+        A file that is light on the whole has dark strokes on paper, as FS2K's finished sketches do, and is inverted.
+        """
+        if not isinstance(self.sketches, list):
+            return Image.fromarray(self.sketches[i, t]).convert("RGB")
+        image = open_file(f"{self.photos.name} sketches", i, self.sketches[i][t]).convert("L")
+        if np.asarray(image).mean() > 127:
+            image = ImageOps.invert(image)
+        return image.convert("RGB")
+
+    def subset(self, indices):
+        indices = np.asarray(indices)
+        return Episodes(self.photos.subset(indices), pick(self.sketches, indices))
 
 
 def check_pictures(faces):
@@ -405,58 +493,156 @@ def check_pictures(faces):
         raise ValueError("\n".join([*bad[:10], f"{len(bad)} of {len(faces)} pictures are bad"]))
 
 
-# ---- readers -------------------------------------------------------------------------------------------------------
+# ---- readers: drawn faces ------------------------------------------------------------------------------------------
 def drawn_faces(count, size, seed, folder):
     """`count` faces drawn by toyfaces.py at size x size pixels, kept in `folder` for the next time."""
+    stem = drawn_stem(count, size, seed, folder)
+    attributes, pictures = drawn(draw_face, [(index, seed, size) for index in range(count)], {
+        Path(f"{stem}.attributes.npy"): (bool, (count, len(ATTRIBUTES))),
+        Path(f"{stem}.npy"): (np.uint8, (count, size, size, 3))})
+    return Faces(f"drawn faces (seed {seed})", pictures, np.arange(count), np.array(attributes))
+
+
+def drawn_episodes(count, size, seed, folder, steps=70):
+    """The drawn faces as photos, each with a sketch that grows in `steps` steps; kept in `folder` for the next time."""
+    path = Path(f"{drawn_stem(count, size, seed, folder)}-{steps}steps.npy")
+    sketches, = drawn(draw_sketch, [(index, seed, size, steps) for index in range(count)],
+                      {path: (np.uint8, (count, steps, size, size))})
+    return Episodes(drawn_faces(count, size, seed, folder), sketches)
+
+
+def drawn_stem(count, size, seed, folder):
     # Part of the name is a digest of the code that draws: a changed face never comes from an old file.
     version = hashlib.sha256(Path(toyfaces.__file__).read_bytes()).hexdigest()[:8]
-    stem = Path(folder) / f"drawn-{count}x{size}-seed{seed}-{version}"
-    pictures_path, attributes_path = Path(f"{stem}.npy"), Path(f"{stem}.attributes.npy")
-    if not pictures_path.exists():
-        draw_faces(count, size, seed, pictures_path, attributes_path)
-    try:
-        pictures, attributes = np.load(pictures_path, mmap_mode="r"), np.load(attributes_path)
-        if pictures.shape != (count, size, size, 3) or attributes.shape != (count, len(ATTRIBUTES)):
-            raise ValueError("its shape is another")
-    except (OSError, ValueError, EOFError) as error:
-        raise ValueError(f"{pictures_path}: damaged ({error}); delete it, and the faces are drawn again") from None
-    return Faces(f"drawn faces (seed {seed})", pictures, np.arange(count), attributes)
-
-
-def draw_faces(count, size, seed, pictures_path, attributes_path):
-    """Draw on all cores into two .npy files: uint8 (count, size, size, 3) and bool (count, 40), whole or not at all."""
-    pictures_path.parent.mkdir(parents=True, exist_ok=True)
-    pictures_partial, attributes_partial = (path.with_suffix(f".{os.getpid()}.partial")
-                                            for path in (pictures_path, attributes_path))
-    attributes = np.zeros((count, len(ATTRIBUTES)), dtype=bool)
-    try:
-        pictures = np.lib.format.open_memmap(pictures_partial, "w+", np.uint8, (count, size, size, 3))
-        with multiprocessing.Pool(os.cpu_count(), signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:    # Ctrl-C is ours
-            tasks = ((index, seed, size) for index in range(count))
-            for i, (picture, row) in enumerate(tqdm(pool.imap(draw_face, tasks, 64), "drawing faces", count)):
-                pictures[i], attributes[i] = picture, row
-        pictures.flush()
-        with open(attributes_partial, "wb") as file:
-            np.save(file, attributes)
-        os.replace(attributes_partial, attributes_path)
-        os.replace(pictures_partial, pictures_path)         # last: with this file, the set is complete
-    finally:
-        pictures_partial.unlink(missing_ok=True)
-        attributes_partial.unlink(missing_ok=True)
+    return Path(folder) / f"drawn-{count}x{size}-seed{seed}-{version}"
 
 
 def draw_face(task):
     image, attributes = toyfaces.face(*task)
-    return np.asarray(image), attributes
+    return attributes, np.asarray(image)
 
 
+def draw_sketch(task):
+    return toyfaces.sketch(*task),
+
+
+def drawn(draw, tasks, files):
+    """The arrays in the .npy files {path: (type, shape)}; where the last of them is not there, all are drawn first."""
+    if not list(files)[-1].exists():
+        draw_files(draw, tasks, files)
+    arrays = []
+    for path, (_, shape) in files.items():
+        try:
+            arrays.append(np.load(path, mmap_mode="r"))
+            if arrays[-1].shape != shape:
+                raise ValueError("its shape is another")
+        except (OSError, ValueError, EOFError) as error:
+            raise ValueError(f"{path}: damaged ({error}); delete {list(files)[-1].name}, and it is drawn again") from None
+    return arrays
+
+
+def draw_files(draw, tasks, files):
+    """Draw on all cores: draw(task i) gives entry i of every file. The files appear whole or not at all."""
+    partials = [path.with_suffix(f".{os.getpid()}.partial") for path in files]
+    partials[0].parent.mkdir(parents=True, exist_ok=True)
+    try:
+        arrays = [np.lib.format.open_memmap(partial, "w+", *kind) for partial, kind in zip(partials, files.values())]
+        with multiprocessing.Pool(os.cpu_count(), signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:    # Ctrl-C is ours
+            for i, entries in enumerate(tqdm(pool.imap(draw, tasks, 16), "drawing faces", len(tasks))):
+                for array, entry in zip(arrays, entries):
+                    array[i] = entry
+        for array, partial, path in zip(arrays, partials, files):
+            array.flush()
+            os.replace(partial, path)       # the last one comes last: with it, the set is complete
+    finally:
+        for partial in partials:
+            partial.unlink(missing_ok=True)
+
+
+# ---- readers: what they share --------------------------------------------------------------------------------------
+SHARES = {"train": range(0, 90), "val": range(90, 95), "test": range(95, 100)}  # percent, for sets without a split of their own
+PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+
+
+def digest(text):
+    """A text -> a number of 56 bits, the same in every process and every file."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+
+
+def hold_out(items, share, split):
+    """What is left of a training list for "train", or the last `share` of it (one at least) for "val"."""
+    count = max(1, round(share * len(items)))
+    return items[-count:] if split == "val" else items[:-count]
+
+
+def folder_of(folder, places, names):
+    """The first of these places in the folder that has one of the first pictures; or else the first of all."""
+    has_some = (folder / place for place in places if any((folder / place / name).is_file() for name in names[:10]))
+    return next(has_some, folder / places[0])
+
+
+def read_json(path, kind=list):
+    try:
+        records = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file") from None
+    except (ValueError, RecursionError, OSError) as error:      # malformed (it says line and column), not UTF-8, a folder
+        raise ValueError(f"{path}: not valid json: {error}") from None
+    if not isinstance(records, kind):
+        expected = {list: "a list of records", dict: "records by name"}[kind]
+        raise ValueError(f"{path}: expected {expected}, found a {type(records).__name__}")
+    return records
+
+
+def table_rows(title, folder, stem):
+    """(file name, iterator of (line number, fields)) for stem.txt (fields between spaces) or stem.csv (commas)."""
+    for suffix, separator in ((".txt", None), (".csv", ",")):
+        path = folder / f"{stem}{suffix}"
+        if path.is_file():
+            lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
+            return path.name, ((n, [field.strip() for field in line.split(separator)])
+                               for n, line in enumerate(lines, 1) if line.strip())
+    raise FileNotFoundError(f"{title}: {stem}.txt (or .csv) is not in {folder}")
+
+
+def attribute_table(header_at, header, rows):
+    """Rows (where, picture, its 40 values as text) -> {picture: bool (40,)}, the columns in CelebA's order.
+
+    The header names the columns, in any order, with spaces or underscores, in any case. 1 is true, -1 and 0 are false.
+    """
+    found = [name.strip().replace(" ", "_").lower() for name in header]
+    wanted = [name.lower() for name in ATTRIBUTES]
+    if sorted(found) != sorted(wanted):
+        raise ValueError(f"{header_at} should name the 40 attributes of CelebA, found {' '.join(header) or 'nothing'}")
+    columns = [found.index(name) for name in wanted]
+    truth = {"1": True, "-1": False, "0": False}
+    attributes = {}
+    for where, name, values in rows:
+        if len(values) != len(ATTRIBUTES):
+            raise ValueError(f"{where} has {len(values)} values, expected 40 ({name})")
+        if not truth.keys() >= set(values):
+            odd = next(value for value in values if value not in truth)
+            raise ValueError(f"{where} has the value {odd!r}, expected 1, 0 or -1 ({name})")
+        if name in attributes:
+            raise ValueError(f"{where} lists {name} a second time")
+        attributes[name] = np.array([truth[value] for value in values])[columns]
+    return attributes
+
+
+def with_attributes(name, folder, attributes, people):
+    """Faces from {picture: bool (40,)}."""
+    rows = np.array(list(attributes.values()), dtype=bool).reshape(-1, len(ATTRIBUTES))
+    return Faces(name, [folder / picture for picture in attributes], np.array(people, dtype=np.int64), rows)
+
+
+# ---- readers: faces with attributes --------------------------------------------------------------------------------
 def celeba(folder, split):
     """CelebA as it is distributed, or Kaggle's copy of it; every picture counts as a person of its own."""
     folder = Path(folder)
     attributes = celeba_attributes(folder)
     wanted = {"train": "0", "val": "1", "test": "2"}[split]
     names = []
-    source, rows = celeba_rows(folder, "list_eval_partition")
+    source, rows = table_rows("CelebA", folder, "list_eval_partition")
     for number, row in rows:
         if row[0] == "image_id":
             continue
@@ -466,47 +652,104 @@ def celeba(folder, split):
             raise ValueError(f"CelebA: {source} line {number} names {row[0]}, which list_attr_celeba does not have")
         if row[1] == wanted:
             names.append(row[0])
-    images = folder / "img_align_celeba"
-    if (images / "img_align_celeba").is_dir():      # Kaggle's copy has the folder twice
-        images = images / "img_align_celeba"
-    rows = np.array([attributes[name] for name in names], dtype=bool)
-    return Faces(f"CelebA {split}", [images / name for name in names], np.arange(len(names)), rows)
+    images = folder_of(folder, ("img_align_celeba", "img_align_celeba/img_align_celeba"), names)    # Kaggle's has it twice
+    return with_attributes(f"CelebA {split}", images, {name: attributes[name] for name in names}, range(len(names)))
 
 
 def celeba_attributes(folder):
     """list_attr_celeba -> {picture name: bool (40,)}."""
-    source, rows = celeba_rows(folder, "list_attr_celeba")
+    source, rows = table_rows("CelebA", folder, "list_attr_celeba")
     count = next(rows, (1, ["?"]))[1][0] if source.endswith(".txt") else None       # the .csv does not say how many
     number, header = next(rows, (1, []))
-    names = tuple(name for name in header if name != "image_id")
-    if names != ATTRIBUTES:
-        raise ValueError(f"CelebA: {source} line {number} should name the 40 attributes in CelebA's order, "
-                         f"found {' '.join(names) or 'nothing'}")
-    attributes = {}
-    for number, (name, *values) in rows:
-        if len(values) != len(ATTRIBUTES):
-            raise ValueError(f"CelebA: {source} line {number} has {len(values)} values, expected 40 ({name})")
-        if not set(values) <= {"1", "-1"}:
-            odd = next(value for value in values if value not in ("1", "-1"))
-            raise ValueError(f"CelebA: {source} line {number} has the value {odd!r}, expected 1 or -1 ({name})")
-        if name in attributes:
-            raise ValueError(f"CelebA: {source} line {number} lists {name} a second time")
-        attributes[name] = np.array([value == "1" for value in values])
+    attributes = attribute_table(f"CelebA: {source} line {number}", [name for name in header if name != "image_id"],
+                                 ((f"CelebA: {source} line {n}", name, values) for n, (name, *values) in rows))
     if count not in (None, str(len(attributes))):
         raise ValueError(f"CelebA: {source} line 1 announces {count} pictures, but {len(attributes)} follow")
     return attributes
 
 
-def celeba_rows(folder, stem):
-    """(file name, iterator of (line number, fields)) for stem.txt (fields between spaces) or stem.csv (commas)."""
-    for suffix, separator in ((".txt", None), (".csv", ",")):
-        path = folder / f"{stem}{suffix}"
-        if path.is_file():
-            lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
-            return path.name, ((n, line.split(separator)) for n, line in enumerate(lines, 1) if line.strip())
-    raise FileNotFoundError(f"CelebA: {stem}.txt (or .csv) is not in {folder}")
+def lfwa(folder, split):
+    """LFWA, from the official lists (list_attr_lfwa.csv, list_attr_lfwa_test.csv) or its authors' MATLAB files.
+
+    The identity is the person, that is the folder of the picture. Five percent of the persons for training are "val".
+    The official training list may hold the test's pictures too: they are left out of it. Without a list for the test,
+    half of the persons are kept for it, which is LFWA's own proportion.
+    """
+    folder = Path(folder)
+    train, test = (lfwa_lists if (folder / "list_attr_lfwa.csv").is_file() else lfwa_matlab)(folder)
+    person = {name: digest(Path(name).parent.name) for name in (*train, *test)}
+    if not test:
+        test = {name: row for name, row in train.items() if person[name] % 2 == 0}
+    train = {name: row for name, row in train.items() if name not in test}
+    chosen = test if split == "test" else {
+        name: row for name, row in train.items() if (person[name] // 2 % 20 == 0) == (split == "val")}
+    images = folder_of(folder, ("lfw", "."), list(chosen))
+    return with_attributes(f"LFWA {split}", images, chosen, [person[name] for name in chosen])
 
 
+def lfwa_lists(folder):
+    """(train, test), each {picture: bool (40,)}, of the lists; test is empty without one."""
+    tables = []
+    for stem in ("list_attr_lfwa", "list_attr_lfwa_test"):
+        if tables and not (folder / f"{stem}.csv").is_file():
+            return tables[0], {}
+        source, rows = table_rows("LFWA", folder, stem)
+        number, header = next(rows, (1, []))
+        tables.append(attribute_table(
+            f"LFWA: {source} line {number}", header[-len(ATTRIBUTES):],         # before them the path's column, if named
+            ((f"LFWA: {source} line {n}", name.replace("\\", "/"), values) for n, (name, *values) in rows)))
+    return tables
+
+
+def lfwa_matlab(folder):
+    """(train, test), each {picture: bool (40,)}, of lfw_att_40.mat and indices_train_test.mat."""
+    names, header, labels = read_matlab(folder / "lfw_att_40.mat", "name", "AttrName", "label")
+    labels = labels if len(labels) == len(names) else labels.T
+    if labels.shape != (len(names), len(ATTRIBUTES)):
+        raise ValueError(f"LFWA: lfw_att_40.mat has labels of shape {labels.shape}, expected {len(names)} names x 40")
+    rows = ((f"LFWA: lfw_att_40.mat row {n} (counted from 1)", name.replace("\\", "/"), [f"{value:g}" for value in row])
+            for n, (name, row) in enumerate(zip(names, labels), 1))
+    attributes = list(attribute_table("LFWA: lfw_att_40.mat's AttrName", header, rows).items())
+    parts = []
+    for variable in ("indices_img_train", "indices_img_test"):
+        [indices] = read_matlab(folder / "indices_train_test.mat", variable)
+        indices = indices.ravel().astype(int)       # MATLAB counts from 1
+        if len(indices) and not 1 <= indices.min() <= indices.max() <= len(names):
+            raise ValueError(f"LFWA: indices_train_test.mat has {variable} from {indices.min()} to {indices.max()}, "
+                             f"expected 1 to {len(names)}, the number of names in lfw_att_40.mat")
+        parts.append(dict(attributes[i - 1] for i in indices))
+    return parts
+
+
+def read_matlab(path, *variables):
+    """Variables of a MATLAB 7.3 file: arrays, or lists of texts.
+
+    Such a file is HDF5, which only h5py reads: nothing else here needs that package. HDF5 has a matrix's axes the other
+    way round, a text as character codes, and a cell array of texts as references to them.
+    """
+    import h5py
+    try:
+        with h5py.File(path, "r") as file:
+            missing = [name for name in variables if name not in file]
+            if missing:
+                raise ValueError(f"LFWA: {path.name} has no {missing[0]}, only {', '.join(file)}")
+            return [matlab_value(file, file[name]) for name in variables]
+    except FileNotFoundError:
+        raise FileNotFoundError(f"LFWA: {path.name} is not in {path.parent}") from None
+    except OSError as error:
+        raise ValueError(f"{path}: not a complete MATLAB 7.3 file (HDF5; MATLAB writes one with -v7.3): {error}") from None
+
+
+def matlab_value(file, variable):
+    values = variable[()]
+    if values.dtype == object:              # a cell array
+        return ["".join(map(chr, file[reference][()].ravel())) for reference in values.ravel()]
+    if values.dtype == np.uint16:           # a matrix of characters, one text a row
+        return ["".join(map(chr, row)).rstrip() for row in values.T]
+    return values.T
+
+
+# ---- readers: faces with captions ----------------------------------------------------------------------------------
 def caption_list(json_path):
     """Official / BLIP style: a json list of {"image": path, "image_id": id, "caption": text or list of texts}.
 
@@ -514,34 +757,314 @@ def caption_list(json_path):
     an id every picture is a person of its own.
     """
     json_path = Path(json_path)
-    records = read_json(json_path)
-    for number, record in enumerate(records):
+    records = list(caption_records(json_path))
+    folder = folder_of(json_path.parent, (".", "images"), [image for image, _, _ in records])
+    return Faces(json_path.name, [folder / image for image, _, _ in records],
+                 np.array([digest(identity) for _, identity, _ in records], dtype=np.int64),
+                 captions=[texts for _, _, texts in records])
+
+
+def caption_records(json_path):
+    """(image, identity, list of captions) for each record of a json list."""
+    for number, record in enumerate(read_json(json_path)):
         where = f"{json_path.name} record {number} (counted from 0)"
-        if not isinstance(record, dict) or not isinstance(record.get("image"), str):
+        image = record.get("image", record.get("photo")) if isinstance(record, dict) else None  # "photo": FS2K-SDE's lists
+        if not isinstance(image, str):
             raise ValueError(f"{where} has no \"image\" with a path: {str(record)[:100]}")
         texts = record.get("caption")
-        if not (isinstance(texts, str) or isinstance(texts, list) and all(isinstance(text, str) for text in texts)):
-            raise ValueError(f"{where} has no \"caption\" that is a text or a list of texts ({record['image']})")
-    folder = json_path.parent
-    if records and not (folder / records[0]["image"]).exists() and (folder / "images").is_dir():
-        folder = folder / "images"
-    ids = [str(record["image"] if record.get("image_id") is None else record["image_id"]) for record in records]
-    numbers = [int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big") for name in ids]   # the same in every file
-    captions = [[record["caption"]] if isinstance(record["caption"], str) else record["caption"] for record in records]
-    return Faces(json_path.name, [folder / record["image"] for record in records],
-                 np.array(numbers, dtype=np.int64), captions=captions)
+        texts = [texts] if isinstance(texts, str) else texts
+        if not (isinstance(texts, list) and all(isinstance(text, str) for text in texts)):
+            raise ValueError(f"{where} has no \"caption\" that is a text or a list of texts ({image})")
+        identity = record.get("image_id")
+        yield image, image if identity is None else str(identity), texts
 
 
-def read_json(path):
+def mm_celeba(folder, split):
+    """MM-CelebA-HQ: images/N.jpg and text/celeba-caption/N.txt, a caption a line.
+
+    Split by train/filenames.pickle and test/filenames.pickle; where these are absent, by number, as celeba_hq_part does.
+    The last five percent of the training part, by number, are "val".
+    """
+    folder = Path(folder)
+    texts, lists = folder / "text" / "celeba-caption", [folder / part / "filenames.pickle" for part in ("train", "test")]
+    if any(path.exists() for path in lists):
+        train, test = (pickled_numbers(path) for path in lists)
+        both = sorted(set(train) & set(test))
+        if both:
+            raise ValueError(f"MM-CelebA-HQ: {len(both)} faces are in both filenames.pickle, the first is {both[0]}")
+        numbers = sorted(test) if split == "test" else hold_out(sorted(train), 0.05, split)
+    else:
+        numbers = celeba_hq_part([int(path.stem) for path in texts.glob("*.txt") if path.stem.isdecimal()], split)
+    return Faces(f"MM-CelebA-HQ {split}", [folder / "images" / f"{number}.jpg" for number in numbers],
+                 np.array(numbers, dtype=np.int64), captions=[text_lines(texts / f"{number}.txt") for number in numbers])
+
+
+def text_lines(path):
     try:
-        records = json.loads(path.read_text(encoding="utf-8"))
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such file") from None
-    except (ValueError, RecursionError, OSError) as error:      # malformed (it says line and column), not UTF-8, a folder
-        raise ValueError(f"{path}: not valid json: {error}") from None
-    if not isinstance(records, list):
-        raise ValueError(f"{path}: expected a list of records, found a {type(records).__name__}")
+        raise FileNotFoundError(f"MM-CelebA-HQ: {path} is not there, expected its face's captions, one a line") from None
+    return [line.strip() for line in lines if line.strip()]
+
+
+def celeba_hq_part(numbers, split):
+    """The numbers of a part of CelebA-HQ: those below 24,000 are for training, the last 5 % of them "val"; the rest "test"."""
+    if split == "test":
+        return sorted(number for number in numbers if number >= 24_000)
+    return hold_out(sorted(number for number in numbers if number < 24_000), 0.05, split)
+
+
+class NamesOnly(pickle.Unpickler):
+    """Reads lists, texts and numbers. Anything else in a pickle names code to be run, which this refuses."""
+
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(f"it asks to run {module}.{name}")
+
+
+def pickled_numbers(path):
+    """A pickled list of "123", "123.jpg", b"123" or 123 -> [123, ...], without running what a pickle can bring along."""
+    try:
+        with open(path, "rb") as file:
+            names = NamesOnly(file).load()
+    except FileNotFoundError:
+        raise FileNotFoundError(f"MM-CelebA-HQ: {path} is not there, only the other part's; "
+                                f"without that one, too, faces are split by number") from None
+    except Exception as error:      # a damaged pickle raises what it likes
+        raise ValueError(f"{path}: not a plain pickled list of names ({error}); delete both to split by number") from None
+    if not isinstance(names, (list, tuple)):
+        raise ValueError(f"{path}: expected a pickled list of names, found a {type(names).__name__}")
+    stems = [Path(name.decode() if isinstance(name, bytes) else str(name)).stem for name in names]
+    for i, stem in enumerate(stems):
+        if not stem.isdecimal():
+            raise ValueError(f"{path}: record {i} (counted from 0) is {names[i]!r}, expected a number such as '123.jpg'")
+    return [int(stem) for stem in stems]
+
+
+def celeba_dialog(folder, split):
+    """CelebA-Dialog: captions_hq.json and N.jpg in images/, in image/ or beside it; split as celeba_hq_part does.
+
+    A face has one caption: the overall one, or, where that is empty, the attribute-wise ones joined.
+    5380.jpg, which has captions but was never part of the pictures, is left out if it is not there.
+    """
+    folder = Path(folder)
+    captions = {}
+    for name, record in read_json(folder / "captions_hq.json", dict).items():
+        where = f"CelebA-Dialog: captions_hq.json record {name!r}"
+        if not Path(name).stem.isdecimal():
+            raise ValueError(f"{where}: expected a name such as '0.jpg'")
+        captions[int(Path(name).stem)] = [dialog_caption(record, where)]
+    images = folder_of(folder, ("images", "image", "."), [f"{number}.jpg" for number in sorted(captions)])
+    if not (images / "5380.jpg").exists():
+        captions.pop(5380, None)
+    numbers = celeba_hq_part(captions, split)
+    return Faces(f"CelebA-Dialog {split}", [images / f"{number}.jpg" for number in numbers],
+                 np.array(numbers, dtype=np.int64), captions=[captions[number] for number in numbers])
+
+
+def dialog_caption(record, where):
+    """The caption of one record {"attribute_wise_captions": {name: text}, "overall_caption": text}."""
+    if isinstance(record, dict):
+        overall, parts = record.get("overall_caption") or "", record.get("attribute_wise_captions") or {}
+        if isinstance(parts, dict) and all(isinstance(text, str) for text in (overall, *parts.values())):
+            text = overall.strip() or " ".join(parts.values()).strip()
+            if text:
+                return text
+    raise ValueError(f"{where} has neither \"overall_caption\" nor \"attribute_wise_captions\" with text: {str(record)[:100]}")
+
+
+# ---- readers: FaceCaption-15M as img2dataset downloads it ----------------------------------------------------------
+def facecaption(folder, split):
+    """Tars of N.jpg and N.json (FaceCaption-15M by img2dataset), read in place: nothing is unpacked.
+
+    Every record is a face of its own, though several may be in one picture, from one address; so the split, 90 : 5 : 5,
+    goes by a digest of the address. A face takes about 2 KB of memory, its captions included.
+    """
+    tars = tqdm(sorted(Path(folder).glob("*.tar")), "listing tars", leave=False)
+    records = [record for tar in tars for record in tar_records(tar) if digest(record["url"]) % 100 in SHARES[split]]
+    crops = [Crop(Path(folder) / record["tar"], record["name"], record["offset"], record["size"], tuple(record["box"]))
+             for record in records]
+    return Faces(f"FaceCaption {split}", crops, np.arange(len(crops)), captions=[record["caption"] for record in records])
+
+
+def tar_records(tar):
+    """What list_tar finds, kept beside the tar as .index for the next time (where the folder can be written to)."""
+    index, size = tar.with_suffix(".index"), tar.stat().st_size
+    try:
+        kept = json.loads(index.read_text(encoding="utf-8"))
+        if kept["size"] == size:            # of the tar, which may have been downloaded anew
+            return kept["records"]
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    records = list_tar(tar)
+    try:
+        partial = tar.with_suffix(f".{os.getpid()}.partial")
+        partial.write_text(json.dumps({"size": size, "records": records}), encoding="utf-8")
+        os.replace(partial, index)
+    except OSError:
+        pass
     return records
+
+
+def list_tar(tar):
+    """The faces in a tar that were downloaded: [{"tar", "name", "offset", "size", "box", "caption", "url"}]."""
+    pictures, texts = {}, {}
+    try:
+        with tarfile.open(tar, "r:") as file:
+            for member in file:
+                stem, suffix = os.path.splitext(member.name)
+                if suffix.lower() in PICTURES:
+                    pictures[stem] = {"tar": tar.name, "name": member.name, "offset": member.offset_data, "size": member.size}
+                elif suffix == ".json":
+                    texts[stem] = file.extractfile(member).read()
+    except (tarfile.TarError, EOFError) as error:
+        raise ValueError(f"{tar}: not a complete tar ({error}); download it again, or take it away") from None
+    return [pictures.get(stem, {}) | record for stem, text in texts.items()
+            if (record := tar_record(text, f"{tar}: {stem}.json", stem in pictures))]
+
+
+def tar_record(text, where, has_picture):
+    """The json beside a picture -> {"box", "caption", "url"}, or None where the download failed."""
+    try:
+        record = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{where} is not valid json: {error}") from None
+    if not isinstance(record, dict) or "status" not in record:
+        raise ValueError(f"{where} has no \"status\", expected what img2dataset writes with output_format webdataset")
+    if record["status"] != "success":
+        return None
+    if not has_picture:
+        raise ValueError(f"{where} says \"success\", but its picture is not in the tar")
+    captions = [record["caption"]] if isinstance(record.get("caption"), str) else record.get("caption")
+    if not (isinstance(captions, list) and captions and all(isinstance(caption, str) for caption in captions)):
+        raise ValueError(f"{where} has no \"caption\"; download again with the columns kept (save_additional_columns)")
+    return {"box": parse_box(record.get("box"), where), "caption": captions, "url": str(record.get("url", where))}
+
+
+def parse_box(box, where):
+    """The text "[43, 0, 299, 320]", which is x1, y1, x2, y2 in pixels -> list of int."""
+    try:
+        x1, y1, x2, y2 = [round(float(value)) for value in (json.loads(box) if isinstance(box, str) else box)]
+        if x1 < x2 and y1 < y2:
+            return [x1, y1, x2, y2]
+    except (TypeError, ValueError):
+        pass
+    raise ValueError(f"{where} has the box {box!r}, expected [x1, y1, x2, y2] in pixels, x1 < x2 and y1 < y2")
+
+
+# ---- readers: photos with sketches ---------------------------------------------------------------------------------
+def fs2k(folder, split):
+    """FS2K: photo/photo1/image0110.jpg and its finished sketch, sketch/sketch1/sketch0110.*; by anno_train/test.json."""
+    folder = Path(folder)
+    source = folder / f"anno_{'test' if split == 'test' else 'train'}.json"
+    photos, sketches = named_pictures(folder / "photo"), named_pictures(folder / "sketch")
+    pairs = []
+    for number, record in enumerate(read_json(source)):
+        where = f"FS2K: {source.name} record {number} (counted from 0)"
+        name = record.get("image_name") if isinstance(record, dict) else None
+        if not isinstance(name, str):
+            raise ValueError(f"{where} has no \"image_name\" such as \"photo1/image0110\": {str(record)[:100]}")
+        photo_name = name.replace("/", "_")
+        sketch_name = photo_name.replace("photo", "sketch").replace("image", "sketch")
+        pairs.append((only(photos, photo_name, where), [only(sketches, sketch_name, where)]))
+    return episodes("FS2K", folder, split, photos, pairs)
+
+
+def fs2k_sde(folder, split):
+    """FS2K-SDE: sketches sketch/{train,test}/<photo>_<step>.*, the photos anywhere below photo/.
+
+    <photo> is the photo's file name without its ending, or, where several folders have that name, "photo1_image0110"
+    or "photo1/image0110".
+    """
+    folder = Path(folder)
+    photos = named_pictures(folder / "photo")
+    growing = {}                            # {photo: {step: sketch}}
+    for sketch, parts in pictures_below(folder / "sketch" / ("test" if split == "test" else "train")):
+        name, _, step = "_".join(parts).rpartition("_")
+        if not name or not step.isdecimal():
+            raise ValueError(f"FS2K-SDE: {sketch}: expected a name such as image0110_7.png, with the step at its end")
+        steps = growing.setdefault(only(photos, name, f"FS2K-SDE: {sketch}"), {})
+        if int(step) in steps:
+            raise ValueError(f"FS2K-SDE: {sketch} and {steps[int(step)]} are the same step of one photo")
+        steps[int(step)] = sketch
+    pairs = [(photo, [steps[step] for step in sorted(steps)]) for photo, steps in growing.items()]
+    return episodes("FS2K-SDE", folder, split, photos, pairs)
+
+
+def pictures_below(folder):
+    """(path, its parts below the folder, the last without ending) of every picture, by name."""
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() in PICTURES:
+            yield path, path.relative_to(folder).with_suffix("").parts
+
+
+def named_pictures(folder):
+    """{name: [path]}: photo1/image0110.jpg answers to "image0110" and to "photo1_image0110"."""
+    names = {}
+    for path, parts in pictures_below(folder):
+        for first in range(len(parts)):
+            names.setdefault("_".join(parts[first:]), []).append(path)
+    return names
+
+
+def only(names, name, where):
+    """The one picture of this name."""
+    found = names.get(name, [])
+    if len(found) > 1:
+        raise ValueError(f"{where}: {name} may be {found[0]} or {found[1]}; name the folder too, as in photo1_image0110")
+    if not found:
+        raise FileNotFoundError(f"{where}: there is no picture named {name}")
+    return found[0]
+
+
+def episodes(title, folder, split, names, pairs):
+    """Episodes of pairs (photo, its sketches); the last tenth of the training photos, by name, is "val"."""
+    pairs = sorted(pairs) if split == "test" else hold_out(sorted(pairs), 0.1, split)
+    photos = [photo for photo, _ in pairs]
+    faces = Faces(f"{title} {split}", photos, np.arange(len(photos)), captions=photo_captions(folder, split, names, photos))
+    return Episodes(faces, [sketches for _, sketches in pairs])
+
+
+def photo_captions(folder, split, names, photos):
+    """A list of captions for each photo, by train.json or test.json (or captions.json) beside them; None without.
+
+    These are lists as caption_list reads; a record's "image" may be in any folder, its name says which photo is meant.
+    """
+    files = [folder / f"{'test' if split == 'test' else 'train'}.json", folder / "captions.json"]
+    source = next((path for path in files if path.is_file()), None)
+    if source is None:
+        return None
+    captions = {}                           # {photo: (image, texts)}
+    for image, _, texts in caption_records(source):
+        *_, folder_name, name = ("", *Path(image).with_suffix("").parts)
+        full_name = f"{folder_name}_{name}"
+        if full_name not in names and name not in names:
+            continue                        # a photo of another part or set
+        photo = only(names, full_name if full_name in names else name, f"{source.name}: {image}")
+        first_image, known = captions.setdefault(photo, (image, []))
+        if first_image != image:
+            raise ValueError(f"{source}: {first_image} and {image} may both mean {photo}; keep the folders photo1, photo2, ...")
+        known.extend(texts)
+    missing = [photo for photo in photos if photo not in captions]
+    if missing:
+        raise ValueError(f"{source}: no caption for {len(missing)} of {len(photos)} photos, the first is {missing[0]}; "
+                         f"add them, or take the file away to do without captions")
+    return [captions[photo][1] for photo in photos]
+
+
+# ---- readers: which one --------------------------------------------------------------------------------------------
+FACES = (       # what tells a layout, its reader, the layout in words
+    ("list_attr_celeba.*", celeba, "CelebA (list_attr_celeba.txt or .csv, list_eval_partition.txt or .csv, img_align_celeba/)"),
+    ("list_attr_lfwa.csv", lfwa, "LFWA (list_attr_lfwa.csv, list_attr_lfwa_test.csv, lfw/)"),
+    ("lfw_att_40.mat", lfwa, "LFWA in MATLAB's files (lfw_att_40.mat, indices_train_test.mat, lfw/)"),
+    ("captions_hq.json", celeba_dialog, "CelebA-Dialog (captions_hq.json, images/ or image/)"),
+    ("text/celeba-caption", mm_celeba, "MM-CelebA-HQ (text/celeba-caption/, images/, train/ and test/filenames.pickle)"),
+    ("*.tar", facecaption, "FaceCaption-15M as img2dataset downloads it (00000.tar, ...)"),
+    ("train.json", lambda folder, split: caption_list(folder / f"{split}.json"), "train.json, val.json and test.json"),
+)
+EPISODES = (
+    ("sketch/train", fs2k_sde, "FS2K-SDE (sketch/train/, sketch/test/, photo/)"),
+    ("anno_train.json", fs2k, "FS2K (anno_train.json, anno_test.json, photo/, sketch/)"),
+)
 
 
 def open_faces(path, split):
@@ -549,23 +1072,33 @@ def open_faces(path, split):
 
     A single json list is split 90 : 5 : 5 by a digest of the identity, so that a person is in one part only.
     """
+    path = existing(path)
+    for sign, reader, _ in FACES:
+        if any(path.glob(sign)):
+            return reader(path, split)
+    jsons = sorted(path.glob("*.json")) if path.is_dir() else [path]
+    if len(jsons) == 1 and jsons[0].suffix == ".json":
+        faces = caption_list(jsons[0])
+        faces.name = f"{jsons[0].name} ({split})"
+        return faces.subset([i for i, number in enumerate(faces.identity.tolist()) if number % 100 in SHARES[split]])
+    raise ValueError(f"{path}: found neither {', nor '.join(words for _, _, words in FACES)}, nor one json list of "
+                     f"{{\"image\", \"image_id\", \"caption\"}}")
+
+
+def open_episodes(path, split):
+    """The photos of a split ("train", "val", "test") with their sketches, by what is found in the folder."""
+    path = existing(path)
+    for sign, reader, _ in EPISODES:
+        if any(path.glob(sign)):
+            return reader(path, split)
+    raise ValueError(f"{path}: found neither {', nor '.join(words for _, _, words in EPISODES)}")
+
+
+def existing(path):
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such folder or file")
-    jsons = sorted(path.glob("*.json")) if path.is_dir() else [path]
-    if any(path.glob("list_attr_celeba.*")):
-        return celeba(path, split)
-    if path / "train.json" in jsons:
-        return caption_list(path / f"{split}.json")
-    if len(jsons) == 1 and jsons[0].suffix == ".json":
-        faces = caption_list(jsons[0])
-        part = faces.identity % 100
-        low, high = {"train": (0, 90), "val": (90, 95), "test": (95, 100)}[split]
-        faces.name = f"{jsons[0].name} ({split})"
-        return faces.subset(np.flatnonzero((low <= part) & (part < high)))
-    raise ValueError(f"{path}: found neither CelebA (list_attr_celeba.txt or .csv, list_eval_partition.txt or .csv, "
-                     f"img_align_celeba/), nor train.json, val.json and test.json, nor one json list of "
-                     f"{{\"image\", \"image_id\", \"caption\"}}")
+    return path
 
 
 # ---- augmentation --------------------------------------------------------------------------------------------------
@@ -643,6 +1176,7 @@ class Batches:
     """
 
     def __init__(self, faces, tokenizer, image_size, batch_size, seed=0, augmented=True, rank=0, world=1, workers=0):
+        faces.check_text()
         self.faces, self.seed, self.workers = faces, seed, workers
         self.batch_size, self.rank, self.global_size = batch_size, rank, batch_size * world
         self.samples = Samples(faces, tokenizer, image_size, seed, augmented)
@@ -745,7 +1279,8 @@ def draw_sheet(faces, count, side=192, columns=2):
 
 def main():
     parser = argparse.ArgumentParser(description="Draw a sheet of faces with captions; print what the captions are like.")
-    parser.add_argument("--data", help="folder of CelebA, or of images and a json list of captions (default: drawn faces)")
+    parser.add_argument("--data", help="folder of CelebA, LFWA, MM-CelebA-HQ, CelebA-Dialog, FaceCaption-15M's tars, "
+                                       "or images and a json list of captions (default: drawn faces)")
     parser.add_argument("--split", default="train", choices=("train", "val", "test"), help="part of --data (%(default)s)")
     parser.add_argument("--out", default="sheet.png", help="where the sheet goes (%(default)s)")
     parser.add_argument("--count", type=int, default=12, help="faces on the sheet (%(default)s)")

@@ -4,13 +4,16 @@ Numbers are held against something that we did not write: golden.npz (recorded f
 with random weights and dropout 0), torch's own modules, closed forms. `pytest -m slow` runs the long ones.
 """
 import dataclasses
+import io
 import itertools
 import json
 import os
+import pickle
 import re
 import shlex
 import subprocess
 import sys
+import tarfile
 from collections import Counter
 from pathlib import Path
 
@@ -840,6 +843,74 @@ def with_true(*names):
     return np.isin(ATTRIBUTES, names)
 
 
+# ---- toyfaces.py: sketches ------------------------------------------------------------------------------------------
+def test_a_sketch_grows_from_a_seventieth_of_its_ink_and_never_loses_any():
+    for i in range(20):
+        frames = toyfaces.sketch(i, seed=3, size=48)
+        assert frames.shape == (70, 48, 48) and frames.dtype == np.uint8
+        assert (frames[1:] >= frames[:-1]).all()
+        ink = frames.sum((1, 2)) / frames[-1].sum()
+        assert 0.5 / 70 < ink[0] < 2.5 / 70                         # a short line has its round ends, a long one crosses others
+        assert np.abs(ink - np.arange(1, 71) / 70).max() < 0.15
+
+
+def test_a_sketch_is_the_same_every_time_and_cut_more_finely_shows_the_same_stages():
+    for i in range(5):
+        frames = toyfaces.sketch(i, seed=1, size=64)
+        assert (toyfaces.sketch(i, seed=1, size=64) == frames).all()
+        assert (toyfaces.sketch(i, seed=1, size=64, steps=140)[1::2] == frames).all()
+
+
+def test_a_sketch_is_the_same_drawing_at_every_size():
+    for i in range(5):
+        small, large = (toyfaces.sketch(i, size=size)[-1].astype(float) for size in (56, 224))
+        shrunk = large.reshape(56, 4, 56, 4).mean((1, 3))
+        assert np.corrcoef(small.ravel(), shrunk.ravel())[0, 1] > 0.95
+
+
+def test_finished_sketches_tell_people_apart():
+    sketches = np.stack([toyfaces.sketch(i, size=48)[-1] for i in range(60)]).reshape(60, -1)
+    correlation = np.corrcoef(sketches) - np.eye(60)
+    assert correlation.max() < 0.85
+
+
+def test_the_ink_of_a_sketch_lies_on_the_edges_of_its_picture_and_not_of_another():
+    def edges(i):
+        """(96, 96) bool: some colour differs within one pixel."""
+        picture = np.asarray(toyfaces.face(i, seed=2, size=96)[0]).astype(int)
+        windows = np.lib.stride_tricks.sliding_window_view(np.pad(picture, ((1, 1), (1, 1), (0, 0)), "edge"), (3, 3), (0, 1))
+        return np.ptp(windows, axis=(-2, -1)).max(-1) > 12
+
+    sharp = [i for i in range(40) if not toyfaces.face(i, 2, 8)[1][ATTRIBUTES.index("Blurry")]]
+    inked = [toyfaces.sketch(i, seed=2, size=96, steps=1)[0] > 128 for i in sharp]
+    own = [edges(i)[ink].mean() for i, ink in zip(sharp, inked)]
+    others = [edges(i)[ink].mean() for i, ink in zip(sharp[1:], inked)]
+    assert min(own) > 0.9 and np.mean(own) > 0.97 and np.mean(others) < 0.65
+
+
+def test_what_is_drawn_later_changes_nothing_that_was_drawn_before():
+    """The same people with glasses: their lines come in one block, all else stays as it was."""
+    for i in range(10):
+        attributes = toyfaces.sample_attributes(np.random.default_rng(i))
+        paths = []
+        for attributes[ATTRIBUTES.index("Eyeglasses")] in (False, True):
+            paths.append(toyfaces.pen_path(*toyfaces.describe(attributes, np.random.default_rng(i)))[0])
+        without, with_glasses = paths
+        first = np.flatnonzero((without != with_glasses[:len(without)]).any(1))
+        first = first[0] if len(first) else len(without)
+        assert first > len(without) / 3
+        assert (with_glasses[len(with_glasses) - len(without) + first:] == without[first:]).all()
+
+
+def test_every_part_of_a_portrait_is_drawn_by_some_face():
+    parts = set()
+    for i in range(300):
+        rng = np.random.default_rng(i)
+        parts |= {shape.part for shape in toyfaces.describe(toyfaces.sample_attributes(rng), rng)[1]}
+    assert set(toyfaces.TURN) <= parts
+    assert parts - set(toyfaces.TURN) == {"shade", "shine", "cheek", "makeup", "iris", "glint", "lid", "teeth"}
+
+
 # ---- data.py: the caption grammar ------------------------------------------------------------------------------------------
 def facts_read_back(text):
     """The facts a reader finds in a text, by looking for every phrase of the grammar's table."""
@@ -979,7 +1050,7 @@ def edit(path, old, new):
 @pytest.mark.parametrize("spoil, sentence", [
     (lambda d: edit(d / "list_attr_celeba.txt", "000005.jpg  1", "000005.jpg") or edit(d / "list_attr_celeba.txt", "000005.jpg  -1", "000005.jpg"),
      "CelebA: list_attr_celeba.txt line 7 has 39 values, expected 40 (000005.jpg)"),
-    (lambda d: edit(d / "list_attr_celeba.txt", "000002.jpg  -1", "000002.jpg  0"), "line 4 has the value '0', expected 1 or -1 (000002.jpg)"),
+    (lambda d: edit(d / "list_attr_celeba.txt", "000002.jpg  -1", "000002.jpg  2"), "line 4 has the value '2', expected 1, 0 or -1 (000002.jpg)"),
     (lambda d: edit(d / "list_attr_celeba.txt", "Bald", "Bold"), "line 2 should name the 40 attributes"),
     (lambda d: edit(d / "list_eval_partition.txt", "000003.jpg 0", "000003.jpg 7"), "list_eval_partition.txt line 3 is '000003.jpg 7'"),
     (lambda d: (d / "list_eval_partition.txt").write_text("000009.jpg 0\n"), "line 1 names 000009.jpg, which list_attr_celeba does not have"),
@@ -1075,6 +1146,351 @@ def test_drawn_faces_are_kept_and_an_interrupted_drawing_leaves_nothing(tmp_path
     with pytest.raises(KeyboardInterrupt):
         data.drawn_faces(6, 24, 3, tmp_path)
     assert len(list(tmp_path.iterdir())) == 2
+
+
+# ---- data.py: more readers -------------------------------------------------------------------------------------------------
+def write_pictures(folder, names, size=(8, 8)):
+    """Small pictures of different greys."""
+    for i, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", size, (i % 256,) * 3).save(folder / name)
+    return folder
+
+
+def parts_of(folder):
+    return [data.open_faces(folder, split) for split in ("train", "val", "test")]
+
+
+def names_in(faces):
+    return [path.stem for path in faces.pictures]
+
+
+def write_pickle(path, value):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(value if isinstance(value, bytes) else pickle.dumps(value))
+
+
+def write_mm_celeba(folder, numbers=(*range(2, 42), 24000, 24001), pickles=False):
+    write_pictures(folder / "images", [f"{n}.jpg" for n in numbers])
+    (folder / "text/celeba-caption").mkdir(parents=True)
+    for n in numbers:
+        (folder / f"text/celeba-caption/{n}.txt").write_text(f"face {n}.\n\n  the face {n}.  \n")
+    if pickles:
+        write_pickle(folder / "train/filenames.pickle", ["2", "10.jpg", b"3", 4])
+        write_pickle(folder / "test/filenames.pickle", ["5"])
+    return folder
+
+
+def test_mm_celeba_is_split_by_number_or_by_its_pickled_lists_and_val_comes_off_the_training_part(tmp_path):
+    train, val, test = parts_of(write_mm_celeba(tmp_path / "a"))
+    assert names_in(train) == [str(n) for n in range(2, 40)] and names_in(val) == ["40", "41"] and names_in(test) == ["24000", "24001"]
+    assert train.captions[8] == ["face 10.", "the face 10."]
+    train, val, test = parts_of(write_mm_celeba(tmp_path / "b", pickles=True))
+    assert names_in(train) == ["2", "3", "4"] and names_in(val) == ["10"] and names_in(test) == ["5"]
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.mkdir, ("malicious-pickle-ran",)
+
+
+@pytest.mark.parametrize("spoil, sentence", [
+    (lambda d: write_pickle(d / "train/filenames.pickle", ["2", Malicious()]), "not a plain pickled list of names (it asks to run posix.mkdir)"),
+    (lambda d: write_pickle(d / "train/filenames.pickle", b"nonsense"), "train/filenames.pickle: not a plain pickled list"),
+    (lambda d: write_pickle(d / "train/filenames.pickle", {"2": 1}), "expected a pickled list of names, found a dict"),
+    (lambda d: write_pickle(d / "train/filenames.pickle", ["2", "face"]), "record 1 (counted from 0) is 'face', expected a number such as"),
+    (lambda d: write_pickle(d / "test/filenames.pickle", ["2.jpg"]), "1 faces are in both filenames.pickle, the first is 2"),
+    (lambda d: (d / "test/filenames.pickle").unlink(), "test/filenames.pickle is not there, only the other part's"),
+    (lambda d: (d / "text/celeba-caption/3.txt").unlink(), "3.txt is not there, expected its face's captions, one a line"),
+    (lambda d: (d / "text/celeba-caption/3.txt").write_text("\n"), "3.jpg has an empty caption: []"),
+    (lambda d: (d / "images/2.jpg").unlink(), "MM-CelebA-HQ train: 1 of 3 pictures are not there"),
+])
+def test_a_faulty_mm_celeba_is_refused_with_one_sentence_and_its_pickles_run_nothing(tmp_path, monkeypatch, spoil, sentence):
+    monkeypatch.chdir(tmp_path)
+    spoil(write_mm_celeba(tmp_path, pickles=True))
+    error = error_of(data.open_faces, tmp_path, "train")
+    assert sentence in error and "\n" not in error and not (tmp_path / "malicious-pickle-ran").exists()
+
+
+def dialog(overall, **parts):
+    return {"overall_caption": overall, "attribute_wise_captions": parts}
+
+
+@pytest.mark.parametrize("images", ["images", "image", "."])
+def test_celeba_dialog_is_read_without_the_picture_that_never_was(tmp_path, images):
+    numbers = [*range(39), 24000]
+    write_pictures(tmp_path / images, [f"{n}.jpg" for n in numbers])
+    records = {f"{n}.jpg": dialog(f"face {n}") for n in [5380, *numbers]} | {"1.jpg": dialog(" ", Bangs="Short bangs.", Young="", Smiling="No smile.")}
+    (tmp_path / "captions_hq.json").write_text(json.dumps(records))
+    train, val, test = parts_of(tmp_path)
+    assert [len(train), names_in(val), names_in(test)] == [37, ["37", "38"], ["24000"]]
+    assert train.captions[:2] == [["face 0"], ["Short bangs.  No smile."]] and test.picture(0).size == (8, 8)
+
+
+@pytest.mark.parametrize("records, sentence", [
+    ([], "captions_hq.json: expected records by name, found a list"),
+    ({"0.jpg": dialog("", Bangs="")}, "record '0.jpg' has neither \"overall_caption\" nor \"attribute_wise_captions\" with text"),
+    ({"0.jpg": "text"}, "record '0.jpg' has neither"),
+    ({"a.jpg": dialog("face")}, "record 'a.jpg': expected a name such as '0.jpg'"),
+    ({f"{n}.jpg": dialog("face") for n in range(3)}, "CelebA-Dialog train: 1 of 2 pictures are not there, the first is"),
+])
+def test_a_faulty_celeba_dialog_is_refused_with_one_sentence(tmp_path, records, sentence):
+    write_pictures(tmp_path / "images", ["0.jpg"])
+    (tmp_path / "captions_hq.json").write_text(json.dumps(records))
+    assert sentence in error_of(data.open_faces, tmp_path, "train")
+
+
+MIXED = [ATTRIBUTES[i] for i in np.random.default_rng(5).permutation(40)]         # an order that is not CelebA's
+
+
+def lfwa_faces(persons=30):
+    """(names with backslashes, labels bool (N, 40) in CelebA's order): two pictures of each person."""
+    names = [f"P_{n // 2}\\P_{n // 2}_{n % 2 + 1:04d}.jpg" for n in range(2 * persons)]
+    return names, random_faces(len(names))
+
+
+def in_mixed_order(labels, false):
+    return np.where(labels[:, [ATTRIBUTES.index(name) for name in MIXED]], 1, false)
+
+
+def write_lfwa_lists(folder, below="lfw"):
+    """The training list holds all pictures, the test's too, as the official one may."""
+    names, labels = lfwa_faces()
+    write_pictures(folder / below, [name.replace("\\", "/") for name in names])
+    lines = [f"{name},{','.join(map(str, row))}" for name, row in zip(names, in_mixed_order(labels, 0))]
+    header = ",".join(["path", *(name.replace("_", " ").lower() for name in MIXED)])
+    (folder / "list_attr_lfwa.csv").write_text("\n".join([header, *lines]))
+    (folder / "list_attr_lfwa_test.csv").write_text("\n".join([header, *lines[40:]]))
+    return labels
+
+
+def write_lfwa_matlab(folder, transposed=False, **changes):
+    h5py = pytest.importorskip("h5py")
+    names, labels = lfwa_faces()
+    write_pictures(folder / "lfw", [name.replace("\\", "/") for name in names])
+    matrix = in_mixed_order(labels, -1).astype(float)
+    matrix[matrix < 0] = np.random.default_rng(0).integers(-1, 1, (matrix < 0).sum())       # -1 and 0 mixed
+    contents = {"name": names, "AttrName": [name.replace("_", " ") for name in MIXED], "label": matrix,
+                "indices_img_train": np.arange(1, 41), "indices_img_test": np.arange(41, 61), "indices_identity_train": [1], **changes}
+    for path, variables in (("lfw_att_40.mat", ("name", "AttrName", "label")),
+                            ("indices_train_test.mat", ("indices_identity_train", "indices_img_train", "indices_img_test"))):
+        with h5py.File(folder / path, "w") as file:
+            for variable in variables:
+                value = contents[variable]
+                if isinstance(value, list) and value and isinstance(value[0], str):
+                    texts = [file.create_dataset(f"#refs#/{variable}{i}", data=np.array([[ord(c)] for c in text], np.uint16))
+                             for i, text in enumerate(value)]
+                    file.create_dataset(variable, data=[[text.ref] for text in texts], dtype=h5py.ref_dtype)
+                elif value is not None:
+                    file[variable] = value if transposed else np.atleast_2d(value).T      # HDF5 has MATLAB's axes reversed
+    return labels
+
+
+@pytest.mark.parametrize("write", [
+    write_lfwa_lists, lambda d: write_lfwa_lists(d, "."), write_lfwa_matlab, lambda d: write_lfwa_matlab(d, transposed=True)])
+def test_lfwa_is_read_from_lists_and_from_matlab_with_its_test_part_apart_and_no_person_in_both_others(tmp_path, write):
+    labels = dict(zip([name.replace("\\", "/") for name in lfwa_faces()[0]], write(tmp_path)))
+    train, val, test = parts_of(tmp_path)
+    assert len(train) + len(val) == 40 and len(test) == 20 and len(val) > 0
+    assert not set(train.identity) & set(val.identity) and len(set(test.identity)) == 10
+    for faces in (train, val, test):
+        for path, row in zip(faces.pictures, faces.attributes):
+            assert (labels[f"{path.parent.name}/{path.name}"] == row).all()
+
+
+def test_an_lfwa_list_alone_keeps_persons_for_the_test(tmp_path):
+    write_lfwa_lists(tmp_path)
+    (tmp_path / "list_attr_lfwa_test.csv").unlink()
+    train, test = (set(data.open_faces(tmp_path, split).identity) for split in ("train", "test"))
+    assert not train & test and len(test) > 8 and len(train) > 8
+
+
+def lfwa_row(d, old, new):
+    edit(d / "list_attr_lfwa.csv", old, new)
+
+
+@pytest.mark.parametrize("write, spoil, sentence", [
+    (write_lfwa_lists, lambda d: lfwa_row(d, "P_0\\P_0_0001.jpg,", "P_0\\P_0_0001.jpg,2"), "LFWA: list_attr_lfwa.csv line 2 has the value '2"),
+    (write_lfwa_lists, lambda d: lfwa_row(d, "P_0\\P_0_0001.jpg,", "P_0\\P_0_0001.jpg,1,"), "line 2 has 41 values, expected 40 (P_0/P_0_0001.jpg)"),
+    (write_lfwa_lists, lambda d: lfwa_row(d, "P_0_0002", "P_0_0001"), "line 3 lists P_0/P_0_0001.jpg a second time"),
+    (write_lfwa_lists, lambda d: lfwa_row(d, "goatee", "goat"), "line 1 should name the 40 attributes of CelebA"),
+    (lambda d: write_lfwa_matlab(d, label=np.full((60, 40), 2.0)), None, "lfw_att_40.mat row 1 (counted from 1) has the value '2', expected 1, 0 or -1"),
+    (lambda d: write_lfwa_matlab(d, label=np.ones((60, 39))), None, "lfw_att_40.mat has labels of shape (60, 39), expected 60 names x 40"),
+    (lambda d: write_lfwa_matlab(d, indices_img_train=np.arange(40)), None, "indices_img_train from 0 to 39, expected 1 to 60"),
+    (lambda d: write_lfwa_matlab(d, indices_img_test=None), None, "indices_train_test.mat has no indices_img_test, only indices_identity_train, indices_img_train"),
+    (write_lfwa_matlab, lambda d: (d / "indices_train_test.mat").unlink(), "LFWA: indices_train_test.mat is not in"),
+    (write_lfwa_matlab, lambda d: (d / "lfw_att_40.mat").write_text("MATLAB 5.0"), "lfw_att_40.mat: not a complete MATLAB 7.3 file"),
+])
+def test_a_faulty_lfwa_is_refused_with_one_sentence(tmp_path, write, spoil, sentence):
+    write(tmp_path)
+    if spoil:
+        spoil(tmp_path)
+    error = error_of(data.open_faces, tmp_path, "train")
+    assert sentence in error and "\n" not in error
+
+
+def write_tar(folder, records=60, picture=True, text=None, **changes):
+    """A tar of records, two faces at each address; what is given besides the number is of record 3."""
+    pixels, members = io.BytesIO(), {}
+    Image.fromarray(np.add.outer(np.arange(40), np.arange(50)).astype(np.uint8)).convert("RGB").save(pixels, "png")
+    for i in range(records):
+        record = {"status": "success", "caption": [f"face {i}", f"the face {i}"], "box": f"[0, {i % 4}, 30, 20]", "url": f"http://{i // 2}"}
+        members |= {f"{i:09d}.jpg": pixels.getvalue(), f"{i:09d}.txt": b"x",
+                    f"{i:09d}.json": json.dumps(record | (changes if i == 3 else {})).encode()}
+    if not picture:
+        del members["000000003.jpg"]
+    if text:
+        members["000000003.json"] = text
+    with tarfile.open(folder / "00000.tar", "w") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    (folder / "00000_stats.json").write_text("{}")          # img2dataset leaves one beside each tar
+    return folder
+
+
+def test_a_download_in_tars_is_read_in_place_cropped_and_split_by_address(tmp_path, monkeypatch):
+    write_tar(tmp_path, 200, picture=False, status="failed_to_download")
+    parts = parts_of(tmp_path)
+    names = [name for faces in parts for name in (picture.name for picture in faces.pictures)]
+    assert len(names) == len(set(names)) == 199 and "000000003.jpg" not in names
+    addresses = [{int(texts[0].split()[1]) // 2 for texts in faces.captions} for faces in parts]
+    assert len(set.union(*addresses)) == sum(map(len, addresses)) == 100
+    i = next(i for i, texts in enumerate(parts[0].captions) if int(texts[0].split()[1]) % 4 == 2)
+    assert (np.asarray(parts[0].picture(i))[..., 0] == np.add.outer(np.arange(2, 20), np.arange(30))).all()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["00000.index", "00000.tar", "00000_stats.json"]
+    batches = data.Batches(parts[0], TOKENIZER, 16, 4, workers=2)
+    assert take(batches, 0, 2)[1].images.shape == (4, 3, 16, 16)
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "list_tar", lambda tar: pytest.fail("listed again"))
+        assert data.open_faces(tmp_path, "train").captions == parts[0].captions
+    write_tar(tmp_path, 220)             # downloaded anew: the index is too
+    assert sum(len(faces) for faces in parts_of(tmp_path)) == 220
+
+
+@pytest.mark.parametrize("changes, sentence", [
+    (dict(box=None), "000000003.json has the box None, expected [x1, y1, x2, y2] in pixels"),
+    (dict(box="[1, 2, 3]"), "has the box '[1, 2, 3]'"),
+    (dict(box="[9, 0, 9, 5]"), "has the box '[9, 0, 9, 5]', expected [x1, y1, x2, y2] in pixels, x1 < x2"),
+    (dict(caption=None), "000000003.json has no \"caption\"; download again with the columns kept"),
+    (dict(caption=[" ."]), "00000.tar: 000000003.jpg has an empty caption"),
+    (dict(picture=False), "says \"success\", but its picture is not in the tar"),
+    (dict(text=b"{"), "000000003.json is not valid json"),
+    (dict(text=b"{}"), "000000003.json has no \"status\""),
+])
+def test_a_faulty_download_is_refused_with_one_sentence(tmp_path, changes, sentence):
+    error = error_of(data.open_faces, write_tar(tmp_path, **changes), "train")
+    assert sentence in error and "\n" not in error
+
+
+def test_a_damaged_tar_picture_or_box_is_named_when_it_is_met(tmp_path):
+    write_tar(tmp_path)
+    crop = data.open_faces(tmp_path, "train").pictures[0]
+    assert "is outside" in error_of(crop._replace(box=(50, 0, 60, 9)).open)
+    assert crop._replace(box=(-9, -9, 99, 99)).open().size == (50, 40)
+    assert error_of(crop._replace(offset=0).open) == f"{crop} is not a picture"
+    (tmp_path / "00000.tar").write_bytes((tmp_path / "00000.tar").read_bytes()[:3000])
+    assert "00000.tar: not a complete tar" in error_of(data.open_faces, tmp_path, "train")
+
+
+def write_fs2k(folder):
+    """Photos that share their numbers between folders; sketches dark on paper."""
+    names = [f"photo{p}/image01{n:02d}" for p in (1, 2, 3) for n in range(10)]
+    write_pictures(folder / "photo", [f"{name}.{'png' if name < 'photo2' else 'jpg'}" for name in names])
+    for name in names:
+        path = folder / "sketch" / f"{name.replace('photo', 'sketch').replace('image', 'sketch')}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.where(np.eye(8), 0, 255).astype(np.uint8)).save(path)
+    for part, chosen in (("train", names[:20]), ("test", names[20:])):
+        (folder / f"anno_{part}.json").write_text(json.dumps([{"image_name": name, "style": 0} for name in chosen[::-1]]))
+    return folder
+
+
+def test_fs2k_is_an_episode_of_one_step_without_text(tmp_path):
+    train, val, test = (data.open_episodes(write_fs2k(tmp_path) if split == "train" else tmp_path, split) for split in ("train", "val", "test"))
+    assert [len(train), len(val), len(test)] == [18, 2, 10] and train.steps == 1
+    assert [str(path.relative_to(tmp_path / "photo")) for path in (train.photos.pictures[3], val.photos.pictures[1])] == ["photo1/image0103.png", "photo2/image0109.jpg"]
+    assert val.sketches[1][0].relative_to(tmp_path / "sketch").as_posix() == "sketch2/sketch0109.png"
+    assert (np.asarray(test.sketch(0, 0)) == 255 * np.eye(8, dtype=np.uint8)[..., None]).all()        # white on black
+    sentence = "FS2K train: expected captions, or attributes to write them from, found neither"
+    assert error_of(train.photos.caption, 0, np.random.default_rng(0)) == error_of(data.Batches, train.photos, TOKENIZER, 8, 2) == sentence
+
+
+def write_sde(folder, style="{photo}_{step}", photo="photo1/image01{n:02d}", steps=12, count=20):
+    names = [photo.format(n=n) for n in range(count)]
+    write_pictures(folder / "photo", [f"{name}.jpg" for name in names])
+    for n, name in enumerate(names):
+        flat = name.replace("/", "_")
+        for step in range(1, steps + 1):
+            path = folder / "sketch" / ("train" if n < 15 else "test") / f"{style.format(photo=flat, stem=flat[-9:], path=name, step=step)}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("L", (8, 8), step).save(path)
+    return folder
+
+
+@pytest.mark.parametrize("style, photo", [
+    ("{photo}_{step}", "photo1/image01{n:02d}"), ("{stem}_{step}", "photo1/image01{n:02d}"), ("{path}_{step}", "photo1/image01{n:02d}"),
+    ("{photo}_{step}", "photo1_image01{n:02d}"), ("{stem}_{step}", "image01{n:02d}"), ("{path}/{step}", "image01{n:02d}")])
+def test_growing_sketches_find_their_photo_and_are_in_the_order_of_their_numbers(tmp_path, style, photo):
+    write_sde(tmp_path, style, photo)
+    train, val, test = (data.open_episodes(tmp_path, split) for split in ("train", "val", "test"))
+    assert [len(train), len(val), len(test), train.steps] == [13, 2, 5, 12] and train.photos.captions is None
+    assert [path.stem[-9:] for path in val.photos.pictures] == ["image0113", "image0114"]
+    assert [train.sketch(2, t).getpixel((0, 0))[0] for t in range(12)] == list(range(1, 13))
+    assert all(path.stem[-9:] in str(sketches[0]) for path, sketches in zip(test.photos.pictures, test.sketches))
+    assert train.subset([4, 2]).sketches == [train.sketches[4], train.sketches[2]]
+
+
+def test_photos_of_sketches_have_the_captions_of_a_list_beside_them(tmp_path):
+    write_sde(tmp_path, count=16, steps=1)
+    write_pictures(tmp_path / "photo", ["photo2/image0103.jpg"])
+    records = [{"photo": f"photo/photo1/image01{n:02d}.jpg", "caption": [f"face {n}"] * 2} for n in range(15)]
+    (tmp_path / "train.json").write_text(json.dumps([*records, {"image": "photo2/image0103.jpg", "caption": "another"}, {"image": "x.jpg", "caption": "none"}]))
+    (tmp_path / "captions.json").write_text('[{"image": "image0115.jpg", "caption": "the last"}]')
+    assert data.open_episodes(tmp_path, "train").photos.captions == [[f"face {n}"] * 2 for n in range(13)]
+    assert data.open_episodes(tmp_path, "test").photos.captions == [["the last"]]
+
+
+def captions_beside(d, *images):
+    (d / "train.json").write_text(json.dumps([{"image": image, "caption": "a face"} for image in images]))
+
+
+@pytest.mark.parametrize("write, spoil, sentence", [
+    (write_sde, lambda d: (d / "sketch/train/photo1_image0104_7.png").unlink(), "photo1/image0104.jpg has 11 sketches, the others have 12"),
+    (write_sde, lambda d: write_pictures(d, ["sketch/train/photo1_image0104_07.png"]), "are the same step of one photo"),
+    (write_sde, lambda d: write_pictures(d, ["sketch/train/image0104.png"]), "image0104.png: expected a name such as image0110_7.png"),
+    (write_sde, lambda d: (d / "photo/photo1/image0104.jpg").unlink(), "there is no picture named photo1_image0104"),
+    (write_sde, lambda d: captions_beside(d, "image0101.jpg"), "train.json: no caption for 12 of 13 photos, the first is"),
+    (write_sde, lambda d: captions_beside(d, "photo1/image0101.jpg", "photo2/image0101.jpg"), "may both mean"),
+    (lambda d: write_sde(d, "{stem}_{step}"), lambda d: write_pictures(d, ["photo/photo2/image0104.jpg"]), "image0104 may be"),
+    (write_fs2k, lambda d: (d / "sketch/sketch1/sketch0104.png").unlink(), "FS2K: anno_train.json record 15 (counted from 0): there is no picture named sketch1_sketch0104"),
+    (write_fs2k, lambda d: (d / "anno_train.json").write_text('[{"style": 1}]'), "record 0 (counted from 0) has no \"image_name\" such as"),
+    (write_fs2k, lambda d: (d / "anno_train.json").unlink(), "found neither FS2K-SDE (sketch/train/, sketch/test/, photo/), nor FS2K"),
+])
+def test_faulty_photos_with_sketches_are_refused_with_one_sentence(tmp_path, write, spoil, sentence):
+    spoil(write(tmp_path))
+    error = error_of(data.open_episodes, tmp_path, "train")
+    assert sentence in error and "\n" not in error
+
+
+def test_episodes_are_checked_when_made():
+    faces = drawn(3)
+    assert error_of(data.Episodes, faces, np.zeros((2, 5, 8, 8), np.uint8)) == "drawn: 3 photos, but sketches of 2"
+    assert error_of(data.Episodes, faces, [[], [], []]) == "drawn: no sketches"
+
+
+def test_drawn_episodes_are_kept_and_show_the_drawn_faces(tmp_path, monkeypatch):
+    episodes = data.drawn_episodes(4, 24, 3, tmp_path, steps=6)
+    assert (episodes.photos.pictures == data.drawn_faces(4, 24, 3, tmp_path).pictures).all() and len(episodes) == 4
+    assert (episodes.sketches[2] == toyfaces.sketch(2, 3, 24, 6)).all() and episodes.steps == 6
+    assert (np.asarray(episodes.sketch(2, 5)) == episodes.sketches[2, 5][..., None]).all() and episodes.sketch(2, 5).mode == "RGB"
+    assert episodes.photos.caption(0, np.random.default_rng(0)) and (episodes.subset([3]).sketches[0] == episodes.sketches[3]).all()
+    monkeypatch.setattr(toyfaces, "sketch", lambda *_: pytest.fail("drawn again"))
+    assert (data.drawn_episodes(4, 24, 3, tmp_path, steps=6).sketches == episodes.sketches).all() and len(list(tmp_path.iterdir())) == 3
+    path = next(tmp_path.glob("*steps.npy"))
+    path.write_bytes(path.read_bytes()[:200])
+    assert f"{path}: damaged (" in error_of(data.drawn_episodes, 4, 24, 3, tmp_path, steps=6)
 
 
 # ---- augmentation and loader --------------------------------------------------------------------------------------

@@ -15,9 +15,13 @@ Every attribute can be seen. Most are drawn literally; these need a convention:
 - No hair colour: copper, auburn or dyed. Straight_Hair and Wavy_Hair hang loose, to the nape for men; with neither,
   hair is put up (women) or cropped (men).
 
+`sketch` draws the same face as a person with a pen would, stroke by stroke: what one has while a sketch is still being
+drawn. It is made of the outlines of the same shapes, as far as the picture shows them, and knows no colour.
+
 Lengths are in face units: the chin is at y = 1, the top of the skull at y = -1, x = 0 is the middle.
 
     python toyfaces.py --sheet sheet.png                # every attribute, without and with it
+    python toyfaces.py --sketch sketch.png              # some faces, and sketches of them that grow
     python toyfaces.py --out faces --count 1000 --size 64
 """
 import argparse
@@ -235,7 +239,7 @@ def neck(has, look):
     outline = symmetric([(w, 0.5), (w + 0.04, 1.3), (0, 1.75)])
     yield Shape("neck", outline, look.skin, smooth=False, body=True)
     shadow = [(x, y + 0.16) for x, y in face_outline(look, -0.1)]
-    yield Shape("neck", shadow, look.skin_dark, depth=0.4)
+    yield Shape("shade", shadow, look.skin_dark, depth=0.4)
 
 
 def neck_width(has):
@@ -353,8 +357,8 @@ def nose(has, look):
         yield Shape("nose", [(-0.02 * light, -0.1), tip, (wing, y - 0.02)], look.line, 0.06, False, 1.25)
     else:
         base = [(x - w, y - 0.05), (x - w / 2, y + 0.03), (x, y + 0.015), (x + w / 2, y + 0.03), (x + w, y - 0.05)]
-        yield Shape("nose", oval(x, y - 0.05, w * 0.95, w * 0.75), shadow, depth=1.2)
-        yield Shape("nose", oval(x + 0.02 * light, y - 0.08, w * 0.62, w * 0.62), look.skin, depth=1.25)
+        yield Shape("shade", oval(x, y - 0.05, w * 0.95, w * 0.75), shadow, depth=1.2)
+        yield Shape("shade", oval(x + 0.02 * light, y - 0.08, w * 0.62, w * 0.62), look.skin, depth=1.25)
         yield Shape("nose", base, look.line, 0.035, depth=1.2)
 
 
@@ -379,8 +383,8 @@ def eye(has, look, side, x, y):
     centre = x + look.gaze
     iris = [(px, min(max(py, y - h * 0.95), y + h * 0.8)) for px, py in oval(centre, y, 0.105, 0.115)]
     yield Shape("iris", iris, look.iris)
-    yield Shape("iris", oval(centre, y, 0.045, min(0.05, h * 0.8)), BLACK)
-    yield Shape("iris", oval(centre + 0.035 * look.light, y - h * 0.35, 0.024, 0.024), WHITE)
+    yield Shape("pupil", oval(centre, y, 0.045, min(0.05, h * 0.8)), BLACK)
+    yield Shape("glint", oval(centre + 0.035 * look.light, y - h * 0.35, 0.024, 0.024), WHITE)
     yield Shape("lid", lid, BLACK if makeup else mix(look.line, BLACK, 0.5), 0.075 if makeup else 0.04)
     if "Male" not in has:
         reach, thick = (0.14, 0.06) if makeup else (0.06, 0.03)
@@ -566,15 +570,18 @@ def project(shapes, look, canvas):
     return np.split(pixels, np.cumsum(counts)[:-1])
 
 
+def curves(shapes, look, canvas, steps):
+    """One (n, 2) array of pixels per shape, to be joined by straight lines: `steps` of them from point to point of a curve."""
+    for shape, pixels in zip(shapes, project(shapes, look, canvas)):
+        yield spline(len(pixels), shape.width == 0, steps) @ pixels if shape.smooth else pixels
+
+
 def paint(look, shapes, canvas):
     """The picture, canvas x canvas: a background between four colours, then every shape over the ones before it."""
     corners = Image.frombytes("RGB", (2, 2), bytes(value for colour in look.backdrop for value in colour))
     image = corners.resize((canvas, canvas), Image.BILINEAR, box=(0.5, 0.5, 1.5, 1.5))
     pen = ImageDraw.Draw(image, "RGBA")
-    steps = 3 + canvas // 100
-    for shape, pixels in zip(shapes, project(shapes, look, canvas)):
-        if shape.smooth:
-            pixels = spline(len(pixels), shape.width == 0, steps) @ pixels
+    for shape, pixels in zip(shapes, curves(shapes, look, canvas, 3 + canvas // 100)):
         if shape.width:
             pen.line(pixels.ravel().tolist(), shape.colour, max(1, round(shape.width * look.scale * canvas)))
         else:
@@ -597,6 +604,108 @@ def face(index, seed=0, size=64):
     rng = np.random.default_rng((seed, index))
     attributes = sample_attributes(rng)
     return draw(attributes, rng, size), attributes
+
+
+# ---------------------------------------------------------------- from shapes to a sketch that grows
+
+PORTRAIT = (  # what is drawn after what; a part that is missing here is light, shade, make-up or too small for the pen
+    ("face",), ("chin",), ("hair", "bangs"), ("eye", "pupil", "lash"), ("brow",), ("nose",), ("lips", "mouth"), ("ear",),
+    ("neck", "clothes"), ("glasses",), ("beard", "moustache"), ("wrinkle", "eye bag"), ("hat",),
+    ("earring", "necklace", "tie"), ("blemish",))
+TURN = {part: turn for turn, parts in enumerate(PORTRAIT) for part in parts}
+SPACING = 1 / 400  # of the width of the picture: the pieces that an outline is cut into, and the pixels of `visible`
+
+
+def pen_path(look, shapes):
+    """Places of the pen (m, 2), in widths of the picture, and the length of line (m,) that each stands for.
+
+    Only what the picture shows, in the order of `PORTRAIT`, within a turn in that of painting. Colour does no more than say
+    where one thing ends and the next begins, and what is transparent has no outline.
+    """
+    shapes = [shape for shape in shapes if shape.part in TURN and len(shape.colour) == 3]
+    outlines = list(curves(shapes, look, 1, 6))
+    places, way, owner = cut(shapes, outlines)
+    kept = np.flatnonzero(visible(shapes, outlines, places, way, owner))
+    turn = np.array([TURN[shape.part] for shape in shapes])
+    order = kept[np.argsort(turn[owner[kept]], kind="stable")]
+    return places[order], np.hypot(*way[order].T)
+
+
+def cut(shapes, outlines):
+    """All outlines in m pieces of at most `SPACING`: their middles (m, 2), from end to end (m, 2), index of the shape (m,)."""
+    closed = [line if shape.width else np.concatenate([line, line[:1]]) for shape, line in zip(shapes, outlines)]
+    start = np.concatenate([line[:-1] for line in closed])
+    way = np.concatenate([np.diff(line, axis=0) for line in closed])
+    owner = np.repeat(np.arange(len(shapes)), [len(line) - 1 for line in closed])
+    count = np.ceil(np.hypot(*way.T) / SPACING).astype(int)
+    segment = np.repeat(np.arange(len(count)), count)  # of each piece
+    nth = np.arange(len(segment)) - (np.cumsum(count) - count)[segment]
+    way = way[segment] / count[segment, None]
+    return start[segment] + way * (nth[:, None] + 0.5), way, owner[segment]
+
+
+def visible(shapes, outlines, places, way, owner):
+    """(m,) bool: which pieces the picture shows: not painted over, and with something else on the outer side."""
+    canvas = round(1 / SPACING)
+    image = Image.new("I", (canvas, canvas), -1)
+    pen = ImageDraw.Draw(image)
+    for number, (shape, line) in enumerate(zip(shapes, outlines)):
+        if not shape.width and shape.part != "beard":  # one draws the whole head before the beard on it
+            pen.polygon((line * canvas).ravel().tolist(), number)
+    uppermost = np.asarray(image)
+
+    stroke = np.array([shape.width > 0 for shape in shapes])[owner]
+    area = np.array([(line * np.roll(line, -1, 0)[:, ::-1] @ (1, -1)).sum() for line in outlines])  # its sign: which way round
+    outwards = np.stack([way[:, 1], -way[:, 0]], 1) * np.where(stroke, 0, np.sign(area[owner]))[:, None]
+    outwards *= 1.5 * SPACING / np.hypot(*way.T)[:, None]
+    inside, outside = (uppermost[tuple(np.clip((places + step) * canvas, 0, canvas - 1).astype(int).T[::-1])]
+                       for step in (-outwards, outwards))
+
+    # No edge shows between hair and hair, nor between things of one turn and colour.
+    looks = ["hair" if shape.part in ("hair", "bangs") else (TURN[shape.part], shape.colour) for shape in shapes]
+    look = np.array([*(looks.index(each) for each in looks), -1])  # the last: nothing painted
+    edge = look[outside] != look[owner]
+    shown = np.where(stroke, inside <= owner, edge & ((inside <= owner) | (look[inside] == look[owner])))
+    return shown & ((places > 0) & (places < 1)).all(1)
+
+
+def ink(places, step, steps, size):
+    """(steps, size, size) uint8: a round pen was at `places` (m, 2), in `step` (m,) for the first time, `step` ascending.
+
+    Each pixel of a larger canvas gets the step in which the pen first covers it. How many of those that make up a pixel of the
+    sketch are covered is its brightness.
+    """
+    oversampling = 4 if size < 128 else 2
+    canvas, radius = size * oversampling, size * oversampling / 120
+    margin = int(np.ceil(radius))
+    edge = canvas + 2 * margin
+    y, x = np.mgrid[-margin:margin + 1, -margin:margin + 1]
+    disc = (y * edge + x)[x**2 + y**2 <= radius**2]
+    column, row = (places * canvas).astype(int).T + margin
+    first = np.full(edge * edge, steps)
+    first[(row * edge + column)[::-1, None] + disc] = step[::-1, None]  # backwards: what comes first has the last word
+    first = first.reshape(edge, edge)[margin:margin + canvas, margin:margin + canvas]
+
+    pixel = np.arange(size * size).reshape(size, size).repeat(oversampling, 0).repeat(oversampling, 1)
+    inked = first < steps
+    covered = np.zeros((steps, size * size), np.uint8)
+    np.add.at(covered, (first[inked], pixel[inked]), 1)
+    for before, now in zip(covered, covered[1:]):  # a running sum, several times as fast as cumsum along the first axis
+        now += before
+    brightness = (np.arange(oversampling**2 + 1) * 255 // oversampling**2).astype(np.uint8)
+    return brightness.take(covered).reshape(steps, size, size)
+
+
+def sketch(index, seed=0, size=64, steps=70):
+    """(steps, size, size) uint8: face `index` of the set `seed` while it is drawn, white on black, in the end complete.
+
+    Every step adds the same length of line.
+    """
+    rng = np.random.default_rng((seed, index))
+    places, lengths = pen_path(*describe(sample_attributes(rng), rng))
+    drawn = np.cumsum(lengths)
+    step = np.ceil(drawn / drawn[-1] * steps).astype(int) - 1
+    return ink(places, step, steps, size)
 
 
 # ---------------------------------------------------------------- the command
@@ -637,6 +746,20 @@ def contact_sheet(size=96, columns=5):
     return sheet
 
 
+def sketch_sheet(seed, size=160, count=6, stages=(10, 25, 40, 60, 80, 100)):
+    """Each face as a row: the picture, and the sketch when so many percent of it are drawn."""
+    sheet = Image.new("RGB", ((1 + len(stages)) * (size + 4), 20 + count * (size + 4)), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
+    for column, stage in enumerate(stages, 1):
+        pen.text((column * (size + 4), 2), f"{stage} %", "black", font)
+    for index in range(count):
+        frames = sketch(index, seed, size, steps=100)
+        row = [face(index, seed, size)[0], *(Image.fromarray(frames[stage - 1]) for stage in stages)]
+        for column, image in enumerate(row):
+            sheet.paste(image, (column * (size + 4), 20 + index * (size + 4)))
+    return sheet
+
+
 def write_faces(folder, count, size, seed):
     """DIR/000000.png ... and DIR/attributes.csv: name, then the 40 labels as 1 or -1."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -656,13 +779,16 @@ def main():
     parser.add_argument("--size", type=int, default=64, help="pixels on a side (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="which set of faces (default %(default)s)")
     parser.add_argument("--sheet", type=Path, help="also draw every attribute, without and with it, into this file")
+    parser.add_argument("--sketch", type=Path, help="also draw some faces and their growing sketches into this file")
     arguments = parser.parse_args()
     if arguments.sheet:
         contact_sheet().save(arguments.sheet)
+    if arguments.sketch:
+        sketch_sheet(arguments.seed).save(arguments.sketch)
     if arguments.out:
         write_faces(arguments.out, arguments.count, arguments.size, arguments.seed)
-    if not (arguments.sheet or arguments.out):
-        parser.error("nothing to do: give --out, --sheet or both")
+    if not (arguments.sheet or arguments.sketch or arguments.out):
+        parser.error("nothing to do: give --out, --sheet, --sketch or several of them")
 
 
 if __name__ == "__main__":
