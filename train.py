@@ -24,6 +24,7 @@ import math
 import os
 import signal
 import time
+import typing
 import zlib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -136,21 +137,35 @@ RECIPES = {"base": {}, "large": {}, "tiny": dict(
     momentum=0.95, momentum_from=0.7, alpha_ramp=(0.75, 0.95), queue_size=512, queue_from=0.75)}
 
 
-def parse_arguments(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    for f in dataclasses.fields(Config):
-        tiny = RECIPES["tiny"].get(f.name, f.default)
-        shown = f"({f.default})" if tiny == f.default else f"(tiny {tiny}, base {f.default})"
+def add_flags(parser, config, tiny):
+    """A flag for every field of a configuration (of its type, with its help); `tiny` holds the defaults that differ without data.
+    What is not given is absent from the parsed result."""
+    for f in dataclasses.fields(config):
+        if "help" not in f.metadata:
+            continue
+        other = tiny.get(f.name, f.default)
+        shown = f"({f.default})" if other == f.default else f"(tiny {other}, base {f.default})"
         options = {"default": argparse.SUPPRESS, "help": f"{f.metadata['help']} {shown}".replace("%", "%%")}
         if f.type is bool:
             options["action"] = argparse.BooleanOptionalAction
-        elif isinstance(f.default, tuple):
+        elif f.type == tuple[float, float]:
             options |= {"type": float, "nargs": 2, "metavar": ("FROM", "TO")}
+        elif isinstance(f.default, tuple):
+            options |= {"type": typing.get_args(f.type)[0], "nargs": "+", "metavar": f.name.upper()}
         else:
             options |= {"type": f.type, "metavar": f.name.upper()}
         parser.add_argument(f"--{f.name}", **options)
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(parser.parse_args(argv)).items()}
+
+
+def given_flags(parser, argv):
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in vars(parser.parse_args(argv)).items()}
+
+
+def parse_arguments(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_flags(parser, Config, RECIPES["tiny"])
+    given = given_flags(parser, argv)
     if "epochs" in given:
         given = {"steps": 0} | given                # or the tiny recipe's number of steps would decide
     return Config(**RECIPES.get(given.get("model", "tiny"), {}) | given)
