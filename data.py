@@ -31,6 +31,7 @@ import tarfile
 import textwrap
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import NamedTuple
@@ -478,19 +479,25 @@ class Episodes:
         return Episodes(self.photos.subset(indices), pick(self.sketches, indices))
 
 
-def check_pictures(faces):
-    """Read every picture once, so that a damaged file is found before training; ValueError names the first ones."""
-    def complaint(i):
+def check_pictures(part):
+    """Read every picture of Faces or Episodes once, so that a damaged file is found before training; ValueError names the
+    first ones."""
+    photos = part.photos if isinstance(part, Episodes) else part
+    reads = [partial(photos.picture, i) for i in range(len(photos))]
+    if isinstance(part, Episodes):
+        reads += [partial(part.sketch, i, t) for i in range(len(part)) for t in range(part.steps)]
+
+    def complaint(read):
         try:
-            faces.picture(i)
+            read()
         except ValueError as error:
             return str(error)
 
     with ThreadPool(os.cpu_count()) as pool:
-        results = tqdm(pool.imap(complaint, range(len(faces))), "checking pictures", len(faces))
+        results = tqdm(pool.imap(complaint, reads), "checking pictures", len(reads), leave=False)
         bad = [result for result in results if result]
     if bad:
-        raise ValueError("\n".join([*bad[:10], f"{len(bad)} of {len(faces)} pictures are bad"]))
+        raise ValueError("\n".join([*bad[:10], f"{len(bad)} of {len(reads)} pictures are bad"]))
 
 
 # ---- readers: drawn faces ------------------------------------------------------------------------------------------

@@ -59,6 +59,7 @@ class Config:
     out: str = flag("out", "results go into a folder below it, named after the task")
     cache: str = flag("cache", "folder for the drawn faces")
     faces: int = flag(4000, "how many faces to draw for training")
+    test_faces: int = flag(1000, "how many to draw for the test part; half as many for validation")
     seed: int = flag(0, "of the random encoder, new weights, order, captions, negatives")
     epochs: int = flag(50, "passes over the training part")
     batch_size: int = flag(64, "samples per step")
@@ -67,17 +68,17 @@ class Config:
     weight_decay: float = flag(0.05, "of AdamW")
     itm_every: int = flag(1, "train the matching head at each n-th step")
     hardness: float = flag(1.0, "of the negatives that the matching head sees: 1 draws them by similarity, 0 evenly")
-    views: int = flag(1, "pictures are encoded as they are and in this many views less one that the augmentation makes")
+    views: int = flag(1, "versions of each training picture to encode: the first as it is, others as the augmentation shows it")
     fractions: tuple[float, ...] = flag((0.01, 0.1, 1.0), "attributes: shares of the training part, each a run of its own")
     columns: tuple[str, ...] = flag((), "attributes: names of the attributes to learn, where others are not known (default: all)")
     evaluations: int = flag(5, "how often to look at the validation part; the best look decides")
     k_test: int = flag(256, "candidates per query that the matching head scores again")
-    memory: float = flag(4.0, "GB of image tokens to hold in memory; more go into a file in --out")
+    memory: float = flag(4.0, "GB that the image tokens of a part may take in memory; larger ones go into a file in --out")
 
     def __post_init__(self):
-        for name in ("faces", "epochs", "batch_size", "itm_every", "views", "evaluations", "k_test"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} {getattr(self, name)}: expected at least 1")
+        for name, least in dict(faces=2, test_faces=4, epochs=1, batch_size=2, itm_every=1, views=1, evaluations=1, k_test=1).items():
+            if getattr(self, name) < least:
+                raise ValueError(f"--{name} {getattr(self, name)}: expected at least {least}")
         for name in ("seed", "lr", "warmup", "weight_decay", "hardness", "memory"):
             if not 0 <= getattr(self, name) < 2 ** 62:
                 raise ValueError(f"--{name} {getattr(self, name)}: expected a number that is not negative")
@@ -96,13 +97,14 @@ RECIPES = {"retrieval": {}, "attributes": dict(epochs=100, batch_size=256, lr=1e
            "sketch": dict(epochs=100, lr=1e-4, warmup=200)}
 DRAWN = {"retrieval": dict(epochs=30, batch_size=256, lr=3e-3, warmup=20, itm_every=5, k_test=16, faces=2000),
          "attributes": dict(epochs=60, lr=3e-3),
-         "sketch": dict(epochs=150, batch_size=128, lr=1e-2, warmup=20, itm_every=10, faces=800)}
+         "sketch": dict(epochs=150, batch_size=128, lr=1e-2, warmup=20, itm_every=10, faces=800, test_faces=200)}
 
 
 def parse_arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", choices=tuple(RECIPES))
-    add_flags(parser, Config, {})
+    drawn = {f"{task} on drawn faces": RECIPES[task] | DRAWN[task] for task in RECIPES}
+    add_flags(parser, Config, RECIPES | drawn)
     given = given_flags(parser, argv)
     recipe = RECIPES[given["task"]] | ({} if given.get("data") else DRAWN[given["task"]])
     return Config(**recipe | given)
@@ -262,7 +264,6 @@ class Heads(nn.Module):
 @dataclass(frozen=True)
 class Paired:
     """Faces with captions, as the frozen encoders see them."""
-    validation: Validation | None   # for evaluation: the faces, with one caption each or all that came with them
     tokens: list                    # (N, L, D) for each view
     captions: Captions              # T of them
     text: torch.Tensor              # (T, D) their [CLS] tokens
@@ -282,11 +283,13 @@ def texts_of(faces, count):
 
 def encode_pairs(model, faces, config, training):
     """Image tokens of all pictures and [CLS] of all captions; for evaluation one caption a face, as in pre-training."""
-    validation = None if training else Validation.of(faces)
-    texts, image_of_text = texts_of(faces, 8) if training else (validation.texts, validation.image_of_text)
+    if training:
+        texts, image_of_text = texts_of(faces, 8)
+    else:
+        _, texts, image_of_text, _ = Validation.of(faces)
     tokens = encode_views(model.student.image, faces, config.views if training else 1, model, config)
     captions = model.tokenizer(texts)
-    return Paired(validation, tokens, captions, encode_captions(model, captions), image_of_text, torch.from_numpy(faces.identity), config)
+    return Paired(tokens, captions, encode_captions(model, captions), image_of_text, torch.from_numpy(faces.identity), config)
 
 
 @torch.no_grad()
@@ -345,7 +348,6 @@ def pair_metrics(heads, samples):
 # ---- sketch: photos and growing sketches through the same encoder and projection ------------------------------------
 @dataclass(frozen=True)
 class Sketched:
-    episodes: data.Episodes
     photos: Paired | None           # with captions, or
     first: torch.Tensor             # (N, D) class tokens of the photos alone
     sketches: torch.Tensor          # (N, T, D) class tokens of the sketches, from the first stroke to the last
@@ -366,7 +368,7 @@ def encode_sketches(model, episodes, config, training):
     # Encoders that have seen photographs only are more at home with dark lines on a light ground.
     sketches = encode(class_token, lambda n: ImageOps.invert(episodes.sketch(n // T, n % T)), len(photos) * T, size, config, device,
                       f"encoding the sketches of {photos.name}")
-    return Sketched(episodes, paired, first, sketches.unflatten(0, (len(photos), T)), torch.from_numpy(photos.identity))
+    return Sketched(paired, first, sketches.unflatten(0, (len(photos), T)), torch.from_numpy(photos.identity))
 
 
 def sketch_loss(heads, samples, indices, rng, step):
@@ -403,15 +405,14 @@ def sketch_metrics(heads, samples):
 
 
 # ---- pictures ------------------------------------------------------------------------------------------------------
-def draw_retrieval(results, folder):
+def draw_retrieval(results, faces, folder):
     """For some captions of the test part the five faces that the first checkpoint ranks best."""
-    result = results[FIRST]
-    retrieval_sheet(result.samples.validation, result.tuned["scores"], folder / "retrieval.png")
+    retrieval_sheet(Validation.of(faces), results[FIRST].final["scores"], folder / "retrieval.png")
 
 
-def draw_attributes(results, folder):
+def draw_attributes(results, faces, folder):
     """Accuracy for each attribute, from the whole training part, beside who always says the more frequent answer."""
-    per_label = results[FIRST].tuned["per_label"]
+    per_label = results[FIRST].final["per_label"]
     names = sorted(per_label, key=lambda name: per_label[name][0] - per_label[name][3])
     figure, axes = figure_of(9, 1.5 + 0.28 * len(names))
     places = np.arange(len(names))
@@ -423,10 +424,9 @@ def draw_attributes(results, folder):
     figure.savefig(folder / "attributes.png", dpi=110)
 
 
-def draw_sketch(results, folder, stages=6, top=5):
+def draw_sketch(results, episodes, folder, stages=6, top=5):
     """One sketch as it grows, with the best photos at each stage; and how early photos are found, for all encoders."""
-    result = results[FIRST]
-    episodes, similarity = result.samples.episodes, result.tuned["similarity"]              # (N, T, N)
+    similarity = results[FIRST].final["similarity"]                                          # (N, T, N)
     ranks = sketch_ranks(similarity)
     n = int((1 / ranks.double()).mean(1).argsort()[len(ranks) // 2])                        # as easy as half of the others
     rows = []
@@ -438,7 +438,7 @@ def draw_sketch(results, folder, stages=6, top=5):
     figure, axes = figure_of(11, 4.2, columns=2)
     for curve, side, title in (("A", axes[0], "mean rank percentile"), ("B", axes[1], "mean of 1 / rank")):
         for row in results:
-            values = row.tuned[curve]
+            values = row.final[curve]
             side.plot([100 * (t + 1) / len(values) for t in range(len(values))], values, label=row.name)
         side.set(xlabel="% of the sketch drawn", ylabel="%", xlim=(0, 100), ylim=(0, 100), title=title)
     axes[0].legend(loc="lower right", fontsize="small")
@@ -453,29 +453,31 @@ def figure_of(width, height, columns=1):
 
 # ---- the tasks -----------------------------------------------------------------------------------------------------
 class Task(NamedTuple):
-    open: Callable          # (config, split) -> Faces or Episodes
+    open: Callable          # (config, split, size) -> Faces or Episodes
     encode: Callable        # (model, faces, config, training) -> samples: all that the frozen encoders have to say about them
     head: Callable          # (model, samples) -> the module that is trained
     loss: Callable          # (head, samples, indices (B,), rng, step) -> ()
     metrics: Callable       # (head, samples) -> {name: number, and what the pictures need}
     select: str             # the metric on the validation part that decides what is kept
     columns: dict           # of the table: metric -> title
-    published: dict         # {row: values of the first columns}, from the paper, on its data
-    draw: Callable          # (results, folder)
+    draw: Callable          # (results, test part, folder)
 
 
-def open_part(config, split):
+def open_part(config, split, size):
     """Faces to train, choose or test on; drawn ones are none that train.py draws."""
     if config.data:
         return data.open_faces(config.data, split)
-    count, seed = {"train": (config.faces, 10), "val": (500, 11), "test": (1000, 12)}[split]
-    return data.drawn_faces(count, drawn_size(config), seed, config.cache)
+    return data.drawn_faces(count_of(config, split), size, {"train": 10, "val": 11, "test": 12}[split], config.cache)
 
 
-def open_captioned_part(config, split):
+def count_of(config, split):
+    return {"train": config.faces, "val": config.test_faces // 2, "test": config.test_faces}[split]
+
+
+def open_captioned_part(config, split, size):
     """For drawn faces, an archive of black-and-white photographs: in a collection like the one that train.py learns from, its
     projections are as good as they can be, and there is nothing to tune."""
-    faces = open_part(config, split)
+    faces = open_part(config, split, size)
     if config.data:
         return faces
     grey = np.asarray(faces.pictures) @ np.array([0.299, 0.587, 0.114])                     # (N, S, S)
@@ -483,16 +485,10 @@ def open_captioned_part(config, split):
     return dataclasses.replace(faces, name=f"{faces.name}, black and white", pictures=pictures)
 
 
-def open_episode_part(config, split):
+def open_episode_part(config, split, size):
     if config.data:
         return data.open_episodes(config.data, split)
-    count, seed = {"train": (config.faces, 20), "val": (100, 21), "test": (200, 22)}[split]
-    return data.drawn_episodes(count, drawn_size(config), seed, config.cache)
-
-
-def drawn_size(config):
-    """Faces are drawn at the size that the first model sees."""
-    return load(config.checkpoint[0], config).config.vit.image_size
+    return data.drawn_episodes(count_of(config, split), size, {"train": 20, "val": 21, "test": 22}[split], config.cache)
 
 
 def attribute_head(model, samples):
@@ -508,25 +504,41 @@ RECALLS = {f"{way}_r{k}": f"{title} R@{k}" for way, title in (("img", "T→I"), 
 TASKS = {
     "retrieval": Task(
         open_captioned_part, encode_pairs, flip_heads, pair_loss, pair_metrics, "r_mean",
-        RECALLS | {f"itc_{name}": f"{title}, ITC alone" for name, title in RECALLS.items()},
-        {"ALIGN": (6.99, 11.09, 5.08, 8.65), "BLIP": (24.56, 34.09, 24.35, 34.15), "CLIP": (21.42, 30.3, 26.52, 37.22),
-         "FLIP, captions by grammar only": (38.62, 48.28, 38.14, 48.9), "FLIP": (50.04, 62.04, 50.96, 62.98)}, draw_retrieval),
+        RECALLS | {f"itc_{name}": f"{title}, ITC alone" for name, title in RECALLS.items()}, draw_retrieval),
     "attributes": Task(
         open_part, encode_attributes, attribute_head, attribute_loss, attribute_metrics, "accuracy",
-        {"accuracy": "accuracy", "balanced": "balanced accuracy", "precision": "average precision"},
-        {"ViT": (89.20, 90.21, 90.77), "CLIP": (89.09, 90.47, 90.86), "FLIP": (91.52, 91.74, 92.27)}, draw_attributes),
+        {"accuracy": "accuracy", "balanced": "balanced accuracy", "precision": "average precision"}, draw_attributes),
     "sketch": Task(
         open_episode_part, encode_sketches, flip_heads, sketch_loss, sketch_metrics, "m@B",
-        {"m@A": "m@A", "m@B": "m@B", "w@A": "w@A", "w@B": "w@B", "whole": "A of whole sketches"},
-        {"SLFIR": (96.22, 45.48), "BLIP": (97.64, 46.72), "CLIP": (98.01, 57.27), "FLIP": (99.49, 71.10)}, draw_sketch)}
-PUBLISHED_ON = {"retrieval": "CelebA-Caption", "attributes": "CelebA", "sketch": "FS2K-SDE1"}
+        {"m@A": "m@A", "m@B": "m@B", "w@A": "w@A", "w@B": "w@B", "whole": "A of whole sketches"}, draw_sketch)}
+
+# What the papers publish (FLIP, tables 3 to 5): the first columns of ours, on the data named. FLIP*: captions by grammar
+# alone, FLIP†: text from LAION-Face. Attributes: by the shares of the training part. Their LFWA was trained on the test part.
+PUBLISHED = {
+    "retrieval": {
+        "CelebA-Caption": {"ALIGN": (6.99, 11.09, 5.08, 8.65), "BLIP": (24.56, 34.09, 24.35, 34.15), "CLIP": (21.42, 30.3, 26.52, 37.22),
+                           "FLIP*": (38.62, 48.28, 38.14, 48.9), "FLIP†": (13.24, 20.96, 10.76, 17.08), "FLIP": (50.04, 62.04, 50.96, 62.98)},
+        "MM-CelebA": {"ALIGN": (8.1, 12.61, 6.6, 10.53), "BLIP": (21.56, 31.25, 23.83, 33.38), "CLIP": (13.63, 21.06, 14.41, 22.48),
+                      "FLIP*": (23.81, 33.48, 23.7, 32.83), "FLIP†": (9.75, 15.7, 7.48, 12.25), "FLIP": (26.1, 35.75, 27.05, 37.23)}},
+    "attributes": {
+        "CelebA": {"ViT": {0.01: 89.20, 0.1: 90.21, 1: 90.77}, "CLIP": {0.01: 89.09, 0.1: 90.47, 1: 90.86},
+                   "FaRL": {0.01: 89.66, 0.02: 90.26, 1: 91.39}, "FLIP†": {0.01: 88.05, 0.1: 90.74, 1: 91.32},
+                   "FLIP": {0.01: 91.52, 0.1: 91.74, 1: 92.27}},
+        "LFWA": {"ViT": {0.1: 79.58, 0.5: 85.19, 1: 84.16}, "CLIP": {0.1: 80.20, 0.5: 85.48, 1: 84.48},
+                 "FaRL": {0.1: 82.42, 0.5: 85.38, 1: 85.94}, "FLIP†": {0.1: 79.89, 0.5: 85.62, 1: 84.34},
+                 "FLIP": {0.1: 82.60, 0.5: 89.87, 1: 98.04}}},
+    "sketch": {
+        "FS2K-SDE1": {"SLFIR": (96.22, 45.48), "BLIP": (97.64, 46.72), "CLIP": (98.01, 57.27), "FLIP†": (98.14, 56.70), "FLIP": (99.49, 71.10)},
+        "FS2K-SDE2": {"SLFIR": (90.22, 41.55), "BLIP": (97.10, 64.06), "CLIP": (96.02, 57.32), "FLIP†": (95.41, 59.40), "FLIP": (97.55, 64.80)}}}
 FIRST = 1       # row of the first checkpoint in the results; row 0 is the random encoder
 
 
 # ---- tuning --------------------------------------------------------------------------------------------------------
 def tune(task, head, training, validation, config, log):
     """Train the head; leave it in the state that was best on the validation part, which may be the one it came in."""
-    optimizer = torch.optim.AdamW(head.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    matrices = [p for p in head.parameters() if p.ndim > 1]
+    others = [p for p in head.parameters() if p.ndim <= 1]                                  # are not decayed
+    optimizer = torch.optim.AdamW([{"params": matrices}, {"params": others, "weight_decay": 0.0}], weight_decay=config.weight_decay)
     per_epoch, step = max(1, len(training) // config.batch_size), 0
     looks = {round(config.epochs * (n + 1) / config.evaluations) for n in range(config.evaluations)}
     best, kept = task.metrics(head, validation)[task.select], copy.deepcopy(head.state_dict())
@@ -557,38 +569,54 @@ def tune(task, head, training, validation, config, log):
 class Result(NamedTuple):
     name: str
     before: dict | None     # metrics of the test part before tuning, where the head existed already
-    tuned: dict             # and after it; for attributes from the whole training part (or the largest share)
-    by_fraction: dict       # attributes: share of the training part -> metrics
-    samples: Labelled | Paired | Sketched       # the test part
-    head: nn.Module
+    tuned: dict             # and after it: {share of the training part: metrics}
+    head: nn.Module         # from all of the training part
     model: FLIP
+
+    @property
+    def final(self):
+        return self.tuned[max(self.tuned)]
 
 
 def evaluate_encoder(name, model, parts, config, log):
-    """Tune and test on one frozen encoder. parts: split -> faces."""
-    task = TASKS[config.task]
+    """Tune on one frozen encoder, for attributes with each share of the training part; then test."""
+    task, fractions = TASKS[config.task], sorted(config.fractions) if config.task == "attributes" else [1.0]
     training, validation = (task.encode(model, parts[split], config, split == "train") for split in ("train", "val"))
-    fractions = sorted(config.fractions) if config.task == "attributes" else [1.0]
-    heads = {}
+    heads = []
     for fraction in fractions:
         torch.manual_seed(config.seed)
-        head = heads[fraction] = task.head(model, training)
-        initial = copy.deepcopy(head.state_dict())
+        heads.append(task.head(model, training))
+        untuned = copy.deepcopy(heads[-1].state_dict())
         log.write(encoder=name, fraction=fraction)
-        chosen = np.random.default_rng(config.seed).permutation(len(training))[:max(1, round(fraction * len(training)))]
-        some = training if fraction == 1 else training.part(torch.from_numpy(chosen))
-        tune(task, head, some, validation, config, log)
+        tune(task, heads[-1], share_of(training, fraction, config.seed), validation, config, log)
     testing = task.encode(model, parts["test"], config, False)         # not looked at before
-    by_fraction, before = {fraction: task.metrics(head, testing) for fraction, head in heads.items()}, None
-    if isinstance(head, Heads):
-        kept = copy.deepcopy(head.state_dict())
-        head.load_state_dict(initial)
-        before = task.metrics(head, testing)
-        head.load_state_dict(kept)
-    return Result(name, before, by_fraction[fractions[-1]], by_fraction, testing, head, model)
+    tuned, before = {fraction: task.metrics(head, testing) for fraction, head in zip(fractions, heads)}, None
+    if isinstance(heads[-1], Heads):
+        kept = copy.deepcopy(heads[-1].state_dict())
+        heads[-1].load_state_dict(untuned)
+        before = task.metrics(heads[-1], testing)
+        heads[-1].load_state_dict(kept)
+    log.write(encoder=name, **{f"test_{column}": tuned[fractions[-1]][column] for column in task.columns})
+    return Result(name, before, tuned, heads[-1], model)
+
+
+def share_of(samples, fraction, seed):
+    """A share of the samples, by the seed; a smaller share is part of a larger one."""
+    if fraction == 1:
+        return samples
+    chosen = np.random.default_rng(seed).permutation(len(samples))[:max(1, round(fraction * len(samples)))]
+    return samples.part(torch.from_numpy(chosen))
 
 
 # ---- encoders to compare -------------------------------------------------------------------------------------------
+def open_encoders(config):
+    """[(name, model)]: random weights first, then the checkpoints."""
+    models = [load(path, config) for path in config.checkpoint]
+    names = [name_of(path) for path in config.checkpoint]
+    names = [f"{name} ({path})" if names.count(name) > 1 else name for name, path in zip(names, config.checkpoint)]
+    return [("random frozen encoder", random_encoder(config, models[0])), *zip(names, models)]
+
+
 def load(path, config):
     model = FLIP.from_pretrained(path)
     if config.vocabulary:
@@ -598,64 +626,78 @@ def load(path, config):
     return model
 
 
-def random_encoder(config):
+def random_encoder(config, like):
     """The first checkpoint's model with new weights, initialised as train.py would."""
-    saved, like = read_checkpoint(config.checkpoint[0]), load(config.checkpoint[0], config)
     torch.manual_seed(config.seed)
     model = FLIP(like.config, like.tokenizer)
-    if saved.get("training", {}).get("settings", {}).get("small_init"):
+    if settings_of(config.checkpoint[0]).get("small_init"):
         initialise_small(model)
     return model
 
 
+def settings_of(path):
+    """The flags of the run that made a checkpoint; {} for one that train.py did not make."""
+    return read_checkpoint(path).get("training", {}).get("settings", {})
+
+
 def name_of(path):
     """What to call a checkpoint in the table."""
-    settings = read_checkpoint(path).get("training", {}).get("settings")
+    settings = settings_of(path)
     if not settings:
         return Path(path).stem
-    kind = "ITC alone" if settings["itm_from"] >= 1 else "FLIP"
-    return f"{kind}, pre-trained on {Path(settings['data']).name or 'drawn faces'}"
+    return f"{'ITC alone' if settings['itm_from'] >= 1 else 'FLIP'}, pre-trained on {Path(settings['data']).name or 'drawn faces'}"
 
 
-def table(results, config):
-    """Markdown: the encoders side by side, then what the paper publishes on its own data."""
-    task = TASKS[config.task]
-    if config.task == "attributes":
-        header = [f"{title}, {100 * fraction:g} %" for title in task.columns.values() for fraction in results[0].by_fraction]
-        rows = {result.name: [metrics[name] for name in task.columns for metrics in result.by_fraction.values()] for result in results}
-        rows["always the majority"] = [value for value in (results[0].tuned["majority"], 50.0) for _ in results[0].by_fraction]
-    else:
-        header, rows = list(task.columns.values()), {}
-        for result in results:
-            for when, metrics in (("before tuning", result.before), ("tuned", result.tuned)):
-                rows[f"{result.name}, {when}"] = [metrics[name] for name in task.columns]
-    if config.task != "attributes" or sorted(config.fractions) == [0.01, 0.1, 1.0]:
-        rows |= {f"published on {PUBLISHED_ON[config.task]}: {name}": values for name, values in task.published.items()}
-    lines = ["| " + " | ".join(["%", *header]) + " |", "|---" * (len(header) + 1) + "|"]
-    return "\n".join(lines + ["| " + " | ".join([name, *(f"{value:.1f}" for value in values), *[""] * (len(header) - len(values))]) + " |"
-                              for name, values in rows.items()])
-
-
+# ---- the run -------------------------------------------------------------------------------------------------------
 def finetune(config):
     """The whole run; returns the results, the random encoder's first."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    task, folder = TASKS[config.task], Path(config.out) / config.task
-    encoders = [("random frozen encoder", lambda: random_encoder(config))]
-    for path in config.checkpoint:
-        encoders.append((name_of(path), lambda path=path: load(path, config)))
-    parts = {split: task.open(config, split) for split in ("train", "val", "test")}
+    task, folder, encoders = TASKS[config.task], Path(config.out) / config.task, open_encoders(config)
+    size = encoders[FIRST][1].config.vit.image_size                                         # at which faces are drawn
+    parts = {split: task.open(config, split, size) for split in ("train", "val", "test")}
+    if config.data:
+        for part in parts.values():
+            data.check_pictures(part)                       # a damaged one in the test part would be met after hours
     log = Log(folder / "log.jsonl", config, start=0, writes=True)
     results = []
-    for name, build in encoders:
+    for name, model in encoders:
         print(f"{name} ...", flush=True)
-        results.append(evaluate_encoder(name, freeze(build().to(device)), parts, config, log))
-        log.write(encoder=name, **{f"test_{column}": results[-1].tuned[column] for column in task.columns})
+        results.append(evaluate_encoder(name, freeze(model.to(device)), parts, config, log))
     text = table(results, config)
     (folder / "table.md").write_text(text + "\n", encoding="utf-8")
     save(results[FIRST], folder)
-    task.draw(results, folder)
+    task.draw(results, parts["test"], folder)
     print(f"\n{text}\n\n{folder}: log.jsonl, table.md, the tuned head, pictures")
     return results
+
+
+def table(results, config):
+    """Markdown: the encoders side by side, then what is published about other data."""
+    header, rows = attribute_rows(results) if config.task == "attributes" else ranking_rows(results, TASKS[config.task].columns)
+    for where, values in PUBLISHED[config.task].items():
+        for name, published in values.items():
+            if config.task == "attributes":
+                published = [published.get(fraction) for fraction in results[0].tuned]
+            if None not in published:
+                rows.append((f"{name}, published on {where}", published))
+    lines = ["| " + " | ".join(["%", *header]) + " |", "|---" * (len(header) + 1) + "|"]
+    for name, values in rows:
+        lines.append("| " + " | ".join([name, *(f"{value:.1f}" for value in values), *[""] * (len(header) - len(values))]) + " |")
+    return "\n".join(lines)
+
+
+def ranking_rows(results, columns):
+    """(titles of the columns, [(name, values)]): each encoder before and after tuning."""
+    return list(columns.values()), [(f"{result.name}, {when}", [metrics[column] for column in columns]) for result in results
+                                    for when, metrics in (("before tuning", result.before), ("tuned", result.final))]
+
+
+def attribute_rows(results):
+    """The same for attributes: each metric for each share of the training part."""
+    columns, shares = TASKS["attributes"].columns, results[0].tuned
+    rows = [(result.name, [metrics[column] for column in columns for metrics in result.tuned.values()]) for result in results]
+    majority = [value for value in (results[0].final["majority"], 50.0) for _ in shares]
+    return [f"{title}, {100 * share:g} %" for title in columns.values() for share in shares], [*rows, ("always the majority", majority)]
 
 
 def save(result, folder):
@@ -663,7 +705,7 @@ def save(result, folder):
     if isinstance(result.head, Heads):
         write_whole(result.model.checkpoint(), folder / "flip.pt")
     else:
-        write_whole({"model": result.head.state_dict(), "attributes": list(result.samples.names)}, folder / "head.pt")
+        write_whole({"model": result.head.state_dict(), "attributes": list(result.final["per_label"])}, folder / "head.pt")
 
 
 if __name__ == "__main__":

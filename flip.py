@@ -371,7 +371,7 @@ def rerank(model, image_tokens, captions, similarity, k, pairs_at_once=1024, pro
     for chunk in tqdm(pairs.split(pairs_at_once)[rank::world], "re-ranking", disable=not progress, leave=False):
         image, text = chunk.T
         first, last = int(image[0]), int(image[-1])
-        tokens = image_tokens[first:last + 1].to(device)
+        tokens = image_tokens[first:last + 1].float().to(device)
         judged = model.match(tokens, captions.select(text), (image - first).to(device))[:, 1]
         logit[image, text] = judged.to(logit)
     if world > 1:

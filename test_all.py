@@ -3,6 +3,7 @@
 Numbers are held against something that we did not write: golden.npz (recorded from the official code at a small size,
 with random weights and dropout 0), torch's own modules, closed forms. `pytest -m slow` runs the long ones.
 """
+import contextlib
 import dataclasses
 import io
 import itertools
@@ -11,6 +12,7 @@ import os
 import pickle
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import tarfile
@@ -30,6 +32,7 @@ if DEVICE == "cpu":
 
 import bert
 import data
+import finetune
 import flip as flip_module
 import losses
 import toyfaces
@@ -1608,12 +1611,21 @@ def test_a_run_stopped_after_any_step_and_resumed_has_the_losses_of_one_never_st
             self.asked += 1
             return self.asked >= stop_after
 
-    monkeypatch.setattr(train, "stop_on_interrupt", Pressed)
+    monkeypatch.setattr(train, "stop_on_interrupt", lambda: contextlib.nullcontext(Pressed()))
     with pytest.raises(SystemExit, match=f"stopped after step {stop_after}"):
         train.train(quick(tmp_path, cache))
-    monkeypatch.setattr(train, "stop_on_interrupt", list)
+    monkeypatch.setattr(train, "stop_on_interrupt", lambda: contextlib.nullcontext([]))
     train.train(quick(tmp_path, cache, resume=True))
     assert losses_of(tmp_path) == losses_of(uninterrupted)
+
+
+def test_ctrl_c_and_kill_are_taken_over_for_the_training_only():
+    """A process that is forked later, and stopped, would otherwise never end."""
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with train.stop_on_interrupt() as pressed:
+        signal.raise_signal(signal.SIGTERM)
+        assert pressed == [signal.SIGTERM]
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
 def test_a_run_leaves_checkpoint_log_curves_and_sheet_and_the_checkpoint_evaluates_the_same(uninterrupted, cache):
@@ -1718,6 +1730,273 @@ def test_a_retrieval_table_stands_beside_chance_and_both_references(uninterrupte
     assert lines[2].split(" | ")[1:4] == ["5.0", "25.0", "50.0"]
 
 
+# ---- finetune.py: numbers ------------------------------------------------------------------------------------------
+def test_attribute_logits_and_loss_are_the_official_ones(official):
+    vectors = finetune.pooled(official.eval().student.image, GOLDEN["eval.images"]).detach()
+    head = finetune.AttributeHead(vectors=12, width=24, labels=40)
+    head.load_state_dict({"weights": GOLDEN["attr.layer_weights"].flatten(),
+                          **{f"norm.{name}": GOLDEN[f"attr.ln.{name}"] for name in ("weight", "bias")},
+                          **{f"linear.{name}": GOLDEN[f"attr.visual_proj.{name}"] for name in ("weight", "bias")}})
+    close(head(vectors), GOLDEN["attr.logits"])
+    samples = finetune.Labelled([vectors], GOLDEN["attr.target"].float(), ATTRIBUTES)
+    close(finetune.attribute_loss(head, samples, torch.arange(8), np.random.default_rng(0), 0), GOLDEN["attr.loss"])
+
+
+def test_the_base_model_is_pooled_after_blocks_4_6_and_8_and_at_the_end():
+    seen = []
+
+    class Image:
+        config = ViTConfig()
+
+        def __call__(self, images, return_hidden):
+            hidden = [torch.full((1, 3, 2), float(block)) for block in range(1, 13)]
+            return torch.full((1, 3, 2), 99.0), hidden
+    assert finetune.pooled(Image(), None)[0, :, 0].tolist() == [4, 4, 4, 6, 6, 6, 8, 8, 8, 99, 99, 99]
+
+
+def test_early_retrieval_is_the_official_one():
+    found = finetune.early_retrieval(GOLDEN["slfir.ranks"], photos=20)
+    for name in ("mA", "mB", "wA", "wB"):
+        assert found[f"{name[0]}@{name[1]}"] == pytest.approx(GOLDEN[f"slfir.{name}"].item(), abs=1e-9)
+    assert found["m@A"] == pytest.approx(np.mean(found["A"])) and len(found["B"]) == 50
+
+
+def test_a_photo_as_similar_as_the_true_one_ranks_before_it_and_nan_is_never_a_hit():
+    similarity = torch.tensor([[[0.5, 0.1, 0.5], [0.9, 0.1, 0.2]], [[0.2, 0.2, 0.2], [0.3, 0.1, 0.0]], [[0.0, 0.0, torch.nan], [0.0, 0.1, 0.2]]])
+    assert finetune.sketch_ranks(similarity).tolist() == [[2, 1], [3, 2], [3, 1]]
+
+
+def test_average_precision_and_balanced_accuracy_are_their_definitions():
+    close(finetune.average_precision(torch.tensor([0.9, 0.8, 0.7, 0.1]), torch.tensor([1, 0, 1, 0])), torch.tensor((1 + 2 / 3) / 2).double(), 1e-7)
+    head = finetune.AttributeHead(1, 4, 3)
+    head.forward = lambda vectors: vectors[:, 0, :3]
+    logits = torch.tensor([[1.0, -1, 2], [2.0, -1, 1], [-1.0, -1, 1], [3.0, -1, 1]])
+    labels = torch.tensor([[1.0, 0, 1], [1, 0, 1], [1, 1, 1], [0, 0, 1]])
+    found = finetune.attribute_metrics(head, finetune.Labelled([F.pad(logits, (0, 1))[:, None]], labels, ("a", "b", "c")))
+    assert [row[:2] for row in found["per_label"].values()][:2] == [pytest.approx([50, 100 / 3]), pytest.approx([75, 50])]
+    accuracy, balanced, precision, majority = found["per_label"]["c"]               # which everyone has
+    assert accuracy == majority == 100 and np.isnan([balanced, precision]).all()
+    assert found["accuracy"] == pytest.approx(75) and found["balanced"] == pytest.approx((100 / 3 + 50) / 2) and found["majority"] == pytest.approx(250 / 3)
+
+
+def test_the_loss_within_a_batch_is_the_symmetric_cross_entropy_with_positives_of_equal_identity():
+    torch.manual_seed(0)
+    rows, keys = (F.normalize(torch.randn(5, 8, dtype=torch.float64), dim=-1).requires_grad_() for _ in range(2))
+    identity, temperature = torch.tensor([3, 1, 3, 4, 5]), torch.tensor(0.07, dtype=torch.float64)
+    targets = (identity[:, None] == identity).double()
+    targets /= targets.sum(1, keepdim=True)
+    expected = (F.cross_entropy(rows @ keys.detach().T / temperature, targets) + F.cross_entropy(keys @ rows.detach().T / temperature, targets)) / 2
+    found = finetune.contrast(rows, keys, identity, temperature)
+    close(found, expected, 1e-9)
+    for a, b in zip(torch.autograd.grad(found, (rows, keys)), torch.autograd.grad(expected, (rows, keys))):
+        close(a, b, 1e-9)
+
+
+def test_a_caption_is_one_of_its_pictures():
+    samples = finetune.Paired([], None, None, torch.tensor([0, 0, 1, 2, 2, 2]), torch.arange(3), None)
+    rng, indices = np.random.default_rng(0), torch.tensor([2, 0, 1])
+    drawn = torch.stack([finetune.caption_of(samples, indices, rng) for _ in range(50)])
+    assert (samples.image_of_text[drawn] == indices).all() and [len(column.unique()) for column in drawn.T] == [3, 2, 1]
+
+
+# ---- finetune.py: runs ---------------------------------------------------------------------------------------------
+def tuned(task, checkpoint, out, cache="", **changes):
+    """A run of a few steps on a few faces; the drawn ones' recipe."""
+    settings = finetune.RECIPES[task] | finetune.DRAWN[task] | dict(
+        task=task, checkpoint=(str(checkpoint / "flip.pt"),), out=str(out), cache=cache, faces=24, test_faces=8, epochs=3, batch_size=8, itm_every=1)
+    return finetune.Config(**settings | changes)
+
+
+def is_head(name):
+    return name.startswith(("student.image_projection", "student.text_projection", "matching_head", "temperature"))
+
+
+@pytest.mark.parametrize("task, pictures", [("retrieval", {"retrieval.png"}), ("attributes", {"attributes.png"}), ("sketch", {"sketch.png", "curves.png"})])
+def test_a_task_runs_and_leaves_the_encoders_as_they_were(uninterrupted, cache, tmp_path, monkeypatch, capsys, task, pictures):
+    optimised = []
+
+    class Optimizer(torch.optim.AdamW):
+        def __init__(self, groups, **options):
+            super().__init__(groups, **options)
+            optimised.extend(p for group in self.param_groups for p in group["params"])
+    monkeypatch.setattr(torch.optim, "AdamW", Optimizer)
+    results = finetune.finetune(tuned(task, uninterrupted, tmp_path, cache))
+    assert [result.name for result in results] == ["random frozen encoder", "FLIP, pre-trained on drawn faces"]
+    model, before = results[finetune.FIRST].model, FLIP.from_pretrained(uninterrupted / "flip.pt")
+    after = model.state_dict()
+    assert not model.training
+    for name, value in before.state_dict().items():
+        assert is_head(name) or torch.equal(value, after[name]), name
+    for name, parameter in model.named_parameters():
+        if not is_head(name):
+            assert not parameter.requires_grad and parameter.grad is None and not any(parameter is p for p in optimised), name
+    assert {id(p) for p in results[finetune.FIRST].head.parameters()} <= {id(p) for p in optimised}
+    for name in pictures:
+        Image.open(tmp_path / task / name).load()
+    table = (tmp_path / task / "table.md").read_text()
+    assert table in capsys.readouterr().out and "published on" in table and len({line.count("|") for line in table.splitlines()}) == 1
+
+
+def test_the_tuned_flip_is_a_checkpoint_like_any_other(uninterrupted, cache, tmp_path):
+    results = finetune.finetune(tuned("retrieval", uninterrupted, tmp_path, cache))
+    model = FLIP.from_pretrained(tmp_path / "retrieval" / "flip.pt")
+    assert model.tokenizer is not None
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, results[finetune.FIRST].model.state_dict()[name]), name
+
+
+def test_a_run_repeats_itself_and_tokens_on_disk_give_what_tokens_in_memory_give(uninterrupted, cache, tmp_path):
+    one, two, disk = (finetune.finetune(tuned("retrieval", uninterrupted, tmp_path / out, cache, **changes))[finetune.FIRST].final
+                      for out, changes in (("a", {}), ("b", {}), ("c", dict(memory=0.0))))
+    assert torch.equal(one["scores"], two["scores"])
+    close(disk["scores"], one["scores"], 0.02)              # half precision
+    assert not list(tmp_path.rglob("*.f16"))
+
+
+def test_tokens_that_do_not_fit_memory_are_half_precision_in_a_file_and_others_as_they_are(tmp_path):
+    big = finetune.storage((1000, 5), torch.float32, finetune.Config(out=str(tmp_path), memory=1e-5))
+    small = finetune.storage((1000, 5), torch.float32, finetune.Config(out=str(tmp_path), memory=2.1e-5))
+    assert big.dtype == torch.float16 and small.dtype == torch.float32
+    big[:] = torch.arange(5)
+    assert (big[999] == torch.arange(5)).all()
+
+
+def test_views_are_the_picture_and_its_augmentations(uninterrupted, cache, tmp_path):
+    model = finetune.freeze(FLIP.from_pretrained(uninterrupted / "flip.pt"))
+    config = tuned("attributes", uninterrupted, tmp_path, cache, views=3)
+    faces = finetune.open_part(config, "train", 48)
+    views = finetune.encode_attributes(model, faces, config, training=True).vectors
+    plain = finetune.encode_attributes(model, faces, config, training=False).vectors
+    assert len(views) == 3 and len(plain) == 1 and torch.equal(views[0], plain[0])
+    assert not torch.equal(views[1], views[0]) and not torch.equal(views[1], views[2])
+
+
+def test_a_share_of_the_training_part_is_drawn_by_the_seed_and_lies_in_every_larger_one():
+    samples = finetune.Labelled([torch.arange(100.0)[:, None, None]], torch.zeros(100, 1), ("Bald",))
+    shares = [set(finetune.share_of(samples, share, seed=3).vectors[0].flatten().tolist()) for share in (0.001, 0.1, 0.5, 1)]
+    assert [len(share) for share in shares] == [1, 10, 50, 100] and shares[0] < shares[1] < shares[2] < shares[3]
+    assert shares[1] != set(finetune.share_of(samples, 0.1, seed=4).vectors[0].flatten().tolist())
+
+
+@pytest.mark.parametrize("values, kept", [([5.0, 4, 3, 2], 0), ([1.0, 7, 9, 8], 2), ([1.0, 2, 3, 4], 3)])
+def test_what_was_best_on_the_validation_part_is_kept_even_if_that_is_what_tuning_began_with(tmp_path, values, kept):
+    head, weights, found = nn.Linear(2, 1), [], iter(values)
+
+    def metrics(head, samples):
+        assert samples == "validation"
+        weights.append(head.weight.detach().clone())
+        return {"score": next(found)}
+    loss = lambda head, samples, indices, rng, step: head(torch.ones(2)).sum()
+    task = finetune.Task(None, None, None, loss, metrics, "score", {"score": "score"}, None)
+    config = finetune.Config(epochs=3, evaluations=3, batch_size=2, lr=0.1, warmup=0)
+    finetune.tune(task, head, range(4), "validation", config, train.Log(tmp_path / "log.jsonl", config, 0, True))
+    assert torch.equal(head.weight, weights[kept]) and len(weights) == 4 and not torch.equal(weights[0], weights[1])
+
+
+def test_the_test_part_is_encoded_and_judged_once_after_all_tuning(uninterrupted, cache, tmp_path, monkeypatch):
+    happened, task = [], finetune.TASKS["attributes"]
+
+    def encode(model, faces, *rest):
+        happened.append(faces.name[-3:-1])
+        return task.encode(model, faces, *rest)
+
+    def metrics(head, samples):
+        happened.append(len(samples))
+        return task.metrics(head, samples)
+    monkeypatch.setitem(finetune.TASKS, "attributes", task._replace(encode=encode, metrics=metrics))
+    finetune.finetune(tuned("attributes", uninterrupted, tmp_path, cache, fractions=(0.5, 1.0)))
+    once = ["10", "11", *[4] * 8, "12", 8, 8]               # for both shares: before and after each of three epochs
+    assert happened == [*once, *once]
+
+
+def test_several_checkpoints_stand_side_by_side_by_what_they_learned_from(uninterrupted, cache, tmp_path, monkeypatch):
+    saved = torch.load(uninterrupted / "flip.pt")
+    saved["training"]["settings"] |= {"itm_from": 1.0}
+    torch.save(saved, tmp_path / "itc.pt")
+    del saved["training"]
+    torch.save(saved, tmp_path / "another.pt")
+    paths = (uninterrupted / "flip.pt", tmp_path / "itc.pt", tmp_path / "another.pt", uninterrupted / "flip.pt")
+    names = [name for name, _ in finetune.open_encoders(finetune.Config(checkpoint=tuple(map(str, paths))))]
+    twice = f"FLIP, pre-trained on drawn faces ({paths[0]})"
+    assert names == ["random frozen encoder", twice, "ITC alone, pre-trained on drawn faces", "another", twice]
+
+
+def test_published_figures_stand_in_the_table_where_the_shares_are_theirs():
+    metrics = {"accuracy": 1.0, "balanced": 2.0, "precision": 3.0, "majority": 4.0}
+    for shares, where in (((0.01, 0.1, 1.0), {"CelebA"}), ((0.1, 0.5, 1.0), {"LFWA"}), ((0.02, 0.1), set())):
+        results = [finetune.Result("ours", None, {share: metrics for share in shares}, None, None)]
+        lines = finetune.table(results, finetune.Config(task="attributes", fractions=shares)).splitlines()
+        assert {line.split("published on ")[1].split(" |")[0] for line in lines if "published" in line} == where
+        assert lines[2].split(" | ")[1:] == [*["1.0"] * len(shares), *["2.0"] * len(shares), *["3.0"] * (len(shares) - 1), "3.0 |"]
+
+
+def test_attributes_are_learned_from_celeba_as_it_is_distributed_with_the_columns_named(uninterrupted, tmp_path):
+    write_celeba(tmp_path, count=40)
+    columns = ("Smiling", "Male")
+    results = finetune.finetune(tuned("attributes", uninterrupted, tmp_path / "out", data=str(tmp_path), columns=columns))
+    assert tuple(results[1].final["per_label"]) == columns and results[1].head.linear.weight.shape[0] == 2
+    test = data.open_faces(tmp_path, "test").attributes[:, [ATTRIBUTES.index(name) for name in columns]].mean(0)
+    assert results[1].final["majority"] == pytest.approx(100 * np.maximum(test, 1 - test).mean())
+
+
+def test_retrieval_is_tuned_on_pictures_with_several_captions_of_their_own(uninterrupted, tmp_path):
+    write_mm_celeba(tmp_path)
+    results = finetune.finetune(tuned("retrieval", uninterrupted, tmp_path / "out", data=str(tmp_path)))
+    assert results[1].final["scores"].shape == (4, 2) and results[1].final["img_r5"] == 100
+
+
+def test_sketches_are_tuned_without_captions_and_with_them(uninterrupted, tmp_path):
+    write_sde(tmp_path, steps=3)
+    results = finetune.finetune(tuned("sketch", uninterrupted, tmp_path / "out", data=str(tmp_path)))
+    assert results[1].final["similarity"].shape == (5, 3, 5)
+    before = FLIP.from_pretrained(uninterrupted / "flip.pt").state_dict()
+    assert torch.equal(results[1].model.state_dict()["matching_head.weight"], before["matching_head.weight"])
+    records = [{"image": f"photo1/image01{n:02d}.jpg", "caption": f"a smiling face {n}"} for n in range(15)]
+    (tmp_path / "train.json").write_text(json.dumps(records))
+    results = finetune.finetune(tuned("sketch", uninterrupted, tmp_path / "out", data=str(tmp_path), epochs=6, evaluations=6))
+    assert results[1].final["similarity"].shape == (5, 3, 5)
+
+
+def test_the_recipe_is_the_papers_for_ones_own_data_and_flags_go_before_it():
+    papers = finetune.parse_arguments(["retrieval", "--data", "DIR"])
+    assert (papers.batch_size, papers.epochs, papers.lr, papers.warmup, papers.k_test) == (64, 50, 3e-5, 2000, 256)
+    drawn = finetune.parse_arguments(["sketch", "--lr", "0.1", "--checkpoint", "a.pt", "b.pt"])
+    assert drawn.lr == 0.1 and drawn.checkpoint == ("a.pt", "b.pt") and drawn.faces == finetune.DRAWN["sketch"]["faces"]
+
+
+@pytest.mark.parametrize("changes, sentence", [
+    (dict(columns=("Smilling",)), "--columns: there is no attribute Smilling; expected some of 5_o_Clock_Shadow"),
+    (dict(fractions=(0.1, 2.0)), "--fractions (0.1, 2.0): expected shares above 0 and at most 1"), (dict(fractions=()), "--fractions ()"),
+    (dict(task="sketch", views=2), "--views: a sketch and its photo must show the same"), (dict(epochs=0), "--epochs 0: expected at least 1"),
+    (dict(lr=float("nan")), "--lr nan: expected a number that is not negative"), (dict(faces=1), "--faces 1: expected at least 2")])
+def test_flags_of_the_tasks_out_of_range_are_refused_by_name(changes, sentence):
+    assert sentence in error_of(finetune.Config, **changes)
+
+
+def spoil_checkpoint(folder, change):
+    saved = torch.load(folder / "flip.pt")
+    change(saved)
+    torch.save(saved, folder / "flip.pt")
+
+
+@pytest.mark.parametrize("task, spoil, sentence", [
+    ("attributes", lambda d: (d / "flip.pt").unlink(), "no such checkpoint"),
+    ("attributes", lambda d: spoil_checkpoint(d, lambda saved: saved.update(tokenizer=None)), "holds no vocabulary; give one with --vocabulary"),
+    ("attributes", lambda d: write_mm_celeba(d / "data"), "MM-CelebA-HQ train: attributes are to be learned, but these faces have none"),
+    ("retrieval", lambda d: write_sde(d / "data"), "found neither"),
+    ("sketch", lambda d: write_celeba(d / "data", count=40), "found neither FS2K-SDE"),
+    ("attributes", lambda d: (d / "data").rmdir(), "data: no such folder or file"),
+    ("attributes", lambda d: (write_celeba(d / "data", count=40), (d / "data/img_align_celeba/000003.jpg").write_text("x")), "000003.jpg is not a picture"),
+    ("sketch", lambda d: write_sde(d / "data") and (d / "data/sketch/test/photo1_image0117_7.png").write_text("x"), "photo1_image0117_7.png is not a picture"),
+])
+def test_what_a_task_cannot_use_is_refused_with_one_sentence_before_anything_is_encoded(uninterrupted, tmp_path, monkeypatch, task, spoil, sentence):
+    monkeypatch.setattr(finetune, "encode", lambda *_: pytest.fail("encoded"))
+    (tmp_path / "data").mkdir()
+    (tmp_path / "flip.pt").write_bytes((uninterrupted / "flip.pt").read_bytes())
+    spoil(tmp_path)
+    assert sentence in error_of(finetune.finetune, tuned(task, tmp_path, tmp_path / "out", data=str(tmp_path / "data")))
+
+
 # ---- flip.py and the other scripts ---------------------------------------------------------------------------------
 @pytest.fixture
 def folder_of_faces(tmp_path):
@@ -1767,7 +2046,7 @@ def test_search_finds_the_faces_that_rank_best_by_matching_logit_plus_cosine(uni
 @pytest.mark.parametrize("script, arguments, shows", [
     ("vit.py", [], "class token first"), ("bert.py", ["a smiling woman"], "[CLS]"),
     ("data.py", ["--count", "2", "--cache", "{tmp}", "--out", "{tmp}/sheet.png"], "distinct"),
-    ("toyfaces.py", ["--out", "{tmp}/faces", "--count", "3", "--size", "48"], "")])
+    ("toyfaces.py", ["--out", "{tmp}/faces", "--count", "3", "--size", "48"], ""), ("toyfaces.py", ["--sketch", "{tmp}/sketch.png"], "")])
 def test_every_file_runs_and_shows_what_it_is_about(tmp_path, script, arguments, shows):
     command = [sys.executable, str(ROOT / script), *(argument.format(tmp=tmp_path) for argument in arguments)]
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
@@ -1848,7 +2127,7 @@ def test_every_command_of_the_readme_works(tmp_path):
             assert arguments[1] == "kernels.bench"              # has tests of its own
         elif program == "python":
             script = arguments[0]
-            more = {"train.py": quick_run, "toyfaces.py": "--count 8"}.get(script, "").split()
+            more = {"train.py": quick_run, "toyfaces.py": "--count 8", "finetune.py": "--faces 16 --test_faces 6 --epochs 1"}.get(script, "").split()
             arguments = ["vocab.txt" if argument == "bert-base-uncased" else argument for argument in arguments[1:] + more]
             result = subprocess.run([sys.executable, str(ROOT / script), *arguments], cwd=tmp_path, capture_output=True, text=True)
             assert result.returncode == 0, (command, result.stderr)

@@ -137,15 +137,17 @@ RECIPES = {"base": {}, "large": {}, "tiny": dict(
     momentum=0.95, momentum_from=0.7, alpha_ramp=(0.75, 0.95), queue_size=512, queue_from=0.75)}
 
 
-def add_flags(parser, config, tiny):
-    """A flag for every field of a configuration (of its type, with its help); `tiny` holds the defaults that differ without data.
+def add_flags(parser, config, recipes):
+    """A flag for every field of a configuration that has a help text; it names the default, for each recipe where they differ.
     What is not given is absent from the parsed result."""
     for f in dataclasses.fields(config):
         if "help" not in f.metadata:
             continue
-        other = tiny.get(f.name, f.default)
-        shown = f"({f.default})" if other == f.default else f"(tiny {other}, base {f.default})"
-        options = {"default": argparse.SUPPRESS, "help": f"{f.metadata['help']} {shown}".replace("%", "%%")}
+        defaults = {name: recipe.get(f.name, f.default) for name, recipe in recipes.items()}
+        same = all(default == f.default for default in defaults.values())
+        shown = f.default if same else ", ".join(f"{name} {default}" for name, default in defaults.items())
+        told = f.metadata["help"] + (f" ({shown})" if shown not in ("", ()) else "")
+        options = {"default": argparse.SUPPRESS, "help": told.replace("%", "%%")}
         if f.type is bool:
             options["action"] = argparse.BooleanOptionalAction
         elif f.type == tuple[float, float]:
@@ -164,7 +166,7 @@ def given_flags(parser, argv):
 def parse_arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_flags(parser, Config, RECIPES["tiny"])
+    add_flags(parser, Config, {name: RECIPES[name] for name in ("tiny", "base")})
     given = given_flags(parser, argv)
     if "epochs" in given:
         given = {"steps": 0} | given                # or the tiny recipe's number of steps would decide
@@ -504,26 +506,26 @@ def train(config):
     run = prepare(config)
     config, model, (rank, world) = run.config, run.model, rank_and_world()
     log = Log(Path(config.out) / "log.jsonl", config, run.start, writes=rank == 0)
-    stop = stop_on_interrupt() if world == 1 else []
     stream = run.batches.from_step(run.start * config.accumulate)
     metrics, recent, begin = None, [], time.time()
     bar = tqdm(range(run.start, config.steps), "training", initial=run.start, total=config.steps, disable=rank > 0)
-    for step in bar:
-        micro_batches = next_batches(run, stream, step)
-        recent.append(train_step(run, micro_batches, step))
-        done = step + 1
-        if done % config.log_every == 0 or done == config.steps:
-            line = summarise(recent, range(done - len(recent), done), run)
-            log.write(step=done, **line, seconds=(time.time() - begin) / len(recent))
-            bar.set_postfix({name: f"{line[name]:.3f}" for name in ("itc", "itm") if line[name] is not None})
-            recent, begin = [], time.time()
-        if done % config.eval_every == 0 or done == config.steps or stop:
-            save(run, done)
-            if stop:
-                raise SystemExit(f"stopped after step {done}; continue with --resume")
-            paused = time.time()
-            metrics = evaluate_and_draw(run, done, log)
-            begin += time.time() - paused
+    with stop_on_interrupt() if world == 1 else contextlib.nullcontext([]) as stop:
+        for step in bar:
+            micro_batches = next_batches(run, stream, step)
+            recent.append(train_step(run, micro_batches, step))
+            done = step + 1
+            if done % config.log_every == 0 or done == config.steps:
+                line = summarise(recent, range(done - len(recent), done), run)
+                log.write(step=done, **line, seconds=(time.time() - begin) / len(recent))
+                bar.set_postfix({name: f"{line[name]:.3f}" for name in ("itc", "itm") if line[name] is not None})
+                recent, begin = [], time.time()
+            if done % config.eval_every == 0 or done == config.steps or stop:
+                save(run, done)
+                if stop:
+                    raise SystemExit(f"stopped after step {done}; continue with --resume")
+                paused = time.time()
+                metrics = evaluate_and_draw(run, done, log)
+                begin += time.time() - paused
     if metrics is None:                                     # resumed after the last step
         metrics = evaluate_and_draw(run, config.steps, log)
     if rank == 0:
@@ -600,17 +602,21 @@ def read_log(path):
     return lines
 
 
+@contextlib.contextmanager
 def stop_on_interrupt():
     """A list that Ctrl-C or a polite kill puts something into, so that the loop can finish its step and save; a second one
-    stops at once."""
+    stops at once. Afterwards both do what they did before."""
     pressed = []
 
     def handle(number, frame):
         pressed.append(number)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGINT, handle)
-    signal.signal(signal.SIGTERM, handle)
-    return pressed
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield pressed
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 if __name__ == "__main__":
