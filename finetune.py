@@ -4,19 +4,20 @@
     python finetune.py attributes --checkpoint out/flip.pt      name the 40 attributes of a face
     python finetune.py sketch     --checkpoint out/flip.pt      find the photo from a sketch that is still being drawn
 
-Without --data they run on drawn faces, in a few minutes on two CPU cores; with it, on your own (see data.py). The encoders
-are frozen: evaluation mode, no gradient, no optimiser state. What they make of a picture is therefore computed once, before
-the first epoch, and only a small head is trained on it: the projections, the matching head and the temperature that FLIP
-has already (retrieval, sketch), or a linear layer on pooled tokens (attributes).
+Without --data they run on drawn faces (black-and-white ones for retrieval), in a few minutes on two CPU cores; with it, on
+your own (see data.py). The encoders are frozen: evaluation mode, no gradient, no optimiser state. What they make of a picture
+is therefore computed once, before the first epoch, and only a small head is trained on it: the projections, the matching head
+and the temperature that FLIP has already (retrieval, sketch), or a linear layer on pooled tokens (attributes).
 
 A task is a row of TASKS: what is computed once, what is trained, its loss, its metrics. Several checkpoints can be given;
 each is tuned in the same way, a frozen encoder of random weights as well, and the table puts them side by side. The best
 evaluation on the validation part decides what is kept; the test part is read once, at the end.
 
-Departures from the official code: it chooses the best epoch on the test part, trains LFWA's head on the test part, and
-leaves dropout on inside the "frozen" encoders.
+Departures from the official code: it chooses the best epoch on the test part, trains LFWA's head on the test part, leaves
+dropout on inside the "frozen" encoders, trains the attribute head by plain gradient descent, and keeps a momentum encoder and
+a queue for keys that no longer change.
 
-Into --out go log.jsonl, table.md, the tuned heads and the pictures of the task.
+Into --out go log.jsonl, table.md, the pictures of the task, and the tuned head of the first checkpoint.
 
 Shapes: N pictures, L image tokens, D width, E feature size, B samples of a batch, V vectors pooled per picture, A attributes,
 T captions (retrieval) or steps of a sketch (sketch).
@@ -25,6 +26,7 @@ import argparse
 import copy
 import dataclasses
 import math
+import shutil
 import time
 from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
@@ -41,47 +43,55 @@ from tqdm import tqdm
 import data
 from bert import Captions, Tokenizer
 from data import ATTRIBUTES
-from flip import FLIP, contact_sheet, read_checkpoint, rerank, write_whole
+from flip import FLIP, contact_sheet, read_checkpoint, write_whole
 from kernels.contrastive import contrastive_loss
-from losses import retrieval_metrics
-from train import Log, Validation, add_flags, flag, given_flags, initialise_small, ramp, retrieval_sheet
+from train import (PRECISION, Log, Validation, add_flags, autocast, flag, given_flags, initialise_small, ramp, recalls,
+                   retrieval_sheet, validation_texts)
 from vit import to_tensor
 
 
 # ---- configuration -------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Config:
-    """Every field is a flag. The defaults are the paper's for retrieval; RECIPES says what other tasks, and drawn faces, change."""
+    """Every field but the task is a flag. The defaults are the paper's for retrieval; RECIPES says what other tasks, and drawn
+    faces, change."""
     task: str = ""
     checkpoint: tuple[str, ...] = flag(("out/flip.pt",), "one or more: made by train.py, or the official FLIP-base.pth")
     vocabulary: str = flag("", "vocab.txt, tokenizer.json, folder or hub name; the official checkpoint does not hold one")
+    random: bool = flag(True, "tune on a frozen encoder of random weights as well, for comparison")
     data: str = flag("", "folder with your own faces; without it faces are drawn and kept in --cache")
     out: str = flag("out", "results go into a folder below it, named after the task")
     cache: str = flag("cache", "folder for the drawn faces")
     faces: int = flag(4000, "how many faces to draw for training")
-    test_faces: int = flag(1000, "how many to draw for the test part; half as many for validation")
+    validation: int = flag(1000, "how many faces to draw for validation; of your own, how many to use at most")
+    test: int = flag(1000, "how many faces to draw for the test part")
+    captions: int = flag(2, "sentences that the grammar writes for each training face that came without any")
+    views: int = flag(1, "versions of each training picture to encode: the first as it is, others as the augmentation shows it")
     seed: int = flag(0, "of the random encoder, new weights, order, captions, negatives")
     epochs: int = flag(50, "passes over the training part")
     batch_size: int = flag(64, "samples per step")
     lr: float = flag(3e-5, "highest learning rate; it falls to 0 along a cosine")
-    warmup: int = flag(2000, "steps in which the learning rate rises")
-    weight_decay: float = flag(0.05, "of AdamW")
+    warmup: int = flag(2000, "steps in which the learning rate rises; at most a tenth of all")
+    weight_decay: float = flag(0.05, "of AdamW, on matrices only")
     itm_every: int = flag(1, "train the matching head at each n-th step")
     hardness: float = flag(1.0, "of the negatives that the matching head sees: 1 draws them by similarity, 0 evenly")
-    views: int = flag(1, "versions of each training picture to encode: the first as it is, others as the augmentation shows it")
     fractions: tuple[float, ...] = flag((0.01, 0.1, 1.0), "attributes: shares of the training part, each a run of its own")
-    columns: tuple[str, ...] = flag((), "attributes: names of the attributes to learn, where others are not known (default: all)")
+    columns: tuple[str, ...] = flag((), "attributes: names of those to learn, where others are not known (default: all)")
     evaluations: int = flag(5, "how often to look at the validation part; the best look decides")
     k_test: int = flag(256, "candidates per query that the matching head scores again")
-    memory: float = flag(4.0, "GB that the image tokens of a part may take in memory; larger ones go into a file in --out")
+    precision: str = flag("auto", "float32, bf16 (autocast), or auto: bf16 on CUDA")
+    memory: float = flag(4.0, "GB of memory for what the encoders say of one part; if it is larger, it lies in --out, halved")
 
     def __post_init__(self):
-        for name, least in dict(faces=2, test_faces=4, epochs=1, batch_size=2, itm_every=1, views=1, evaluations=1, k_test=1).items():
-            if getattr(self, name) < least:
-                raise ValueError(f"--{name} {getattr(self, name)}: expected at least {least}")
+        least = dict(faces=2, validation=2, test=2, captions=1, views=1, epochs=1, batch_size=2, itm_every=1, evaluations=1, k_test=1)
+        for name, bound in least.items():
+            if getattr(self, name) < bound:
+                raise ValueError(f"--{name} {getattr(self, name)}: expected at least {bound}")
         for name in ("seed", "lr", "warmup", "weight_decay", "hardness", "memory"):
             if not 0 <= getattr(self, name) < 2 ** 62:
                 raise ValueError(f"--{name} {getattr(self, name)}: expected a number that is not negative")
+        if self.precision not in PRECISION:
+            raise ValueError(f"--precision {self.precision}: expected one of {', '.join(PRECISION)}")
         if not self.fractions or not all(0 < fraction <= 1 for fraction in self.fractions):
             raise ValueError(f"--fractions {self.fractions}: expected shares above 0 and at most 1")
         unknown = [name for name in self.columns if name not in ATTRIBUTES]
@@ -95,13 +105,14 @@ class Config:
 # learning rate of the attribute head is 0.3 on CelebA and 0.003 on LFWA, for plain gradient descent.
 RECIPES = {"retrieval": {}, "attributes": dict(epochs=100, batch_size=256, lr=1e-3, warmup=0, weight_decay=0.0),
            "sketch": dict(epochs=100, lr=1e-4, warmup=200)}
-DRAWN = {"retrieval": dict(epochs=30, batch_size=256, lr=3e-3, warmup=20, itm_every=5, k_test=16, faces=2000),
-         "attributes": dict(epochs=60, lr=3e-3),
-         "sketch": dict(epochs=150, batch_size=128, lr=1e-2, warmup=20, itm_every=10, faces=800, test_faces=200)}
+DRAWN = {"retrieval": dict(epochs=30, batch_size=256, lr=3e-3, itm_every=5, k_test=16, faces=2000, validation=500, captions=8),
+         "attributes": dict(epochs=60, lr=3e-3, validation=500),
+         "sketch": dict(epochs=150, batch_size=128, lr=1e-2, itm_every=10, faces=800, validation=100, test=200, captions=8)}
 
 
 def parse_arguments(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", choices=tuple(RECIPES))
     drawn = {f"{task} on drawn faces": RECIPES[task] | DRAWN[task] for task in RECIPES}
     add_flags(parser, Config, RECIPES | drawn)
@@ -112,17 +123,23 @@ def parse_arguments(argv=None):
 
 # ---- what the frozen encoders have to say, once --------------------------------------------------------------------
 def freeze(model):
-    """Evaluation mode, no gradients: nothing that is done with the encoders from here on can change them."""
+    """Evaluation mode, no gradients. A task may thaw the projections, the matching head and the temperature again, which are
+    no part of the encoders."""
     return model.eval().requires_grad_(False)
 
 
-def storage(shape, dtype, config):
-    """An empty tensor: in memory, or, where it is larger than --memory, float16 in a file that is gone when the run ends."""
+def storage(shape, config):
+    """An empty float32 tensor in memory, or, where it is larger than --memory, float16 in a file that is gone when the run
+    ends."""
     size = math.prod(shape)
-    if size * dtype.itemsize <= config.memory * 1e9:
-        return torch.empty(shape, dtype=dtype)
+    if 4 * size <= config.memory * 1e9:
+        return torch.empty(shape)
     path = Path(config.out) / f"tokens-{time.time_ns()}.f16"
     path.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(path.parent).free
+    if 2 * size > free:                                     # the file has holes at first: nothing else would complain in time
+        raise ValueError(f"{path.parent} has {free / 1e9:.0f} GB free, but {2 * size / 1e9:.0f} GB of image tokens go there; "
+                         "choose another --out or fewer --views")
     tensor = torch.from_file(str(path), shared=True, size=size, dtype=torch.float16).view(shape)
     path.unlink()                                           # the mapping lives on; the name need not
     return tensor
@@ -132,13 +149,13 @@ def storage(shape, dtype, config):
 def encode(compute, read, count, size, config, device, what, batch_size=128):
     """compute(pixels (n, 3, size, size)) for pictures read(0) to read(count - 1), on the CPU: (count, ...)."""
     out = None
-    with ThreadPool() as pool, torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+    with ThreadPool() as pool, autocast(config, device):
         for start in tqdm(range(0, count, batch_size), what, leave=False):
             stop = min(start + batch_size, count)
             pixels = torch.stack(pool.map(lambda i: to_tensor(read(i), size), range(start, stop)))
             values = compute(pixels.to(device)).float().cpu()
             if out is None:
-                out = storage((count, *values.shape[1:]), values.dtype, config)
+                out = storage((count, *values.shape[1:]), config)
             out[start:stop] = values
     return out
 
@@ -154,7 +171,7 @@ def view_of(faces, view, size, seed):
 
 
 def encode_views(compute, faces, views, model, config):
-    """compute() of every picture in every view, (views, N, ...)."""
+    """compute() of every picture in every view: a list of (N, ...), one for each view."""
     size, device = model.config.vit.image_size, model.temperature.device
     return [encode(compute, view_of(faces, view, size, config.seed), len(faces), size, config, device,
                    f"encoding {faces.name}" + f", view {view + 1}" * (views > 1)) for view in range(views)]
@@ -164,7 +181,7 @@ def encode_views(compute, faces, views, model, config):
 def pooled(vit, images):
     """Images (B, 3, S, S) -> (B, V, D): after a third, half and two thirds of the blocks (4, 6 and 8 of 12), before any final
     norm, and at the end, after it: the class token, and mean and maximum of the patch tokens."""
-    tokens, hidden = vit(images, return_hidden=True)
+    tokens, hidden = vit(images, return_hidden=True)                                        # (B, L, D) and after each block
     depths = sorted({round(vit.config.depth * share) for share in (1 / 3, 1 / 2, 2 / 3)})
     vectors = [vector for x in (*(hidden[depth - 1] for depth in depths), tokens)
                for vector in (x[:, 0], x[:, 1:].mean(1), x[:, 1:].amax(1))]
@@ -181,7 +198,8 @@ class AttributeHead(nn.Module):
         self.linear = nn.Linear(width, labels)
 
     def forward(self, x):
-        return self.linear(torch.einsum("v,bvd->bd", self.weights, self.norm(x)))
+        x = torch.einsum("v,bvd->bd", self.weights, self.norm(x))
+        return self.linear(x)
 
 
 @dataclass(frozen=True)
@@ -193,24 +211,26 @@ class Labelled:
     def __len__(self):
         return len(self.labels)
 
-    def part(self, indices):
+    def subset(self, indices):
         return Labelled([view[indices] for view in self.vectors], self.labels[indices], self.names)
 
 
 def encode_attributes(model, faces, config, training):
-    if faces.attributes is None:
-        raise ValueError(f"{faces.name}: attributes are to be learned, but these faces have none")
     names = config.columns or ATTRIBUTES
     labels = torch.from_numpy(faces.attributes[:, [ATTRIBUTES.index(name) for name in names]]).float()
-    vectors = encode_views(lambda images: pooled(model.student.image, images), faces, config.views if training else 1, model, config)
-    return Labelled(vectors, labels, names)
+    compute = lambda images: pooled(model.student.image, images)
+    return Labelled(encode_views(compute, faces, config.views if training else 1, model, config), labels, names)
+
+
+def attribute_head(model, samples):
+    _, vectors, width = samples.vectors[0].shape
+    return AttributeHead(vectors, width, len(samples.names)).to(model.temperature.device)
 
 
 def attribute_loss(head, samples, indices, rng, step):
     """Binary cross-entropy, mean over samples and labels."""
-    vectors = samples.vectors[rng.integers(len(samples.vectors))][indices].float()
-    device = head.weights.device
-    return F.binary_cross_entropy_with_logits(head(vectors.to(device)), samples.labels[indices].to(device))
+    vectors, device = samples.vectors[rng.integers(len(samples.vectors))][indices], head.weights.device
+    return F.binary_cross_entropy_with_logits(head(vectors.to(device).float()), samples.labels[indices].to(device))
 
 
 def average_precision(scores, labels):
@@ -225,48 +245,62 @@ def attribute_metrics(head, samples):
     """In percent. Accuracy counts a rare attribute as nearly solved by who never names it; balanced accuracy, the mean of the
     rates at which the present and the absent are recognised, and average precision do not. Means over the labels; an attribute
     that everyone or nobody has counts in accuracy only."""
-    logits = torch.cat([head(part.float().to(head.weights.device)).cpu() for part in samples.vectors[0].split(1024)])
+    device = head.weights.device
+    logits = torch.cat([head(some.to(device).float()).cpu() for some in samples.vectors[0].split(1024)])    # (N, A)
     truth, said = samples.labels.bool(), logits > 0
-    accuracy = (said == truth).double().mean(0)                                             # (A,)
-    present = (said & truth).sum(0) / truth.sum(0)
-    absent = (~said & ~truth).sum(0) / (~truth).sum(0)
-    balanced = (present.double() + absent.double()) / 2                                     # nan without one of the two
+    accuracy = (said == truth).double().mean(0)                                                             # (A,)
+    present = (said & truth).sum(0).double() / truth.sum(0)
+    absent = (~said & ~truth).sum(0).double() / (~truth).sum(0)
+    balanced = (present + absent) / 2                                                                       # nan without one
     precision = torch.stack([average_precision(logits[:, a], truth[:, a]) for a in range(truth.shape[1])])
     precision[balanced.isnan()] = torch.nan
-    majority = torch.maximum(truth.double().mean(0), 1 - truth.double().mean(0))
-    per_label = {name: [100 * x[a].item() for x in (accuracy, balanced, precision, majority)] for a, name in enumerate(samples.names)}
-    return {"accuracy": 100 * accuracy.mean().item(), "balanced": 100 * balanced.nanmean().item(),
-            "precision": 100 * precision.nanmean().item(), "majority": 100 * majority.mean().item(), "per_label": per_label}
+    frequency = truth.double().mean(0)
+    columns = {"accuracy": accuracy, "balanced": balanced, "average_precision": precision,
+               "majority": torch.maximum(frequency, 1 - frequency)}
+    per_label = {name: {column: 100 * values[a].item() for column, values in columns.items()}
+                 for a, name in enumerate(samples.names)}
+    metrics = {column: 100 * values.nanmean().item() for column, values in columns.items()}
+    known = frequency[~balanced.isnan()]                    # a ranking by chance is as precise as the attribute is frequent
+    baseline = {"accuracy": metrics["majority"], "balanced": 50.0, "average_precision": 100 * known.mean().item()}
+    return metrics | {"per_label": per_label, "baseline": baseline}
+
+
+def save_attribute_head(head, metrics, folder):
+    write_whole({"model": head.state_dict(), "attributes": list(metrics["per_label"])}, folder / "head.pt")
 
 
 # ---- retrieval: FLIP's own projections, matching head and temperature ----------------------------------------------
-class Heads(nn.Module):
-    """The small parts of a FLIP, to be trained further; `model` as a whole is what they belong to."""
+class FLIPHead(nn.Module):
+    """The parts of a FLIP that are tuned further: shared with `model`, not copied."""
 
     def __init__(self, model):
         super().__init__()
         self.image_projection, self.text_projection = model.student.image_projection, model.student.text_projection
         self.matching_head, self.temperature = model.matching_head, model.temperature
-        self.belongs_to = [model]                           # in a list, so that its encoders do not become parts of this
+        self.belongs_to = [model]                           # in a list, so that the encoders do not become parts of the head
 
     @property
     def model(self):
         return self.belongs_to[0]
 
-    def image_features(self, first):
-        """Class tokens (B, D) -> features (B, E) of length 1; a sketch's like a photo's."""
-        return F.normalize(self.image_projection(first.float().to(self.temperature.device)), dim=-1)
+    def image_features(self, class_tokens):
+        """(B, D) -> features (B, E) of length 1; a sketch's like a photo's."""
+        return F.normalize(self.image_projection(class_tokens.to(self.temperature.device).float()).float(), dim=-1)
 
-    def text_features(self, first):
-        return F.normalize(self.text_projection(first.float().to(self.temperature.device)), dim=-1)
+    def text_features(self, cls_tokens):
+        return F.normalize(self.text_projection(cls_tokens.to(self.temperature.device).float()).float(), dim=-1)
+
+
+def flip_head(model, samples):
+    return FLIPHead(model).requires_grad_(True)
 
 
 @dataclass(frozen=True)
 class Paired:
     """Faces with captions, as the frozen encoders see them."""
-    tokens: list                    # (N, L, D) for each view
+    image_tokens: list              # one (N, L, D) for each view
     captions: Captions              # T of them
-    text: torch.Tensor              # (T, D) their [CLS] tokens
+    cls_tokens: torch.Tensor        # (T, D) of the captions
     image_of_text: torch.Tensor     # (T,)
     identity: torch.Tensor          # (N,)
     config: Config
@@ -275,108 +309,126 @@ class Paired:
         return len(self.identity)
 
 
-def texts_of(faces, count):
+def training_texts(faces, count):
     """(texts, image_of_text): all captions that came with the faces, or `count` of the grammar for each."""
-    given = faces.captions or [[faces.caption(i, np.random.default_rng((2, i, n))) for n in range(count)] for i in range(len(faces))]
-    return [text for texts in given for text in texts], torch.arange(len(faces)).repeat_interleave(torch.tensor(list(map(len, given))))
+    given = faces.captions
+    if given is None:
+        given = [[faces.caption(i, np.random.default_rng((2, i, n))) for n in range(count)]
+                 for i in tqdm(range(len(faces)), "writing captions", leave=False)]
+    counts = torch.tensor([len(texts) for texts in given])
+    return [text for texts in given for text in texts], torch.arange(len(faces)).repeat_interleave(counts)
 
 
 def encode_pairs(model, faces, config, training):
-    """Image tokens of all pictures and [CLS] of all captions; for evaluation one caption a face, as in pre-training."""
-    if training:
-        texts, image_of_text = texts_of(faces, 8)
-    else:
-        _, texts, image_of_text, _ = Validation.of(faces)
-    tokens = encode_views(model.student.image, faces, config.views if training else 1, model, config)
+    """Image tokens of all pictures and [CLS] of all captions; for evaluation the captions are those of pre-training."""
+    texts, image_of_text = training_texts(faces, config.captions) if training else validation_texts(faces)
+    image_tokens = encode_views(model.student.image, faces, config.views if training else 1, model, config)
     captions = model.tokenizer(texts)
-    return Paired(tokens, captions, encode_captions(model, captions), image_of_text, torch.from_numpy(faces.identity), config)
+    return Paired(image_tokens, captions, encode_captions(model, captions, config), image_of_text,
+                  torch.from_numpy(faces.identity), config)
 
 
 @torch.no_grad()
-def encode_captions(model, captions, batch_size=500):
+def encode_captions(model, captions, config, batch_size=500):
     """The [CLS] token of each caption, (T, D)."""
     device = model.temperature.device
-    parts = torch.arange(len(captions)).split(batch_size)
-    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        return torch.cat([model.student.text(captions.select(part).to(device), first_only=True).float().cpu()
-                          for part in tqdm(parts, "encoding captions", leave=False)])
+    with autocast(config, device):
+        return torch.cat([model.student.text(captions.select(some).to(device), first_only=True).float().cpu()
+                          for some in tqdm(torch.arange(len(captions)).split(batch_size), "encoding captions", leave=False)])
 
 
 def contrast(rows, keys, identity, temperature):
-    """The contrastive loss both ways within a batch, features (B, E) each. No queue and no momentum encoder: behind frozen
-    encoders all keys of a batch are as fresh as can be."""
-    def one_way(a, b):
+    """The contrastive loss both ways within a batch, features (B, E) each. As in pre-training, keys carry no gradient. No queue
+    and no momentum encoder: behind frozen encoders all keys of a batch are as fresh as can be."""
+    def one_way(a, b):                                      # alpha 0: the second argument, for soft targets, is not used
         return contrastive_loss(a, a, [b.detach()], identity, [identity], temperature, alpha=0.0)
     return (one_way(rows, keys) + one_way(keys, rows)) / 2
 
 
-def pair_loss(heads, samples, indices, rng, step):
+def pair_loss(head, samples, indices, rng, step):
     """ITC + ITM of the pictures `indices` (B,), each with one of its captions; see losses.py and flip.py. The features and the
     matching head have no weight in common, so ITM, which costs a pass of the text encoder, need not be asked at every step."""
-    model, config, captions = heads.model, samples.config, caption_of(samples, indices, rng)
-    tokens = samples.tokens[rng.integers(len(samples.tokens))]                              # of one view
-    image, text = heads.image_features(tokens[indices, 0]), heads.text_features(samples.text[captions])
-    identity = samples.identity[indices].to(image.device)
+    model, config, identity = head.model, samples.config, samples.identity[indices]
+    if (identity == identity[0]).all():
+        raise ValueError(f"a batch of {len(identity)} shows one person only, so nothing in it is a wrong answer; train on more "
+                         "people, or with a larger --batch_size")
+    image_tokens = samples.image_tokens[rng.integers(len(samples.image_tokens))][indices]   # (B, L, D) of one view
+    chosen = caption_of(samples, indices, rng)                                              # (B,)
+    image, text = head.image_features(image_tokens[:, 0]), head.text_features(samples.cls_tokens[chosen])
+    identity = identity.to(image.device)
     itc = contrast(image, text, identity, model.temperature)
     if step % config.itm_every:
         return itc
     generator = torch.Generator().manual_seed(int(rng.integers(2 ** 62)))
     negatives = model.draw_negatives(image.detach(), text.detach(), identity, config.hardness, generator)
-    packed = samples.captions.select(captions).to(image.device)
-    return itc + model.matching(tokens[indices].float().to(image.device), packed, *negatives)
+    return itc + model.matching(image_tokens.to(image.device).float(), samples.captions.select(chosen).to(image.device), *negatives)
 
 
 def caption_of(samples, indices, rng):
     """One of the captions of each picture, by chance: numbers (B,)."""
-    first = torch.searchsorted(samples.image_of_text, indices)
-    count = torch.searchsorted(samples.image_of_text, indices, right=True) - first
-    return first + (torch.from_numpy(rng.random(len(indices))) * count).long()
+    begin = torch.searchsorted(samples.image_of_text, indices)
+    count = torch.searchsorted(samples.image_of_text, indices, right=True) - begin
+    return begin + (torch.from_numpy(rng.random(len(indices))) * count).long()
 
 
 @torch.no_grad()
-def pair_metrics(heads, samples):
+def pair_metrics(head, samples):
     """Recalls in percent by the official names, by cosine alone ("itc_...") and re-ranked; scores (T, N) for the picture."""
-    device = heads.temperature.device
-    similarity = heads.image_features(samples.tokens[0][:, 0]) @ heads.text_features(samples.text).T                # (N, T)
-    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        scores = rerank(heads.model, samples.tokens[0], samples.captions.to(device), similarity, samples.config.k_test, progress=True)
-    image_of_text = samples.image_of_text.to(device)
-    itc = retrieval_metrics(similarity, similarity.T, image_of_text)
-    return {f"itc_{name}": value for name, value in itc.items()} | retrieval_metrics(*scores, image_of_text) | {"scores": scores[1].cpu()}
+    image_tokens = samples.image_tokens[0]
+    similarity = head.image_features(image_tokens[:, 0]) @ head.text_features(samples.cls_tokens).T         # (N, T)
+    metrics, scores = recalls(head.model, image_tokens, samples.captions, similarity, samples.image_of_text, samples.config)
+    return metrics | {"scores": scores, "baseline": chance(len(samples), samples.image_of_text)}
+
+
+def chance(images, image_of_text):
+    """Recalls in percent of an order by chance: for an image, that one of its captions is among the first k."""
+    T, counts = len(image_of_text), image_of_text.bincount().tolist()
+    recall = {f"img_r{k}": 100 * min(1, k / images) for k in (5, 10)}
+    for k in (5, 10):
+        recall[f"txt_r{k}"] = 100 * float(np.mean([1 - math.comb(T - count, k) / math.comb(T, k) if k < T else 1 for count in counts]))
+    return recall | {f"itc_{name}": value for name, value in recall.items()}
+
+
+def save_flip(head, metrics, folder):
+    """A checkpoint like any other; its momentum encoders and queues are still those of pre-training."""
+    write_whole(head.model.checkpoint(), folder / "flip.pt")
 
 
 # ---- sketch: photos and growing sketches through the same encoder and projection ------------------------------------
 @dataclass(frozen=True)
 class Sketched:
-    photos: Paired | None           # with captions, or
-    first: torch.Tensor             # (N, D) class tokens of the photos alone
+    photos: torch.Tensor            # (N, D) their class tokens
     sketches: torch.Tensor          # (N, T, D) class tokens of the sketches, from the first stroke to the last
     identity: torch.Tensor          # (N,)
+    paired: Paired | None           # the photos with their captions, for training, where they have any
 
     def __len__(self):
-        return len(self.first)
+        return len(self.photos)
 
 
 def encode_sketches(model, episodes, config, training):
-    """Class tokens of all steps of all sketches; of the photos all tokens where there are captions to match them with."""
-    photos, T, size = episodes.photos, episodes.steps, model.config.vit.image_size
-    has_text = photos.captions is not None or photos.attributes is not None
-    paired = encode_pairs(model, photos, config, training) if has_text and training else None
-    device = model.temperature.device
+    """Class tokens of all steps of all sketches, and of the photos; for training all tokens of photos that have captions."""
+    faces, T, size, device = episodes.photos, episodes.steps, model.config.vit.image_size, model.temperature.device
     class_token = lambda images: model.student.image(images, first_only=True)
-    first = paired.tokens[0][:, 0].float() if paired else encode_views(class_token, photos, 1, model, config)[0]
-    # Encoders that have seen photographs only are more at home with dark lines on a light ground.
-    sketches = encode(class_token, lambda n: ImageOps.invert(episodes.sketch(n // T, n % T)), len(photos) * T, size, config, device,
-                      f"encoding the sketches of {photos.name}")
-    return Sketched(paired, first, sketches.unflatten(0, (len(photos), T)), torch.from_numpy(photos.identity))
+    if training and (faces.captions is not None or faces.attributes is not None):
+        paired = encode_pairs(model, faces, config, training)
+        photos = paired.image_tokens[0][:, 0].float()
+    else:
+        paired, photos = None, encode_views(class_token, faces, 1, model, config)[0]
+    # An episode is white on black; an encoder of photographs tells more of dark lines on a light ground.
+    read = lambda n: ImageOps.invert(episodes.sketch(n // T, n % T))
+    sketches = encode(class_token, read, len(faces) * T, size, config, device, f"encoding the sketches of {faces.name}")
+    return Sketched(photos, sketches.unflatten(0, (len(faces), T)), torch.from_numpy(faces.identity), paired)
 
 
-def sketch_loss(heads, samples, indices, rng, step):
+def sketch_loss(head, samples, indices, rng, step):
     """IIC, the contrastive loss between a step of the sketch and its photo, plus ITC + ITM of the photo where it has captions."""
     steps = torch.from_numpy(rng.integers(samples.sketches.shape[1], size=len(indices)))
-    sketch, photo = heads.image_features(samples.sketches[indices, steps]), heads.image_features(samples.first[indices])
-    iic = contrast(sketch, photo, samples.identity[indices].to(sketch.device), heads.temperature)
-    return iic + pair_loss(heads, samples.photos, indices, rng, step) if samples.photos else iic
+    sketch, photo = head.image_features(samples.sketches[indices, steps]), head.image_features(samples.photos[indices])
+    iic = contrast(sketch, photo, samples.identity[indices].to(sketch.device), head.temperature)
+    if samples.paired is None:
+        return iic
+    return iic + pair_loss(head, samples.paired, indices, rng, step)
 
 
 def sketch_ranks(similarity):
@@ -387,8 +439,9 @@ def sketch_ranks(similarity):
 
 
 def early_retrieval(ranks, photos):
-    """Ranks (N, T) among `photos` photos -> m@A (mean rank percentile), m@B (mean of 1 / rank), both in percent over all steps;
-    w@A and w@B weigh step t = 1..T by exp(-t / T); and the two curves over the steps, (T,)."""
+    """Ranks (N, T) among `photos` photos -> m@A (mean rank percentile) and m@B (mean of 1 / rank), in percent over all steps;
+    w@A and w@B weigh step t = 1..T by exp(-t / T) and do not divide by the weights' sum, so that their highest is about 63;
+    and the two curves over the steps, (T,)."""
     T = ranks.shape[1]
     percentile, inverse = 100 * (photos - ranks.double()) / (photos - 1), 100 / ranks.double()
     weight = torch.exp(-torch.arange(1, T + 1, dtype=torch.float64, device=ranks.device) / T)
@@ -397,27 +450,31 @@ def early_retrieval(ranks, photos):
 
 
 @torch.no_grad()
-def sketch_metrics(heads, samples):
-    photos = heads.image_features(samples.first)                                            # (N, E)
-    similarity = heads.image_features(samples.sketches) @ photos.T                          # (N, T, N)
+def sketch_metrics(head, samples):
+    photos = head.image_features(samples.photos)                                            # (N, E)
+    similarity = head.image_features(samples.sketches) @ photos.T                           # (N, T, N)
     metrics = early_retrieval(sketch_ranks(similarity), len(photos))
-    return metrics | {"whole": metrics["A"][-1], "similarity": similarity.cpu()}
+    ranks = torch.arange(1, len(photos) + 1)[:, None].expand(-1, similarity.shape[1])       # one sketch at each rank
+    chance = early_retrieval(ranks, len(photos)) | {"finished": 50.0}
+    return metrics | {"finished": metrics["A"][-1], "similarity": similarity.cpu(), "baseline": chance}
 
 
 # ---- pictures ------------------------------------------------------------------------------------------------------
 def draw_retrieval(results, faces, folder):
     """For some captions of the test part the five faces that the first checkpoint ranks best."""
-    retrieval_sheet(Validation.of(faces), results[FIRST].final["scores"], folder / "retrieval.png")
+    retrieval_sheet(Validation.of(faces), results[0].final["scores"], folder / "retrieval.png")
 
 
 def draw_attributes(results, faces, folder):
-    """Accuracy for each attribute, from the whole training part, beside who always says the more frequent answer."""
-    per_label = results[FIRST].final["per_label"]
-    names = sorted(per_label, key=lambda name: per_label[name][0] - per_label[name][3])
+    """Accuracy for each attribute, from the largest share of the training part, beside who always says the more frequent
+    answer."""
+    per_label = results[0].final["per_label"]
+    names = sorted(per_label, key=lambda name: per_label[name]["accuracy"] - per_label[name]["majority"])
     figure, axes = figure_of(9, 1.5 + 0.28 * len(names))
     places = np.arange(len(names))
-    axes.barh(places + 0.2, [per_label[name][0] for name in names], 0.4, label=results[FIRST].name, color="tab:blue")
-    axes.barh(places - 0.2, [per_label[name][3] for name in names], 0.4, label="always the majority", color="lightgrey")
+    for column, shift, label, color in (("accuracy", 0.2, results[0].name, "tab:blue"),
+                                        ("majority", -0.2, "always the majority", "lightgrey")):
+        axes.barh(places + shift, [per_label[name][column] for name in names], 0.4, label=label, color=color)
     axes.set(yticks=places, yticklabels=[name.replace("_", " ") for name in names], xlim=(50, 100), ylim=(-1, len(names)),
              xlabel="accuracy on the test part, %")
     axes.legend(loc="lower left")
@@ -426,22 +483,23 @@ def draw_attributes(results, faces, folder):
 
 def draw_sketch(results, episodes, folder, stages=6, top=5):
     """One sketch as it grows, with the best photos at each stage; and how early photos are found, for all encoders."""
-    similarity = results[FIRST].final["similarity"]                                          # (N, T, N)
+    similarity = results[0].final["similarity"]                                             # (N, T, N)
     ranks = sketch_ranks(similarity)
     n = int((1 / ranks.double()).mean(1).argsort()[len(ranks) // 2])                        # as easy as half of the others
     rows = []
     for t in (torch.arange(1, stages + 1) * episodes.steps // stages - 1).clamp(min=0).tolist():
         best = similarity[n, t].argsort(descending=True)[:top].tolist()
-        tiles = [(episodes.sketch(n, t), "", False)] + [(episodes.photos.picture(i), f"{similarity[n, t, i]:.2f}", i == n) for i in best]
-        rows.append((f"step {t + 1} of {episodes.steps}: the true photo has rank {ranks[n, t]} of {len(ranks)}", tiles))
+        tiles = [(episodes.photos.picture(i), f"{similarity[n, t, i]:.2f}", i == n) for i in best]
+        rows.append((f"step {t + 1} of {episodes.steps}: the true photo has rank {ranks[n, t]} of {len(ranks)}",
+                     [(episodes.sketch(n, t), "", False), *tiles]))
     contact_sheet(rows, tile=112).save(folder / "sketch.png")
-    figure, axes = figure_of(11, 4.2, columns=2)
-    for curve, side, title in (("A", axes[0], "mean rank percentile"), ("B", axes[1], "mean of 1 / rank")):
-        for row in results:
-            values = row.final[curve]
-            side.plot([100 * (t + 1) / len(values) for t in range(len(values))], values, label=row.name)
-        side.set(xlabel="% of the sketch drawn", ylabel="%", xlim=(0, 100), ylim=(0, 100), title=title)
-    axes[0].legend(loc="lower right", fontsize="small")
+    figure, sides = figure_of(11, 4.2, columns=2)
+    for curve, axes, title in zip("AB", sides, ("mean rank percentile", "mean of 1 / rank")):
+        for result in results:
+            percent = 100 * np.arange(1, episodes.steps + 1) / episodes.steps
+            axes.plot(percent, result.final[curve], label=result.name)
+        axes.set(xlabel="% of the sketch drawn", ylabel="%", xlim=(0, 100), ylim=(0, 100), title=title)
+    sides[0].legend(loc="lower right", fontsize="small")
     figure.savefig(folder / "curves.png", dpi=110)
 
 
@@ -456,28 +514,36 @@ class Task(NamedTuple):
     open: Callable          # (config, split, size) -> Faces or Episodes
     encode: Callable        # (model, faces, config, training) -> samples: all that the frozen encoders have to say about them
     head: Callable          # (model, samples) -> the module that is trained
-    loss: Callable          # (head, samples, indices (B,), rng, step) -> ()
-    metrics: Callable       # (head, samples) -> {name: number, and what the pictures need}
+    loss: Callable          # (head, samples, indices (B,), rng, step) -> a scalar tensor
+    after_step: Callable    # (head): what changes beside the optimiser's step
+    metrics: Callable       # (head, samples) -> {name: number}, the same of who has learned nothing, and what pictures need
     select: str             # the metric on the validation part that decides what is kept
     columns: dict           # of the table: metric -> title
     draw: Callable          # (results, test part, folder)
+    save: Callable          # (head, its metrics, folder)
 
 
-def open_part(config, split, size):
-    """Faces to train, choose or test on; drawn ones are none that train.py draws."""
+def open_part(config, split, size, own=data.open_faces, drawn=data.drawn_faces):
+    """A part to train, choose or test on; drawn faces are none that train.py draws, at the size that the model sees."""
     if config.data:
-        return data.open_faces(config.data, split)
-    return data.drawn_faces(count_of(config, split), size, {"train": 10, "val": 11, "test": 12}[split], config.cache)
+        part = own(config.data, split)
+        return part.subset(range(min(config.validation, len(part)))) if split == "val" else part
+    count, seed = {"train": (config.faces, 10), "val": (config.validation, 11), "test": (config.test, 12)}[split]
+    return drawn(count, size, seed, config.cache)
 
 
-def count_of(config, split):
-    return {"train": config.faces, "val": config.test_faces // 2, "test": config.test_faces}[split]
+def open_labelled_part(config, split, size):
+    faces = open_part(config, split, size)
+    if faces.attributes is None:
+        raise ValueError(f"{faces.name}: attributes are to be learned, but these faces have none")
+    return faces
 
 
 def open_captioned_part(config, split, size):
     """For drawn faces, an archive of black-and-white photographs: in a collection like the one that train.py learns from, its
     projections are as good as they can be, and there is nothing to tune."""
     faces = open_part(config, split, size)
+    faces.check_text()
     if config.data:
         return faces
     grey = np.asarray(faces.pictures) @ np.array([0.299, 0.587, 0.114])                     # (N, S, S)
@@ -485,164 +551,172 @@ def open_captioned_part(config, split, size):
     return dataclasses.replace(faces, name=f"{faces.name}, black and white", pictures=pictures)
 
 
-def open_episode_part(config, split, size):
-    if config.data:
-        return data.open_episodes(config.data, split)
-    return data.drawn_episodes(count_of(config, split), size, {"train": 20, "val": 21, "test": 22}[split], config.cache)
+def open_episodes(config, split, size):
+    return open_part(config, split, size, data.open_episodes, data.drawn_episodes)
 
 
-def attribute_head(model, samples):
-    _, vectors, width = samples.vectors[0].shape
-    return AttributeHead(vectors, width, len(samples.names)).to(model.temperature.device)
-
-
-def flip_heads(model, samples):
-    return Heads(model).requires_grad_(True)
+def clamp_temperature(head):
+    head.model.clamp_temperature()
 
 
 RECALLS = {f"{way}_r{k}": f"{title} R@{k}" for way, title in (("img", "T→I"), ("txt", "I→T")) for k in (5, 10)}
 TASKS = {
     "retrieval": Task(
-        open_captioned_part, encode_pairs, flip_heads, pair_loss, pair_metrics, "r_mean",
-        RECALLS | {f"itc_{name}": f"{title}, ITC alone" for name, title in RECALLS.items()}, draw_retrieval),
+        open_captioned_part, encode_pairs, flip_head, pair_loss, clamp_temperature, pair_metrics, "r_mean",
+        RECALLS | {f"itc_{name}": f"{title}, ITC alone" for name, title in RECALLS.items()}, draw_retrieval, save_flip),
     "attributes": Task(
-        open_part, encode_attributes, attribute_head, attribute_loss, attribute_metrics, "accuracy",
-        {"accuracy": "accuracy", "balanced": "balanced accuracy", "precision": "average precision"}, draw_attributes),
+        open_labelled_part, encode_attributes, attribute_head, attribute_loss, lambda head: None, attribute_metrics, "accuracy",
+        {"accuracy": "accuracy", "balanced": "balanced accuracy", "average_precision": "average precision"},
+        draw_attributes, save_attribute_head),
     "sketch": Task(
-        open_episode_part, encode_sketches, flip_heads, sketch_loss, sketch_metrics, "m@B",
-        {"m@A": "m@A", "m@B": "m@B", "w@A": "w@A", "w@B": "w@B", "whole": "A of whole sketches"}, draw_sketch)}
+        open_episodes, encode_sketches, flip_head, sketch_loss, clamp_temperature, sketch_metrics, "m@B",
+        {"m@A": "m@A", "m@B": "m@B", "w@A": "w@A", "w@B": "w@B", "finished": "A, sketch finished"}, draw_sketch, save_flip)}
 
 # What the papers publish (FLIP, tables 3 to 5): the first columns of ours, on the data named. FLIP*: captions by grammar
-# alone, FLIP†: text from LAION-Face. Attributes: by the shares of the training part. Their LFWA was trained on the test part.
+# alone, FLIP†: text from LAION-Face. Attributes: by the share of the training part. FLIP's LFWA saw the test part in training.
 PUBLISHED = {
     "retrieval": {
-        "CelebA-Caption": {"ALIGN": (6.99, 11.09, 5.08, 8.65), "BLIP": (24.56, 34.09, 24.35, 34.15), "CLIP": (21.42, 30.3, 26.52, 37.22),
-                           "FLIP*": (38.62, 48.28, 38.14, 48.9), "FLIP†": (13.24, 20.96, 10.76, 17.08), "FLIP": (50.04, 62.04, 50.96, 62.98)},
-        "MM-CelebA": {"ALIGN": (8.1, 12.61, 6.6, 10.53), "BLIP": (21.56, 31.25, 23.83, 33.38), "CLIP": (13.63, 21.06, 14.41, 22.48),
-                      "FLIP*": (23.81, 33.48, 23.7, 32.83), "FLIP†": (9.75, 15.7, 7.48, 12.25), "FLIP": (26.1, 35.75, 27.05, 37.23)}},
+        "CelebA-Caption": {
+            "ALIGN": (6.99, 11.09, 5.08, 8.65), "BLIP": (24.56, 34.09, 24.35, 34.15), "CLIP": (21.42, 30.3, 26.52, 37.22),
+            "FLIP*": (38.62, 48.28, 38.14, 48.9), "FLIP†": (13.24, 20.96, 10.76, 17.08), "FLIP": (50.04, 62.04, 50.96, 62.98)},
+        "MM-CelebA": {
+            "ALIGN": (8.1, 12.61, 6.6, 10.53), "BLIP": (21.56, 31.25, 23.83, 33.38), "CLIP": (13.63, 21.06, 14.41, 22.48),
+            "FLIP*": (23.81, 33.48, 23.7, 32.83), "FLIP†": (9.75, 15.7, 7.48, 12.25), "FLIP": (26.1, 35.75, 27.05, 37.23)}},
     "attributes": {
-        "CelebA": {"ViT": {0.01: 89.20, 0.1: 90.21, 1: 90.77}, "CLIP": {0.01: 89.09, 0.1: 90.47, 1: 90.86},
-                   "FaRL": {0.01: 89.66, 0.02: 90.26, 1: 91.39}, "FLIP†": {0.01: 88.05, 0.1: 90.74, 1: 91.32},
-                   "FLIP": {0.01: 91.52, 0.1: 91.74, 1: 92.27}},
-        "LFWA": {"ViT": {0.1: 79.58, 0.5: 85.19, 1: 84.16}, "CLIP": {0.1: 80.20, 0.5: 85.48, 1: 84.48},
-                 "FaRL": {0.1: 82.42, 0.5: 85.38, 1: 85.94}, "FLIP†": {0.1: 79.89, 0.5: 85.62, 1: 84.34},
-                 "FLIP": {0.1: 82.60, 0.5: 89.87, 1: 98.04}}},
+        "CelebA": {
+            "ViT": {0.01: 89.20, 0.1: 90.21, 1: 90.77}, "CLIP": {0.01: 89.09, 0.1: 90.47, 1: 90.86},
+            "FaRL": {0.01: 89.66, 0.02: 90.26, 1: 91.39}, "FLIP†": {0.01: 88.05, 0.1: 90.74, 1: 91.32},
+            "FLIP": {0.01: 91.52, 0.1: 91.74, 1: 92.27}},
+        "LFWA": {
+            "ViT": {0.1: 79.58, 0.5: 85.19, 1: 84.16}, "CLIP": {0.1: 80.20, 0.5: 85.48, 1: 84.48},
+            "FaRL": {0.1: 82.42, 0.5: 85.38, 1: 85.94}, "FLIP†": {0.1: 79.89, 0.5: 85.62, 1: 84.34},
+            "FLIP": {0.1: 82.60, 0.5: 89.87, 1: 98.04}}},
     "sketch": {
-        "FS2K-SDE1": {"SLFIR": (96.22, 45.48), "BLIP": (97.64, 46.72), "CLIP": (98.01, 57.27), "FLIP†": (98.14, 56.70), "FLIP": (99.49, 71.10)},
-        "FS2K-SDE2": {"SLFIR": (90.22, 41.55), "BLIP": (97.10, 64.06), "CLIP": (96.02, 57.32), "FLIP†": (95.41, 59.40), "FLIP": (97.55, 64.80)}}}
-FIRST = 1       # row of the first checkpoint in the results; row 0 is the random encoder
+        "FS2K-SDE1": {
+            "SLFIR": (96.22, 45.48), "BLIP": (97.64, 46.72), "CLIP": (98.01, 57.27), "FLIP†": (98.14, 56.70), "FLIP": (99.49, 71.10)},
+        "FS2K-SDE2": {
+            "SLFIR": (90.22, 41.55), "BLIP": (97.10, 64.06), "CLIP": (96.02, 57.32), "FLIP†": (95.41, 59.40), "FLIP": (97.55, 64.80)},
+        "User-SDE": {
+            "SLFIR": (93.27, 38.91), "BLIP": (94.68, 48.99), "CLIP": (95.57, 58.38), "FLIP†": (89.69, 38.89), "FLIP": (97.34, 62.52)}}}
 
 
 # ---- tuning --------------------------------------------------------------------------------------------------------
 def tune(task, head, training, validation, config, log):
-    """Train the head; leave it in the state that was best on the validation part, which may be the one it came in."""
+    """Train the head. Returns its weights as they came in, and as they were when the validation part liked them best, which
+    may be the same."""
     matrices = [p for p in head.parameters() if p.ndim > 1]
     others = [p for p in head.parameters() if p.ndim <= 1]                                  # are not decayed
     optimizer = torch.optim.AdamW([{"params": matrices}, {"params": others, "weight_decay": 0.0}], weight_decay=config.weight_decay)
-    per_epoch, step = max(1, len(training) // config.batch_size), 0
+    device, per_epoch, step = others[0].device, max(1, len(training) // config.batch_size), 0
     looks = {round(config.epochs * (n + 1) / config.evaluations) for n in range(config.evaluations)}
-    best, kept = task.metrics(head, validation)[task.select], copy.deepcopy(head.state_dict())
+    untuned = best = copy.deepcopy(head.state_dict())
+    highest = task.metrics(head, validation)[task.select]
     for epoch in tqdm(range(1, config.epochs + 1), "tuning", leave=False):
         rng = np.random.default_rng((config.seed, epoch))
         order, losses = torch.from_numpy(rng.permutation(len(training))), []
         for indices in order[:per_epoch * config.batch_size].split(config.batch_size):
-            done = ramp(step, config.warmup, config.epochs * per_epoch)
-            rate = config.lr * min(1, (step + 1) / max(1, config.warmup)) * (1 + math.cos(math.pi * done)) / 2
             for group in optimizer.param_groups:
-                group["lr"] = rate
-            loss = task.loss(head, training, indices, rng, step)
+                group["lr"] = learning_rate(step, config.epochs * per_epoch, config)
+            with autocast(config, device):
+                loss = task.loss(head, training, indices, rng, step)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            if isinstance(head, Heads):
-                head.model.clamp_temperature()
-            losses.append(loss.item())
+            task.after_step(head)
+            losses.append(loss.detach())
             step += 1
         if epoch in looks:
             found = task.metrics(head, validation)
-            log.write(epoch=epoch, loss=sum(losses) / len(losses), **{f"val_{name}": found[name] for name in task.columns})
-            if found[task.select] > best:
-                best, kept = found[task.select], copy.deepcopy(head.state_dict())
-    head.load_state_dict(kept)
+            log.write(epoch=epoch, loss=torch.stack(losses).mean().item(), **{f"val_{name}": found[name] for name in task.columns})
+            if found[task.select] > highest:
+                highest, best = found[task.select], copy.deepcopy(head.state_dict())
+    return untuned, best
+
+
+def learning_rate(step, steps, config):
+    """A straight line to `lr` over the warm-up, at most a tenth of the run, times a cosine that ends at 0."""
+    warmup = min(config.warmup, steps // 10)
+    return config.lr * min(1.0, (step + 1) / max(1, warmup)) * (1 + math.cos(math.pi * ramp(step, warmup, steps))) / 2
 
 
 class Result(NamedTuple):
+    """What came of one encoder, on the test part; share: of the training part that the head has seen."""
     name: str
-    before: dict | None     # metrics of the test part before tuning, where the head existed already
-    tuned: dict             # and after it: {share of the training part: metrics}
-    head: nn.Module         # from all of the training part
-    model: FLIP
+    before: dict            # {share: {column: metric}} of the head that tuning began with
+    tuned: dict             # {share: metrics} after it
 
     @property
     def final(self):
+        """From the largest share."""
         return self.tuned[max(self.tuned)]
 
 
 def evaluate_encoder(name, model, parts, config, log):
-    """Tune on one frozen encoder, for attributes with each share of the training part; then test."""
-    task, fractions = TASKS[config.task], sorted(config.fractions) if config.task == "attributes" else [1.0]
+    """Tune on one frozen encoder, for attributes with each share of the training part; then test. Returns the result and the
+    head of the largest share."""
+    task, shares = TASKS[config.task], sorted(config.fractions) if config.task == "attributes" else [1.0]
     training, validation = (task.encode(model, parts[split], config, split == "train") for split in ("train", "val"))
-    heads = []
-    for fraction in fractions:
+    heads = {}
+    for share in shares:
         torch.manual_seed(config.seed)
-        heads.append(task.head(model, training))
-        untuned = copy.deepcopy(heads[-1].state_dict())
-        log.write(encoder=name, fraction=fraction)
-        tune(task, heads[-1], share_of(training, fraction, config.seed), validation, config, log)
+        head = task.head(model, training)
+        log.write(encoder=name, share=share)
+        heads[share] = head, *tune(task, head, share_of(training, share, config.seed), validation, config, log)
+    del training, validation                                # may be large
     testing = task.encode(model, parts["test"], config, False)         # not looked at before
-    tuned, before = {fraction: task.metrics(head, testing) for fraction, head in zip(fractions, heads)}, None
-    if isinstance(heads[-1], Heads):
-        kept = copy.deepcopy(heads[-1].state_dict())
-        heads[-1].load_state_dict(untuned)
-        before = task.metrics(heads[-1], testing)
-        heads[-1].load_state_dict(kept)
-    log.write(encoder=name, **{f"test_{column}": tuned[fractions[-1]][column] for column in task.columns})
-    return Result(name, before, tuned, heads[-1], model)
+    result = Result(name, {}, {})
+    for share, (head, untuned, best) in heads.items():
+        head.load_state_dict(untuned)
+        metrics = task.metrics(head, testing)
+        result.before[share] = {column: metrics[column] for column in task.columns}
+        head.load_state_dict(best)
+        result.tuned[share] = task.metrics(head, testing)
+    log.write(encoder=name, **{f"test_{column}": result.final[column] for column in task.columns})
+    return result, head
 
 
-def share_of(samples, fraction, seed):
+def share_of(samples, share, seed):
     """A share of the samples, by the seed; a smaller share is part of a larger one."""
-    if fraction == 1:
+    if share == 1:
         return samples
-    chosen = np.random.default_rng(seed).permutation(len(samples))[:max(1, round(fraction * len(samples)))]
-    return samples.part(torch.from_numpy(chosen))
+    chosen = np.random.default_rng(seed).permutation(len(samples))[:max(1, round(share * len(samples)))]
+    return samples.subset(torch.from_numpy(chosen))
 
 
 # ---- encoders to compare -------------------------------------------------------------------------------------------
 def open_encoders(config):
-    """[(name, model)]: random weights first, then the checkpoints."""
+    """[(name, model)]: the checkpoints, then random weights."""
     models = [load(path, config) for path in config.checkpoint]
-    names = [name_of(path) for path in config.checkpoint]
+    # The flags of the runs that made them; {} for one that train.py did not make.
+    settings = [read_checkpoint(path).get("training", {}).get("settings", {}) for path in config.checkpoint]
+    names = [name_of(path, flags) for path, flags in zip(config.checkpoint, settings)]
     names = [f"{name} ({path})" if names.count(name) > 1 else name for name, path in zip(names, config.checkpoint)]
-    return [("random frozen encoder", random_encoder(config, models[0])), *zip(names, models)]
+    if config.random:
+        names.append("random frozen encoder")
+        models.append(random_encoder(models[0], settings[0].get("small_init"), config.seed))
+    return list(zip(names, models))
 
 
 def load(path, config):
     model = FLIP.from_pretrained(path)
     if config.vocabulary:
         model.use(Tokenizer.load(config.vocabulary))
-    if model.tokenizer is None:
+    if model.tokenizer is None and config.task != "attributes":
         raise ValueError(f"{path} holds no vocabulary; give one with --vocabulary bert-base-uncased or a vocab.txt")
     return model
 
 
-def random_encoder(config, like):
-    """The first checkpoint's model with new weights, initialised as train.py would."""
-    torch.manual_seed(config.seed)
+def random_encoder(like, small_init, seed):
+    """A model like another with new weights, initialised as train.py would."""
+    torch.manual_seed(seed)
     model = FLIP(like.config, like.tokenizer)
-    if settings_of(config.checkpoint[0]).get("small_init"):
+    if small_init:
         initialise_small(model)
     return model
 
 
-def settings_of(path):
-    """The flags of the run that made a checkpoint; {} for one that train.py did not make."""
-    return read_checkpoint(path).get("training", {}).get("settings", {})
-
-
-def name_of(path):
+def name_of(path, settings):
     """What to call a checkpoint in the table."""
-    settings = settings_of(path)
     if not settings:
         return Path(path).stem
     return f"{'ITC alone' if settings['itm_from'] >= 1 else 'FLIP'}, pre-trained on {Path(settings['data']).name or 'drawn faces'}"
@@ -650,62 +724,59 @@ def name_of(path):
 
 # ---- the run -------------------------------------------------------------------------------------------------------
 def finetune(config):
-    """The whole run; returns the results, the random encoder's first."""
+    """The whole run; returns the results, the first checkpoint's first. What is done lies in --out before the next begins."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     task, folder, encoders = TASKS[config.task], Path(config.out) / config.task, open_encoders(config)
-    size = encoders[FIRST][1].config.vit.image_size                                         # at which faces are drawn
-    parts = {split: task.open(config, split, size) for split in ("train", "val", "test")}
-    if config.data:
-        for part in parts.values():
-            data.check_pictures(part)                       # a damaged one in the test part would be met after hours
-    log = Log(folder / "log.jsonl", config, start=0, writes=True)
-    results = []
+    parts = open_parts(config, encoders[0][1].config.vit.image_size)
+    log, results = Log(folder / "log.jsonl", config, start=0, writes=True), []
     for name, model in encoders:
         print(f"{name} ...", flush=True)
-        results.append(evaluate_encoder(name, freeze(model.to(device)), parts, config, log))
-    text = table(results, config)
-    (folder / "table.md").write_text(text + "\n", encoding="utf-8")
-    save(results[FIRST], folder)
-    task.draw(results, parts["test"], folder)
-    print(f"\n{text}\n\n{folder}: log.jsonl, table.md, the tuned head, pictures")
+        result, head = evaluate_encoder(name, freeze(model.to(device)), parts, config, log)
+        results.append(result)
+        (folder / "table.md").write_text(table(results, config) + "\n", encoding="utf-8")
+        task.draw(results, parts["test"], folder)
+        if len(results) == 1:
+            task.save(head, result.final, folder)
+        model.cpu()
+    print(f"\n{table(results, config)}\n\n{folder}: log.jsonl, table.md, the tuned head, pictures")
     return results
 
 
+def open_parts(config, size):
+    """{split: Faces or Episodes}. All pictures are looked at first: a damaged one in the test part would be met after hours."""
+    parts = {split: TASKS[config.task].open(config, split, size) for split in ("train", "val", "test")}
+    for split, part in parts.items():
+        if len(part) < 2:
+            raise ValueError(f"{config.data}: the part \"{split}\" has {len(part)} pictures, expected at least 2")
+    if config.data:
+        for part in parts.values():
+            data.check_pictures(part)
+    return parts
+
+
 def table(results, config):
-    """Markdown: the encoders side by side, then what is published about other data."""
-    header, rows = attribute_rows(results) if config.task == "attributes" else ranking_rows(results, TASKS[config.task].columns)
-    for where, values in PUBLISHED[config.task].items():
-        for name, published in values.items():
+    """Markdown: who has learned nothing, the encoders side by side, the last first, then what is published on other data."""
+    columns, baseline = TASKS[config.task].columns, results[0].final["baseline"]
+    shares = list(results[0].tuned)
+    if config.task == "attributes":
+        header = [f"{title}, {100 * share:g} %" for title in columns.values() for share in shares]
+        rows = [("always the majority", [baseline[column] for column in columns for _ in shares])]
+        rows += [(result.name, [result.tuned[share][column] for column in columns for share in shares]) for result in results[::-1]]
+    else:
+        header, rows = list(columns.values()), [("chance", [baseline[column] for column in columns])]
+        rows += [(f"{result.name}, {when}", [metrics[column] for column in columns]) for result in results[::-1]
+                 for when, metrics in (("before tuning", result.before[1.0]), ("tuned", result.final))]
+    rows = [(name, [f"{value:.1f}" for value in values]) for name, values in rows]
+    for where, published in PUBLISHED[config.task].items():
+        for name, values in published.items():
             if config.task == "attributes":
-                published = [published.get(fraction) for fraction in results[0].tuned]
-            if None not in published:
-                rows.append((f"{name}, published on {where}", published))
+                values = [values.get(share, "") for share in shares]
+            if any(values):
+                rows.append((f"{name}, published on {where}", [str(value) for value in values]))
     lines = ["| " + " | ".join(["%", *header]) + " |", "|---" * (len(header) + 1) + "|"]
     for name, values in rows:
-        lines.append("| " + " | ".join([name, *(f"{value:.1f}" for value in values), *[""] * (len(header) - len(values))]) + " |")
+        lines.append("| " + " | ".join([name, *values, *[""] * (len(header) - len(values))]) + " |")
     return "\n".join(lines)
-
-
-def ranking_rows(results, columns):
-    """(titles of the columns, [(name, values)]): each encoder before and after tuning."""
-    return list(columns.values()), [(f"{result.name}, {when}", [metrics[column] for column in columns]) for result in results
-                                    for when, metrics in (("before tuning", result.before), ("tuned", result.final))]
-
-
-def attribute_rows(results):
-    """The same for attributes: each metric for each share of the training part."""
-    columns, shares = TASKS["attributes"].columns, results[0].tuned
-    rows = [(result.name, [metrics[column] for column in columns for metrics in result.tuned.values()]) for result in results]
-    majority = [value for value in (results[0].final["majority"], 50.0) for _ in shares]
-    return [f"{title}, {100 * share:g} %" for title in columns.values() for share in shares], [*rows, ("always the majority", majority)]
-
-
-def save(result, folder):
-    """The first checkpoint's tuned head: a whole FLIP, for flip.py to search with, or the attribute head with its labels."""
-    if isinstance(result.head, Heads):
-        write_whole(result.model.checkpoint(), folder / "flip.pt")
-    else:
-        write_whole({"model": result.head.state_dict(), "attributes": list(result.final["per_label"])}, folder / "head.pt")
 
 
 if __name__ == "__main__":

@@ -1773,10 +1773,21 @@ def test_average_precision_and_balanced_accuracy_are_their_definitions():
     logits = torch.tensor([[1.0, -1, 2], [2.0, -1, 1], [-1.0, -1, 1], [3.0, -1, 1]])
     labels = torch.tensor([[1.0, 0, 1], [1, 0, 1], [1, 1, 1], [0, 0, 1]])
     found = finetune.attribute_metrics(head, finetune.Labelled([F.pad(logits, (0, 1))[:, None]], labels, ("a", "b", "c")))
-    assert [row[:2] for row in found["per_label"].values()][:2] == [pytest.approx([50, 100 / 3]), pytest.approx([75, 50])]
-    accuracy, balanced, precision, majority = found["per_label"]["c"]               # which everyone has
+    for name, expected in (("a", [50, 100 / 3]), ("b", [75, 50])):
+        assert [found["per_label"][name][column] for column in ("accuracy", "balanced")] == pytest.approx(expected)
+    accuracy, balanced, precision, majority = found["per_label"]["c"].values()      # which everyone has
     assert accuracy == majority == 100 and np.isnan([balanced, precision]).all()
     assert found["accuracy"] == pytest.approx(75) and found["balanced"] == pytest.approx((100 / 3 + 50) / 2) and found["majority"] == pytest.approx(250 / 3)
+
+
+def test_chance_is_what_orders_by_chance_come_to():
+    rng, image_of_text = np.random.default_rng(0), torch.tensor([0] * 3 + [1] + [2] * 2 + list(range(3, 20)))
+    scores = [torch.from_numpy(rng.random((20, 23))) for _ in range(3000)]
+    found = [losses.retrieval_metrics(score, score.T, image_of_text) for score in scores]
+    expected = finetune.chance(20, image_of_text)
+    for name in ("img_r5", "img_r10", "txt_r5", "txt_r10"):
+        assert np.mean([metrics[name] for metrics in found]) == pytest.approx(expected[name], abs=1)
+    assert finetune.chance(3, torch.arange(3))["txt_r5"] == finetune.chance(3, torch.arange(3))["itc_img_r10"] == 100
 
 
 def test_the_loss_within_a_batch_is_the_symmetric_cross_entropy_with_positives_of_equal_identity():
@@ -1803,7 +1814,7 @@ def test_a_caption_is_one_of_its_pictures():
 def tuned(task, checkpoint, out, cache="", **changes):
     """A run of a few steps on a few faces; the drawn ones' recipe."""
     settings = finetune.RECIPES[task] | finetune.DRAWN[task] | dict(
-        task=task, checkpoint=(str(checkpoint / "flip.pt"),), out=str(out), cache=cache, faces=24, test_faces=8, epochs=3, batch_size=8, itm_every=1)
+        task=task, checkpoint=(str(checkpoint / "flip.pt"),), out=str(out), cache=cache, faces=24, validation=4, test=8, epochs=3, batch_size=8, itm_every=1)
     return finetune.Config(**settings | changes)
 
 
@@ -1820,9 +1831,11 @@ def test_a_task_runs_and_leaves_the_encoders_as_they_were(uninterrupted, cache, 
             super().__init__(groups, **options)
             optimised.extend(p for group in self.param_groups for p in group["params"])
     monkeypatch.setattr(torch.optim, "AdamW", Optimizer)
+    encoders = finetune.open_encoders(tuned(task, uninterrupted, tmp_path, cache))
+    monkeypatch.setattr(finetune, "open_encoders", lambda config: encoders)
     results = finetune.finetune(tuned(task, uninterrupted, tmp_path, cache))
-    assert [result.name for result in results] == ["random frozen encoder", "FLIP, pre-trained on drawn faces"]
-    model, before = results[finetune.FIRST].model, FLIP.from_pretrained(uninterrupted / "flip.pt")
+    assert [result.name for result in results] == ["FLIP, pre-trained on drawn faces", "random frozen encoder"]
+    model, before = encoders[0][1], FLIP.from_pretrained(uninterrupted / "flip.pt")
     after = model.state_dict()
     assert not model.training
     for name, value in before.state_dict().items():
@@ -1830,23 +1843,23 @@ def test_a_task_runs_and_leaves_the_encoders_as_they_were(uninterrupted, cache, 
     for name, parameter in model.named_parameters():
         if not is_head(name):
             assert not parameter.requires_grad and parameter.grad is None and not any(parameter is p for p in optimised), name
-    assert {id(p) for p in results[finetune.FIRST].head.parameters()} <= {id(p) for p in optimised}
+    assert optimised and len(set(map(id, optimised))) == len(optimised)
     for name in pictures:
         Image.open(tmp_path / task / name).load()
     table = (tmp_path / task / "table.md").read_text()
     assert table in capsys.readouterr().out and "published on" in table and len({line.count("|") for line in table.splitlines()}) == 1
 
 
-def test_the_tuned_flip_is_a_checkpoint_like_any_other(uninterrupted, cache, tmp_path):
-    results = finetune.finetune(tuned("retrieval", uninterrupted, tmp_path, cache))
-    model = FLIP.from_pretrained(tmp_path / "retrieval" / "flip.pt")
-    assert model.tokenizer is not None
-    for name, value in model.state_dict().items():
-        assert torch.equal(value, results[finetune.FIRST].model.state_dict()[name]), name
+def test_the_tuned_flip_is_a_checkpoint_like_any_other_and_has_the_figures_of_the_table(uninterrupted, cache, tmp_path):
+    config = tuned("retrieval", uninterrupted, tmp_path, cache, random=False)
+    result, = finetune.finetune(config)
+    config = dataclasses.replace(config, checkpoint=(str(tmp_path / "retrieval" / "flip.pt"),), out=str(tmp_path / "again"))
+    again, = finetune.finetune(config)
+    assert again.before[1.0] == {column: result.final[column] for column in finetune.TASKS["retrieval"].columns}
 
 
 def test_a_run_repeats_itself_and_tokens_on_disk_give_what_tokens_in_memory_give(uninterrupted, cache, tmp_path):
-    one, two, disk = (finetune.finetune(tuned("retrieval", uninterrupted, tmp_path / out, cache, **changes))[finetune.FIRST].final
+    one, two, disk = (finetune.finetune(tuned("retrieval", uninterrupted, tmp_path / out, cache, **changes))[0].final
                       for out, changes in (("a", {}), ("b", {}), ("c", dict(memory=0.0))))
     assert torch.equal(one["scores"], two["scores"])
     close(disk["scores"], one["scores"], 0.02)              # half precision
@@ -1854,11 +1867,12 @@ def test_a_run_repeats_itself_and_tokens_on_disk_give_what_tokens_in_memory_give
 
 
 def test_tokens_that_do_not_fit_memory_are_half_precision_in_a_file_and_others_as_they_are(tmp_path):
-    big = finetune.storage((1000, 5), torch.float32, finetune.Config(out=str(tmp_path), memory=1e-5))
-    small = finetune.storage((1000, 5), torch.float32, finetune.Config(out=str(tmp_path), memory=2.1e-5))
+    big = finetune.storage((1000, 5), finetune.Config(out=str(tmp_path), memory=1e-5))
+    small = finetune.storage((1000, 5), finetune.Config(out=str(tmp_path), memory=2.1e-5))
     assert big.dtype == torch.float16 and small.dtype == torch.float32
     big[:] = torch.arange(5)
     assert (big[999] == torch.arange(5)).all()
+    assert "GB free, but" in error_of(finetune.storage, (2 ** 30, 2 ** 30), finetune.Config(out=str(tmp_path)))
 
 
 def test_views_are_the_picture_and_its_augmentations(uninterrupted, cache, tmp_path):
@@ -1886,11 +1900,19 @@ def test_what_was_best_on_the_validation_part_is_kept_even_if_that_is_what_tunin
         assert samples == "validation"
         weights.append(head.weight.detach().clone())
         return {"score": next(found)}
-    loss = lambda head, samples, indices, rng, step: head(torch.ones(2)).sum()
-    task = finetune.Task(None, None, None, loss, metrics, "score", {"score": "score"}, None)
+    task = finetune.TASKS["attributes"]._replace(
+        loss=lambda head, samples, indices, rng, step: head(torch.ones(2)).sum(), metrics=metrics, select="score", columns={"score": "score"})
     config = finetune.Config(epochs=3, evaluations=3, batch_size=2, lr=0.1, warmup=0)
-    finetune.tune(task, head, range(4), "validation", config, train.Log(tmp_path / "log.jsonl", config, 0, True))
-    assert torch.equal(head.weight, weights[kept]) and len(weights) == 4 and not torch.equal(weights[0], weights[1])
+    untuned, best = finetune.tune(task, head, range(4), "validation", config, train.Log(tmp_path / "log.jsonl", config, 0, True))
+    assert len(weights) == 4 and not torch.equal(weights[0], weights[1])
+    assert torch.equal(untuned["weight"], weights[0]) and torch.equal(best["weight"], weights[kept])
+
+
+def test_the_learning_rate_rises_over_the_warmup_but_at_most_a_tenth_of_the_run_and_falls_to_zero():
+    config = finetune.Config(lr=1.0, warmup=20)
+    rate = lambda step: finetune.learning_rate(step, 1000, config)
+    assert rate(0) == 0.05 and rate(19) == rate(20) == 1 and rate(510) == pytest.approx(0.5) and rate(999) < 1e-5
+    assert finetune.learning_rate(9, 100, config) == 1 and finetune.learning_rate(0, 5, config) == 1
 
 
 def test_the_test_part_is_encoded_and_judged_once_after_all_tuning(uninterrupted, cache, tmp_path, monkeypatch):
@@ -1905,7 +1927,7 @@ def test_the_test_part_is_encoded_and_judged_once_after_all_tuning(uninterrupted
         return task.metrics(head, samples)
     monkeypatch.setitem(finetune.TASKS, "attributes", task._replace(encode=encode, metrics=metrics))
     finetune.finetune(tuned("attributes", uninterrupted, tmp_path, cache, fractions=(0.5, 1.0)))
-    once = ["10", "11", *[4] * 8, "12", 8, 8]               # for both shares: before and after each of three epochs
+    once = ["10", "11", *[4] * 8, "12", 8, 8, 8, 8]         # for both shares: before and after each of three epochs
     assert happened == [*once, *once]
 
 
@@ -1918,43 +1940,74 @@ def test_several_checkpoints_stand_side_by_side_by_what_they_learned_from(uninte
     paths = (uninterrupted / "flip.pt", tmp_path / "itc.pt", tmp_path / "another.pt", uninterrupted / "flip.pt")
     names = [name for name, _ in finetune.open_encoders(finetune.Config(checkpoint=tuple(map(str, paths))))]
     twice = f"FLIP, pre-trained on drawn faces ({paths[0]})"
-    assert names == ["random frozen encoder", twice, "ITC alone, pre-trained on drawn faces", "another", twice]
+    assert names == [twice, "ITC alone, pre-trained on drawn faces", "another", twice, "random frozen encoder"]
 
 
-def test_published_figures_stand_in_the_table_where_the_shares_are_theirs():
-    metrics = {"accuracy": 1.0, "balanced": 2.0, "precision": 3.0, "majority": 4.0}
-    for shares, where in (((0.01, 0.1, 1.0), {"CelebA"}), ((0.1, 0.5, 1.0), {"LFWA"}), ((0.02, 0.1), set())):
-        results = [finetune.Result("ours", None, {share: metrics for share in shares}, None, None)]
+def test_published_figures_stand_in_the_table_under_the_shares_that_are_theirs():
+    metrics = {"accuracy": 1.0, "balanced": 2.0, "average_precision": 3.0}
+    metrics["baseline"] = dict(metrics)
+
+    def rows(*shares):
+        results = [finetune.Result("ours", {}, {share: metrics for share in shares})]
         lines = finetune.table(results, finetune.Config(task="attributes", fractions=shares)).splitlines()
-        assert {line.split("published on ")[1].split(" |")[0] for line in lines if "published" in line} == where
-        assert lines[2].split(" | ")[1:] == [*["1.0"] * len(shares), *["2.0"] * len(shares), *["3.0"] * (len(shares) - 1), "3.0 |"]
+        return {cells[1]: cells[2:-1] for cells in ([cell.strip() for cell in line.split("|")] for line in lines)}
+    assert rows(0.02, 1.0)["ours"] == ["1.0", "1.0", "2.0", "2.0", "3.0", "3.0"]
+    assert rows(0.02, 1.0)["FaRL, published on CelebA"] == ["90.26", "91.39", "", "", "", ""]
+    assert rows(0.1, 0.5, 1.0)["FLIP, published on LFWA"][:3] == ["82.6", "89.87", "98.04"]
+    assert rows(0.1, 0.5, 1.0)["FLIP, published on CelebA"][:3] == ["91.74", "", "92.27"]
+    assert not any("LFWA" in name for name in rows(0.02))
+
+
+def write_parted_celeba(folder):
+    """40 pictures, the last 10 of them for validation and test."""
+    write_celeba(folder, count=40)
+    (folder / "list_eval_partition.txt").write_text("\n".join(f"{i + 1:06d}.jpg {max(0, i // 5 - 5)}" for i in range(40)))
 
 
 def test_attributes_are_learned_from_celeba_as_it_is_distributed_with_the_columns_named(uninterrupted, tmp_path):
-    write_celeba(tmp_path, count=40)
+    write_parted_celeba(tmp_path)
     columns = ("Smiling", "Male")
     results = finetune.finetune(tuned("attributes", uninterrupted, tmp_path / "out", data=str(tmp_path), columns=columns))
-    assert tuple(results[1].final["per_label"]) == columns and results[1].head.linear.weight.shape[0] == 2
+    assert tuple(results[0].final["per_label"]) == columns
+    assert torch.load(tmp_path / "out/attributes/head.pt")["attributes"] == list(columns)
     test = data.open_faces(tmp_path, "test").attributes[:, [ATTRIBUTES.index(name) for name in columns]].mean(0)
-    assert results[1].final["majority"] == pytest.approx(100 * np.maximum(test, 1 - test).mean())
+    assert results[0].final["majority"] == pytest.approx(100 * np.maximum(test, 1 - test).mean())
 
 
 def test_retrieval_is_tuned_on_pictures_with_several_captions_of_their_own(uninterrupted, tmp_path):
     write_mm_celeba(tmp_path)
     results = finetune.finetune(tuned("retrieval", uninterrupted, tmp_path / "out", data=str(tmp_path)))
-    assert results[1].final["scores"].shape == (4, 2) and results[1].final["img_r5"] == 100
+    assert results[0].final["scores"].shape == (4, 2) and results[0].final["img_r5"] == 100
 
 
 def test_sketches_are_tuned_without_captions_and_with_them(uninterrupted, tmp_path):
     write_sde(tmp_path, steps=3)
-    results = finetune.finetune(tuned("sketch", uninterrupted, tmp_path / "out", data=str(tmp_path)))
-    assert results[1].final["similarity"].shape == (5, 3, 5)
     before = FLIP.from_pretrained(uninterrupted / "flip.pt").state_dict()
-    assert torch.equal(results[1].model.state_dict()["matching_head.weight"], before["matching_head.weight"])
-    records = [{"image": f"photo1/image01{n:02d}.jpg", "caption": f"a smiling face {n}"} for n in range(15)]
-    (tmp_path / "train.json").write_text(json.dumps(records))
-    results = finetune.finetune(tuned("sketch", uninterrupted, tmp_path / "out", data=str(tmp_path), epochs=6, evaluations=6))
-    assert results[1].final["similarity"].shape == (5, 3, 5)
+    for with_captions in (False, True):
+        if with_captions:
+            records = [{"image": f"photo1/image01{n:02d}.jpg", "caption": f"a smiling face {n}"} for n in range(15)]
+            (tmp_path / "train.json").write_text(json.dumps(records))
+        config = tuned("sketch", uninterrupted, tmp_path / "out", data=str(tmp_path), random=False)
+        model = finetune.freeze(FLIP.from_pretrained(uninterrupted / "flip.pt"))
+        samples = finetune.encode_sketches(model, finetune.open_episodes(config, "train", 48), config, training=True)
+        head = finetune.flip_head(model, samples)
+        finetune.sketch_loss(head, samples, torch.arange(8), np.random.default_rng(0), step=0).backward()
+        assert head.image_projection.weight.grad is not None
+        assert (head.matching_head.weight.grad is not None) == with_captions == (head.text_projection.weight.grad is not None)
+        result, = finetune.finetune(config)
+        assert result.final["similarity"].shape == (5, 3, 5)
+
+
+def test_sketches_are_shown_to_the_encoder_dark_on_light(uninterrupted, cache, tmp_path, monkeypatch):
+    brightness, encode = {}, finetune.encode
+
+    def watched(compute, read, count, size, config, device, what, **more):
+        brightness[what] = np.mean([np.asarray(read(i)).mean() for i in range(count)])
+        return encode(compute, read, count, size, config, device, what, **more)
+    monkeypatch.setattr(finetune, "encode", watched)
+    config = tuned("sketch", uninterrupted, tmp_path, cache)
+    finetune.encode_sketches(FLIP.from_pretrained(uninterrupted / "flip.pt").eval(), finetune.open_episodes(config, "val", 48), config, False)
+    assert 200 < brightness["encoding the sketches of drawn faces (seed 11)"] < 255
 
 
 def test_the_recipe_is_the_papers_for_ones_own_data_and_flags_go_before_it():
@@ -1968,7 +2021,8 @@ def test_the_recipe_is_the_papers_for_ones_own_data_and_flags_go_before_it():
     (dict(columns=("Smilling",)), "--columns: there is no attribute Smilling; expected some of 5_o_Clock_Shadow"),
     (dict(fractions=(0.1, 2.0)), "--fractions (0.1, 2.0): expected shares above 0 and at most 1"), (dict(fractions=()), "--fractions ()"),
     (dict(task="sketch", views=2), "--views: a sketch and its photo must show the same"), (dict(epochs=0), "--epochs 0: expected at least 1"),
-    (dict(lr=float("nan")), "--lr nan: expected a number that is not negative"), (dict(faces=1), "--faces 1: expected at least 2")])
+    (dict(lr=float("nan")), "--lr nan: expected a number that is not negative"), (dict(test=1), "--test 1: expected at least 2"),
+    (dict(precision="fp16"), "--precision fp16: expected one of auto, float32, bf16")])
 def test_flags_of_the_tasks_out_of_range_are_refused_by_name(changes, sentence):
     assert sentence in error_of(finetune.Config, **changes)
 
@@ -1981,12 +2035,13 @@ def spoil_checkpoint(folder, change):
 
 @pytest.mark.parametrize("task, spoil, sentence", [
     ("attributes", lambda d: (d / "flip.pt").unlink(), "no such checkpoint"),
-    ("attributes", lambda d: spoil_checkpoint(d, lambda saved: saved.update(tokenizer=None)), "holds no vocabulary; give one with --vocabulary"),
+    ("retrieval", lambda d: spoil_checkpoint(d, lambda saved: saved.update(tokenizer=None)), "holds no vocabulary; give one with --vocabulary"),
     ("attributes", lambda d: write_mm_celeba(d / "data"), "MM-CelebA-HQ train: attributes are to be learned, but these faces have none"),
     ("retrieval", lambda d: write_sde(d / "data"), "found neither"),
+    ("retrieval", lambda d: write_celeba(d / "data"), "the part \"val\" has 1 pictures, expected at least 2"),
     ("sketch", lambda d: write_celeba(d / "data", count=40), "found neither FS2K-SDE"),
     ("attributes", lambda d: (d / "data").rmdir(), "data: no such folder or file"),
-    ("attributes", lambda d: (write_celeba(d / "data", count=40), (d / "data/img_align_celeba/000003.jpg").write_text("x")), "000003.jpg is not a picture"),
+    ("attributes", lambda d: (write_parted_celeba(d / "data"), (d / "data/img_align_celeba/000003.jpg").write_text("x")), "000003.jpg is not a picture"),
     ("sketch", lambda d: write_sde(d / "data") and (d / "data/sketch/test/photo1_image0117_7.png").write_text("x"), "photo1_image0117_7.png is not a picture"),
 ])
 def test_what_a_task_cannot_use_is_refused_with_one_sentence_before_anything_is_encoded(uninterrupted, tmp_path, monkeypatch, task, spoil, sentence):
@@ -2127,7 +2182,7 @@ def test_every_command_of_the_readme_works(tmp_path):
             assert arguments[1] == "kernels.bench"              # has tests of its own
         elif program == "python":
             script = arguments[0]
-            more = {"train.py": quick_run, "toyfaces.py": "--count 8", "finetune.py": "--faces 16 --test_faces 6 --epochs 1"}.get(script, "").split()
+            more = {"train.py": quick_run, "toyfaces.py": "--count 8", "finetune.py": "--faces 16 --validation 3 --test 6 --epochs 1"}.get(script, "").split()
             arguments = ["vocab.txt" if argument == "bert-base-uncased" else argument for argument in arguments[1:] + more]
             result = subprocess.run([sys.executable, str(ROOT / script), *arguments], cwd=tmp_path, capture_output=True, text=True)
             assert result.returncode == 0, (command, result.stderr)

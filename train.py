@@ -45,6 +45,9 @@ from vit import ViTConfig, load_clip, to_tensor
 
 
 # ---- configuration -------------------------------------------------------------------------------------------------
+PRECISION = ("auto", "float32", "bf16")
+
+
 def flag(default, help):
     return field(default=default, metadata={"help": help})
 
@@ -97,7 +100,7 @@ class Config:
     cosine_weight: float = flag(1.0, "of the cosine beside the matching logit when it does")
 
     def __post_init__(self):
-        for name, allowed in (("model", MODELS), ("lr_decay", ("epoch", "cosine")), ("precision", ("auto", "float32", "bf16"))):
+        for name, allowed in (("model", MODELS), ("lr_decay", ("epoch", "cosine")), ("precision", PRECISION)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"--{name} {getattr(self, name)}: expected one of {', '.join(allowed)}")
         for name in ("faces", "validation", "epochs", "batch_size", "accumulate", "itm_every", "queue_size", "eval_every",
@@ -293,16 +296,27 @@ class Validation(NamedTuple):
 
     @staticmethod
     def of(faces):
+        texts, image_of_text = validation_texts(faces)
         if faces.captions is not None:
-            texts = [text for captions in faces.captions for text in captions]
-            image_of_text = torch.arange(len(faces)).repeat_interleave(torch.tensor([len(c) for c in faces.captions]))
             return Validation(faces, texts, image_of_text, {})
-        drawn = [data.caption(faces.attributes[i], np.random.default_rng((1, i))) for i in range(len(faces))]
-        stated = np.stack([stated for _, stated in drawn])
+        stated = np.stack([grammar_caption(faces, i)[1] for i in range(len(faces))])
         recalls = data.reference_recalls(stated, faces.attributes)
         references = {name: [100 * ways[way][k] for way in ("text_to_image", "image_to_text") for k in (1, 5, 10)]
                       for name, ways in recalls.items()}
-        return Validation(faces, [text for text, _ in drawn], torch.arange(len(faces)), references)
+        return Validation(faces, texts, image_of_text, references)
+
+
+def validation_texts(faces):
+    """(texts, image_of_text): all captions that came with the faces, or one of the grammar each."""
+    if faces.captions is None:
+        return [grammar_caption(faces, i)[0] for i in range(len(faces))], torch.arange(len(faces))
+    counts = torch.tensor([len(captions) for captions in faces.captions])
+    return [text for captions in faces.captions for text in captions], torch.arange(len(faces)).repeat_interleave(counts)
+
+
+def grammar_caption(faces, i):
+    """(text, stated (40,) bool) of face i: the same at every evaluation."""
+    return data.caption(faces.attributes[i], np.random.default_rng((1, i)))
 
 
 @torch.no_grad()
@@ -322,12 +336,19 @@ def evaluate(model, validation, config, batch_size=100):
         captions = model.tokenizer(validation.texts).to(device)
         text_features = torch.cat([model.encode_text(captions.select(part)) for part in torch.arange(len(captions)).split(500)])
     similarity = torch.cat(image_features) @ text_features.T                                        # (I, T), in float32
-    with autocast(config, device):
-        scores = rerank(model, torch.cat(image_tokens), captions, similarity, config.k_test, progress=show)
+    result = recalls(model, torch.cat(image_tokens), captions, similarity, validation.image_of_text, config)
     model.train(was_training)
-    image_of_text = validation.image_of_text.to(device)
-    itc = retrieval_metrics(similarity, similarity.T, image_of_text)
-    return {f"itc_{name}": value for name, value in itc.items()} | retrieval_metrics(*scores, image_of_text), scores[1].cpu()
+    return result
+
+
+def recalls(model, image_tokens, captions, similarity, image_of_text, config):
+    """The same from image tokens (I, L, D), T captions and the cosines (I, T) of their features."""
+    device, show = similarity.device, rank_and_world()[0] == 0
+    with autocast(config, device):
+        scores = rerank(model, image_tokens, captions.to(device), similarity, config.k_test, progress=show)
+    itc = retrieval_metrics(similarity, similarity.T, image_of_text.to(device))
+    reranked = retrieval_metrics(*scores, image_of_text.to(device))
+    return {f"itc_{name}": value for name, value in itc.items()} | reranked, scores[1].cpu()
 
 
 def table(metrics, validation):
