@@ -25,6 +25,7 @@ T captions (retrieval) or steps of a sketch (sketch).
 import argparse
 import copy
 import dataclasses
+import itertools
 import math
 import shutil
 import time
@@ -83,7 +84,8 @@ class Config:
     memory: float = flag(4.0, "GB of memory for what the encoders say of one part; if it is larger, it lies in --out, halved")
 
     def __post_init__(self):
-        least = dict(faces=2, validation=2, test=2, captions=1, views=1, epochs=1, batch_size=2, itm_every=1, evaluations=1, k_test=1)
+        least = dict(faces=2, validation=2, test=2, batch_size=2)
+        least |= dict.fromkeys(("captions", "views", "epochs", "itm_every", "evaluations", "k_test"), 1)
         for name, bound in least.items():
             if getattr(self, name) < bound:
                 raise ValueError(f"--{name} {getattr(self, name)}: expected at least {bound}")
@@ -361,7 +363,8 @@ def pair_loss(head, samples, indices, rng, step):
         return itc
     generator = torch.Generator().manual_seed(int(rng.integers(2 ** 62)))
     negatives = model.draw_negatives(image.detach(), text.detach(), identity, config.hardness, generator)
-    return itc + model.matching(image_tokens.to(image.device).float(), samples.captions.select(chosen).to(image.device), *negatives)
+    captions = samples.captions.select(chosen).to(image.device)
+    return itc + model.matching(image_tokens.to(image.device).float(), captions, *negatives)
 
 
 def caption_of(samples, indices, rng):
@@ -377,15 +380,17 @@ def pair_metrics(head, samples):
     image_tokens = samples.image_tokens[0]
     similarity = head.image_features(image_tokens[:, 0]) @ head.text_features(samples.cls_tokens).T         # (N, T)
     metrics, scores = recalls(head.model, image_tokens, samples.captions, similarity, samples.image_of_text, samples.config)
-    return metrics | {"scores": scores, "baseline": chance(len(samples), samples.image_of_text)}
+    return metrics | {"scores": scores, "baseline": chance_recalls(len(samples), samples.image_of_text)}
 
 
-def chance(images, image_of_text):
+def chance_recalls(images, image_of_text):
     """Recalls in percent of an order by chance: for an image, that one of its captions is among the first k."""
     T, counts = len(image_of_text), image_of_text.bincount().tolist()
-    recall = {f"img_r{k}": 100 * min(1, k / images) for k in (5, 10)}
+    recall = {}
     for k in (5, 10):
-        recall[f"txt_r{k}"] = 100 * float(np.mean([1 - math.comb(T - count, k) / math.comb(T, k) if k < T else 1 for count in counts]))
+        recall[f"img_r{k}"] = 100 * min(1, k / images)
+        among = min(k, T)
+        recall[f"txt_r{k}"] = 100 * float(np.mean([1 - math.comb(T - count, among) / math.comb(T, among) for count in counts]))
     return recall | {f"itc_{name}": value for name, value in recall.items()}
 
 
@@ -606,7 +611,8 @@ def tune(task, head, training, validation, config, log):
     may be the same."""
     matrices = [p for p in head.parameters() if p.ndim > 1]
     others = [p for p in head.parameters() if p.ndim <= 1]                                  # are not decayed
-    optimizer = torch.optim.AdamW([{"params": matrices}, {"params": others, "weight_decay": 0.0}], weight_decay=config.weight_decay)
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups)
     device, per_epoch, step = others[0].device, max(1, len(training) // config.batch_size), 0
     looks = {round(config.epochs * (n + 1) / config.evaluations) for n in range(config.evaluations)}
     untuned = best = copy.deepcopy(head.state_dict())
@@ -627,7 +633,8 @@ def tune(task, head, training, validation, config, log):
             step += 1
         if epoch in looks:
             found = task.metrics(head, validation)
-            log.write(epoch=epoch, loss=torch.stack(losses).mean().item(), **{f"val_{name}": found[name] for name in task.columns})
+            log.write(epoch=epoch, loss=torch.stack(losses).mean().item(),
+                      **{f"val_{column}": found[column] for column in task.columns})
             if found[task.select] > highest:
                 highest, best = found[task.select], copy.deepcopy(head.state_dict())
     return untuned, best
@@ -719,7 +726,8 @@ def name_of(path, settings):
     """What to call a checkpoint in the table."""
     if not settings:
         return Path(path).stem
-    return f"{'ITC alone' if settings['itm_from'] >= 1 else 'FLIP'}, pre-trained on {Path(settings['data']).name or 'drawn faces'}"
+    kind = "ITC alone" if settings["itm_from"] >= 1 else "FLIP"
+    return f"{kind}, pre-trained on {Path(settings['data']).name or 'drawn faces'}"
 
 
 # ---- the run -------------------------------------------------------------------------------------------------------
@@ -756,12 +764,12 @@ def open_parts(config, size):
 
 def table(results, config):
     """Markdown: who has learned nothing, the encoders side by side, the last first, then what is published on other data."""
-    columns, baseline = TASKS[config.task].columns, results[0].final["baseline"]
-    shares = list(results[0].tuned)
+    columns, baseline, shares = TASKS[config.task].columns, results[0].final["baseline"], list(results[0].tuned)
+    cells = list(itertools.product(columns, shares))
     if config.task == "attributes":
-        header = [f"{title}, {100 * share:g} %" for title in columns.values() for share in shares]
-        rows = [("always the majority", [baseline[column] for column in columns for _ in shares])]
-        rows += [(result.name, [result.tuned[share][column] for column in columns for share in shares]) for result in results[::-1]]
+        header = [f"{columns[column]}, {100 * share:g} %" for column, share in cells]
+        rows = [("always the majority", [baseline[column] for column, _ in cells])]
+        rows += [(result.name, [result.tuned[share][column] for column, share in cells]) for result in results[::-1]]
     else:
         header, rows = list(columns.values()), [("chance", [baseline[column] for column in columns])]
         rows += [(f"{result.name}, {when}", [metrics[column] for column in columns]) for result in results[::-1]

@@ -1784,10 +1784,10 @@ def test_chance_is_what_orders_by_chance_come_to():
     rng, image_of_text = np.random.default_rng(0), torch.tensor([0] * 3 + [1] + [2] * 2 + list(range(3, 20)))
     scores = [torch.from_numpy(rng.random((20, 23))) for _ in range(3000)]
     found = [losses.retrieval_metrics(score, score.T, image_of_text) for score in scores]
-    expected = finetune.chance(20, image_of_text)
+    expected = finetune.chance_recalls(20, image_of_text)
     for name in ("img_r5", "img_r10", "txt_r5", "txt_r10"):
         assert np.mean([metrics[name] for metrics in found]) == pytest.approx(expected[name], abs=1)
-    assert finetune.chance(3, torch.arange(3))["txt_r5"] == finetune.chance(3, torch.arange(3))["itc_img_r10"] == 100
+    assert finetune.chance_recalls(3, torch.arange(3))["txt_r5"] == finetune.chance_recalls(3, torch.arange(3))["itc_img_r10"] == 100
 
 
 def test_the_loss_within_a_batch_is_the_symmetric_cross_entropy_with_positives_of_equal_identity():

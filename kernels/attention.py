@@ -27,7 +27,8 @@ sequence that reads them. Nobody adds to anyone else's sum, so there are no atom
 so 208 columns are computed instead of 256.
 
 Dropout is not stored but computed anew where it is needed: Philox (Salmon et al. 2011, "Parallel random numbers: as easy as
-1, 2, 3") is a hash of (seed; key, query, head), the query by its number in the whole list of tokens, so that the same weight is dropped in forward and backward and on every device.
+1, 2, 3") is a hash of (seed; key, query, head), the query by its number in the whole list of tokens, so that the same weight
+is dropped in forward and backward and on every device.
 
 Shapes: S sequences, N tokens in all, H heads, d channels per head, L the longest sequence; where queries and keys differ,
 P query sequences of up to Lq tokens look at S key sequences of up to Lk.

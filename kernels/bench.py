@@ -16,7 +16,6 @@ import os
 import platform
 import re
 import subprocess
-import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
