@@ -11,13 +11,14 @@ and the temperature that FLIP has already (retrieval, sketch), or a linear layer
 
 A task is a row of TASKS: what is computed once, what is trained, its loss, its metrics. Several checkpoints can be given;
 each is tuned in the same way, a frozen encoder of random weights as well, and the table puts them side by side. The best
-evaluation on the validation part decides what is kept; the test part is read once, at the end.
+evaluation on the validation part decides what is kept; the test part is read once per encoder, at the end.
 
 Departures from the official code: it chooses the best epoch on the test part, trains LFWA's head on the test part, leaves
 dropout on inside the "frozen" encoders, trains the attribute head by plain gradient descent, and keeps a momentum encoder and
 a queue for keys that no longer change.
 
-Into --out go log.jsonl, table.md, the pictures of the task, and the tuned head of the first checkpoint.
+Into --out/<task> go log.jsonl, table.md, pictures, and what was tuned on the first checkpoint: head.pt (attributes) or a whole
+flip.pt (retrieval, sketch), which --checkpoint takes again.
 
 Shapes: N pictures, L image tokens, D width, E feature size, B samples of a batch, V vectors pooled per picture, A attributes,
 T captions (retrieval) or steps of a sketch (sketch).
@@ -54,8 +55,8 @@ from vit import to_tensor
 # ---- configuration -------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Config:
-    """Every field but the task is a flag. The defaults are the paper's for retrieval; RECIPES says what other tasks, and drawn
-    faces, change."""
+    """Every field but the task is a flag. The defaults are the paper's for retrieval; RECIPES says what other tasks change, DRAWN
+    what drawn faces change."""
     task: str = ""
     checkpoint: tuple[str, ...] = flag(("out/flip.pt",), "one or more: made by train.py, or the official FLIP-base.pth")
     vocabulary: str = flag("", "vocab.txt, tokenizer.json, folder or hub name; the official checkpoint does not hold one")
@@ -77,11 +78,12 @@ class Config:
     itm_every: int = flag(1, "train the matching head at each n-th step")
     hardness: float = flag(1.0, "of the negatives that the matching head sees: 1 draws them by similarity, 0 evenly")
     fractions: tuple[float, ...] = flag((0.01, 0.1, 1.0), "attributes: shares of the training part, each a run of its own")
-    columns: tuple[str, ...] = flag((), "attributes: names of those to learn, where others are not known (default: all)")
+    columns: tuple[str, ...] = flag((), "attributes: which ones to learn (default: all)")
     evaluations: int = flag(5, "how often to look at the validation part; the best look decides")
     k_test: int = flag(256, "candidates per query that the matching head scores again")
     precision: str = flag("auto", "float32, bf16 (autocast), or auto: bf16 on CUDA")
-    memory: float = flag(4.0, "GB of memory for what the encoders say of one part; if it is larger, it lies in --out, halved")
+    memory: float = flag(4.0, "GB of memory for what the encoders say of one part in one view; what is larger is kept as float16 "
+                              "in an unnamed file in --out")
 
     def __post_init__(self):
         least = dict(faces=2, validation=2, test=2, batch_size=2)
@@ -97,6 +99,8 @@ class Config:
         if not self.fractions or not all(0 < fraction <= 1 for fraction in self.fractions):
             raise ValueError(f"--fractions {self.fractions}: expected shares above 0 and at most 1")
         unknown = [name for name in self.columns if name not in ATTRIBUTES]
+        if len(set(self.columns)) < len(self.columns):
+            raise ValueError(f"--columns {' '.join(self.columns)}: expected every attribute once")
         if unknown:
             raise ValueError(f"--columns: there is no attribute {', '.join(unknown)}; expected some of {' '.join(ATTRIBUTES)}")
         if self.task == "sketch" and self.views > 1:
@@ -262,13 +266,13 @@ def attribute_metrics(head, samples):
     per_label = {name: {column: 100 * values[a].item() for column, values in columns.items()}
                  for a, name in enumerate(samples.names)}
     metrics = {column: 100 * values.nanmean().item() for column, values in columns.items()}
-    known = frequency[~balanced.isnan()]                    # a ranking by chance is as precise as the attribute is frequent
+    known = frequency[~balanced.isnan()]                    # of an order by chance, precision is the frequency at any rank
     baseline = {"accuracy": metrics["majority"], "balanced": 50.0, "average_precision": 100 * known.mean().item()}
     return metrics | {"per_label": per_label, "baseline": baseline}
 
 
-def save_attribute_head(head, metrics, folder):
-    write_whole({"model": head.state_dict(), "attributes": list(metrics["per_label"])}, folder / "head.pt")
+def save_attribute_head(head, metrics, origin, folder):
+    write_whole({"model": head.state_dict(), "attributes": list(metrics["per_label"]), "tuned": origin}, folder / "head.pt")
 
 
 # ---- retrieval: FLIP's own projections, matching head and temperature ----------------------------------------------
@@ -313,12 +317,11 @@ class Paired:
 
 def training_texts(faces, count):
     """(texts, image_of_text): all captions that came with the faces, or `count` of the grammar for each."""
-    given = faces.captions
-    if given is None:
-        given = [[faces.caption(i, np.random.default_rng((2, i, n))) for n in range(count)]
-                 for i in tqdm(range(len(faces)), "writing captions", leave=False)]
-    counts = torch.tensor([len(texts) for texts in given])
-    return [text for texts in given for text in texts], torch.arange(len(faces)).repeat_interleave(counts)
+    if faces.captions is not None:
+        return validation_texts(faces)
+    image_of_text = torch.arange(len(faces)).repeat_interleave(count)
+    return [faces.caption(i, np.random.default_rng((2, i, n % count)))
+            for n, i in enumerate(tqdm(image_of_text.tolist(), "writing captions", leave=False))], image_of_text
 
 
 def encode_pairs(model, faces, config, training):
@@ -342,7 +345,7 @@ def encode_captions(model, captions, config, batch_size=500):
 def contrast(rows, keys, identity, temperature):
     """The contrastive loss both ways within a batch, features (B, E) each. As in pre-training, keys carry no gradient. No queue
     and no momentum encoder: behind frozen encoders all keys of a batch are as fresh as can be."""
-    def one_way(a, b):                                      # alpha 0: the second argument, for soft targets, is not used
+    def one_way(a, b):                                      # the second argument, for soft targets, has weight 0
         return contrastive_loss(a, a, [b.detach()], identity, [identity], temperature, alpha=0.0)
     return (one_way(rows, keys) + one_way(keys, rows)) / 2
 
@@ -354,9 +357,9 @@ def pair_loss(head, samples, indices, rng, step):
     if (identity == identity[0]).all():
         raise ValueError(f"a batch of {len(identity)} shows one person only, so nothing in it is a wrong answer; train on more "
                          "people, or with a larger --batch_size")
-    image_tokens = samples.image_tokens[rng.integers(len(samples.image_tokens))][indices]   # (B, L, D) of one view
+    image_tokens = samples.image_tokens[rng.integers(len(samples.image_tokens))]            # (N, L, D) of one view
     chosen = caption_of(samples, indices, rng)                                              # (B,)
-    image, text = head.image_features(image_tokens[:, 0]), head.text_features(samples.cls_tokens[chosen])
+    image, text = head.image_features(image_tokens[indices, 0]), head.text_features(samples.cls_tokens[chosen])
     identity = identity.to(image.device)
     itc = contrast(image, text, identity, model.temperature)
     if step % config.itm_every:
@@ -364,7 +367,7 @@ def pair_loss(head, samples, indices, rng, step):
     generator = torch.Generator().manual_seed(int(rng.integers(2 ** 62)))
     negatives = model.draw_negatives(image.detach(), text.detach(), identity, config.hardness, generator)
     captions = samples.captions.select(chosen).to(image.device)
-    return itc + model.matching(image_tokens.to(image.device).float(), captions, *negatives)
+    return itc + model.matching(image_tokens[indices].to(image.device).float(), captions, *negatives)
 
 
 def caption_of(samples, indices, rng):
@@ -376,7 +379,7 @@ def caption_of(samples, indices, rng):
 
 @torch.no_grad()
 def pair_metrics(head, samples):
-    """Recalls in percent by the official names, by cosine alone ("itc_...") and re-ranked; scores (T, N) for the picture."""
+    """Recalls in percent by the official names, by cosine alone ("itc_...") and re-ranked; scores (T, N) for the sheet."""
     image_tokens = samples.image_tokens[0]
     similarity = head.image_features(image_tokens[:, 0]) @ head.text_features(samples.cls_tokens).T         # (N, T)
     metrics, scores = recalls(head.model, image_tokens, samples.captions, similarity, samples.image_of_text, samples.config)
@@ -394,9 +397,9 @@ def chance_recalls(images, image_of_text):
     return recall | {f"itc_{name}": value for name, value in recall.items()}
 
 
-def save_flip(head, metrics, folder):
+def save_flip(head, metrics, origin, folder):
     """A checkpoint like any other; its momentum encoders and queues are still those of pre-training."""
-    write_whole(head.model.checkpoint(), folder / "flip.pt")
+    write_whole(head.model.checkpoint() | {"tuned": origin}, folder / "flip.pt")
 
 
 # ---- sketch: photos and growing sketches through the same encoder and projection ------------------------------------
@@ -411,11 +414,15 @@ class Sketched:
         return len(self.photos)
 
 
+def has_text(faces):
+    return faces.captions is not None or faces.attributes is not None
+
+
 def encode_sketches(model, episodes, config, training):
     """Class tokens of all steps of all sketches, and of the photos; for training all tokens of photos that have captions."""
     faces, T, size, device = episodes.photos, episodes.steps, model.config.vit.image_size, model.temperature.device
     class_token = lambda images: model.student.image(images, first_only=True)
-    if training and (faces.captions is not None or faces.attributes is not None):
+    if training and has_text(faces):
         paired = encode_pairs(model, faces, config, training)
         photos = paired.image_tokens[0][:, 0].float()
     else:
@@ -445,8 +452,8 @@ def sketch_ranks(similarity):
 
 def early_retrieval(ranks, photos):
     """Ranks (N, T) among `photos` photos -> m@A (mean rank percentile) and m@B (mean of 1 / rank), in percent over all steps;
-    w@A and w@B weigh step t = 1..T by exp(-t / T) and do not divide by the weights' sum, so that their highest is about 63;
-    and the two curves over the steps, (T,)."""
+    w@A and w@B weigh step t = 1..T by exp(-t / T) and do not divide by the weights' sum, so that their highest is about 63
+    for many steps;    and the two curves over the steps, (T,)."""
     T = ranks.shape[1]
     percentile, inverse = 100 * (photos - ranks.double()) / (photos - 1), 100 / ranks.double()
     weight = torch.exp(-torch.arange(1, T + 1, dtype=torch.float64, device=ranks.device) / T)
@@ -461,13 +468,13 @@ def sketch_metrics(head, samples):
     metrics = early_retrieval(sketch_ranks(similarity), len(photos))
     ranks = torch.arange(1, len(photos) + 1)[:, None].expand(-1, similarity.shape[1])       # one sketch at each rank
     chance = early_retrieval(ranks, len(photos)) | {"finished": 50.0}
-    return metrics | {"finished": metrics["A"][-1], "similarity": similarity.cpu(), "baseline": chance}
+    return metrics | {"finished": metrics["A"][-1], "scores": similarity.cpu(), "baseline": chance}
 
 
 # ---- pictures ------------------------------------------------------------------------------------------------------
 def draw_retrieval(results, faces, folder):
     """For some captions of the test part the five faces that the first checkpoint ranks best."""
-    retrieval_sheet(Validation.of(faces), results[0].final["scores"], folder / "retrieval.png")
+    retrieval_sheet(Validation(faces, *validation_texts(faces), {}), results[0].final["scores"], folder / "retrieval.png")
 
 
 def draw_attributes(results, faces, folder):
@@ -488,11 +495,11 @@ def draw_attributes(results, faces, folder):
 
 def draw_sketch(results, episodes, folder, stages=6, top=5):
     """One sketch as it grows, with the best photos at each stage; and how early photos are found, for all encoders."""
-    similarity = results[0].final["similarity"]                                             # (N, T, N)
+    similarity = results[0].final["scores"]                                                 # (N, T, N)
     ranks = sketch_ranks(similarity)
     n = int((1 / ranks.double()).mean(1).argsort()[len(ranks) // 2])                        # as easy as half of the others
     rows = []
-    for t in (torch.arange(1, stages + 1) * episodes.steps // stages - 1).clamp(min=0).tolist():
+    for t in sorted({max(0, episodes.steps * stage // stages - 1) for stage in range(1, stages + 1)}):
         best = similarity[n, t].argsort(descending=True)[:top].tolist()
         tiles = [(episodes.photos.picture(i), f"{similarity[n, t, i]:.2f}", i == n) for i in best]
         rows.append((f"step {t + 1} of {episodes.steps}: the true photo has rank {ranks[n, t]} of {len(ranks)}",
@@ -502,7 +509,7 @@ def draw_sketch(results, episodes, folder, stages=6, top=5):
     for curve, axes, title in zip("AB", sides, ("mean rank percentile", "mean of 1 / rank")):
         for result in results:
             percent = 100 * np.arange(1, episodes.steps + 1) / episodes.steps
-            axes.plot(percent, result.final[curve], label=result.name)
+            axes.plot(percent, result.final[curve], label=result.name, marker="o" if episodes.steps < 10 else None)
         axes.set(xlabel="% of the sketch drawn", ylabel="%", xlim=(0, 100), ylim=(0, 100), title=title)
     sides[0].legend(loc="lower right", fontsize="small")
     figure.savefig(folder / "curves.png", dpi=110)
@@ -521,11 +528,13 @@ class Task(NamedTuple):
     head: Callable          # (model, samples) -> the module that is trained
     loss: Callable          # (head, samples, indices (B,), rng, step) -> a scalar tensor
     after_step: Callable    # (head): what changes beside the optimiser's step
-    metrics: Callable       # (head, samples) -> {name: number}, the same of who has learned nothing, and what pictures need
+    metrics: Callable       # (head, samples) -> {name: number}; "baseline": the same of who has learned nothing; "scores",
+                            # "per_label", "A", "B": what the pictures show
     select: str             # the metric on the validation part that decides what is kept
     columns: dict           # of the table: metric -> title
+    reads_text: Callable    # (training part) -> whether its captions are tokenized
     draw: Callable          # (results, test part, folder)
-    save: Callable          # (head, its metrics, folder)
+    save: Callable          # (head, its metrics, {"task", "checkpoint", "settings"} it comes from, folder)
 
 
 def open_part(config, split, size, own=data.open_faces, drawn=data.drawn_faces):
@@ -568,14 +577,16 @@ RECALLS = {f"{way}_r{k}": f"{title} R@{k}" for way, title in (("img", "T→I"), 
 TASKS = {
     "retrieval": Task(
         open_captioned_part, encode_pairs, flip_head, pair_loss, clamp_temperature, pair_metrics, "r_mean",
-        RECALLS | {f"itc_{name}": f"{title}, ITC alone" for name, title in RECALLS.items()}, draw_retrieval, save_flip),
+        RECALLS | {f"itc_{name}": f"{title}, ITC alone" for name, title in RECALLS.items()}, lambda faces: True, draw_retrieval,
+        save_flip),
     "attributes": Task(
         open_labelled_part, encode_attributes, attribute_head, attribute_loss, lambda head: None, attribute_metrics, "accuracy",
         {"accuracy": "accuracy", "balanced": "balanced accuracy", "average_precision": "average precision"},
-        draw_attributes, save_attribute_head),
+        lambda faces: False, draw_attributes, save_attribute_head),
     "sketch": Task(
         open_episodes, encode_sketches, flip_head, sketch_loss, clamp_temperature, sketch_metrics, "m@B",
-        {"m@A": "m@A", "m@B": "m@B", "w@A": "w@A", "w@B": "w@B", "finished": "A, sketch finished"}, draw_sketch, save_flip)}
+        {"m@A": "m@A", "m@B": "m@B", "w@A": "w@A", "w@B": "w@B", "finished": "A, sketch finished"},
+        lambda episodes: has_text(episodes.photos), draw_sketch, save_flip)}
 
 # What the papers publish (FLIP, tables 3 to 5): the first columns of ours, on the data named. FLIP*: captions by grammar
 # alone, FLIP†: text from LAION-Face. Attributes: by the share of the training part. FLIP's LFWA saw the test part in training.
@@ -691,26 +702,33 @@ def share_of(samples, share, seed):
 
 
 # ---- encoders to compare -------------------------------------------------------------------------------------------
+class Encoder(NamedTuple):
+    name: str
+    model: FLIP
+    checkpoint: str         # where it comes from; "" for random weights
+    settings: dict          # the flags of the run that made it; {} for one that train.py did not make
+
+
 def open_encoders(config):
-    """[(name, model)]: the checkpoints, then random weights."""
-    models = [load(path, config) for path in config.checkpoint]
-    # The flags of the runs that made them; {} for one that train.py did not make.
-    settings = [read_checkpoint(path).get("training", {}).get("settings", {}) for path in config.checkpoint]
-    names = [name_of(path, flags) for path, flags in zip(config.checkpoint, settings)]
-    names = [f"{name} ({path})" if names.count(name) > 1 else name for name, path in zip(names, config.checkpoint)]
+    """The checkpoints, then random weights."""
+    encoders = [load(path, config) for path in config.checkpoint]
+    names = [encoder.name for encoder in encoders]
+    encoders = [encoder._replace(name=f"{encoder.name} ({encoder.checkpoint})") if names.count(encoder.name) > 1 else encoder
+                for encoder in encoders]
     if config.random:
-        names.append("random frozen encoder")
-        models.append(random_encoder(models[0], settings[0].get("small_init"), config.seed))
-    return list(zip(names, models))
+        model = random_encoder(encoders[0].model, encoders[0].settings.get("small_init"), config.seed)
+        encoders.append(Encoder("random frozen encoder", model, "", {}))
+    return encoders
 
 
 def load(path, config):
-    model = FLIP.from_pretrained(path)
+    if Path(path).resolve() == (Path(config.out) / config.task / "flip.pt").resolve():
+        raise ValueError(f"--checkpoint {path} would be written over by the tuned one; choose another --out")
+    model, saved = FLIP.from_pretrained(path), read_checkpoint(path)
+    origin = saved.get("tuned") or {"task": "", "settings": saved.get("training", {}).get("settings", {})}
     if config.vocabulary:
         model.use(Tokenizer.load(config.vocabulary))
-    if model.tokenizer is None and config.task != "attributes":
-        raise ValueError(f"{path} holds no vocabulary; give one with --vocabulary bert-base-uncased or a vocab.txt")
-    return model
+    return Encoder(name_of(path, **origin), model, path, origin["settings"])
 
 
 def random_encoder(like, small_init, seed):
@@ -722,12 +740,13 @@ def random_encoder(like, small_init, seed):
     return model
 
 
-def name_of(path, settings):
-    """What to call a checkpoint in the table."""
+def name_of(path, task, settings, **_):
+    """What to call a checkpoint in the table; task: that it was tuned for before, or ""."""
     if not settings:
         return Path(path).stem
     kind = "ITC alone" if settings["itm_from"] >= 1 else "FLIP"
-    return f"{kind}, pre-trained on {Path(settings['data']).name or 'drawn faces'}"
+    faces = Path(settings["data"]).resolve().name if settings["data"] else "drawn faces"
+    return f"{kind}, pre-trained on {faces}" + f", tuned for {task}" * bool(task)
 
 
 # ---- the run -------------------------------------------------------------------------------------------------------
@@ -735,27 +754,33 @@ def finetune(config):
     """The whole run; returns the results, the first checkpoint's first. What is done lies in --out before the next begins."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     task, folder, encoders = TASKS[config.task], Path(config.out) / config.task, open_encoders(config)
-    parts = open_parts(config, encoders[0][1].config.vit.image_size)
+    parts = open_parts(config, encoders)
     log, results = Log(folder / "log.jsonl", config, start=0, writes=True), []
-    for name, model in encoders:
+    for name, model, checkpoint, settings in encoders:
         print(f"{name} ...", flush=True)
         result, head = evaluate_encoder(name, freeze(model.to(device)), parts, config, log)
         results.append(result)
         (folder / "table.md").write_text(table(results, config) + "\n", encoding="utf-8")
-        task.draw(results, parts["test"], folder)
         if len(results) == 1:
-            task.save(head, result.final, folder)
+            task.save(head, result.final, {"task": config.task, "checkpoint": checkpoint, "settings": settings}, folder)
+        else:
+            result.final.pop("scores", None)                # may be large; the pictures show the first encoder's
+        task.draw(results, parts["test"], folder)
         model.cpu()
     print(f"\n{table(results, config)}\n\n{folder}: log.jsonl, table.md, the tuned head, pictures")
     return results
 
 
-def open_parts(config, size):
+def open_parts(config, encoders):
     """{split: Faces or Episodes}. All pictures are looked at first: a damaged one in the test part would be met after hours."""
-    parts = {split: TASKS[config.task].open(config, split, size) for split in ("train", "val", "test")}
+    task, size = TASKS[config.task], encoders[0].model.config.vit.image_size
+    parts = {split: task.open(config, split, size) for split in ("train", "val", "test")}
     for split, part in parts.items():
         if len(part) < 2:
             raise ValueError(f"{config.data}: the part \"{split}\" has {len(part)} pictures, expected at least 2")
+    for encoder in encoders:
+        if encoder.model.tokenizer is None and task.reads_text(parts["train"]):
+            raise ValueError(f"{encoder.checkpoint} holds no vocabulary; give one with --vocabulary bert-base-uncased or a file")
     if config.data:
         for part in parts.values():
             data.check_pictures(part)

@@ -4,6 +4,7 @@ Numbers are held against something that we did not write: golden.npz (recorded f
 with random weights and dropout 0), torch's own modules, closed forms. `pytest -m slow` runs the long ones.
 """
 import contextlib
+import copy
 import dataclasses
 import io
 import itertools
@@ -1818,8 +1819,10 @@ def tuned(task, checkpoint, out, cache="", **changes):
     return finetune.Config(**settings | changes)
 
 
-def is_head(name):
-    return name.startswith(("student.image_projection", "student.text_projection", "matching_head", "temperature"))
+def is_head(task, name):
+    """Whether a task may change this part of a FLIP; attributes has a head of its own."""
+    return task != "attributes" and name.startswith(
+        ("student.image_projection", "student.text_projection", "matching_head", "temperature"))
 
 
 @pytest.mark.parametrize("task, pictures", [("retrieval", {"retrieval.png"}), ("attributes", {"attributes.png"}), ("sketch", {"sketch.png", "curves.png"})])
@@ -1833,16 +1836,17 @@ def test_a_task_runs_and_leaves_the_encoders_as_they_were(uninterrupted, cache, 
     monkeypatch.setattr(torch.optim, "AdamW", Optimizer)
     encoders = finetune.open_encoders(tuned(task, uninterrupted, tmp_path, cache))
     monkeypatch.setattr(finetune, "open_encoders", lambda config: encoders)
+    before = [copy.deepcopy(encoder.model.state_dict()) for encoder in encoders]
     results = finetune.finetune(tuned(task, uninterrupted, tmp_path, cache))
     assert [result.name for result in results] == ["FLIP, pre-trained on drawn faces", "random frozen encoder"]
-    model, before = encoders[0][1], FLIP.from_pretrained(uninterrupted / "flip.pt")
-    after = model.state_dict()
-    assert not model.training
-    for name, value in before.state_dict().items():
-        assert is_head(name) or torch.equal(value, after[name]), name
-    for name, parameter in model.named_parameters():
-        if not is_head(name):
-            assert not parameter.requires_grad and parameter.grad is None and not any(parameter is p for p in optimised), name
+    for encoder, weights in zip(encoders, before):
+        after = encoder.model.state_dict()
+        assert not encoder.model.training
+        for name, value in weights.items():
+            assert is_head(task, name) or torch.equal(value, after[name]), name
+        for name, parameter in encoder.model.named_parameters():
+            if not is_head(task, name):
+                assert not parameter.requires_grad and parameter.grad is None and not any(parameter is p for p in optimised), name
     assert optimised and len(set(map(id, optimised))) == len(optimised)
     for name in pictures:
         Image.open(tmp_path / task / name).load()
@@ -1850,19 +1854,30 @@ def test_a_task_runs_and_leaves_the_encoders_as_they_were(uninterrupted, cache, 
     assert table in capsys.readouterr().out and "published on" in table and len({line.count("|") for line in table.splitlines()}) == 1
 
 
-def test_the_tuned_flip_is_a_checkpoint_like_any_other_and_has_the_figures_of_the_table(uninterrupted, cache, tmp_path):
-    config = tuned("retrieval", uninterrupted, tmp_path, cache, random=False)
+def test_the_tuned_flip_is_a_checkpoint_that_gives_the_figures_of_the_table_and_knows_where_it_comes_from(uninterrupted, cache, tmp_path):
+    config = tuned("retrieval", uninterrupted, tmp_path, cache, random=False, lr=0.02, faces=64, validation=32, test=32, k_test=4)
     result, = finetune.finetune(config)
-    config = dataclasses.replace(config, checkpoint=(str(tmp_path / "retrieval" / "flip.pt"),), out=str(tmp_path / "again"))
-    again, = finetune.finetune(config)
-    assert again.before[1.0] == {column: result.final[column] for column in finetune.TASKS["retrieval"].columns}
+    path = str(tmp_path / "retrieval" / "flip.pt")
+    saved, origin = torch.load(path), torch.load(uninterrupted / "flip.pt")
+    changed = {name for name, value in origin["model"].items() if not torch.equal(value, saved["model"][name])}
+    assert changed == {name for name in saved["model"] if is_head("retrieval", name)}
+    assert result.before[1.0] != {column: result.final[column] for column in result.before[1.0]}
+    encoders = finetune.open_encoders(finetune.Config(task="attributes", checkpoint=(path,), out=str(tmp_path)))
+    assert encoders[0].name == "FLIP, pre-trained on drawn faces, tuned for retrieval" and encoders[0].settings == origin["training"]["settings"]
+    again, = finetune.finetune(dataclasses.replace(config, checkpoint=(path,), out=str(tmp_path / "again"), lr=0.0))
+    assert torch.equal(again.final["scores"], result.final["scores"])
+    assert "would be written over by the tuned one" in error_of(finetune.finetune, dataclasses.replace(config, checkpoint=(path,)))
 
 
-def test_a_run_repeats_itself_and_tokens_on_disk_give_what_tokens_in_memory_give(uninterrupted, cache, tmp_path):
+def test_a_run_repeats_itself_and_tokens_on_disk_give_what_tokens_in_memory_give(uninterrupted, cache, tmp_path, monkeypatch):
+    kept, storage = [], finetune.storage
+    monkeypatch.setattr(finetune, "storage", lambda *arguments: kept.append(storage(*arguments)) or kept[-1])
     one, two, disk = (finetune.finetune(tuned("retrieval", uninterrupted, tmp_path / out, cache, **changes))[0].final
                       for out, changes in (("a", {}), ("b", {}), ("c", dict(memory=0.0))))
     assert torch.equal(one["scores"], two["scores"])
     close(disk["scores"], one["scores"], 0.02)              # half precision
+    half = [tensor.dtype == torch.float16 for tensor in kept]
+    assert half == [False] * (len(half) * 2 // 3) + [True] * (len(half) // 3)
     assert not list(tmp_path.rglob("*.f16"))
 
 
@@ -1938,7 +1953,7 @@ def test_several_checkpoints_stand_side_by_side_by_what_they_learned_from(uninte
     del saved["training"]
     torch.save(saved, tmp_path / "another.pt")
     paths = (uninterrupted / "flip.pt", tmp_path / "itc.pt", tmp_path / "another.pt", uninterrupted / "flip.pt")
-    names = [name for name, _ in finetune.open_encoders(finetune.Config(checkpoint=tuple(map(str, paths))))]
+    names = [encoder.name for encoder in finetune.open_encoders(finetune.Config(task="sketch", checkpoint=tuple(map(str, paths))))]
     twice = f"FLIP, pre-trained on drawn faces ({paths[0]})"
     assert names == [twice, "ITC alone, pre-trained on drawn faces", "another", twice, "random frozen encoder"]
 
@@ -1974,19 +1989,27 @@ def test_attributes_are_learned_from_celeba_as_it_is_distributed_with_the_column
     assert results[0].final["majority"] == pytest.approx(100 * np.maximum(test, 1 - test).mean())
 
 
-def test_retrieval_is_tuned_on_pictures_with_several_captions_of_their_own(uninterrupted, tmp_path):
-    write_mm_celeba(tmp_path)
-    results = finetune.finetune(tuned("retrieval", uninterrupted, tmp_path / "out", data=str(tmp_path)))
-    assert results[0].final["scores"].shape == (4, 2) and results[0].final["img_r5"] == 100
+def test_retrieval_is_tuned_and_judged_on_pictures_with_several_captions_of_their_own(uninterrupted, tmp_path):
+    write_mm_celeba(tmp_path, (*range(2, 42), *range(24000, 24012)))
+    ours, random = finetune.finetune(tuned("retrieval", uninterrupted, tmp_path / "out", data=str(tmp_path)))
+    scores, own = ours.final["scores"], torch.arange(12).repeat_interleave(2)                               # (T, N), (T,)
+    assert scores.shape == (24, 12) and "scores" not in random.final
+    better = (scores > scores[torch.arange(24), own][:, None]).sum(1)
+    assert ours.final["img_r5"] == pytest.approx(100 * (better < 5).double().mean().item()) and 0 < ours.final["img_r5"] < 100
 
 
 def test_sketches_are_tuned_without_captions_and_with_them(uninterrupted, tmp_path):
     write_sde(tmp_path, steps=3)
-    before = FLIP.from_pretrained(uninterrupted / "flip.pt").state_dict()
+    torch.save(torch.load(uninterrupted / "flip.pt") | {"tokenizer": None}, tmp_path / "flip.pt")
     for with_captions in (False, True):
         if with_captions:
             records = [{"image": f"photo1/image01{n:02d}.jpg", "caption": f"a smiling face {n}"} for n in range(15)]
             (tmp_path / "train.json").write_text(json.dumps(records))
+        without_vocabulary = tuned("sketch", tmp_path, tmp_path / "out", data=str(tmp_path), random=False)
+        if with_captions:
+            assert "flip.pt holds no vocabulary" in error_of(finetune.finetune, without_vocabulary)
+        else:
+            finetune.finetune(without_vocabulary)
         config = tuned("sketch", uninterrupted, tmp_path / "out", data=str(tmp_path), random=False)
         model = finetune.freeze(FLIP.from_pretrained(uninterrupted / "flip.pt"))
         samples = finetune.encode_sketches(model, finetune.open_episodes(config, "train", 48), config, training=True)
@@ -1995,7 +2018,7 @@ def test_sketches_are_tuned_without_captions_and_with_them(uninterrupted, tmp_pa
         assert head.image_projection.weight.grad is not None
         assert (head.matching_head.weight.grad is not None) == with_captions == (head.text_projection.weight.grad is not None)
         result, = finetune.finetune(config)
-        assert result.final["similarity"].shape == (5, 3, 5)
+        assert result.final["scores"].shape == (5, 3, 5)
 
 
 def test_sketches_are_shown_to_the_encoder_dark_on_light(uninterrupted, cache, tmp_path, monkeypatch):
@@ -2013,11 +2036,15 @@ def test_sketches_are_shown_to_the_encoder_dark_on_light(uninterrupted, cache, t
 def test_the_recipe_is_the_papers_for_ones_own_data_and_flags_go_before_it():
     papers = finetune.parse_arguments(["retrieval", "--data", "DIR"])
     assert (papers.batch_size, papers.epochs, papers.lr, papers.warmup, papers.k_test) == (64, 50, 3e-5, 2000, 256)
+    for task in finetune.TASKS:
+        for given, recipe in (["--data", "DIR"], {"data": "DIR"}), ([], finetune.DRAWN[task]):
+            assert finetune.parse_arguments([task, *given]) == finetune.Config(task=task, **finetune.RECIPES[task] | recipe)
     drawn = finetune.parse_arguments(["sketch", "--lr", "0.1", "--checkpoint", "a.pt", "b.pt"])
     assert drawn.lr == 0.1 and drawn.checkpoint == ("a.pt", "b.pt") and drawn.faces == finetune.DRAWN["sketch"]["faces"]
 
 
 @pytest.mark.parametrize("changes, sentence", [
+    (dict(columns=("Male", "Male")), "--columns Male Male: expected every attribute once"),
     (dict(columns=("Smilling",)), "--columns: there is no attribute Smilling; expected some of 5_o_Clock_Shadow"),
     (dict(fractions=(0.1, 2.0)), "--fractions (0.1, 2.0): expected shares above 0 and at most 1"), (dict(fractions=()), "--fractions ()"),
     (dict(task="sketch", views=2), "--views: a sketch and its photo must show the same"), (dict(epochs=0), "--epochs 0: expected at least 1"),
@@ -2035,7 +2062,7 @@ def spoil_checkpoint(folder, change):
 
 @pytest.mark.parametrize("task, spoil, sentence", [
     ("attributes", lambda d: (d / "flip.pt").unlink(), "no such checkpoint"),
-    ("retrieval", lambda d: spoil_checkpoint(d, lambda saved: saved.update(tokenizer=None)), "holds no vocabulary; give one with --vocabulary"),
+    ("retrieval", lambda d: write_mm_celeba(d / "data") and spoil_checkpoint(d, lambda saved: saved.update(tokenizer=None)), "holds no vocabulary; give one with --vocabulary"),
     ("attributes", lambda d: write_mm_celeba(d / "data"), "MM-CelebA-HQ train: attributes are to be learned, but these faces have none"),
     ("retrieval", lambda d: write_sde(d / "data"), "found neither"),
     ("retrieval", lambda d: write_celeba(d / "data"), "the part \"val\" has 1 pictures, expected at least 2"),
@@ -2045,7 +2072,8 @@ def spoil_checkpoint(folder, change):
     ("sketch", lambda d: write_sde(d / "data") and (d / "data/sketch/test/photo1_image0117_7.png").write_text("x"), "photo1_image0117_7.png is not a picture"),
 ])
 def test_what_a_task_cannot_use_is_refused_with_one_sentence_before_anything_is_encoded(uninterrupted, tmp_path, monkeypatch, task, spoil, sentence):
-    monkeypatch.setattr(finetune, "encode", lambda *_: pytest.fail("encoded"))
+    for name in ("encode", "encode_captions"):
+        monkeypatch.setattr(finetune, name, lambda *_: pytest.fail("encoded"))
     (tmp_path / "data").mkdir()
     (tmp_path / "flip.pt").write_bytes((uninterrupted / "flip.pt").read_bytes())
     spoil(tmp_path)
