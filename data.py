@@ -1065,7 +1065,7 @@ FACES = (       # what tells a layout, its reader, the layout in words
     ("lfw_att_40.mat", lfwa, "LFWA in MATLAB's files (lfw_att_40.mat, indices_train_test.mat, lfw/)"),
     ("captions_hq.json", celeba_dialog, "CelebA-Dialog (captions_hq.json, images/ or image/)"),
     ("text/celeba-caption", mm_celeba, "MM-CelebA-HQ (text/celeba-caption/, images/, train/ and test/filenames.pickle)"),
-    ("*.tar", facecaption, "FaceCaption-15M as img2dataset downloads it (00000.tar, ...)"),
+    ("*.tar", facecaption, "FaceCaption-15M as img2dataset downloads it (00000.tar, ...; the .parquet holds addresses only)"),
     ("train.json", lambda folder, split: caption_list(folder / f"{split}.json"), "train.json, val.json and test.json"),
 )
 EPISODES = (
@@ -1300,4 +1300,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}")

@@ -453,7 +453,7 @@ def sketch_ranks(similarity):
 def early_retrieval(ranks, photos):
     """Ranks (N, T) among `photos` photos -> m@A (mean rank percentile) and m@B (mean of 1 / rank), in percent over all steps;
     w@A and w@B weigh step t = 1..T by exp(-t / T) and do not divide by the weights' sum, so that their highest is about 63
-    for many steps;    and the two curves over the steps, (T,)."""
+    for many steps; and the two curves over the steps, (T,)."""
     T = ranks.shape[1]
     percentile, inverse = 100 * (photos - ranks.double()) / (photos - 1), 100 / ranks.double()
     weight = torch.exp(-torch.arange(1, T + 1, dtype=torch.float64, device=ranks.device) / T)
@@ -609,11 +609,14 @@ PUBLISHED = {
             "FLIP": {0.1: 82.60, 0.5: 89.87, 1: 98.04}}},
     "sketch": {
         "FS2K-SDE1": {
-            "SLFIR": (96.22, 45.48), "BLIP": (97.64, 46.72), "CLIP": (98.01, 57.27), "FLIP†": (98.14, 56.70), "FLIP": (99.49, 71.10)},
+            "SLFIR": (96.22, 45.48), "BLIP": (97.64, 46.72), "CLIP": (98.01, 57.27),
+            "FLIP†": (98.14, 56.70), "FLIP": (99.49, 71.10)},
         "FS2K-SDE2": {
-            "SLFIR": (90.22, 41.55), "BLIP": (97.10, 64.06), "CLIP": (96.02, 57.32), "FLIP†": (95.41, 59.40), "FLIP": (97.55, 64.80)},
+            "SLFIR": (90.22, 41.55), "BLIP": (97.10, 64.06), "CLIP": (96.02, 57.32),
+            "FLIP†": (95.41, 59.40), "FLIP": (97.55, 64.80)},
         "User-SDE": {
-            "SLFIR": (93.27, 38.91), "BLIP": (94.68, 48.99), "CLIP": (95.57, 58.38), "FLIP†": (89.69, 38.89), "FLIP": (97.34, 62.52)}}}
+            "SLFIR": (93.27, 38.91), "BLIP": (94.68, 48.99), "CLIP": (95.57, 58.38),
+            "FLIP†": (89.69, 38.89), "FLIP": (97.34, 62.52)}}}
 
 
 # ---- tuning --------------------------------------------------------------------------------------------------------

@@ -269,7 +269,7 @@ def attend(q, peak, mass, mixed, key, value, start, Lk, stride, scale, seed, que
     mass = mass * shrink + tl.sum(weights, 1)
     if DROPOUT:
         weights = tl.where(keep(seed, j[None, :], query_number[:, None], head, threshold), weights, 0.0)
-    mixed = mixed * shrink[:, None] + dot(weights.to(v.dtype), v)                            # O = (W D) V, but for the sum of W and rescale
+    mixed = mixed * shrink[:, None] + dot(weights.to(v.dtype), v)                            # O = (W D) V, not yet scaled
     return new_peak, mass, mixed
 
 

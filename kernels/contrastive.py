@@ -141,9 +141,9 @@ def sums_kernel(queries, keys, identity, key_identity, temperature, peak_out, ma
     tl.store(key_out + out[:, None].to(tl.int64) * E + columns[None, :], key_sum, mask=is_row[:, None] & is_column[None, :])
 
 
-# "tf32x3" computes float32 products nearly to float32's precision on tensor cores, in three steps. With Triton 3.6 to 3.9 this tiling
-# compiles for compute capability 8.0 and 9.0 without spilling registers up to MAX_E (`python -m kernels.bench --compile-only`); it
-# has not been tuned on a card yet.
+# "tf32x3" computes float32 products nearly to float32's precision on tensor cores, in three steps. With Triton 3.6 to 3.9 this
+# tiling compiles for compute capability 8.0 and 9.0 without spilling registers up to MAX_E (`python -m kernels.bench
+# --compile-only`); it has not been tuned on a card yet.
 TILES, WARPS, STAGES, MAX_E = dict(BLOCK_ROWS=32, BLOCK_KEYS=32, SLICE=32), 8, 1, 256
 
 
@@ -187,7 +187,8 @@ def contrastive(feature: Tensor, momentum_feature: Tensor, keys: list[Tensor], i
                 temperature: Tensor, alpha: float) -> tuple[Tensor, Tensor, Tensor]:
     """The loss and its gradients by feature and temperature. One operator for torch.compile, whatever happens inside."""
     with torch.autocast(feature.device.type, enabled=False):
-        sums = (kernel_sums if runs_kernel(feature) else plain_sums)(feature, momentum_feature, keys, identity, key_identity, temperature)
+        sums_of = kernel_sums if runs_kernel(feature) else plain_sums
+        sums = sums_of(feature, momentum_feature, keys, identity, key_identity, temperature)
         return loss_and_gradients(sums, feature, temperature, alpha)
 
 
@@ -216,8 +217,8 @@ def contrastive_loss(feature, momentum_feature, keys, identity, key_identity, te
     feature (B, E): the student's, of one modality; momentum_feature (B, E): the momentum encoder's, of the same inputs; all
     features have length 1. keys: momentum features of the other modality in any number of pieces [(K1, E), (K2, E), ...],
     such as batch and queue. identity (B,), key_identity [(K1,), (K2,), ...]: equal numbers mean the same person, so a
-    positive; every row needs at least one. temperature: a tensor () on the same device. alpha: share of the soft targets, the momentum
-    encoder's own opinion, from 0 to 1. Gradients flow into feature and temperature only.
+    positive; every row needs at least one. temperature: a tensor () on the same device. alpha: share of the soft targets, the
+    momentum encoder's own opinion, from 0 to 1. Gradients flow into feature and temperature only.
     """
     pieces = [piece for piece in zip(keys, key_identity) if len(piece[0])]
     if not pieces:
