@@ -384,6 +384,14 @@ def pick(values, indices):
     return [values[i] for i in indices] if isinstance(values, list) else None if values is None else values[indices]
 
 
+def is_text(text):
+    """No binary data, nor half a character, which json can write and no tokenizer reads."""
+    try:
+        return b"\0" not in text.encode()
+    except UnicodeEncodeError:
+        return False
+
+
 @dataclass
 class Faces:
     """N pictures, with their attributes, their captions, both or neither, checked when made."""
@@ -395,14 +403,16 @@ class Faces:
 
     def __post_init__(self):
         if len(self) == 0:
-            raise ValueError(f"{self.name}: no faces")
+            raise ValueError(f"{self.name}: no faces, expected at least one in this part")
         for field in ("identity", "attributes", "captions"):
             values = getattr(self, field)
             if values is not None and len(values) != len(self):
                 raise ValueError(f"{self.name}: {len(self)} pictures, but {len(values)} entries in {field}")
         for i, texts in enumerate(self.captions or ()):
             if not texts or not all(bert.clean_caption(text) for text in texts):
-                raise ValueError(f"{self.name}: {self.where(i)} has an empty caption: {texts}")
+                raise ValueError(f"{self.name}: {self.where(i)} has an empty caption: {str(texts)[:100]}")
+            if not all(is_text(text) for text in texts):
+                raise ValueError(f"{self.name}: {self.where(i)} has a caption that is no text: {ascii(texts)[:100]}")
         if isinstance(self.pictures, list):
             check_files(self.name, [picture for picture in self.pictures if isinstance(picture, Path)])
 
@@ -431,7 +441,7 @@ class Faces:
         return caption(self.attributes[i], rng)[0]
 
     def subset(self, indices):
-        indices = np.asarray(indices)
+        indices = np.asarray(indices, dtype=np.int64)
         return Faces(self.name, pick(self.pictures, indices), self.identity[indices],
                      pick(self.attributes, indices), pick(self.captions, indices))
 
@@ -475,7 +485,7 @@ class Episodes:
         return image.convert("RGB")
 
     def subset(self, indices):
-        indices = np.asarray(indices)
+        indices = np.asarray(indices, dtype=np.int64)
         return Episodes(self.photos.subset(indices), pick(self.sketches, indices))
 
 
@@ -573,13 +583,20 @@ PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 
 def digest(text):
     """A text -> a number of 56 bits, the same in every process and every file."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+    return int.from_bytes(hashlib.sha256(text.encode(errors="surrogatepass")).digest()[:7], "big")
 
 
 def hold_out(items, share, split):
     """What is left of a training list for "train", or the last `share` of it (one at least) for "val"."""
     count = max(1, round(share * len(items)))
     return items[-count:] if split == "val" else items[:-count]
+
+
+def keep_apart(title, train, test):
+    """Nothing stands twice in what is for training and for testing, be it in one of them or in both."""
+    twice = [name for name, count in Counter([*train, *test]).items() if count > 1]
+    if twice:
+        raise ValueError(f"{title}: {len(twice)} faces are listed more than once, in one part or in both; the first is {twice[0]}")
 
 
 def folder_of(folder, places, names):
@@ -648,7 +665,7 @@ def celeba(folder, split):
     folder = Path(folder)
     attributes = celeba_attributes(folder)
     wanted = {"train": "0", "val": "1", "test": "2"}[split]
-    names = []
+    part_of = {}                            # {picture: its part's number}
     source, rows = table_rows("CelebA", folder, "list_eval_partition")
     for number, row in rows:
         if row[0] == "image_id":
@@ -657,8 +674,10 @@ def celeba(folder, split):
             raise ValueError(f"CelebA: {source} line {number} is {' '.join(row)!r}, expected a picture and 0, 1 or 2")
         if row[0] not in attributes:
             raise ValueError(f"CelebA: {source} line {number} names {row[0]}, which list_attr_celeba does not have")
-        if row[1] == wanted:
-            names.append(row[0])
+        if row[0] in part_of:
+            raise ValueError(f"CelebA: {source} line {number} lists {row[0]} a second time")
+        part_of[row[0]] = row[1]
+    names = [name for name, part in part_of.items() if part == wanted]
     images = folder_of(folder, ("img_align_celeba", "img_align_celeba/img_align_celeba"), names)    # Kaggle's has it twice
     return with_attributes(f"CelebA {split}", images, {name: attributes[name] for name in names}, range(len(names)))
 
@@ -743,8 +762,9 @@ def read_matlab(path, *variables):
             return [matlab_value(file, file[name]) for name in variables]
     except FileNotFoundError:
         raise FileNotFoundError(f"LFWA: {path.name} is not in {path.parent}") from None
-    except OSError as error:
-        raise ValueError(f"{path}: not a complete MATLAB 7.3 file (HDF5; MATLAB writes one with -v7.3): {error}") from None
+    except (OSError, AttributeError, KeyError, TypeError) as error:         # no HDF5, damaged, or with other kinds of variables
+        raise ValueError(f"{path}: not a complete MATLAB 7.3 file (HDF5; MATLAB writes one with -v7.3) with "
+                         f"{', '.join(variables)} as LFWA has them: {error}") from None
 
 
 def matlab_value(file, variable):
@@ -796,9 +816,7 @@ def mm_celeba(folder, split):
     texts, lists = folder / "text" / "celeba-caption", [folder / part / "filenames.pickle" for part in ("train", "test")]
     if any(path.exists() for path in lists):
         train, test = (pickled_numbers(path) for path in lists)
-        both = sorted(set(train) & set(test))
-        if both:
-            raise ValueError(f"MM-CelebA-HQ: {len(both)} faces are in both filenames.pickle, the first is {both[0]}")
+        keep_apart("MM-CelebA-HQ (filenames.pickle)", train, test)
         numbers = sorted(test) if split == "test" else hold_out(sorted(train), 0.05, split)
     else:
         numbers = celeba_hq_part([int(path.stem) for path in texts.glob("*.txt") if path.stem.isdecimal()], split)
@@ -840,11 +858,15 @@ def pickled_numbers(path):
         raise ValueError(f"{path}: not a plain pickled list of names ({error}); delete both to split by number") from None
     if not isinstance(names, (list, tuple)):
         raise ValueError(f"{path}: expected a pickled list of names, found a {type(names).__name__}")
-    stems = [Path(name.decode() if isinstance(name, bytes) else str(name)).stem for name in names]
-    for i, stem in enumerate(stems):
-        if not stem.isdecimal():
-            raise ValueError(f"{path}: record {i} (counted from 0) is {names[i]!r}, expected a number such as '123.jpg'")
-    return [int(stem) for stem in stems]
+    numbers = []
+    for i, name in enumerate(names):
+        text = name.decode(errors="replace") if isinstance(name, bytes) else str(name) if isinstance(name, (str, int)) else ""
+        stem = Path(text[:100]).stem
+        if not stem.isdecimal() or len(stem) > 9:
+            shown = f"{text[:100]!r}" if text else f"a {type(name).__name__}"
+            raise ValueError(f"{path}: record {i} (counted from 0) is {shown}, expected a number such as '123.jpg'")
+        numbers.append(int(stem))
+    return numbers
 
 
 def celeba_dialog(folder, split):
@@ -895,17 +917,17 @@ def facecaption(folder, split):
 
 def tar_records(tar):
     """What list_tar finds, kept beside the tar as .index for the next time (where the folder can be written to)."""
-    index, size = tar.with_suffix(".index"), tar.stat().st_size
+    index, now = tar.with_suffix(".index"), [tar.stat().st_size, tar.stat().st_mtime_ns]
     try:
         kept = json.loads(index.read_text(encoding="utf-8"))
-        if kept["size"] == size:            # of the tar, which may have been downloaded anew
+        if kept["size_and_time"] == now:    # of the tar, which may have been downloaded anew
             return kept["records"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         pass
     records = list_tar(tar)
     try:
         partial = tar.with_suffix(f".{os.getpid()}.partial")
-        partial.write_text(json.dumps({"size": size, "records": records}), encoding="utf-8")
+        partial.write_text(json.dumps({"size_and_time": now, "records": records}), encoding="utf-8")
         os.replace(partial, index)
     except OSError:
         pass
@@ -917,12 +939,15 @@ def list_tar(tar):
     pictures, texts = {}, {}
     try:
         with tarfile.open(tar, "r:") as file:
-            for member in file:
+            for member in filter(tarfile.TarInfo.isfile, file):
                 stem, suffix = os.path.splitext(member.name)
                 if suffix.lower() in PICTURES:
                     pictures[stem] = {"tar": tar.name, "name": member.name, "offset": member.offset_data, "size": member.size}
                 elif suffix == ".json":
                     texts[stem] = file.extractfile(member).read()
+            file.fileobj.seek(file.offset)                  # where tarfile stopped, for it takes a damaged header for the end
+            if any(file.fileobj.read(tarfile.BLOCKSIZE)):
+                raise tarfile.ReadError(f"damaged at byte {file.offset}")
     except (tarfile.TarError, EOFError) as error:
         raise ValueError(f"{tar}: not a complete tar ({error}); download it again, or take it away") from None
     return [pictures.get(stem, {}) | record for stem, text in texts.items()
@@ -933,7 +958,7 @@ def tar_record(text, where, has_picture):
     """The json beside a picture -> {"box", "caption", "url"}, or None where the download failed."""
     try:
         record = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} is not valid json: {error}") from None
     if not isinstance(record, dict) or "status" not in record:
         raise ValueError(f"{where} has no \"status\", expected what img2dataset writes with output_format webdataset")
@@ -953,17 +978,22 @@ def parse_box(box, where):
         x1, y1, x2, y2 = [round(float(value)) for value in (json.loads(box) if isinstance(box, str) else box)]
         if x1 < x2 and y1 < y2:
             return [x1, y1, x2, y2]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError, RecursionError):
         pass
-    raise ValueError(f"{where} has the box {box!r}, expected [x1, y1, x2, y2] in pixels, x1 < x2 and y1 < y2")
+    raise ValueError(f"{where} has the box {box!r:.100}, expected [x1, y1, x2, y2] in pixels, x1 < x2 and y1 < y2")
 
 
 # ---- readers: photos with sketches ---------------------------------------------------------------------------------
 def fs2k(folder, split):
     """FS2K: photo/photo1/image0110.jpg and its finished sketch, sketch/sketch1/sketch0110.*; by anno_train/test.json."""
     folder = Path(folder)
-    source = folder / f"anno_{'test' if split == 'test' else 'train'}.json"
     photos, sketches = named_pictures(folder / "photo"), named_pictures(folder / "sketch")
+    train, test = (fs2k_pairs(folder / f"anno_{part}.json", photos, sketches) for part in ("train", "test"))
+    return episodes("FS2K", folder, split, photos, train, test)
+
+
+def fs2k_pairs(source, photos, sketches):
+    """[(photo, [its sketch])] of a list."""
     pairs = []
     for number, record in enumerate(read_json(source)):
         where = f"FS2K: {source.name} record {number} (counted from 0)"
@@ -973,7 +1003,7 @@ def fs2k(folder, split):
         photo_name = name.replace("/", "_")
         sketch_name = photo_name.replace("photo", "sketch").replace("image", "sketch")
         pairs.append((only(photos, photo_name, where), [only(sketches, sketch_name, where)]))
-    return episodes("FS2K", folder, split, photos, pairs)
+    return pairs
 
 
 def fs2k_sde(folder, split):
@@ -984,8 +1014,14 @@ def fs2k_sde(folder, split):
     """
     folder = Path(folder)
     photos = named_pictures(folder / "photo")
+    train, test = (fs2k_sde_pairs(folder / "sketch" / part, photos) for part in ("train", "test"))
+    return episodes("FS2K-SDE", folder, split, photos, train, test)
+
+
+def fs2k_sde_pairs(folder, photos):
+    """[(photo, [its sketches in the order of their steps])] of the sketches in a folder."""
     growing = {}                            # {photo: {step: sketch}}
-    for sketch, parts in pictures_below(folder / "sketch" / ("test" if split == "test" else "train")):
+    for sketch, parts in pictures_below(folder):
         name, _, step = "_".join(parts).rpartition("_")
         if not name or not step.isdecimal():
             raise ValueError(f"FS2K-SDE: {sketch}: expected a name such as image0110_7.png, with the step at its end")
@@ -993,8 +1029,13 @@ def fs2k_sde(folder, split):
         if int(step) in steps:
             raise ValueError(f"FS2K-SDE: {sketch} and {steps[int(step)]} are the same step of one photo")
         steps[int(step)] = sketch
-    pairs = [(photo, [steps[step] for step in sorted(steps)]) for photo, steps in growing.items()]
-    return episodes("FS2K-SDE", folder, split, photos, pairs)
+    usual = Counter(map(frozenset, growing.values())).most_common(1)
+    for photo, steps in growing.items():
+        odd = usual[0][0] ^ steps.keys()
+        if odd:
+            raise ValueError(f"FS2K-SDE: {photo} has {len(steps)} sketches, the others have {len(usual[0][0])}; step {min(odd)} "
+                             f"{'is one too many' if min(odd) in steps else 'is missing'}")
+    return [(photo, [steps[step] for step in sorted(steps)]) for photo, steps in growing.items()]
 
 
 def pictures_below(folder):
@@ -1023,9 +1064,10 @@ def only(names, name, where):
     return found[0]
 
 
-def episodes(title, folder, split, names, pairs):
+def episodes(title, folder, split, names, train, test):
     """Episodes of pairs (photo, its sketches); the last tenth of the training photos, by name, is "val"."""
-    pairs = sorted(pairs) if split == "test" else hold_out(sorted(pairs), 0.1, split)
+    keep_apart(title, *([photo for photo, _ in pairs] for pairs in (train, test)))
+    pairs = sorted(test) if split == "test" else hold_out(sorted(train), 0.1, split)
     photos = [photo for photo, _ in pairs]
     faces = Faces(f"{title} {split}", photos, np.arange(len(photos)), captions=photo_captions(folder, split, names, photos))
     return Episodes(faces, [sketches for _, sketches in pairs])
@@ -1065,9 +1107,10 @@ FACES = (       # what tells a layout, its reader, the layout in words
     ("lfw_att_40.mat", lfwa, "LFWA in MATLAB's files (lfw_att_40.mat, indices_train_test.mat, lfw/)"),
     ("captions_hq.json", celeba_dialog, "CelebA-Dialog (captions_hq.json, images/ or image/)"),
     ("text/celeba-caption", mm_celeba, "MM-CelebA-HQ (text/celeba-caption/, images/, train/ and test/filenames.pickle)"),
-    ("*.tar", facecaption, "FaceCaption-15M as img2dataset downloads it (00000.tar, ...; the .parquet holds addresses only)"),
+    ("*.tar", facecaption, "FaceCaption-15M as img2dataset downloads it (00000.tar, ...)"),
     ("train.json", lambda folder, split: caption_list(folder / f"{split}.json"), "train.json, val.json and test.json"),
 )
+ADDRESSES = "; FaceCaption-15M's holds the pictures' addresses only: fetch them with img2dataset and give the folder of its tars"
 EPISODES = (
     ("sketch/train", fs2k_sde, "FS2K-SDE (sketch/train/, sketch/test/, photo/)"),
     ("anno_train.json", fs2k, "FS2K (anno_train.json, anno_test.json, photo/, sketch/)"),
@@ -1084,6 +1127,8 @@ def open_faces(path, split):
         if any(path.glob(sign)):
             return reader(path, split)
     jsons = sorted(path.glob("*.json")) if path.is_dir() else [path]
+    if path.is_file() and path.suffix != ".json":
+        raise ValueError(f"{path}: expected a folder or a json list, found another file" + ADDRESSES * (path.suffix == ".parquet"))
     if len(jsons) == 1 and jsons[0].suffix == ".json":
         faces = caption_list(jsons[0])
         faces.name = f"{jsons[0].name} ({split})"

@@ -15,10 +15,10 @@ evaluation on the validation part decides what is kept; the test part is read on
 
 Departures from the official code: it chooses the best epoch on the test part, trains LFWA's head on the test part, leaves
 dropout on inside the "frozen" encoders, trains the attribute head by plain gradient descent, and keeps a momentum encoder and
-a queue for keys that no longer change.
+a queue, though behind frozen encoders all keys of a batch are fresh.
 
-Into --out/<task> go log.jsonl, table.md, pictures, and what was tuned on the first checkpoint: head.pt (attributes) or a whole
-flip.pt (retrieval, sketch), which --checkpoint takes again.
+Into --out/<task> go log.jsonl, table.md, pictures, and what was tuned on the first checkpoint: for attributes the head, head.pt;
+for retrieval and sketch a whole flip.pt, which --checkpoint takes again.
 
 Shapes: N pictures, L image tokens, D width, E feature size, B samples of a batch, V vectors pooled per picture, A attributes,
 T captions (retrieval) or steps of a sketch (sketch).
@@ -59,7 +59,7 @@ class Config:
     what drawn faces change."""
     task: str = ""
     checkpoint: tuple[str, ...] = flag(("out/flip.pt",), "one or more: made by train.py, or the official FLIP-base.pth")
-    vocabulary: str = flag("", "vocab.txt, tokenizer.json, folder or hub name; the official checkpoint does not hold one")
+    vocabulary: str = flag("", "vocab.txt, tokenizer.json, folder or hub name, for checkpoints that hold none, as the official")
     random: bool = flag(True, "tune on a frozen encoder of random weights as well, for comparison")
     data: str = flag("", "folder with your own faces; without it faces are drawn and kept in --cache")
     out: str = flag("out", "results go into a folder below it, named after the task")
@@ -70,13 +70,12 @@ class Config:
     captions: int = flag(2, "sentences that the grammar writes for each training face that came without any")
     views: int = flag(1, "versions of each training picture to encode: the first as it is, others as the augmentation shows it")
     seed: int = flag(0, "of the random encoder, new weights, order, captions, negatives")
-    epochs: int = flag(50, "passes over the training part")
+    epochs: int = flag(50, "passes over the training part; over a share of it so many more that as many samples are seen")
     batch_size: int = flag(64, "samples per step")
     lr: float = flag(3e-5, "highest learning rate; it falls to 0 along a cosine")
     warmup: int = flag(2000, "steps in which the learning rate rises; at most a tenth of all")
     weight_decay: float = flag(0.05, "of AdamW, on matrices only")
     itm_every: int = flag(1, "train the matching head at each n-th step")
-    hardness: float = flag(1.0, "of the negatives that the matching head sees: 1 draws them by similarity, 0 evenly")
     fractions: tuple[float, ...] = flag((0.01, 0.1, 1.0), "attributes: shares of the training part, each a run of its own")
     columns: tuple[str, ...] = flag((), "attributes: which ones to learn (default: all)")
     evaluations: int = flag(5, "how often to look at the validation part; the best look decides")
@@ -91,13 +90,17 @@ class Config:
         for name, bound in least.items():
             if getattr(self, name) < bound:
                 raise ValueError(f"--{name} {getattr(self, name)}: expected at least {bound}")
-        for name in ("seed", "lr", "warmup", "weight_decay", "hardness", "memory"):
+        for name in ("seed", "lr", "warmup", "weight_decay", "memory"):
             if not 0 <= getattr(self, name) < 2 ** 62:
                 raise ValueError(f"--{name} {getattr(self, name)}: expected a number that is not negative")
         if self.precision not in PRECISION:
             raise ValueError(f"--precision {self.precision}: expected one of {', '.join(PRECISION)}")
         if not self.fractions or not all(0 < fraction <= 1 for fraction in self.fractions):
             raise ValueError(f"--fractions {self.fractions}: expected shares above 0 and at most 1")
+        if len(set(self.fractions)) < len(self.fractions):
+            raise ValueError(f"--fractions {self.fractions}: expected every share once")
+        if self.task != "attributes" and (self.columns or self.fractions != Config.fractions):
+            raise ValueError(f"--columns and --fractions are for attributes, not for {self.task}")
         unknown = [name for name in self.columns if name not in ATTRIBUTES]
         if len(set(self.columns)) < len(self.columns):
             raise ValueError(f"--columns {' '.join(self.columns)}: expected every attribute once")
@@ -127,6 +130,23 @@ def parse_arguments(argv=None):
     return Config(**recipe | given)
 
 
+# ---- a task --------------------------------------------------------------------------------------------------------
+class Task(NamedTuple):
+    """What sets a task apart; the rows are TASKS, below the functions that fill them."""
+    open: Callable          # (config, split, size) -> Faces or Episodes
+    encode: Callable        # (model, faces, config, for_training) -> samples: all that the frozen encoders have to say about them
+    head: Callable          # (model, samples) -> the module that is trained
+    loss: Callable          # (head, samples, indices (B,), rng, step) -> a scalar tensor
+    after_step: Callable    # (head): what changes beside the optimiser's step
+    metrics: Callable       # (head, samples) -> {name: number}; "baseline": the same of who has learned nothing; "scores",
+                            # "per_label", "A", "B": what the pictures show
+    select: str             # the metric on the validation part that decides what is kept
+    columns: dict           # of the table: metric -> title
+    reads_text: Callable    # (training part) -> whether its captions are tokenized
+    draw: Callable          # (results, test part, folder)
+    save: Callable          # (head, its metrics, the Encoder's origin with this task added, folder)
+
+
 # ---- what the frozen encoders have to say, once --------------------------------------------------------------------
 def freeze(model):
     """Evaluation mode, no gradients. A task may thaw the projections, the matching head and the temperature again, which are
@@ -152,11 +172,11 @@ def storage(shape, config):
 
 
 @torch.no_grad()
-def encode(compute, read, count, size, config, device, what, batch_size=128):
-    """compute(pixels (n, 3, size, size)) for pictures read(0) to read(count - 1), on the CPU: (count, ...)."""
-    out = None
+def encode_pictures(compute, read, count, model, config, title, batch_size=128):
+    """compute(pixels (n, 3, S, S)) for the pictures read(0) to read(count - 1), on the CPU: (count, ...)."""
+    out, size, device = None, model.config.vit.image_size, model.temperature.device
     with ThreadPool() as pool, autocast(config, device):
-        for start in tqdm(range(0, count, batch_size), what, leave=False):
+        for start in tqdm(range(0, count, batch_size), title, leave=False):
             stop = min(start + batch_size, count)
             pixels = torch.stack(pool.map(lambda i: to_tensor(read(i), size), range(start, stop)))
             values = compute(pixels.to(device)).float().cpu()
@@ -178,9 +198,8 @@ def view_of(faces, view, size, seed):
 
 def encode_views(compute, faces, views, model, config):
     """compute() of every picture in every view: a list of (N, ...), one for each view."""
-    size, device = model.config.vit.image_size, model.temperature.device
-    return [encode(compute, view_of(faces, view, size, config.seed), len(faces), size, config, device,
-                   f"encoding {faces.name}" + f", view {view + 1}" * (views > 1)) for view in range(views)]
+    return [encode_pictures(compute, view_of(faces, view, model.config.vit.image_size, config.seed), len(faces), model, config,
+                            f"encoding {faces.name}" + f", view {view + 1}" * (views > 1)) for view in range(views)]
 
 
 # ---- attributes: pooled tokens of four depths, LayerNorm, weighted sum, linear -------------------------------------
@@ -221,11 +240,11 @@ class Labelled:
         return Labelled([view[indices] for view in self.vectors], self.labels[indices], self.names)
 
 
-def encode_attributes(model, faces, config, training):
+def encode_attributes(model, faces, config, for_training):
     names = config.columns or ATTRIBUTES
     labels = torch.from_numpy(faces.attributes[:, [ATTRIBUTES.index(name) for name in names]]).float()
     compute = lambda images: pooled(model.student.image, images)
-    return Labelled(encode_views(compute, faces, config.views if training else 1, model, config), labels, names)
+    return Labelled(encode_views(compute, faces, config.views if for_training else 1, model, config), labels, names)
 
 
 def attribute_head(model, samples):
@@ -246,11 +265,18 @@ def average_precision(scores, labels):
     return (precision * hits).sum() / hits.sum()
 
 
+def chance_precision(positives, count):
+    """The average precision expected of an order by chance. At the rank n of a positive, it is a hit itself, and each of the
+    n - 1 before it with probability (positives - 1) / (count - 1); the mean over all n has a harmonic number in it."""
+    harmonic = (1 / torch.arange(1, count + 1).double()).sum()
+    return (harmonic + (positives - 1) / (count - 1) * (count - harmonic)) / count
+
+
 @torch.no_grad()
 def attribute_metrics(head, samples):
-    """In percent. Accuracy counts a rare attribute as nearly solved by who never names it; balanced accuracy, the mean of the
-    rates at which the present and the absent are recognised, and average precision do not. Means over the labels; an attribute
-    that everyone or nobody has counts in accuracy only."""
+    """In percent. Who never names a rare attribute is nearly always right, so accuracy flatters; balanced accuracy, the mean of
+    the rates at which the present and the absent are recognised, and average precision do not. Means over the labels; an
+    attribute that everyone or nobody has counts in accuracy only. The majority is that of these samples."""
     device = head.weights.device
     logits = torch.cat([head(some.to(device).float()).cpu() for some in samples.vectors[0].split(1024)])    # (N, A)
     truth, said = samples.labels.bool(), logits > 0
@@ -266,8 +292,9 @@ def attribute_metrics(head, samples):
     per_label = {name: {column: 100 * values[a].item() for column, values in columns.items()}
                  for a, name in enumerate(samples.names)}
     metrics = {column: 100 * values.nanmean().item() for column, values in columns.items()}
-    known = frequency[~balanced.isnan()]                    # of an order by chance, precision is the frequency at any rank
-    baseline = {"accuracy": metrics["majority"], "balanced": 50.0, "average_precision": 100 * known.mean().item()}
+    known = truth.sum(0)[~balanced.isnan()].double()        # positives of each label
+    baseline = {"accuracy": metrics["majority"], "balanced": 50.0,
+                "average_precision": 100 * chance_precision(known, len(truth)).mean().item()}
     return metrics | {"per_label": per_label, "baseline": baseline}
 
 
@@ -324,10 +351,10 @@ def training_texts(faces, count):
             for n, i in enumerate(tqdm(image_of_text.tolist(), "writing captions", leave=False))], image_of_text
 
 
-def encode_pairs(model, faces, config, training):
+def encode_pairs(model, faces, config, for_training):
     """Image tokens of all pictures and [CLS] of all captions; for evaluation the captions are those of pre-training."""
-    texts, image_of_text = training_texts(faces, config.captions) if training else validation_texts(faces)
-    image_tokens = encode_views(model.student.image, faces, config.views if training else 1, model, config)
+    texts, image_of_text = training_texts(faces, config.captions) if for_training else validation_texts(faces)
+    image_tokens = encode_views(model.student.image, faces, config.views if for_training else 1, model, config)
     captions = model.tokenizer(texts)
     return Paired(image_tokens, captions, encode_captions(model, captions, config), image_of_text,
                   torch.from_numpy(faces.identity), config)
@@ -342,17 +369,19 @@ def encode_captions(model, captions, config, batch_size=500):
                           for some in tqdm(torch.arange(len(captions)).split(batch_size), "encoding captions", leave=False)])
 
 
-def contrast(rows, keys, identity, temperature):
+def contrast(one, other, identity, temperature):
     """The contrastive loss both ways within a batch, features (B, E) each. As in pre-training, keys carry no gradient. No queue
     and no momentum encoder: behind frozen encoders all keys of a batch are as fresh as can be."""
-    def one_way(a, b):                                      # the second argument, for soft targets, has weight 0
-        return contrastive_loss(a, a, [b.detach()], identity, [identity], temperature, alpha=0.0)
-    return (one_way(rows, keys) + one_way(keys, rows)) / 2
+    def one_way(rows, keys):
+        return contrastive_loss(rows, momentum_feature=rows, keys=[keys.detach()], identity=identity, key_identity=[identity],
+                                temperature=temperature, alpha=0.0)       # alpha 0: the momentum feature does not count
+    return (one_way(one, other) + one_way(other, one)) / 2
 
 
 def pair_loss(head, samples, indices, rng, step):
-    """ITC + ITM of the pictures `indices` (B,), each with one of its captions; see losses.py and flip.py. The features and the
-    matching head have no weight in common, so ITM, which costs a pass of the text encoder, need not be asked at every step."""
+    """ITC + ITM of the pictures `indices` (B,), each with one of its captions; see losses.py and flip.py. ITC trains the
+    projections and the temperature, ITM the matching head alone; so ITM, which costs a pass of the text encoder, can be left
+    out of most steps without changing ITC."""
     model, config, identity = head.model, samples.config, samples.identity[indices]
     if (identity == identity[0]).all():
         raise ValueError(f"a batch of {len(identity)} shows one person only, so nothing in it is a wrong answer; train on more "
@@ -365,7 +394,7 @@ def pair_loss(head, samples, indices, rng, step):
     if step % config.itm_every:
         return itc
     generator = torch.Generator().manual_seed(int(rng.integers(2 ** 62)))
-    negatives = model.draw_negatives(image.detach(), text.detach(), identity, config.hardness, generator)
+    negatives = model.draw_negatives(image.detach(), text.detach(), identity, 1.0, generator)
     captions = samples.captions.select(chosen).to(image.device)
     return itc + model.matching(image_tokens[indices].to(image.device).float(), captions, *negatives)
 
@@ -418,18 +447,18 @@ def has_text(faces):
     return faces.captions is not None or faces.attributes is not None
 
 
-def encode_sketches(model, episodes, config, training):
+def encode_sketches(model, episodes, config, for_training):
     """Class tokens of all steps of all sketches, and of the photos; for training all tokens of photos that have captions."""
-    faces, T, size, device = episodes.photos, episodes.steps, model.config.vit.image_size, model.temperature.device
+    faces, T = episodes.photos, episodes.steps
     class_token = lambda images: model.student.image(images, first_only=True)
-    if training and has_text(faces):
-        paired = encode_pairs(model, faces, config, training)
+    if for_training and has_text(faces):
+        paired = encode_pairs(model, faces, config, for_training)
         photos = paired.image_tokens[0][:, 0].float()
     else:
         paired, photos = None, encode_views(class_token, faces, 1, model, config)[0]
     # An episode is white on black; an encoder of photographs tells more of dark lines on a light ground.
     read = lambda n: ImageOps.invert(episodes.sketch(n // T, n % T))
-    sketches = encode(class_token, read, len(faces) * T, size, config, device, f"encoding the sketches of {faces.name}")
+    sketches = encode_pictures(class_token, read, len(faces) * T, model, config, f"encoding the sketches of {faces.name}")
     return Sketched(photos, sketches.unflatten(0, (len(faces), T)), torch.from_numpy(faces.identity), paired)
 
 
@@ -497,7 +526,7 @@ def draw_sketch(results, episodes, folder, stages=6, top=5):
     """One sketch as it grows, with the best photos at each stage; and how early photos are found, for all encoders."""
     similarity = results[0].final["scores"]                                                 # (N, T, N)
     ranks = sketch_ranks(similarity)
-    n = int((1 / ranks.double()).mean(1).argsort()[len(ranks) // 2])                        # as easy as half of the others
+    n = int((1 / ranks.double()).mean(1).argsort()[len(ranks) // 2])                        # as hard as the median
     rows = []
     for t in sorted({max(0, episodes.steps * stage // stages - 1) for stage in range(1, stages + 1)}):
         best = similarity[n, t].argsort(descending=True)[:top].tolist()
@@ -522,23 +551,8 @@ def figure_of(width, height, columns=1):
 
 
 # ---- the tasks -----------------------------------------------------------------------------------------------------
-class Task(NamedTuple):
-    open: Callable          # (config, split, size) -> Faces or Episodes
-    encode: Callable        # (model, faces, config, training) -> samples: all that the frozen encoders have to say about them
-    head: Callable          # (model, samples) -> the module that is trained
-    loss: Callable          # (head, samples, indices (B,), rng, step) -> a scalar tensor
-    after_step: Callable    # (head): what changes beside the optimiser's step
-    metrics: Callable       # (head, samples) -> {name: number}; "baseline": the same of who has learned nothing; "scores",
-                            # "per_label", "A", "B": what the pictures show
-    select: str             # the metric on the validation part that decides what is kept
-    columns: dict           # of the table: metric -> title
-    reads_text: Callable    # (training part) -> whether its captions are tokenized
-    draw: Callable          # (results, test part, folder)
-    save: Callable          # (head, its metrics, {"task", "checkpoint", "settings"} it comes from, folder)
-
-
 def open_part(config, split, size, own=data.open_faces, drawn=data.drawn_faces):
-    """A part to train, choose or test on; drawn faces are none that train.py draws, at the size that the model sees."""
+    """A part to train, choose or test on. Drawn faces are none that train.py draws, at `size`, which the first model sees."""
     if config.data:
         part = own(config.data, split)
         return part.subset(range(min(config.validation, len(part)))) if split == "val" else part
@@ -554,10 +568,12 @@ def open_labelled_part(config, split, size):
 
 
 def open_captioned_part(config, split, size):
-    """For drawn faces, an archive of black-and-white photographs: in a collection like the one that train.py learns from, its
-    projections are as good as they can be, and there is nothing to tune."""
+    """Drawn faces become black-and-white photographs: what train.py learned fits the coloured ones already, which leaves nothing
+    to tune."""
     faces = open_part(config, split, size)
     faces.check_text()
+    if split == "train" and (faces.identity == faces.identity[0]).all():
+        raise ValueError(f"{faces.name} shows one person only, so nothing in it is a wrong answer; train on more people")
     if config.data:
         return faces
     grey = np.asarray(faces.pictures) @ np.array([0.299, 0.587, 0.114])                     # (N, S, S)
@@ -576,17 +592,20 @@ def clamp_temperature(head):
 RECALLS = {f"{way}_r{k}": f"{title} R@{k}" for way, title in (("img", "T→I"), ("txt", "I→T")) for k in (5, 10)}
 TASKS = {
     "retrieval": Task(
-        open_captioned_part, encode_pairs, flip_head, pair_loss, clamp_temperature, pair_metrics, "r_mean",
-        RECALLS | {f"itc_{name}": f"{title}, ITC alone" for name, title in RECALLS.items()}, lambda faces: True, draw_retrieval,
-        save_flip),
+        open=open_captioned_part, encode=encode_pairs, head=flip_head, loss=pair_loss, after_step=clamp_temperature,
+        metrics=pair_metrics, select="r_mean",
+        columns=RECALLS | {f"itc_{name}": f"{title}, ITC alone" for name, title in RECALLS.items()},
+        reads_text=lambda faces: True, draw=draw_retrieval, save=save_flip),
     "attributes": Task(
-        open_labelled_part, encode_attributes, attribute_head, attribute_loss, lambda head: None, attribute_metrics, "accuracy",
-        {"accuracy": "accuracy", "balanced": "balanced accuracy", "average_precision": "average precision"},
-        lambda faces: False, draw_attributes, save_attribute_head),
+        open=open_labelled_part, encode=encode_attributes, head=attribute_head, loss=attribute_loss, after_step=lambda head: None,
+        metrics=attribute_metrics, select="accuracy",
+        columns={"accuracy": "accuracy", "balanced": "balanced accuracy", "average_precision": "average precision"},
+        reads_text=lambda faces: False, draw=draw_attributes, save=save_attribute_head),
     "sketch": Task(
-        open_episodes, encode_sketches, flip_head, sketch_loss, clamp_temperature, sketch_metrics, "m@B",
-        {"m@A": "m@A", "m@B": "m@B", "w@A": "w@A", "w@B": "w@B", "finished": "A, sketch finished"},
-        lambda episodes: has_text(episodes.photos), draw_sketch, save_flip)}
+        open=open_episodes, encode=encode_sketches, head=flip_head, loss=sketch_loss, after_step=clamp_temperature,
+        metrics=sketch_metrics, select="m@B",
+        columns={"m@A": "m@A", "m@B": "m@B", "w@A": "w@A", "w@B": "w@B", "finished": "A, sketch finished"},
+        reads_text=lambda episodes: has_text(episodes.photos), draw=draw_sketch, save=save_flip)}
 
 # What the papers publish (FLIP, tables 3 to 5): the first columns of ours, on the data named. FLIP*: captions by grammar
 # alone, FLIP†: text from LAION-Face. Attributes: by the share of the training part. FLIP's LFWA saw the test part in training.
@@ -627,14 +646,14 @@ def tune(task, head, training, validation, config, log):
     others = [p for p in head.parameters() if p.ndim <= 1]                                  # are not decayed
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups)
-    device, per_epoch, step = others[0].device, max(1, len(training) // config.batch_size), 0
+    device, per_epoch, step = others[0].device, math.ceil(len(training) / config.batch_size), 0
     looks = {round(config.epochs * (n + 1) / config.evaluations) for n in range(config.evaluations)}
     untuned = best = copy.deepcopy(head.state_dict())
     highest = task.metrics(head, validation)[task.select]
     for epoch in tqdm(range(1, config.epochs + 1), "tuning", leave=False):
         rng = np.random.default_rng((config.seed, epoch))
         order, losses = torch.from_numpy(rng.permutation(len(training))), []
-        for indices in order[:per_epoch * config.batch_size].split(config.batch_size):
+        for indices in order.tensor_split(per_epoch):       # nearly equal batches
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, config.epochs * per_epoch, config)
             with autocast(config, device):
@@ -680,9 +699,9 @@ def evaluate_encoder(name, model, parts, config, log):
     heads = {}
     for share in shares:
         torch.manual_seed(config.seed)
-        head = task.head(model, training)
+        head, longer = task.head(model, training), dataclasses.replace(config, epochs=round(config.epochs / share))
         log.write(encoder=name, share=share)
-        heads[share] = head, *tune(task, head, share_of(training, share, config.seed), validation, config, log)
+        heads[share] = head, *tune(task, head, share_of(training, share, config.seed), validation, longer, log)
     del training, validation                                # may be large
     testing = task.encode(model, parts["test"], config, False)         # not looked at before
     result = Result(name, {}, {})
@@ -693,7 +712,7 @@ def evaluate_encoder(name, model, parts, config, log):
         head.load_state_dict(best)
         result.tuned[share] = task.metrics(head, testing)
     log.write(encoder=name, **{f"test_{column}": result.final[column] for column in task.columns})
-    return result, head
+    return result, heads[max(heads)][0]
 
 
 def share_of(samples, share, seed):
@@ -708,8 +727,9 @@ def share_of(samples, share, seed):
 class Encoder(NamedTuple):
     name: str
     model: FLIP
-    checkpoint: str         # where it comes from; "" for random weights
-    settings: dict          # the flags of the run that made it; {} for one that train.py did not make
+    checkpoint: str         # "" for random weights
+    origin: dict            # tasks: those that it was tuned for before, checkpoint: what the first of these began with,
+                            # settings: the flags of the train.py that made that, {} if another program did
 
 
 def open_encoders(config):
@@ -719,19 +739,22 @@ def open_encoders(config):
     encoders = [encoder._replace(name=f"{encoder.name} ({encoder.checkpoint})") if names.count(encoder.name) > 1 else encoder
                 for encoder in encoders]
     if config.random:
-        model = random_encoder(encoders[0].model, encoders[0].settings.get("small_init"), config.seed)
+        model = random_encoder(encoders[0].model, encoders[0].origin["settings"].get("small_init"), config.seed)
         encoders.append(Encoder("random frozen encoder", model, "", {}))
     return encoders
 
 
 def load(path, config):
-    if Path(path).resolve() == (Path(config.out) / config.task / "flip.pt").resolve():
-        raise ValueError(f"--checkpoint {path} would be written over by the tuned one; choose another --out")
-    model, saved = FLIP.from_pretrained(path), read_checkpoint(path)
-    origin = saved.get("tuned") or {"task": "", "settings": saved.get("training", {}).get("settings", {})}
-    if config.vocabulary:
+    saved = read_checkpoint(path)
+    if "attributes" in saved:
+        raise ValueError(f"--checkpoint {path} is the head of the task attributes; give the checkpoint it was tuned on")
+    model = FLIP.from_pretrained(path)
+    if not all(weights.isfinite().all() for weights in model.parameters()):
+        raise ValueError(f"--checkpoint {path}: some weights are not finite numbers; its training had diverged")
+    if model.tokenizer is None and config.vocabulary:
         model.use(Tokenizer.load(config.vocabulary))
-    return Encoder(name_of(path, **origin), model, path, origin["settings"])
+    origin = saved.get("tuned") or {"tasks": [], "checkpoint": path, "settings": saved.get("training", {}).get("settings", {})}
+    return Encoder(name_of(**origin), model, path, origin)
 
 
 def random_encoder(like, small_init, seed):
@@ -743,29 +766,33 @@ def random_encoder(like, small_init, seed):
     return model
 
 
-def name_of(path, task, settings, **_):
-    """What to call a checkpoint in the table; task: that it was tuned for before, or ""."""
-    if not settings:
-        return Path(path).stem
-    kind = "ITC alone" if settings["itm_from"] >= 1 else "FLIP"
-    faces = Path(settings["data"]).resolve().name if settings["data"] else "drawn faces"
-    return f"{kind}, pre-trained on {faces}" + f", tuned for {task}" * bool(task)
+def name_of(tasks, checkpoint, settings):
+    """What to call an encoder in the table."""
+    name = Path(checkpoint).stem
+    if settings:
+        kind = "ITC alone" if settings["itm_from"] >= 1 else "FLIP"
+        faces = Path(settings["data"]).resolve().name if settings["data"] else "drawn faces"
+        name = f"{kind}, pre-trained on {faces}"
+    return ", ".join([name, *(f"tuned for {task}" for task in tasks)])
 
 
 # ---- the run -------------------------------------------------------------------------------------------------------
 def finetune(config):
     """The whole run; returns the results, the first checkpoint's first. What is done lies in --out before the next begins."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    task, folder, encoders = TASKS[config.task], Path(config.out) / config.task, open_encoders(config)
+    task, folder = TASKS[config.task], Path(config.out) / config.task
+    if (folder / "table.md").exists():
+        raise ValueError(f"{folder} holds the results of an earlier run; take it away, or choose another --out")
+    encoders = open_encoders(config)
     parts = open_parts(config, encoders)
     log, results = Log(folder / "log.jsonl", config, start=0, writes=True), []
-    for name, model, checkpoint, settings in encoders:
+    for name, model, _, origin in encoders:
         print(f"{name} ...", flush=True)
         result, head = evaluate_encoder(name, freeze(model.to(device)), parts, config, log)
         results.append(result)
         (folder / "table.md").write_text(table(results, config) + "\n", encoding="utf-8")
         if len(results) == 1:
-            task.save(head, result.final, {"task": config.task, "checkpoint": checkpoint, "settings": settings}, folder)
+            task.save(head, result.final, origin | {"tasks": [*origin["tasks"], config.task]}, folder)
         else:
             result.final.pop("scores", None)                # may be large; the pictures show the first encoder's
         task.draw(results, parts["test"], folder)

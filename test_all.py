@@ -1059,6 +1059,7 @@ def edit(path, old, new):
     (lambda d: edit(d / "list_eval_partition.txt", "000003.jpg 0", "000003.jpg 7"), "list_eval_partition.txt line 3 is '000003.jpg 7'"),
     (lambda d: (d / "list_eval_partition.txt").write_text("000009.jpg 0\n"), "line 1 names 000009.jpg, which list_attr_celeba does not have"),
     (lambda d: (d / "list_eval_partition.txt").write_text("000001.jpg 1\n"), "CelebA train: no faces"),
+    (lambda d: (d / "list_eval_partition.txt").write_text("000001.jpg 0\n000001.jpg 2\n"), "line 2 lists 000001.jpg a second time"),
     (lambda d: (d / "list_eval_partition.txt").unlink(), "list_eval_partition.txt (or .csv) is not in"),
     (lambda d: (d / "img_align_celeba/000004.jpg").unlink(), "CelebA train: 1 of 4 pictures are not there, the first is"),
 ])
@@ -1101,6 +1102,7 @@ def test_one_caption_list_is_split_so_that_a_person_is_in_one_part(tmp_path):
     ([{"image": "0.png"}], 'record 0 (counted from 0) has no "caption" that is a text or a list of texts (0.png)'),
     ([{"image": "0.png", "caption": ["a face", " . !"]}], "0.png has an empty caption"),
     ([{"image": "7.png", "caption": "a face"}], "1 of 1 pictures are not there"),
+    ([{"image": "0.png", "image_id": "\ud800", "caption": "half a character: \ud800"}], "0.png has a caption that is no text"),
     ("[]", "train.json: no faces"),
 ])
 def test_a_faulty_caption_list_is_refused_with_one_sentence(tmp_path, records, sentence):
@@ -1114,6 +1116,11 @@ def test_an_unknown_folder_is_told_what_layouts_are_known(tmp_path):
         data.open_faces(tmp_path / "nowhere", "train")
     with pytest.raises(ValueError, match="found neither CelebA"):
         data.open_faces(tmp_path, "train")
+    (tmp_path / "faces.parquet").touch()
+    with pytest.raises(ValueError, match="faces.parquet: expected a folder or a json list, found another file; FaceCaption-15M's holds .* addresses"):
+        data.open_faces(tmp_path / "faces.parquet", "train")
+    write_captions(tmp_path, [{"image": "0.png", "image_id": 0, "caption": "a face"}], "all.json")      # a list too short to split
+    assert error_of(data.open_faces, tmp_path, "val") == "all.json (val): no faces, expected at least one in this part"
 
 
 def spoil_pictures(folder):
@@ -1124,6 +1131,7 @@ def spoil_pictures(folder):
     Image.fromarray(rng.integers(0, 255, (218, 178, 3), dtype=np.uint8)).save(images / "000002.jpg")
     (images / "000002.jpg").write_bytes((images / "000002.jpg").read_bytes()[:9000])
     (images / "000003.jpg").write_text("not a picture")
+    (images / "000004.jpg").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")     # Pillow would start Ghostscript
     return data.celeba(folder, "train")
 
 
@@ -1133,7 +1141,7 @@ def test_a_damaged_picture_is_named(tmp_path):
         faces.picture(1)
     with pytest.raises(ValueError, match=r"record 2: .*000003.jpg is not a picture$"):
         faces.picture(2)
-    with pytest.raises(ValueError, match="2 of 4 pictures are bad"):
+    with pytest.raises(ValueError, match=r"000004.jpg is not a picture\n3 of 4 pictures are bad"):
         data.check_pictures(faces)
 
 
@@ -1203,7 +1211,9 @@ class Malicious:
     (lambda d: write_pickle(d / "train/filenames.pickle", b"nonsense"), "train/filenames.pickle: not a plain pickled list"),
     (lambda d: write_pickle(d / "train/filenames.pickle", {"2": 1}), "expected a pickled list of names, found a dict"),
     (lambda d: write_pickle(d / "train/filenames.pickle", ["2", "face"]), "record 1 (counted from 0) is 'face', expected a number such as"),
-    (lambda d: write_pickle(d / "test/filenames.pickle", ["2.jpg"]), "1 faces are in both filenames.pickle, the first is 2"),
+    (lambda d: write_pickle(d / "test/filenames.pickle", ["2.jpg"]), "1 faces are listed more than once, in one part or in both; the first is 2"),
+    (lambda d: write_pickle(d / "test/filenames.pickle", ["7", "7.jpg"]), "1 faces are listed more than once"),
+    (lambda d: (d / "text/celeba-caption/3.txt").write_text("binary \0 data"), "3.jpg has a caption that is no text"),
     (lambda d: (d / "test/filenames.pickle").unlink(), "test/filenames.pickle is not there, only the other part's"),
     (lambda d: (d / "text/celeba-caption/3.txt").unlink(), "3.txt is not there, expected its face's captions, one a line"),
     (lambda d: (d / "text/celeba-caption/3.txt").write_text("\n"), "3.jpg has an empty caption: []"),
@@ -1375,7 +1385,8 @@ def test_a_download_in_tars_is_read_in_place_cropped_and_split_by_address(tmp_pa
 
 @pytest.mark.parametrize("changes, sentence", [
     (dict(box=None), "000000003.json has the box None, expected [x1, y1, x2, y2] in pixels"),
-    (dict(box="[1, 2, 3]"), "has the box '[1, 2, 3]'"),
+    (dict(box="[1, 2, 3]"), "has the box '[1, 2, 3]'"), (dict(box=[0, 0, 1e999, 5]), "has the box [0, 0, inf, 5]"),
+    (dict(box="[" * 100_000), "has the box '[[[["), (dict(text=b"[" * 100_000), "000000003.json is not valid json"),
     (dict(box="[9, 0, 9, 5]"), "has the box '[9, 0, 9, 5]', expected [x1, y1, x2, y2] in pixels, x1 < x2"),
     (dict(caption=None), "000000003.json has no \"caption\"; download again with the columns kept"),
     (dict(caption=[" ."]), "00000.tar: 000000003.jpg has an empty caption"),
@@ -1394,8 +1405,14 @@ def test_a_damaged_tar_picture_or_box_is_named_when_it_is_met(tmp_path):
     assert "is outside" in error_of(crop._replace(box=(50, 0, 60, 9)).open)
     assert crop._replace(box=(-9, -9, 99, 99)).open().size == (50, 40)
     assert error_of(crop._replace(offset=0).open) == f"{crop} is not a picture"
-    (tmp_path / "00000.tar").write_bytes((tmp_path / "00000.tar").read_bytes()[:3000])
-    assert "00000.tar: not a complete tar" in error_of(data.open_faces, tmp_path, "train")
+    whole = (tmp_path / "00000.tar").read_bytes()
+    with tarfile.open(tmp_path / "00000.tar") as tar:
+        header = tar.getmembers()[20].offset                # one bad header, and the rest would be taken for the end
+    for damaged in (whole[:3000], whole[:header] + b"x" * 512 + whole[header + 512:]):
+        (tmp_path / "00000.tar").write_bytes(damaged)
+        assert "00000.tar: not a complete tar" in error_of(data.open_faces, tmp_path, "train")
+    (tmp_path / "00000.tar").write_bytes(whole.replace(b"face", b"dear"))      # of the same size
+    assert "dear" in data.open_faces(tmp_path, "train").captions[0][0]
 
 
 def write_fs2k(folder):
@@ -1462,6 +1479,9 @@ def captions_beside(d, *images):
 
 @pytest.mark.parametrize("write, spoil, sentence", [
     (write_sde, lambda d: (d / "sketch/train/photo1_image0104_7.png").unlink(), "photo1/image0104.jpg has 11 sketches, the others have 12"),
+    (write_sde, lambda d: (d / "sketch/train/photo1_image0104_7.png").rename(d / "sketch/train/photo1_image0104_13.png"), "step 7 is missing"),
+    (write_sde, lambda d: write_pictures(d, [f"sketch/test/photo1_image0104_{step}.png" for step in range(1, 13)]),
+     "FS2K-SDE: 1 faces are listed more than once, in one part or in both"),
     (write_sde, lambda d: write_pictures(d, ["sketch/train/photo1_image0104_07.png"]), "are the same step of one photo"),
     (write_sde, lambda d: write_pictures(d, ["sketch/train/image0104.png"]), "image0104.png: expected a name such as image0110_7.png"),
     (write_sde, lambda d: (d / "photo/photo1/image0104.jpg").unlink(), "there is no picture named photo1_image0104"),
@@ -1469,6 +1489,7 @@ def captions_beside(d, *images):
     (write_sde, lambda d: captions_beside(d, "photo1/image0101.jpg", "photo2/image0101.jpg"), "may both mean"),
     (lambda d: write_sde(d, "{stem}_{step}"), lambda d: write_pictures(d, ["photo/photo2/image0104.jpg"]), "image0104 may be"),
     (write_fs2k, lambda d: (d / "sketch/sketch1/sketch0104.png").unlink(), "FS2K: anno_train.json record 15 (counted from 0): there is no picture named sketch1_sketch0104"),
+    (write_fs2k, lambda d: (d / "anno_test.json").write_text((d / "anno_train.json").read_text()), "FS2K: 20 faces are listed more than once"),
     (write_fs2k, lambda d: (d / "anno_train.json").write_text('[{"style": 1}]'), "record 0 (counted from 0) has no \"image_name\" such as"),
     (write_fs2k, lambda d: (d / "anno_train.json").unlink(), "found neither FS2K-SDE (sketch/train/, sketch/test/, photo/), nor FS2K"),
 ])
@@ -1789,6 +1810,10 @@ def test_chance_is_what_orders_by_chance_come_to():
     for name in ("img_r5", "img_r10", "txt_r5", "txt_r10"):
         assert np.mean([metrics[name] for metrics in found]) == pytest.approx(expected[name], abs=1)
     assert finetune.chance_recalls(3, torch.arange(3))["txt_r5"] == finetune.chance_recalls(3, torch.arange(3))["itc_img_r10"] == 100
+    for positives in (1, 2, 4):                             # the mean over all orders of five samples
+        precisions = [finetune.average_precision(torch.tensor(order), torch.arange(5) < positives)
+                      for order in itertools.permutations(range(5))]
+        close(finetune.chance_precision(torch.tensor(positives).double(), 5), torch.stack(precisions).mean(), 1e-12)
 
 
 def test_the_loss_within_a_batch_is_the_symmetric_cross_entropy_with_positives_of_equal_identity():
@@ -1863,10 +1888,12 @@ def test_the_tuned_flip_is_a_checkpoint_that_gives_the_figures_of_the_table_and_
     assert changed == {name for name in saved["model"] if is_head("retrieval", name)}
     assert result.before[1.0] != {column: result.final[column] for column in result.before[1.0]}
     encoders = finetune.open_encoders(finetune.Config(task="attributes", checkpoint=(path,), out=str(tmp_path)))
-    assert encoders[0].name == "FLIP, pre-trained on drawn faces, tuned for retrieval" and encoders[0].settings == origin["training"]["settings"]
+    assert encoders[0].name == "FLIP, pre-trained on drawn faces, tuned for retrieval"
+    assert encoders[0].origin == {
+        "tasks": ["retrieval"], "checkpoint": str(uninterrupted / "flip.pt"), "settings": origin["training"]["settings"]}
     again, = finetune.finetune(dataclasses.replace(config, checkpoint=(path,), out=str(tmp_path / "again"), lr=0.0))
     assert torch.equal(again.final["scores"], result.final["scores"])
-    assert "would be written over by the tuned one" in error_of(finetune.finetune, dataclasses.replace(config, checkpoint=(path,)))
+    assert "retrieval holds the results of an earlier run; take it away" in error_of(finetune.finetune, config)
 
 
 def test_a_run_repeats_itself_and_tokens_on_disk_give_what_tokens_in_memory_give(uninterrupted, cache, tmp_path, monkeypatch):
@@ -1894,8 +1921,8 @@ def test_views_are_the_picture_and_its_augmentations(uninterrupted, cache, tmp_p
     model = finetune.freeze(FLIP.from_pretrained(uninterrupted / "flip.pt"))
     config = tuned("attributes", uninterrupted, tmp_path, cache, views=3)
     faces = finetune.open_part(config, "train", 48)
-    views = finetune.encode_attributes(model, faces, config, training=True).vectors
-    plain = finetune.encode_attributes(model, faces, config, training=False).vectors
+    views = finetune.encode_attributes(model, faces, config, for_training=True).vectors
+    plain = finetune.encode_attributes(model, faces, config, for_training=False).vectors
     assert len(views) == 3 and len(plain) == 1 and torch.equal(views[0], plain[0])
     assert not torch.equal(views[1], views[0]) and not torch.equal(views[1], views[2])
 
@@ -1942,7 +1969,8 @@ def test_the_test_part_is_encoded_and_judged_once_after_all_tuning(uninterrupted
         return task.metrics(head, samples)
     monkeypatch.setitem(finetune.TASKS, "attributes", task._replace(encode=encode, metrics=metrics))
     finetune.finetune(tuned("attributes", uninterrupted, tmp_path, cache, fractions=(0.5, 1.0)))
-    once = ["10", "11", *[4] * 8, "12", 8, 8, 8, 8]         # for both shares: before and after each of three epochs
+    # before and after each of three epochs with all faces, at five of the six with half of them; the test part for both
+    once = ["10", "11", *[4] * (1 + 5), *[4] * (1 + 3), "12", 8, 8, 8, 8]
     assert happened == [*once, *once]
 
 
@@ -1952,10 +1980,13 @@ def test_several_checkpoints_stand_side_by_side_by_what_they_learned_from(uninte
     torch.save(saved, tmp_path / "itc.pt")
     del saved["training"]
     torch.save(saved, tmp_path / "another.pt")
-    paths = (uninterrupted / "flip.pt", tmp_path / "itc.pt", tmp_path / "another.pt", uninterrupted / "flip.pt")
+    saved["tuned"] = {"tasks": ["retrieval", "sketch"], "checkpoint": "DIR/FLIP-base.pth", "settings": {}}
+    torch.save(saved, tmp_path / "flip.pt")
+    paths = (uninterrupted / "flip.pt", *(tmp_path / name for name in ("itc.pt", "another.pt", "flip.pt")), uninterrupted / "flip.pt")
     names = [encoder.name for encoder in finetune.open_encoders(finetune.Config(task="sketch", checkpoint=tuple(map(str, paths))))]
     twice = f"FLIP, pre-trained on drawn faces ({paths[0]})"
-    assert names == [twice, "ITC alone, pre-trained on drawn faces", "another", twice, "random frozen encoder"]
+    assert names == [twice, "ITC alone, pre-trained on drawn faces", "another", "FLIP-base, tuned for retrieval, tuned for sketch", twice,
+                     "random frozen encoder"]
 
 
 def test_published_figures_stand_in_the_table_under_the_shares_that_are_theirs():
@@ -2005,14 +2036,15 @@ def test_sketches_are_tuned_without_captions_and_with_them(uninterrupted, tmp_pa
         if with_captions:
             records = [{"image": f"photo1/image01{n:02d}.jpg", "caption": f"a smiling face {n}"} for n in range(15)]
             (tmp_path / "train.json").write_text(json.dumps(records))
-        without_vocabulary = tuned("sketch", tmp_path, tmp_path / "out", data=str(tmp_path), random=False)
+        without_vocabulary = tuned("sketch", tmp_path, tmp_path / "wordless", data=str(tmp_path), random=False)
         if with_captions:
-            assert "flip.pt holds no vocabulary" in error_of(finetune.finetune, without_vocabulary)
+            assert "flip.pt holds no vocabulary" in error_of(
+                finetune.finetune, dataclasses.replace(without_vocabulary, out=str(tmp_path / "again")))
         else:
             finetune.finetune(without_vocabulary)
-        config = tuned("sketch", uninterrupted, tmp_path / "out", data=str(tmp_path), random=False)
+        config = tuned("sketch", uninterrupted, tmp_path / f"out {with_captions}", data=str(tmp_path), random=False)
         model = finetune.freeze(FLIP.from_pretrained(uninterrupted / "flip.pt"))
-        samples = finetune.encode_sketches(model, finetune.open_episodes(config, "train", 48), config, training=True)
+        samples = finetune.encode_sketches(model, finetune.open_episodes(config, "train", 48), config, for_training=True)
         head = finetune.flip_head(model, samples)
         finetune.sketch_loss(head, samples, torch.arange(8), np.random.default_rng(0), step=0).backward()
         assert head.image_projection.weight.grad is not None
@@ -2022,12 +2054,12 @@ def test_sketches_are_tuned_without_captions_and_with_them(uninterrupted, tmp_pa
 
 
 def test_sketches_are_shown_to_the_encoder_dark_on_light(uninterrupted, cache, tmp_path, monkeypatch):
-    brightness, encode = {}, finetune.encode
+    brightness, encode = {}, finetune.encode_pictures
 
-    def watched(compute, read, count, size, config, device, what, **more):
-        brightness[what] = np.mean([np.asarray(read(i)).mean() for i in range(count)])
-        return encode(compute, read, count, size, config, device, what, **more)
-    monkeypatch.setattr(finetune, "encode", watched)
+    def watched(compute, read, count, model, config, title):
+        brightness[title] = np.mean([np.asarray(read(i)).mean() for i in range(count)])
+        return encode(compute, read, count, model, config, title)
+    monkeypatch.setattr(finetune, "encode_pictures", watched)
     config = tuned("sketch", uninterrupted, tmp_path, cache)
     finetune.encode_sketches(FLIP.from_pretrained(uninterrupted / "flip.pt").eval(), finetune.open_episodes(config, "val", 48), config, False)
     assert 200 < brightness["encoding the sketches of drawn faces (seed 11)"] < 255
@@ -2044,9 +2076,10 @@ def test_the_recipe_is_the_papers_for_ones_own_data_and_flags_go_before_it():
 
 
 @pytest.mark.parametrize("changes, sentence", [
-    (dict(columns=("Male", "Male")), "--columns Male Male: expected every attribute once"),
-    (dict(columns=("Smilling",)), "--columns: there is no attribute Smilling; expected some of 5_o_Clock_Shadow"),
+    (dict(task="attributes", columns=("Male", "Male")), "--columns Male Male: expected every attribute once"),
+    (dict(task="attributes", columns=("Smilling",)), "--columns: there is no attribute Smilling; expected some of 5_o_Clock_Shadow"),
     (dict(fractions=(0.1, 2.0)), "--fractions (0.1, 2.0): expected shares above 0 and at most 1"), (dict(fractions=()), "--fractions ()"),
+    (dict(fractions=(0.5, 0.5)), "expected every share once"), (dict(task="sketch", columns=("Male",)), "--columns and --fractions are for attributes"),
     (dict(task="sketch", views=2), "--views: a sketch and its photo must show the same"), (dict(epochs=0), "--epochs 0: expected at least 1"),
     (dict(lr=float("nan")), "--lr nan: expected a number that is not negative"), (dict(test=1), "--test 1: expected at least 2"),
     (dict(precision="fp16"), "--precision fp16: expected one of auto, float32, bf16")])
@@ -2065,6 +2098,10 @@ def spoil_checkpoint(folder, change):
     ("retrieval", lambda d: write_mm_celeba(d / "data") and spoil_checkpoint(d, lambda saved: saved.update(tokenizer=None)), "holds no vocabulary; give one with --vocabulary"),
     ("attributes", lambda d: write_mm_celeba(d / "data"), "MM-CelebA-HQ train: attributes are to be learned, but these faces have none"),
     ("retrieval", lambda d: write_sde(d / "data"), "found neither"),
+    ("retrieval", lambda d: [write_captions(d / "data", name=f"{part}.json", records=[
+        {"image": f"{i}.png", "image_id": 1, "caption": "a face"} for i in range(4)]) for part in ("train", "val", "test")], "shows one person only"),
+    ("attributes", lambda d: torch.save({"model": {}, "attributes": []}, d / "flip.pt"), "flip.pt is the head of the task attributes"),
+    ("attributes", lambda d: spoil_checkpoint(d, lambda saved: saved["model"]["temperature"].fill_(torch.nan)), "some weights are not finite numbers"),
     ("retrieval", lambda d: write_celeba(d / "data"), "the part \"val\" has 1 pictures, expected at least 2"),
     ("sketch", lambda d: write_celeba(d / "data", count=40), "found neither FS2K-SDE"),
     ("attributes", lambda d: (d / "data").rmdir(), "data: no such folder or file"),
@@ -2072,7 +2109,7 @@ def spoil_checkpoint(folder, change):
     ("sketch", lambda d: write_sde(d / "data") and (d / "data/sketch/test/photo1_image0117_7.png").write_text("x"), "photo1_image0117_7.png is not a picture"),
 ])
 def test_what_a_task_cannot_use_is_refused_with_one_sentence_before_anything_is_encoded(uninterrupted, tmp_path, monkeypatch, task, spoil, sentence):
-    for name in ("encode", "encode_captions"):
+    for name in ("encode_pictures", "encode_captions"):
         monkeypatch.setattr(finetune, name, lambda *_: pytest.fail("encoded"))
     (tmp_path / "data").mkdir()
     (tmp_path / "flip.pt").write_bytes((uninterrupted / "flip.pt").read_bytes())

@@ -50,10 +50,14 @@ STD = np.array([0.26862954, 0.26130258, 0.27577711], dtype=np.float32)
 SCALE, OFFSET = 1 / (255 * STD), MEAN / STD     # one multiplication and one subtraction a pixel
 
 
+# Not all that Pillow knows: for PostScript, for example, it starts another program, whatever the file's name says.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+
+
 def open_picture(path):
     """A complete RGB image, upright as its camera noted; ValueError with a sentence when the file is damaged or none."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             if image.mode in ("I", "F") or image.mode.startswith("I;"):         # converting them would clip to white
                 raise ValueError(f"its pixels are of kind {image.mode}; save it with 8 bits per channel")
             return ImageOps.exif_transpose(image).convert("RGB")
