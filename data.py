@@ -624,7 +624,7 @@ def table_rows(title, folder, stem):
         path = folder / f"{stem}{suffix}"
         if path.is_file():
             lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
-            return path.name, ((n, [field.strip() for field in line.split(separator)])
+            return path.name, ((n, [field.strip(' "') for field in line.split(separator)])
                                for n, line in enumerate(lines, 1) if line.strip())
     raise FileNotFoundError(f"{title}: {stem}.txt (or .csv) is not in {folder}")
 
@@ -637,7 +637,7 @@ def attribute_table(header_at, header, rows):
     found = [name.strip().replace(" ", "_").lower() for name in header]
     wanted = [name.lower() for name in ATTRIBUTES]
     if sorted(found) != sorted(wanted):
-        raise ValueError(f"{header_at} should name the 40 attributes of CelebA, found {' '.join(header) or 'nothing'}")
+        raise ValueError(f"{header_at} should name the 40 attributes of CelebA, found {' '.join(header)[:1000] or 'nothing'}")
     columns = [found.index(name) for name in wanted]
     truth = {"1": True, "-1": False, "0": False}
     attributes = {}
@@ -1107,8 +1107,8 @@ FACES = (       # what tells a layout, its reader, the layout in words
     ("lfw_att_40.mat", lfwa, "LFWA in MATLAB's files (lfw_att_40.mat, indices_train_test.mat, lfw/)"),
     ("captions_hq.json", celeba_dialog, "CelebA-Dialog (captions_hq.json, images/ or image/)"),
     ("text/celeba-caption", mm_celeba, "MM-CelebA-HQ (text/celeba-caption/, images/, train/ and test/filenames.pickle)"),
-    ("*.tar", facecaption, "FaceCaption-15M as img2dataset downloads it (00000.tar, ...)"),
     ("train.json", lambda folder, split: caption_list(folder / f"{split}.json"), "train.json, val.json and test.json"),
+    ("*.tar", facecaption, "FaceCaption-15M as img2dataset downloads it (00000.tar, ...)"),
 )
 ADDRESSES = "; FaceCaption-15M's holds the pictures' addresses only: fetch them with img2dataset and give the folder of its tars"
 EPISODES = (

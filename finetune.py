@@ -699,8 +699,9 @@ def evaluate_encoder(name, model, parts, config, log):
     heads = {}
     for share in shares:
         torch.manual_seed(config.seed)
-        head, longer = task.head(model, training), dataclasses.replace(config, epochs=round(config.epochs / share))
+        head = task.head(model, training)
         log.write(encoder=name, share=share)
+        longer = dataclasses.replace(config, epochs=round(config.epochs / share))           # so that shares differ in data only
         heads[share] = head, *tune(task, head, share_of(training, share, config.seed), validation, longer, log)
     del training, validation                                # may be large
     testing = task.encode(model, parts["test"], config, False)         # not looked at before

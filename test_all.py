@@ -1028,7 +1028,7 @@ def write_celeba(folder, kaggle=False, count=6):
     parts = [[name, "0" if i < count - 2 else str(i - count + 3)] for i, name in enumerate(names)]
     if kaggle:
         rows, parts = [["image_id", *ATTRIBUTES], *rows], [["image_id", "partition"], *parts]
-        (folder / "list_attr_celeba.csv").write_text("\n".join(",".join(row) for row in rows))
+        (folder / "list_attr_celeba.csv").write_text("\n".join(",".join(f'"{field}"' for field in row) for row in rows))
         (folder / "list_eval_partition.csv").write_text("\n".join(",".join(row) for row in parts))
     else:
         lines = [f"{count}", " ".join(ATTRIBUTES) + " ", *("  ".join(row) for row in rows)]
