@@ -114,7 +114,8 @@ class Config:
 # learning rate of the attribute head is 0.3 on CelebA and 0.003 on LFWA, for plain gradient descent.
 RECIPES = {"retrieval": {}, "attributes": dict(epochs=100, batch_size=256, lr=1e-3, warmup=0, weight_decay=0.0),
            "sketch": dict(epochs=100, lr=1e-4, warmup=200)}
-DRAWN = {"retrieval": dict(epochs=30, batch_size=256, lr=3e-3, itm_every=5, k_test=16, faces=2000, validation=500, captions=8),
+DRAWN = {"retrieval": dict(epochs=30, batch_size=256, lr=3e-3, itm_every=5, evaluations=3, k_test=16, faces=2000, validation=300,
+                           captions=8),
          "attributes": dict(epochs=60, lr=3e-3, validation=500),
          "sketch": dict(epochs=150, batch_size=128, lr=1e-2, itm_every=10, faces=800, validation=100, test=200, captions=8)}
 
@@ -518,7 +519,7 @@ def draw_attributes(results, faces, folder):
         axes.barh(places + shift, [per_label[name][column] for name in names], 0.4, label=label, color=color)
     axes.set(yticks=places, yticklabels=[name.replace("_", " ") for name in names], xlim=(50, 100), ylim=(-1, len(names)),
              xlabel="accuracy on the test part, %")
-    axes.legend(loc="lower left")
+    figure.legend(loc="outside upper right", ncols=2)
     figure.savefig(folder / "attributes.png", dpi=110)
 
 
