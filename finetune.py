@@ -595,7 +595,7 @@ TASKS = {
     "retrieval": Task(
         open=open_captioned_part, encode=encode_pairs, head=flip_head, loss=pair_loss, after_step=clamp_temperature,
         metrics=pair_metrics, select="r_mean",
-        columns=RECALLS | {f"itc_{name}": f"{title}, ITC alone" for name, title in RECALLS.items()},
+        columns=RECALLS | {f"itc_{name}": f"{title}, not re-ranked" for name, title in RECALLS.items()},
         reads_text=lambda faces: True, draw=draw_retrieval, save=save_flip),
     "attributes": Task(
         open=open_labelled_part, encode=encode_attributes, head=attribute_head, loss=attribute_loss, after_step=lambda head: None,
