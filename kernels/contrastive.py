@@ -65,7 +65,7 @@ class Sums(NamedTuple):
 
 def sums_over(queries, keys, identity, key_identity, temperature):
     """`Sums` over the keys (C, E) for queries (2, B, E): the student's features and the momentum encoder's."""
-    logits = queries @ keys.T / temperature                                                  # (2, B, C)
+    logits = queries / temperature @ keys.T                                                  # (2, B, C)
     peak = logits.amax(-1)
     weights = logits.sub_(peak[..., None]).exp_()
     same = (identity[:, None] == key_identity[None, :]).to(keys.dtype)                       # (B, C)
@@ -78,7 +78,7 @@ def merge(parts):
     """`Sums` stacked along a first dimension (parts, 3, B, ...) -> the `Sums` over all their keys."""
     peak = parts.peak.amax(0)
     shrink = (parts.peak - peak).exp()                                                       # (parts, 3, B)
-    return Sums(peak, (shrink * parts.mass).sum(0), torch.einsum("pkb,pkbe->kbe", shrink, parts.key_sum))
+    return Sums(peak, (shrink * parts.mass).sum(0), (shrink[..., None] * parts.key_sum).sum(0))
 
 
 def loss_and_gradients(sums, feature, temperature, alpha):
@@ -173,7 +173,7 @@ def kernel_sums(feature, momentum_feature, keys, identity, key_identity, tempera
     return merge(parts[0] if len(parts) == 1 else Sums(*map(torch.cat, zip(*parts))))
 
 
-def plain_sums(feature, momentum_feature, keys, identity, key_identity, temperature, chunk=1024):
+def plain_sums(feature, momentum_feature, keys, identity, key_identity, temperature, chunk=2048):
     """The same in PyTorch, one chunk of keys after the other."""
     queries = torch.stack([feature, momentum_feature])
     parts = (sums_over(queries, some.to(feature.dtype), identity, ids, temperature)
