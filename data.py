@@ -428,9 +428,13 @@ class Faces:
             return open_file(self.name, i, self.pictures[i])
         return Image.fromarray(self.pictures[i])
 
+    @property
+    def has_text(self):
+        return self.captions is not None or self.attributes is not None
+
     def check_text(self):
         """ValueError where nothing can be said of the faces; whoever needs text asks before the work begins."""
-        if self.attributes is None and self.captions is None:
+        if not self.has_text:
             raise ValueError(f"{self.name}: expected captions, or attributes to write them from, found neither")
 
     def caption(self, i, rng):
@@ -858,15 +862,14 @@ def pickled_numbers(path):
         raise ValueError(f"{path}: not a plain pickled list of names ({error}); delete both to split by number") from None
     if not isinstance(names, (list, tuple)):
         raise ValueError(f"{path}: expected a pickled list of names, found a {type(names).__name__}")
-    numbers = []
     for i, name in enumerate(names):
-        text = name.decode(errors="replace") if isinstance(name, bytes) else str(name) if isinstance(name, (str, int)) else ""
-        stem = Path(text[:100]).stem
-        if not stem.isdecimal() or len(stem) > 9:
-            shown = f"{text[:100]!r}" if text else f"a {type(name).__name__}"
-            raise ValueError(f"{path}: record {i} (counted from 0) is {shown}, expected a number such as '123.jpg'")
-        numbers.append(int(stem))
-    return numbers
+        if not isinstance(name, (str, bytes, int)):
+            raise ValueError(f"{path}: record {i} (counted from 0) is a {type(name).__name__}, expected a name such as '123.jpg'")
+    stems = [Path(name.decode(errors="replace") if isinstance(name, bytes) else str(name)).stem for name in names]
+    for i, stem in enumerate(stems):
+        if not (stem.isdecimal() and len(stem) < 10):
+            raise ValueError(f"{path}: record {i} (counted from 0) is {names[i]!r:.100}, expected a number such as '123.jpg'")
+    return [int(stem) for stem in stems]
 
 
 def celeba_dialog(folder, split):
@@ -1029,12 +1032,12 @@ def fs2k_sde_pairs(folder, photos):
         if int(step) in steps:
             raise ValueError(f"FS2K-SDE: {sketch} and {steps[int(step)]} are the same step of one photo")
         steps[int(step)] = sketch
-    usual = Counter(map(frozenset, growing.values())).most_common(1)
+    counts = Counter(step for steps in growing.values() for step in steps)
+    usual = {step for step, count in counts.items() if 2 * count > len(growing)}
     for photo, steps in growing.items():
-        odd = usual[0][0] ^ steps.keys()
+        odd = sorted(usual ^ steps.keys())
         if odd:
-            raise ValueError(f"FS2K-SDE: {photo} has {len(steps)} sketches, the others have {len(usual[0][0])}; step {min(odd)} "
-                             f"{'is one too many' if min(odd) in steps else 'is missing'}")
+            raise ValueError(f"FS2K-SDE: {photo} has {'no' if odd[0] in usual else 'a'} step {odd[0]}, unlike most photos")
     return [(photo, [steps[step] for step in sorted(steps)]) for photo, steps in growing.items()]
 
 

@@ -444,15 +444,11 @@ class Sketched:
         return len(self.photos)
 
 
-def has_text(faces):
-    return faces.captions is not None or faces.attributes is not None
-
-
 def encode_sketches(model, episodes, config, for_training):
     """Class tokens of all steps of all sketches, and of the photos; for training all tokens of photos that have captions."""
     faces, T = episodes.photos, episodes.steps
     class_token = lambda images: model.student.image(images, first_only=True)
-    if for_training and has_text(faces):
+    if for_training and faces.has_text:
         paired = encode_pairs(model, faces, config, for_training)
         photos = paired.image_tokens[0][:, 0].float()
     else:
@@ -606,7 +602,7 @@ TASKS = {
         open=open_episodes, encode=encode_sketches, head=flip_head, loss=sketch_loss, after_step=clamp_temperature,
         metrics=sketch_metrics, select="m@B",
         columns={"m@A": "m@A", "m@B": "m@B", "w@A": "w@A", "w@B": "w@B", "finished": "A, sketch finished"},
-        reads_text=lambda episodes: has_text(episodes.photos), draw=draw_sketch, save=save_flip)}
+        reads_text=lambda episodes: episodes.photos.has_text, draw=draw_sketch, save=save_flip)}
 
 # What the papers publish (FLIP, tables 3 to 5): the first columns of ours, on the data named. FLIP*: captions by grammar
 # alone, FLIP†: text from LAION-Face. Attributes: by the share of the training part. FLIP's LFWA saw the test part in training.

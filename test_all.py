@@ -1209,6 +1209,7 @@ class Malicious:
 @pytest.mark.parametrize("spoil, sentence", [
     (lambda d: write_pickle(d / "train/filenames.pickle", ["2", Malicious()]), "not a plain pickled list of names (it asks to run posix.mkdir)"),
     (lambda d: write_pickle(d / "train/filenames.pickle", b"nonsense"), "train/filenames.pickle: not a plain pickled list"),
+    (lambda d: write_pickle(d / "train/filenames.pickle", ["2", ["2"]]), "record 1 (counted from 0) is a list, expected a name"),
     (lambda d: write_pickle(d / "train/filenames.pickle", {"2": 1}), "expected a pickled list of names, found a dict"),
     (lambda d: write_pickle(d / "train/filenames.pickle", ["2", "face"]), "record 1 (counted from 0) is 'face', expected a number such as"),
     (lambda d: write_pickle(d / "test/filenames.pickle", ["2.jpg"]), "1 faces are listed more than once, in one part or in both; the first is 2"),
@@ -1478,8 +1479,9 @@ def captions_beside(d, *images):
 
 
 @pytest.mark.parametrize("write, spoil, sentence", [
-    (write_sde, lambda d: (d / "sketch/train/photo1_image0104_7.png").unlink(), "photo1/image0104.jpg has 11 sketches, the others have 12"),
-    (write_sde, lambda d: (d / "sketch/train/photo1_image0104_7.png").rename(d / "sketch/train/photo1_image0104_13.png"), "step 7 is missing"),
+    (write_sde, lambda d: (d / "sketch/train/photo1_image0104_7.png").unlink(), "photo1/image0104.jpg has no step 7, unlike most photos"),
+    (write_sde, lambda d: write_pictures(d, ["sketch/train/photo1_image0104_13.png"]), "photo1/image0104.jpg has a step 13, unlike most photos"),
+    (write_sde, lambda d: (d / "sketch/train/photo1_image0104_7.png").rename(d / "sketch/train/photo1_image0104_13.png"), "image0104.jpg has no step 7"),
     (write_sde, lambda d: write_pictures(d, [f"sketch/test/photo1_image0104_{step}.png" for step in range(1, 13)]),
      "FS2K-SDE: 1 faces are listed more than once, in one part or in both"),
     (write_sde, lambda d: write_pictures(d, ["sketch/train/photo1_image0104_07.png"]), "are the same step of one photo"),
@@ -2255,11 +2257,48 @@ def test_every_command_of_the_readme_works(tmp_path):
     assert ran == {"pip", "python", "pytest", "torchrun"}
 
 
+@pytest.fixture(scope="module")
+def default_run(tmp_path_factory):
+    """`python train.py`: its configuration and metrics."""
+    folder = tmp_path_factory.mktemp("default")
+    config = train.parse_arguments(["--out", str(folder / "out"), "--cache", str(folder / "cache")])
+    return config, train.train(config)[1]
+
+
 @pytest.mark.slow
-def test_the_default_run_finds_faces_at_least_85_percent_as_well_as_knowing_all_attributes_does(tmp_path):
+def test_the_default_run_finds_faces_at_least_85_percent_as_well_as_knowing_all_attributes_does(default_run):
     """Text to image, at 5 and at 10, in the ten minutes that the README promises on two cores."""
-    config = train.parse_arguments(["--out", str(tmp_path / "out"), "--cache", str(tmp_path / "cache")])
-    _, metrics = train.train(config)
+    config, metrics = default_run
     consistency = train.Validation.of(train.open_data(config)[1]).references["consistency"]
     assert 60 <= consistency[1] <= 80
     assert metrics["img_r5"] >= 0.85 * consistency[1] and metrics["img_r10"] >= 0.85 * consistency[2]
+
+
+def in_the_middle(sketch):
+    """The drawn pixels moved so that their mean is the middle of the picture."""
+    y, x = np.nonzero(sketch > 64)
+    shift = [round((size - 1) / 2 - places.mean()) if len(places) else 0 for size, places in zip(sketch.shape, (y, x))]
+    return np.asarray(Image.fromarray(sketch).rotate(0, translate=shift[::-1]))
+
+
+@pytest.mark.slow
+def test_a_sketch_gives_away_where_its_photo_has_the_head_and_else_only_what_it_shows(default_run, tmp_path):
+    """The figures of the README on how early a photo is found; `pytest -m slow -k gives_away -s` prints them."""
+    origin, _ = default_run
+    config = finetune.parse_arguments(["sketch", "--checkpoint", f"{origin.out}/flip.pt", "--no-random", "--cache", origin.cache,
+                                       "--out", str(tmp_path)])
+    finetune.finetune(config)
+    model = finetune.freeze(FLIP.from_pretrained(tmp_path / "sketch" / "flip.pt"))
+    episodes = finetune.open_episodes(config, "test", model.config.vit.image_size)
+
+    def percentiles(title, sketches):
+        samples = finetune.encode_sketches(model, data.Episodes(episodes.photos, sketches), config, for_training=False)
+        found = finetune.sketch_metrics(finetune.FLIPHead(model), samples)
+        print(title, f"m@A {found['m@A']:.1f} m@B {found['m@B']:.1f}", {step: round(found["A"][step - 1], 1) for step in (1, 2, 3, 7, 14, 35, 70)})
+        return np.array(found["A"])
+    sketches = np.asarray(episodes.sketches)
+    drawn = percentiles("as drawn", sketches)
+    assert drawn[0] < 65 < 70 < drawn[6] and drawn[-1] >= 90
+    moved = percentiles("in the middle", np.stack([[in_the_middle(sketch) for sketch in steps] for steps in sketches]))
+    assert abs(moved[:3] - 50).max() < 7 and moved[-1] < 80             # by chance 50, with a standard error of 2
+    assert abs(percentiles("another person's", np.roll(sketches, 1, axis=0)) - 50).max() < 7
