@@ -1,18 +1,24 @@
-"""The text encoder: BERT, which doubles as an image-grounded encoder (FLIP paper, section 4.1; BLIP's design).
+"""The text encoder: BERT, which doubles as an image-grounded encoder (FLIP paper, section 4.1).
 
     caption -> word pieces -> word + position embeddings -> LayerNorm -> `depth` layers of
-        self-attention                              text looks at itself
-        [cross-attention, image-grounded mode only] text looks at the tokens of one image
-        MLP                                         each step is added, then normalised ("post-norm", unlike the ViT)
+        self-attention       text looks at itself
+        [cross-attention]    only in image-grounded mode: text looks at the tokens of one image
+        MLP                  each step is added, then normalised ("post-norm", unlike the ViT)
 
-Both modes share all other weights. They differ in the first token: [CLS] asks "what does this say?", [ENC] asks "does it
-say that of this image?", and what comes out at its place is the answer.
+This is BLIP's design. Both modes share all weights but those of cross-attention. They differ in the
+first token: [CLS] asks "what does this say?", [ENC] asks "does it say that of this image?", and
+what comes out at its place is the answer.
 
-Departures: the official code pads every caption to 65 tokens, projects an image's keys and values again for each caption,
-and drops BERT's token-type embedding. Here captions are packed (see kernels/attention.py) and nothing is padded, an image
-is projected once, and type 0, which BERT adds to every token, is folded into the positions on loading.
+Captions differ in length, so they travel packed, all their tokens in one list, and no layer
+computes anything for padding. (Inside attention, where no kernel runs, torch's own wants
+rectangles: there, and nowhere else, they are padded for a moment; see kernels/attention.py.) An
+image's keys and values are projected once, however many captions read it.
 
-Shapes: P captions, N tokens of all captions together, I images of L tokens each, D width.
+Departures: the official code pads every caption to 65 tokens, projects an image's keys and values
+again for each caption, and drops BERT's token-type embedding; here type 0, which BERT adds to every
+token, is folded into the positions on loading.
+
+Shapes: see vit.py; N tokens of P captions, which read I images of L tokens.
 Run `python bert.py "a smiling woman"` to see what a sentence becomes.
 """
 import argparse
@@ -21,9 +27,8 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
 
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")    # data workers are forked; the tokenizer's threads are not
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")    # data workers are forked, its threads are not
 
 import tokenizers
 import torch
@@ -31,7 +36,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from kernels.attention import Sequences
-from vit import Attention, copy_weights, download, first_line, read_weights, rename
+from vit import Attention, copy_weights, find_file, first_line, read_weights, rename, run
 
 
 @dataclass(frozen=True)
@@ -45,18 +50,18 @@ class BertConfig:
 
     def __post_init__(self):
         if self.width % self.heads:
-            raise ValueError(f"BERT: width {self.width} is not a multiple of the number of heads, {self.heads}")
+            raise ValueError(f"BERT: width {self.width} is not a multiple of the {self.heads} heads")
 
 
-# ---- from text to tokens ------------------------------------------------------------------------------------------
-WORDS_KEPT = 65
+# ---- from text to tokens -----------------------------------------------------------------------
+MAX_WORDS = 65
 MAX_TOKENS = 65     # with [CLS] and [SEP]
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
-def clean_caption(text, max_words=WORDS_KEPT):
-    """Lower case, the punctuation . ! " ( ) * # : ; ~ as spaces, at most `max_words` words (as BLIP cleans captions)."""
-    return " ".join(re.sub(r'[.!"()*#:;~]', " ", text.lower()).split()[:max_words])
+def clean_caption(text):
+    """Lower case, the punctuation . ! " ( ) * # : ; ~ as spaces, the first words (as BLIP does)."""
+    return " ".join(re.sub(r'[.!"()*#:;~]', " ", text.lower()).split()[:MAX_WORDS])
 
 
 @dataclass(frozen=True)
@@ -78,7 +83,7 @@ class Captions:
         """The captions numbered `indices` (a CPU tensor; repeats allowed), packed again."""
         device = self.ids.device
         chosen = Sequences.of(self.sequences.lengths[indices], device)
-        begins = self.sequences.firsts[indices.to(device, non_blocking=True)]   # where each chosen one lies now
+        begins = self.sequences.firsts[indices.to(device, non_blocking=True)]       # where they lie now
         return Captions(self.ids[begins[chosen.sequence_of] + chosen.places], chosen)
 
     def starting_with(self, token):
@@ -87,17 +92,17 @@ class Captions:
 
 
 class Tokenizer:
-    """WordPiece as BERT has it: lower case, split at spaces and punctuation, then the longest known pieces.
-
-    A callable from a list of captions to packed `Captions`: [CLS] pieces [SEP], cleaned and cut to MAX_TOKENS.
+    """WordPiece as BERT has it: lower case, split at spaces and punctuation, then the longest known
+    pieces. A callable from a list of captions to packed `Captions`: [CLS] pieces [SEP], cleaned and
+    cut to MAX_TOKENS.
     """
 
     def __init__(self, wordpiece, source="vocabulary"):
         self.wordpiece = wordpiece
         for token in SPECIAL[:4]:
             if wordpiece.token_to_id(token) is None:
-                raise ValueError(f"{source}: the vocabulary has no {token}; expected one as bert-base-uncased has it, "
-                                 f"with {', '.join(SPECIAL[:4])}")
+                raise ValueError(f"{source}: the vocabulary has no {token}; expected one like "
+                                 f"bert-base-uncased's, with {', '.join(SPECIAL[:4])}")
         self.cls, self.sep = wordpiece.token_to_id("[CLS]"), wordpiece.token_to_id("[SEP]")
 
     @property
@@ -106,9 +111,10 @@ class Tokenizer:
         return self.wordpiece.get_vocab_size() + 2
 
     def __call__(self, texts):
-        encoded = self.wordpiece.encode_batch([clean_caption(text) for text in texts], add_special_tokens=False)
+        cleaned = [clean_caption(text) for text in texts]
+        encoded = self.wordpiece.encode_batch(cleaned, add_special_tokens=False)
         ids = [[self.cls, *pieces.ids[:MAX_TOKENS - 2], self.sep] for pieces in encoded]
-        return Captions(torch.tensor(list(chain.from_iterable(ids))), Sequences.of([len(caption) for caption in ids]))
+        return Captions(torch.tensor(list(chain.from_iterable(ids))), Sequences.of([*map(len, ids)]))
 
     def tokens(self, captions):
         """The pieces of packed captions as text, for people to read."""
@@ -138,14 +144,7 @@ class Tokenizer:
     @staticmethod
     def load(source):
         """From a vocab.txt, a tokenizer.json, a folder that holds one of them, or a hub name."""
-        path = Path(source)
-        if path.is_dir():
-            found = [path / name for name in ("vocab.txt", "tokenizer.json") if (path / name).exists()]
-            if not found:
-                raise FileNotFoundError(f"{path}: expected vocab.txt or tokenizer.json in this folder")
-            path = found[0]
-        elif not path.exists():
-            path = Path(download(str(source), ("vocab.txt", "tokenizer.json")))
+        path = find_file(source, ("vocab.txt", "tokenizer.json"))
         try:
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
@@ -155,23 +154,25 @@ class Tokenizer:
         return Tokenizer.from_vocabulary(text.splitlines(), str(path))
 
     @staticmethod
-    def train(captions, most_words=5000):
-        """A vocabulary from captions of one's own: their most frequent words, and the letters to spell all others with.
+    def train(captions):
+        """A vocabulary from captions of one's own: their most frequent words, and the letters to
+        spell all others with.
 
-        (The library's WordPiece trainer breaks ties by chance; this vocabulary is the same every time.)
+        (The library's WordPiece trainer breaks ties by chance; this one gives the same every time.)
         """
-        empty = Tokenizer.from_vocabulary(SPECIAL).wordpiece
-        words = Counter(word for caption in captions for word, _ in
-                        empty.pre_tokenizer.pre_tokenize_str(empty.normalizer.normalize_str(clean_caption(caption))))
+        empty, words = Tokenizer.from_vocabulary(SPECIAL).wordpiece, Counter()
+        for caption in captions:
+            text = empty.normalizer.normalize_str(clean_caption(caption))
+            words.update(word for word, _ in empty.pre_tokenizer.pre_tokenize_str(text))
         letters = sorted({letter for word in words for letter in word})
-        frequent = sorted(words, key=lambda word: (-words[word], word))[:most_words]
+        frequent = sorted(words, key=lambda word: (-words[word], word))[:5000]
         pieces = [*SPECIAL, *letters, *("##" + letter for letter in letters)]
         return Tokenizer.from_vocabulary(pieces + sorted(set(frequent) - set(letters)))
 
 
-# ---- the encoder --------------------------------------------------------------------------------------------------
+# ---- the encoder -------------------------------------------------------------------------------
 class Layer(nn.Module):
-    """Self-attention, cross-attention when there are images, MLP; each added to its input and normalised."""
+    """Self-attention, cross-attention when there are images, MLP; each added, then normalised."""
 
     def __init__(self, config, image_width):
         super().__init__()
@@ -186,15 +187,17 @@ class Layer(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, text, sequences, image_context=None, first_only=False):
-        """text (N, D) packed -> (N, D); with first_only -> (P, D), computed for the first token of each caption alone
-        (it still looks at the whole caption). image_context: (packed image tokens, their Sequences, image of caption)."""
+        """text (N, D) packed -> (N, D); with first_only -> (P, D), computed for the first token of
+        each caption alone (it still looks at the whole caption). image_context: (packed image
+        tokens, their Sequences, which image each caption reads)."""
         x, x_sequences = text, sequences
         if first_only:
             x = text.index_select(0, sequences.firsts)                                      # (P, D)
             x_sequences = Sequences.uniform(len(x), 1, x.device)
         x = self.norm_attention(x + self.dropout(self.attention(x, x_sequences, text, sequences)))
         if image_context is not None:
-            x = self.norm_cross_attention(x + self.dropout(self.cross_attention(x, x_sequences, *image_context)))
+            seen = self.cross_attention(x, x_sequences, *image_context)
+            x = self.norm_cross_attention(x + self.dropout(seen))
         return self.norm_mlp(x + self.dropout(self.down(F.gelu(self.up(x)))))
 
 
@@ -210,19 +213,20 @@ class Bert(nn.Module):
         self.initialise()
 
     def forward(self, captions, image_tokens=None, image_of=None, first_only=False):
-        """Packed captions -> packed tokens (N, D), or (P, D) with first_only: each caption's first token, for which the
-        last layer computes nothing else.
+        """Packed captions -> packed tokens (N, D), or (P, D) with first_only: each caption's first
+        token, for which the last layer computes nothing else.
 
-        image_tokens (I, L, image_width) switches to image-grounded mode: caption p reads image image_of[p]
-        (None: caption p reads image p). Keys and values are projected once per image.
+        image_tokens (I, L, image_width) switches to image-grounded mode: caption p reads image
+        image_of[p] (None: image p).
         """
         sequences, image_context = captions.sequences, None
         if sequences.longest > self.config.positions:
-            raise ValueError(f"BERT: a caption of {sequences.longest} tokens, but there are {self.config.positions} positions")
+            raise ValueError(f"BERT: a caption of {sequences.longest} tokens, but there are "
+                             f"{self.config.positions} positions")
         if image_tokens is not None:
             I, L, _ = image_tokens.shape
             image_context = image_tokens.flatten(0, 1), Sequences.uniform(I, L, image_tokens.device), image_of
-        x = self.words(captions.ids) + self.positions[sequences.places]                       # (N, D)
+        x = self.words(captions.ids) + self.positions[sequences.places]                     # (N, D)
         x = self.dropout(self.norm(x))
         for layer in self.layers[:-1]:
             x = layer(x, sequences, image_context)
@@ -244,25 +248,31 @@ class Bert(nn.Module):
                 nn.init.zeros_(module.bias)
 
 
-# ---- weights from elsewhere ---------------------------------------------------------------------------------------
-# Our name -> BERT's name on Hugging Face; replaced in this order (a longer name before one that it contains).
-BERT_NAMES = [("words.", "embeddings.word_embeddings."), ("positions", "embeddings.position_embeddings.weight"),
-              ("norm_attention", "attention.output.LayerNorm"), ("norm_cross_attention", "crossattention.output.LayerNorm"),
-              ("norm_mlp", "output.LayerNorm"), ("layers.", "encoder.layer."),
-              (".cross_attention.out.", ".crossattention.output.dense."), (".cross_attention.", ".crossattention.self."),
-              (".attention.out.", ".attention.output.dense."), (".attention.query", ".attention.self.query"),
-              (".attention.key", ".attention.self.key"), (".attention.value", ".attention.self.value"),
-              (".up.", ".intermediate.dense."), (".down.", ".output.dense.")]
+# ==== A first reading may stop here: weights from elsewhere =====================================
+# Our name -> BERT's name on Hugging Face; replaced in this order (a longer name before one that it
+# contains).
+BERT_NAMES = [
+    ("words.", "embeddings.word_embeddings."), ("positions", "embeddings.position_embeddings.weight"),
+    ("norm_attention", "attention.output.LayerNorm"),
+    ("norm_cross_attention", "crossattention.output.LayerNorm"),
+    ("norm_mlp", "output.LayerNorm"), ("layers.", "encoder.layer."),
+    (".cross_attention.out.", ".crossattention.output.dense."),
+    (".cross_attention.", ".crossattention.self."), (".attention.out.", ".attention.output.dense."),
+    (".attention.query", ".attention.self.query"), (".attention.key", ".attention.self.key"),
+    (".attention.value", ".attention.self.value"), (".up.", ".intermediate.dense."),
+    (".down.", ".output.dense.")]
 
 
 def bert_name(name):
-    """Our name of a weight of the text encoder -> BERT's (the embeddings' LayerNorm is the one called just "norm")."""
-    return name.replace("norm.", "embeddings.LayerNorm.") if name.startswith("norm.") else rename(name, BERT_NAMES)
+    """Our name of a weight of the text encoder -> BERT's."""
+    if name.startswith("norm."):                            # the one that follows the embeddings
+        return name.replace("norm.", "embeddings.LayerNorm.")
+    return rename(name, BERT_NAMES)
 
 
 def load_bert(bert, source):
-    """Fill `bert` with a BERT from Hugging Face (a file, a folder or a hub name). What BERT does not have stays at its
-    initial value: cross-attention, the rows of [DEC] and [ENC]."""
+    """Fill `bert` with a BERT from Hugging Face (file, folder or hub name). What BERT does not have
+    stays at its initial value: cross-attention, the rows of [DEC] and [ENC]."""
     weights = {}
     for name, tensor in read_weights(source).items():
         name = name.removeprefix("bert.").replace("LayerNorm.gamma", "LayerNorm.weight")
@@ -270,20 +280,21 @@ def load_bert(bert, source):
         if not name.startswith(("cls.", "pooler.")) and not name.endswith("position_ids"):
             weights[name] = tensor
     state = bert.state_dict()
-    words, table, types = (f"embeddings.{kind}_embeddings.weight" for kind in ("word", "position", "token_type"))
+    words, positions = "embeddings.word_embeddings.weight", "embeddings.position_embeddings.weight"
+    types = weights.pop("embeddings.token_type_embeddings.weight", None)
     if words in weights and len(weights[words]) + 2 == bert.config.vocab_size:
         weights[words] = torch.cat([weights[words], state["words.weight"][-2:].cpu()])
-    if table in weights and types in weights:
-        weights[table] = weights[table] + weights.pop(types)[0]
-    weights = {bert_name(name): tensor for name, tensor in state.items() if "cross_attention" in name} | weights
-    copy_weights(bert, weights, bert_name, origin=str(source))
+    if positions in weights and types is not None:
+        weights[positions] = weights[positions] + types[0]
+    own = {bert_name(name): tensor for name, tensor in state.items() if "cross_attention" in name}
+    copy_weights(bert, own | weights, bert_name, origin=str(source))
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Show what the tokenizer and the text encoder make of a sentence.")
-    parser.add_argument("caption", nargs="?", default="She is young, with a hat and lipstick on, and has pale skin.")
-    parser.add_argument("--bert", help="vocabulary and weights: a folder or a hub name such as bert-base-uncased "
-                                       "(default: random weights and a vocabulary of the sentence's own letters)")
+    parser = argparse.ArgumentParser(description="Show what tokenizer and text encoder make of a sentence.")
+    parser.add_argument("caption", nargs="?", default="She is young, with a hat on, and has pale skin.")
+    parser.add_argument("--bert", help="vocabulary and weights: folder or hub name (bert-base-uncased); "
+                                       "without it, random weights and the sentence's own words")
     args = parser.parse_args()
     tokenizer = Tokenizer.load(args.bert) if args.bert else Tokenizer.train([args.caption])
     bert = Bert(BertConfig(vocab_size=tokenizer.vocab_size)).eval()
@@ -297,9 +308,9 @@ def main():
     print(f"cleaned      {clean_caption(args.caption)}")
     print(f"pieces       {' '.join(tokenizer.tokens(captions))}")
     print(f"text tokens  {tuple(text.shape)}   the first, [CLS], speaks for the sentence")
-    print(f"joint tokens {tuple(joint.shape)}   the first is now [ENC]; the tokens have looked at an image (here an empty one)")
+    print(f"joint tokens {tuple(joint.shape)}   the first is now [ENC]; they have looked at a blank image")
     print(f"parameters   {sum(p.numel() for p in bert.parameters()):,}")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

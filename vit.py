@@ -1,25 +1,39 @@
 """The image encoder: a Vision Transformer, as CLIP has it (ViT-B/16; FLIP paper, section 4.1).
 
     image -> patches -> one linear map each -> [class token; patches] + positions -> LayerNorm
-          -> `depth` blocks of (attention, MLP), each normalised before and added after -> LayerNorm of all tokens
+          -> `depth` blocks of (attention, MLP), each normalised before and added after
+          -> LayerNorm of all tokens
 
-The class token is what the contrastive loss sees; all tokens are what the text encoder reads in image-grounded mode.
-CLIP's particulars, kept so that its weights load: a LayerNorm before the first block, the activation
-x * sigmoid(1.702 x), a patch convolution without bias.
-Departure from the official code: a misspelt name makes it lose CLIP's final LayerNorm; here it loads.
+The class token is what the contrastive loss sees; all tokens are what the text encoder reads in
+image-grounded mode. CLIP's particulars, kept so that its weights load: a LayerNorm before the first
+block, the activation x * sigmoid(1.702 x), a patch convolution without bias. The last LayerNorm is
+where readers differ: CLIP in Hugging Face applies it to the class token alone, all that it pools;
+FLIP's official code applies it to all tokens, because captions read them all, and so do we. (A
+misspelt name makes the official code lose CLIP's weights for it; here they load.)
 
-Shapes: B images of S x S pixels, N patches, L = N + 1 tokens, D width, H heads, d = D / H.
+Capital letters are sizes, the same in every file of this project:
+    B samples in a batch      S pixels on a side       L tokens of an image, 1 + its patches
+    D width of a token        H heads of d = D / H     N tokens of many sequences in one list
+    E size of a feature       Q entries in the queue   K keys of the contrastive loss
+    P captions, each of which may read an image        I images and T texts of a set or gallery
+Files beyond this one add at most a letter or two, in their docstrings.
+
 Run `python vit.py photo.jpg` to see what an image becomes.
 """
 import argparse
+import contextlib
+import os
+import textwrap
 from dataclasses import dataclass
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from tqdm import tqdm
 
 from kernels.attention import Sequences, attention
 
@@ -34,50 +48,34 @@ class ViTConfig:
 
     def __post_init__(self):
         if self.image_size % self.patch_size:
-            raise ValueError(f"ViT: image size {self.image_size} is not a multiple of the patch size {self.patch_size}")
+            raise ValueError(f"ViT: image size {self.image_size} is not a multiple of the patch size "
+                             f"{self.patch_size}")
         if self.width % self.heads:
-            raise ValueError(f"ViT: width {self.width} is not a multiple of the number of heads, {self.heads}")
+            raise ValueError(f"ViT: width {self.width} is not a multiple of the {self.heads} heads")
 
     @property
     def patches(self):
         return (self.image_size // self.patch_size) ** 2
 
 
-# ---- what goes in -------------------------------------------------------------------------------------------------
 # CLIP's statistics of an RGB image in [0, 1]
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)
 STD = np.array([0.26862954, 0.26130258, 0.27577711], dtype=np.float32)
 SCALE, OFFSET = 1 / (255 * STD), MEAN / STD     # one multiplication and one subtraction a pixel
 
 
-# Not all that Pillow knows: for PostScript, for example, it starts another program, whatever the file's name says.
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-
-
-def open_picture(path):
-    """A complete RGB image, upright as its camera noted; ValueError with a sentence when the file is damaged or none."""
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            if image.mode in ("I", "F") or image.mode.startswith("I;"):         # converting them would clip to white
-                raise ValueError(f"its pixels are of kind {image.mode}; save it with 8 bits per channel")
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except UnidentifiedImageError:
-        raise ValueError(f"{path} is not a picture") from None
-    except Exception as error:                      # Pillow raises OSError, SyntaxError and others for damaged files
-        raise ValueError(f"{path} cannot be read completely: {error}") from None
-
-
 def to_tensor(image, size):
-    """A PIL image -> float32 (3, size, size): resized without cropping (section 4.2), then CLIP's normalisation."""
+    """A PIL image -> float32 (3, S, S): resized without cropping (section 4.2), then normalised."""
     if image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.BICUBIC)
     pixels = np.asarray(image.convert("RGB"), dtype=np.float32) * SCALE - OFFSET
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
-# ---- the encoder --------------------------------------------------------------------------------------------------
+# ---- the encoder -------------------------------------------------------------------------------
 class Attention(nn.Module):
-    """Multi-head attention with its four projections; also BERT's, whose cross-attention has keys of another width."""
+    """Multi-head attention with its four projections; also BERT's, whose cross-attention has keys
+    of another width."""
 
     def __init__(self, width, heads, key_width=None, dropout=0.0):
         super().__init__()
@@ -88,7 +86,8 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, x, x_sequences, context, context_sequences, kv_of=None):
-        """Tokens x (Nx, D) look at the tokens of `context` (Nc, Dc); see kernels/attention.py for the packing."""
+        """Tokens x (Nx, D) look at the tokens of `context` (Nc, Dc); kernels/attention.py says how
+        sequences are packed into one list, and what kv_of is."""
         query = self.query(x).unflatten(-1, (self.heads, -1))               # (Nx, H, d)
         key = self.key(context).unflatten(-1, (self.heads, -1))             # (Nc, H, d)
         value = self.value(context).unflatten(-1, (self.heads, -1))
@@ -98,7 +97,7 @@ class Attention(nn.Module):
 
 
 def quick_gelu(x):
-    """x * sigmoid(1.702 x), written so that torch computes it in one pass (silu(y) = y * sigmoid(y))."""
+    """x * sigmoid(1.702 x), so written that torch computes it at once: silu(y) = y sigmoid(y)."""
     return F.silu(1.702 * x) / 1.702
 
 
@@ -112,8 +111,8 @@ class Block(nn.Module):
         self.down = nn.Linear(4 * config.width, config.width)
 
     def forward(self, x, sequences, first_only=False):
-        """x (B L, D) packed -> the same; with first_only -> (B, D), computed for the first token of each image alone (it
-        still looks at the whole image)."""
+        """x (B L, D) packed -> the same; with first_only -> (B, D), computed for the first token of
+        each image alone (it still looks at the whole image)."""
         y = self.norm_attention(x)
         query, query_sequences = y, sequences
         if first_only:
@@ -137,13 +136,15 @@ class ViT(nn.Module):
         self.initialise()
 
     def forward(self, images, first_only=False, return_hidden=False):
-        """images (B, 3, S, S) -> tokens (B, L, D), the class token first; with first_only -> the class tokens (B, D), for
-        which the last block computes nothing else. return_hidden: also a list with the tokens after each block, before the
-        final LayerNorm."""
+        """images (B, 3, S, S) -> tokens (B, L, D), the class token first.
+
+        first_only: the class tokens (B, D), for which the last block computes nothing else.
+        return_hidden: also a list with the tokens after each block, before the final LayerNorm.
+        """
         size = self.config.image_size
         if images.shape[1:] != (3, size, size):
             raise ValueError(f"ViT: expected images (B, 3, {size}, {size}), found {tuple(images.shape)}")
-        x = self.patch_embedding(images).flatten(2).transpose(1, 2)                         # (B, N, D)
+        x = self.patch_embedding(images).flatten(2).transpose(1, 2)                         # (B, L - 1, D)
         x = torch.cat([self.class_token.to(x.dtype).expand(len(x), 1, -1), x], dim=1)       # (B, L, D)
         x = self.norm_before(x + self.positions)
         B, L, _ = x.shape
@@ -161,8 +162,8 @@ class ViT(nn.Module):
 
     @torch.no_grad()
     def initialise(self):
-        """CLIP's initial values as Hugging Face has them: a block's contribution shrinks with depth, so that the sum of all
-        keeps its scale."""
+        """CLIP's initial values as Hugging Face has them: a block's contribution shrinks with
+        depth, so that the sum of all keeps its scale."""
         D, depth = self.config.width, self.config.depth
         nn.init.normal_(self.class_token, std=D ** -0.5)
         nn.init.normal_(self.positions, std=0.02)
@@ -177,20 +178,15 @@ class ViT(nn.Module):
                 nn.init.zeros_(module.bias)
 
 
-# ---- weights from elsewhere ---------------------------------------------------------------------------------------
-# Our name -> CLIP's name on Hugging Face; replaced in this order (a longer name before one that it contains).
-CLIP_NAMES = [("class_token", "embeddings.class_embedding"), ("patch_embedding", "embeddings.patch_embedding"),
-              ("positions", "embeddings.position_embedding.weight"), ("norm_before", "pre_layrnorm"),
-              ("norm_after", "post_layernorm"), ("blocks.", "encoder.layers."), ("norm_attention", "layer_norm1"),
-              ("norm_mlp", "layer_norm2"), (".attention.query", ".self_attn.q_proj"),
-              (".attention.key", ".self_attn.k_proj"), (".attention.value", ".self_attn.v_proj"),
-              (".attention.out", ".self_attn.out_proj"), (".up.", ".mlp.fc1."), (".down.", ".mlp.fc2.")]
-
-
-def rename(name, table):
-    for ours, theirs in table:
-        name = name.replace(ours, theirs)
-    return name
+# ==== A first reading may stop here: running, files, pictures, foreign weights ===================
+def run(main):
+    """Run a script: what its user can mend ends in a sentence, not in a traceback."""
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}")
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted")
 
 
 def first_line(error):
@@ -198,44 +194,40 @@ def first_line(error):
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
-def read_weights(source):
-    """{name: tensor} from a .safetensors, .bin, .pt or .pth file, a folder that holds a model, or a hub name.
-
-    A hub name ("openai/clip-vit-base-patch16") is downloaded once into the Hugging Face cache. Files are read without
-    running code from them.
-    """
-    path = Path(source)
-    if path.is_dir():
-        found = [path / name for name in ("model.safetensors", "pytorch_model.bin") if (path / name).exists()]
-        if not found:
-            raise FileNotFoundError(f"{path}: expected model.safetensors or pytorch_model.bin in this folder")
-        path = found[0]
-    elif not path.exists():
-        path = Path(download(str(source), ("model.safetensors", "pytorch_model.bin")))
+@contextlib.contextmanager
+def whole_file(path):
+    """A name to write to; the file appears at `path` whole, or, after an error, not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-            return load_file(path)
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ValueError(f"{path}: damaged, or not a file of weights ({type(error).__name__})") from error
-    if not isinstance(weights, dict) or not all(isinstance(name, str) and torch.is_tensor(t) for name, t in weights.items()):
-        raise ValueError(f"{path}: expected a dictionary of named tensors, found {type(weights).__name__}")
-    return weights
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
-def download(name, filenames):
-    """Fetch the first of `filenames` that hub repository `name` has; returns its local path."""
+def find_file(source, filenames):
+    """The path of a file that is given by its own path, by a folder with one of `filenames`, or by
+    a hub name ("openai/clip-vit-base-patch16"), whose file is then downloaded, once."""
+    path, name = Path(source), str(source)
+    found = [path, *(path / filename for filename in filenames)]
+    for candidate in found:
+        if candidate.is_file():
+            return candidate
+    if path.is_dir():
+        raise FileNotFoundError(f"{path}: expected {' or '.join(filenames)} in this folder")
+    if name.count("/") > 1 or path.suffix in (".bin", ".pt", ".pth", ".safetensors", ".txt", ".json"):
+        raise FileNotFoundError(f"{name}: no such file or folder (and not a hub name, which looks like "
+                                f"'owner/model')")
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-    if name.count("/") > 1 or Path(name).suffix in (".bin", ".pt", ".pth", ".safetensors", ".txt", ".json"):
-        raise FileNotFoundError(f"{name}: no such file or folder (and not a hub name, which looks like 'owner/model')")
     for filename in filenames:
         try:
-            return hf_hub_download(name, filename)
-        except LocalEntryNotFoundError as error:            # a kind of EntryNotFoundError, but says something else
-            raise FileNotFoundError(f"{name}: no such file or folder, and the hub cannot be reached; download it where "
-                                    f"there is a network and give its folder") from error
+            return Path(hf_hub_download(name, filename))
+        except LocalEntryNotFoundError as error:    # a kind of EntryNotFoundError that says something else
+            raise FileNotFoundError(f"{name}: no such file or folder, and the hub cannot be reached; "
+                                    f"download it where there is a network and give its folder") from error
         except EntryNotFoundError:
             continue
         except Exception as error:
@@ -244,11 +236,108 @@ def download(name, filenames):
     raise FileNotFoundError(f"{name}: the hub repository holds none of {', '.join(filenames)}")
 
 
+# ---- pictures ----------------------------------------------------------------------------------
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+# Not all that Pillow knows: for PostScript, for example, it starts another program, whatever the
+# file's name says.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+
+
+def open_picture(path):
+    """A complete RGB image, upright as its camera noted; ValueError with a sentence when the file
+    is damaged or none."""
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            if image.mode in ("I", "F") or image.mode.startswith("I;"):     # conversion would clip to white
+                raise ValueError(f"its pixels are of kind {image.mode}; save it with 8 bits per channel")
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except UnidentifiedImageError:
+        raise ValueError(f"{path} is not a picture") from None
+    except Exception as error:                      # Pillow raises OSError, SyntaxError and others
+        raise ValueError(f"{path} cannot be read completely: {error}") from None
+
+
+def read_batches(read, count, size, title, batch_size=128, show=True):
+    """Yield (numbers, pixels (B, 3, S, S)) of the pictures read(0), ..., read(count - 1), which are
+    read on all cores. One for which `read` gives None is left out."""
+    def pixels_of(i):
+        picture = read(i)
+        return None if picture is None else to_tensor(picture, size)
+
+    with ThreadPool() as pool:
+        for start in tqdm(range(0, count, batch_size), title, leave=False, disable=not show):
+            numbers = range(start, min(start + batch_size, count))
+            found = [(i, pixels) for i, pixels in zip(numbers, pool.map(pixels_of, numbers))
+                     if pixels is not None]
+            if found:
+                kept, pixels = zip(*found)
+                yield list(kept), torch.stack(pixels)
+
+
+def contact_sheet(rows, tile=128, margin=8):
+    """A picture of rows (title, [(image, label, framed)]): the title above, a label below each
+    image, a green frame around the framed ones."""
+    font = ImageFont.load_default(max(11, tile // 9))
+    line, width = font.size + 4, margin + max(len(tiles) for _, tiles in rows) * (tile + margin)
+    letters = int((width - 2 * margin) / font.getlength("n"))                   # in a line of a title
+    titles = [textwrap.wrap(title, letters) for title, _ in rows]
+    heights = [len(lines) * line + tile + line + 2 * margin for lines in titles]
+    sheet = Image.new("RGB", (width, sum(heights) + margin), "white")
+    pen, bottom = ImageDraw.Draw(sheet), 0
+    for lines, height, (_, tiles) in zip(titles, heights, rows):
+        pen.text((margin, bottom + margin), "\n".join(lines), fill="black", font=font, spacing=4)
+        bottom += height
+        y = bottom - tile - line                            # where the images of this row begin
+        for column, (image, label, framed) in enumerate(tiles):
+            x = margin + column * (tile + margin)
+            if framed:
+                pen.rectangle((x - 4, y - 4, x + tile + 3, y + tile + 3), fill=(40, 160, 70))
+            sheet.paste(image.convert("RGB").resize((tile, tile), Image.Resampling.LANCZOS), (x, y))
+            pen.text((x, y + tile + 4), label, fill=(90, 90, 90), font=font)
+    return sheet
+
+
+# ---- weights from elsewhere --------------------------------------------------------------------
+# Our name -> CLIP's name on Hugging Face; replaced in this order (a longer name before one that it
+# contains).
+CLIP_NAMES = [
+    ("class_token", "embeddings.class_embedding"), ("patch_embedding", "embeddings.patch_embedding"),
+    ("positions", "embeddings.position_embedding.weight"), ("norm_before", "pre_layrnorm"),
+    ("norm_after", "post_layernorm"), ("blocks.", "encoder.layers."),
+    ("norm_attention", "layer_norm1"), ("norm_mlp", "layer_norm2"),
+    (".attention.query", ".self_attn.q_proj"), (".attention.key", ".self_attn.k_proj"),
+    (".attention.value", ".self_attn.v_proj"), (".attention.out", ".self_attn.out_proj"),
+    (".up.", ".mlp.fc1."), (".down.", ".mlp.fc2.")]
+
+
+def rename(name, table):
+    for ours, theirs in table:
+        name = name.replace(ours, theirs)
+    return name
+
+
+def read_weights(source):
+    """{name: tensor} from a .safetensors, .bin, .pt or .pth file, a folder that holds a model, or a
+    hub name. No code from the file is run."""
+    path = find_file(source, ("model.safetensors", "pytorch_model.bin"))
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+            return load_file(path)
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"{path}: damaged, or not a file of weights ({type(error).__name__})") from error
+    if not isinstance(weights, dict) or not all(map(torch.is_tensor, weights.values())):
+        raise ValueError(f"{path}: expected a dictionary of named tensors, found {type(weights).__name__}")
+    return weights
+
+
 @torch.no_grad()
 def copy_weights(module, weights, name_of, origin):
     """Fill every entry of module's state with weights[name_of(entry)].
 
-    Raises ValueError, before anything is copied, with what is missing, has another shape or would be left over.
+    Raises ValueError, before anything is copied, with what is missing, has another shape or would
+    be left over.
     """
     state, unused, wrong = module.state_dict(), set(weights), []
     for ours, target in state.items():
@@ -267,22 +356,24 @@ def copy_weights(module, weights, name_of, origin):
 
 
 def resize_positions(positions, patches):
-    """Position table (1 + n, D) of a square grid of n patches -> (1 + patches, D), bicubic; the class token's row stays."""
+    """Position table (1 + n, D) of a square grid of n patches -> (1 + patches, D), bicubic; the
+    class token's row stays."""
     old, new = round((len(positions) - 1) ** 0.5), round(patches ** 0.5)
     if positions.ndim != 2 or old * old + 1 != len(positions):
-        raise ValueError(f"a position table of shape {tuple(positions.shape)} is not that of a square grid and a class token")
+        raise ValueError(f"a position table of shape {tuple(positions.shape)} is not that of a square grid "
+                         f"and a class token")
     if old == new:
         return positions
     grid = positions[1:].T.reshape(1, -1, old, old)                                         # (1, D, old, old)
     grid = F.interpolate(grid.float(), size=(new, new), mode="bicubic", align_corners=False)
-    return torch.cat([positions[:1], grid.flatten(2)[0].T.to(positions.dtype)])             # (1 + new * new, D)
+    return torch.cat([positions[:1], grid.flatten(2)[0].T.to(positions.dtype)])             # (1 + patches, D)
 
 
 def load_clip(vit, source):
-    """Fill `vit` with the image half of a CLIP model from Hugging Face (a file, a folder or a hub name)."""
+    """Fill `vit` with the image half of a CLIP from Hugging Face (file, folder or hub name)."""
+    others = ("text_model.", "text_projection", "visual_projection", "logit_scale")
     weights = {name.removeprefix("vision_model."): tensor for name, tensor in read_weights(source).items()
-               if not name.startswith(("text_model.", "text_projection", "visual_projection", "logit_scale"))
-               and not name.endswith("position_ids")}
+               if not name.startswith(others) and not name.endswith("position_ids")}
     table = "embeddings.position_embedding.weight"
     if table in weights:
         weights[table] = resize_positions(weights[table], vit.config.patches)
@@ -292,23 +383,24 @@ def load_clip(vit, source):
 def main():
     parser = argparse.ArgumentParser(description="Show what the image encoder makes of one photograph.")
     parser.add_argument("image", nargs="?", help="an image file (default: a grey square)")
-    parser.add_argument("--clip", help="weights: a file, a folder or a hub name such as openai/clip-vit-base-patch16")
+    parser.add_argument("--clip", help="weights: file, folder or hub name (openai/clip-vit-base-patch16)")
     args = parser.parse_args()
     config = ViTConfig()
+    image = open_picture(args.image) if args.image else Image.new("RGB", (178, 218), "grey")
     vit = ViT(config).eval()
     if args.clip:
         load_clip(vit, args.clip)
-    image = open_picture(args.image) if args.image else Image.new("RGB", (178, 218), "grey")
     pixels = to_tensor(image, config.image_size)[None]
     with torch.no_grad():
         tokens, hidden = vit(pixels, return_hidden=True)
     print(f"image        {image.size[0]} x {image.size[1]} {image.mode}")
     print(f"pixels       {tuple(pixels.shape)}   normalised, {pixels.min():.2f} to {pixels.max():.2f}")
     for index, tokens_after in enumerate(hidden, start=1):
-        print(f"block {index:2}     {tuple(tokens_after.shape)}   token length {tokens_after.norm(dim=-1).mean():.2f}")
+        length = tokens_after.norm(dim=-1).mean()
+        print(f"block {index:2}     {tuple(tokens_after.shape)}   mean length of a token {length:.2f}")
     print(f"tokens       {tuple(tokens.shape)}   class token first, then {config.patches} patches")
     print(f"parameters   {sum(p.numel() for p in vit.parameters()):,}")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

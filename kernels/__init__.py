@@ -1,6 +1,6 @@
-"""The GPU hot path: the two places where time and memory go, each a file with the mathematics, a reference in plain PyTorch,
-the Triton kernels and the public function. `python -m kernels.bench` compares and times them, `--compile-only` compiles them
-without a GPU."""
+"""The GPU hot path: the two places where time and memory go, each a file with the mathematics,
+plain PyTorch, the Triton kernels and the public function. `python kernels/bench.py` compares and
+times them, `--compile-only` compiles them without a GPU."""
 from types import SimpleNamespace
 
 import torch
@@ -8,12 +8,12 @@ import torch
 try:
     import triton
     import triton.language as tl
-except ImportError:         # Triton comes for Linux only; elsewhere the kernels are text, and PyTorch does the work
+except ImportError:         # Triton comes for Linux only; elsewhere the kernels are text that nobody runs
     triton = SimpleNamespace(jit=lambda kernel=None, **_: kernel or (lambda kernel: kernel))
     tl = SimpleNamespace(constexpr=lambda value: value)
 
 
 def takes_kernels(tensor):
-    """Whether Triton is here and the tensor lies on a GPU that the kernels are compiled for: NVIDIA's, capability 8.0 or more."""
+    """Whether Triton is here and the tensor on a GPU that we compile for: NVIDIA, 8.0 or more."""
     return (tensor.is_cuda and hasattr(triton, "compile") and torch.version.hip is None
             and torch.cuda.get_device_capability(tensor.device) >= (8, 0))

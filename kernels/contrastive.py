@@ -1,113 +1,141 @@
 """The image-text contrastive loss without its logits: the only contrastive loss of this project.
 
-One direction of ITC (FLIP paper, section 4.2; ALBEF, arXiv 2107.07651, eq. 1, 2 and 6). A row has a feature q from the
-student and a feature m from the momentum encoder; both are compared with keys k_j (momentum features of the other modality,
-batch and queue), and y is the target:
+One direction of ITC (FLIP paper, section 4.2; ALBEF, arXiv 2107.07651, eq. 1, 2 and 6). A row has a
+feature q from the student and a feature m from the momentum encoder; both are compared with keys
+k_j (momentum features of the other modality, batch and queue), and y is the target:
 
-    s_j = q k_j / tau      t_j = m k_j / tau      y = alpha softmax(t) + (1 - alpha) e      loss = -sum_j y_j log softmax(s)_j
+    s_j = q k_j / tau      t_j = m k_j / tau      y = alpha softmax(t) + (1 - alpha) e
+    loss = -sum_j y_j log softmax(s)_j
 
-where e spreads a mass of 1 evenly over the positives, the keys of the row's own identity, and no gradient flows into y. With 80
-rows and 61,520 keys the logits are 20 MB that are written, read and written again, several times over. But y sums to 1, and s is
-linear in k:
+where e spreads a mass of 1 evenly over the positives, the keys of the row's own identity, and no
+gradient flows into y. With 80 rows and 61,520 keys the logits are 20 MB that are written, read and
+written again, several times over. But y sums to 1, and s is linear in k:
 
-    loss = log sum_j exp(s_j) - q k* / tau         k* = sum_j y_j k_j            the average key under the target
-    dq   = (k' - k*) / tau                         k' = sum_j softmax(s)_j k_j   the average key under the student
+    loss = log sum_j exp(s_j) - q k* / tau      k* = sum_j y_j k_j, the average key under the target
+    dq   = (k' - k*) / tau                      k' = sum_j softmax(s)_j k_j, under the student
     dtau = -q dq / tau
 
-So all that is needed are three average keys per row, under softmax(s), softmax(t) and e, and one log-sum-exp; and an average
-under a softmax is *attention with the keys as values*. It is computed as FlashAttention does: the keys stream by, each row
-keeps the largest logit so far, the sum of weights and the weighted sum of keys. Such `Sums` over two sets of keys merge
-into the `Sums` over both. Hence batch and queue can be given as they lie, in two pieces, and never need to be copied
-together; and few rows still fill a GPU, since each of its processors can take a stretch of the keys. e is a softmax as well:
-of logits 0 for the row's own identity and -inf for all others.
+So all that is needed are three average keys per row, under softmax(s), softmax(t) and e, and one
+log-sum-exp; and an average under a softmax is *attention with the keys as values*. It is computed
+as FlashAttention does: the keys stream by, each row keeps the largest logit so far, the sum of
+weights and the weighted sum of keys. Such `Sums` over two sets of keys merge into the `Sums` over
+both. Hence batch and queue can be given as they lie, in two pieces, and never need to be copied
+together; and few rows still fill a GPU, since each of its processors can take a stretch of the
+keys. e is a softmax as well: of logits 0 for the row's own identity and -inf for all others.
 
-The loss and both gradients come from one pass over the keys; the backward pass only scales them. Float32 throughout, under
-autocast too, since at tau 0.01 a cosine in half precision is too coarse.
+The loss and both gradients come from one pass over the keys; the backward pass only scales them.
+Float32 throughout, under autocast too, since at tau 0.01 a cosine in half precision is too coarse.
 
-Shapes: B rows (3 B for the kernel, which takes the three averages of a row for three rows), K keys (C in a chunk, in any number
-of pieces), E feature size, G stretches of keys that are summed apart.
+Sizes: B rows (3 B for the kernel, which takes the three averages of a row for three rows), K keys
+(C in a chunk, in any number of pieces), E feature size, G stretches of keys that are summed apart.
 Run `python kernels/contrastive.py` to compare and time it.
 """
-import subprocess
 import sys
-from functools import reduce
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-if __name__ == "__main__":
-    raise SystemExit(subprocess.call([sys.executable, "-m", "kernels.bench", "contrastive", *sys.argv[1:]],
-                                     cwd=Path(__file__).parents[1]))
+if __name__ == "__main__":              # the same as `python kernels/bench.py contrastive`
+    sys.argv.insert(1, "contrastive")
+    from bench import main, run         # it lies beside this file
+    sys.exit(run(main))
 
 from kernels import takes_kernels, tl, triton
 
 
+# ---- the definition ------------------------------------------------------------------------------
+@torch.no_grad()
+def targets(momentum_feature, keys, identity, key_identity, temperature, alpha):
+    """y (B, K): how much of a row's mass of 1 each key deserves."""
+    same = (identity[:, None] == key_identity[None, :]).to(momentum_feature.dtype)
+    soft = (momentum_feature @ keys.T / temperature).softmax(1)
+    return alpha * soft + (1 - alpha) * same / same.sum(1, keepdim=True)
+
+
 def reference(feature, momentum_feature, keys, identity, key_identity, temperature, alpha):
-    """The loss as the papers write it, with its (B, K) logits: what the rest of this file computes without them."""
-    logits = feature @ keys.T / temperature                                                  # (B, K)
-    with torch.no_grad():
-        same = (identity[:, None] == key_identity[None, :]).to(feature.dtype)
-        soft = (momentum_feature @ keys.T / temperature).softmax(1)
-        targets = alpha * soft + (1 - alpha) * same / same.sum(1, keepdim=True)
-    return -(targets * logits.log_softmax(1)).sum(1).mean()
+    """The loss as the papers write it, with its logits: the rest of this file does without them."""
+    logits = feature @ keys.T / temperature                                         # (B, K)
+    y = targets(momentum_feature, keys, identity, key_identity, temperature, alpha)
+    return -(y * logits.log_softmax(1)).sum(1).mean()
 
 
-# ---- sums over keys ------------------------------------------------------------------------------------------------
+# ---- sums over keys ------------------------------------------------------------------------------
 class Sums(NamedTuple):
-    """Three softmax-weighted sums over some keys; first dimension: student, momentum encoder, positives. Weights are relative
-    to exp(peak), so that nothing overflows."""
+    """Three softmax-weighted sums over some keys; first dimension: student, momentum encoder,
+    positives. Weights are relative to exp(peak), so that nothing overflows."""
     peak: Tensor        # (3, B) the largest logit
     mass: Tensor        # (3, B) sum_j exp(logit_j - peak)
     key_sum: Tensor     # (3, B, E) sum_j exp(logit_j - peak) k_j
 
 
 def sums_over(queries, keys, identity, key_identity, temperature):
-    """`Sums` over the keys (C, E) for queries (2, B, E): the student's features and the momentum encoder's."""
-    logits = queries / temperature @ keys.T                                                  # (2, B, C)
+    """`Sums` over keys (C, E) for queries (2, B, E): the student's and the momentum features."""
+    logits = queries / temperature @ keys.T                                         # (2, B, C)
     peak = logits.amax(-1)
     weights = logits.sub_(peak[..., None]).exp_()
-    same = (identity[:, None] == key_identity[None, :]).to(keys.dtype)                       # (B, C)
-    positive_sum = same @ keys if same.any() else torch.zeros_like(queries[0])               # mostly there is none
-    return Sums(torch.cat([peak, peak.new_zeros(1, len(same))]), torch.cat([weights.sum(-1), same.sum(-1)[None]]),
-                torch.cat([weights @ keys, positive_sum[None]]))
+    same = (identity[:, None] == key_identity[None, :]).to(keys.dtype)              # (B, C)
+    positive_sum = same @ keys if same.any() else torch.zeros_like(queries[0])      # mostly there is none
+    return Sums(peak=torch.cat([peak, peak.new_zeros(1, len(same))]),
+                mass=torch.cat([weights.sum(-1), same.sum(-1)[None]]),
+                key_sum=torch.cat([weights @ keys, positive_sum[None]]))
+
+
+def stack(parts):
+    """Several `Sums`, over different keys, as one along a new first dimension."""
+    return Sums(peak=torch.stack([part.peak for part in parts]),
+                mass=torch.stack([part.mass for part in parts]),
+                key_sum=torch.stack([part.key_sum for part in parts]))
 
 
 def merge(parts):
-    """`Sums` stacked along a first dimension (parts, 3, B, ...) -> the `Sums` over all their keys."""
+    """`Sums` stacked along a first dimension (parts, 3, B, ...) -> `Sums` over all their keys."""
     peak = parts.peak.amax(0)
-    shrink = (parts.peak - peak).exp()                                                       # (parts, 3, B)
+    shrink = (parts.peak - peak).exp()                                              # (parts, 3, B)
     return Sums(peak, (shrink * parts.mass).sum(0), (shrink[..., None] * parts.key_sum).sum(0))
 
 
+def plain_sums(feature, momentum_feature, keys, identity, key_identity, temperature, chunk=2048):
+    """`Sums` over all pieces of keys in PyTorch, one chunk of keys after the other."""
+    queries = torch.stack([feature, momentum_feature])
+    sums = None
+    for piece, piece_identity in zip(keys, key_identity):
+        for some, some_identity in zip(piece.split(chunk), piece_identity.split(chunk)):
+            part = sums_over(queries, some.to(feature.dtype), identity, some_identity, temperature)
+            sums = part if sums is None else merge(stack([sums, part]))
+    return sums
+
+
 def loss_and_gradients(sums, feature, temperature, alpha):
-    """What the docstring derives: the mean loss (), and its gradients by feature (B, E) and temperature ()."""
-    student_key, momentum_key, positive_key = sums.key_sum / sums.mass[..., None]            # averages, (B, E) each
+    """What the docstring derives: the mean loss (), and its gradients by feature (B, E) and
+    temperature ()."""
+    student_key, momentum_key, positive_key = sums.key_sum / sums.mass[..., None]   # averages, (B, E) each
     target_key = alpha * momentum_key + (1 - alpha) * positive_key
-    log_sum_exp = sums.peak[0] + sums.mass[0].log()                                          # (B,)
+    log_sum_exp = sums.peak[0] + sums.mass[0].log()                                 # (B,)
     loss = log_sum_exp - (feature * target_key).sum(1) / temperature
     by_feature = (student_key - target_key) / temperature
     by_temperature = -(feature * by_feature).sum(1) / temperature
     return loss.mean(), by_feature / len(feature), by_temperature.mean()
 
 
-# ---- the kernel ----------------------------------------------------------------------------------------------------
+# ---- the kernel ----------------------------------------------------------------------------------
 @triton.jit
-def sums_kernel(queries, keys, identity, key_identity, temperature, peak_out, mass_out, key_out, B, K, stretch,
-                E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, SLICE: tl.constexpr):
+def sums_kernel(queries, keys, identity, key_identity, temperature, peak_out, mass_out, key_out, B, K,
+                stretch, E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+                BLOCK_KEYS: tl.constexpr, SLICE: tl.constexpr):
     """One program: `Sums` of BLOCK_ROWS of the 3 B rows over one stretch of the keys.
 
-    queries (3, B, E): student, momentum encoder, zeros for the positives; outputs (G, 3, B) and (G, 3, B, E).
+    queries (3, B, E): student, momentum encoder, zeros for the positives; outputs (G, 3, B) and
+    (G, 3, B, E).
     """
     rows, g = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS), tl.program_id(1)
     columns = tl.arange(0, BLOCK_E)
     is_row, is_column = rows < 3 * B, columns < E
-    compares_all = rows < 2 * B                             # the rows of the third kind count positives only
+    compares_all = rows < 2 * B                         # the rows of the third kind count positives only
     row_identity = tl.load(identity + rows % B)
     scale = 1.0 / tl.load(temperature)
 
-    peak = tl.full((BLOCK_ROWS,), -1e38, tl.float32)        # finite, so that peak - peak is 0 before the first positive
+    peak = tl.full((BLOCK_ROWS,), -1e38, tl.float32)    # finite: peak - peak is 0 before the first positive
     mass = tl.zeros((BLOCK_ROWS,), tl.float32)
     key_sum = tl.zeros((BLOCK_ROWS, BLOCK_E), tl.float32)
     for start in range(g * stretch, tl.minimum((g + 1) * stretch, K), BLOCK_KEYS):
@@ -116,13 +144,13 @@ def sums_kernel(queries, keys, identity, key_identity, temperature, peak_out, ma
         same = row_identity[:, None] == tl.load(key_identity + j, mask=is_key, other=0)[None, :]
         counts = is_key[None, :] & (same | compares_all[:, None])
         if tl.max(tl.max(counts.to(tl.int32), 1), 0) > 0:   # most blocks of keys hold no positive
-            first_of_key = keys + j.to(tl.int64) * E
-            # q k_j, by slices of the features: with all of them at once the registers would not suffice
+            first_of_key = keys + j.to(tl.int64)[:, None] * E
+            # q k_j, by slices of the features: with all at once the registers would not suffice
             cosines = tl.zeros((BLOCK_ROWS, BLOCK_KEYS), tl.float32)
             for e in range(0, E, SLICE):
-                part = e + tl.arange(0, SLICE)
-                q = tl.load(queries + rows[:, None] * E + part[None, :], mask=is_row[:, None] & (part < E)[None, :], other=0.0)
-                k = tl.load(first_of_key[:, None] + part[None, :], mask=is_key[:, None] & (part < E)[None, :], other=0.0)
+                part = (e + tl.arange(0, SLICE))[None, :]
+                q = tl.load(queries + rows[:, None] * E + part, mask=is_row[:, None] & (part < E), other=0.0)
+                k = tl.load(first_of_key + part, mask=is_key[:, None] & (part < E), other=0.0)
                 cosines = tl.dot(q, tl.trans(k.to(tl.float32)), cosines, input_precision="tf32x3")
             # s_j = q k_j / tau; in the rows whose q is 0 it is 0 for positives
             logits = tl.where(counts, cosines * scale, float("-inf"))
@@ -131,61 +159,55 @@ def sums_kernel(queries, keys, identity, key_identity, temperature, peak_out, ma
             weights = tl.exp(logits - new_peak[:, None])
             shrink = tl.exp(peak - new_peak)
             mass = mass * shrink + tl.sum(weights, 1)
-            k = tl.load(first_of_key[:, None] + columns[None, :], mask=is_key[:, None] & is_column[None, :], other=0.0)
+            k = tl.load(first_of_key + columns[None, :], mask=is_key[:, None] & is_column[None, :], other=0.0)
             key_sum = key_sum * shrink[:, None] + tl.dot(weights, k.to(tl.float32), input_precision="tf32x3")
             peak = new_peak
 
     out = g * 3 * B + rows
     tl.store(peak_out + out, peak, mask=is_row)
     tl.store(mass_out + out, mass, mask=is_row)
-    tl.store(key_out + out[:, None].to(tl.int64) * E + columns[None, :], key_sum, mask=is_row[:, None] & is_column[None, :])
+    tl.store(key_out + out.to(tl.int64)[:, None] * E + columns[None, :], key_sum,
+             mask=is_row[:, None] & is_column[None, :])
 
 
-# "tf32x3" computes float32 products nearly to float32's precision on tensor cores, in three steps. With Triton 3.6 to 3.9 this
-# tiling compiles for compute capability 8.0 and 9.0 without spilling registers up to MAX_E (`python -m kernels.bench
-# --compile-only`); it has not been tuned on a card yet.
-TILES, WARPS, STAGES, MAX_E = dict(BLOCK_ROWS=32, BLOCK_KEYS=32, SLICE=32), 8, 1, 256
+# "tf32x3" computes float32 products nearly to float32's precision on tensor cores, in three steps.
+# With Triton 3.6 to 3.9 this tiling compiles for compute capability 8.0 and 9.0 without spilling
+# registers up to MAX_E (`python kernels/bench.py --compile-only`); not yet tuned on any card.
+TILES = dict(BLOCK_ROWS=32, BLOCK_KEYS=32, SLICE=32, num_warps=8, num_stages=1)
+MAX_E = 256
 
 
 def runs_kernel(feature):
     return takes_kernels(feature) and feature.shape[1] <= MAX_E and feature.dtype == torch.float32
 
 
-def launch(queries, keys, identity, key_identity, temperature, programs):
-    """Run the kernel on one piece of keys, in so many stretches that about `programs` programs have work (those of the rows for
-    positives have next to none); returns stacked `Sums`."""
-    (_, B, E), K, block = queries.shape, len(keys), TILES["BLOCK_KEYS"]
-    row_blocks, busy_blocks = (triton.cdiv(n * B, TILES["BLOCK_ROWS"]) for n in (3, 2))
-    stretch = triton.cdiv(K, max(1, programs // busy_blocks) * block) * block
-    stretches = triton.cdiv(K, stretch)
-    out = Sums(*(queries.new_empty(stretches, *shape) for shape in ((3, B), (3, B), (3, B, E))))
-    sums_kernel[row_blocks, stretches](
-        queries, keys.contiguous(), identity.contiguous(), key_identity.contiguous(), temperature, *out, B, K, stretch, E=E,
-        BLOCK_E=max(32, triton.next_power_of_2(E)), **TILES, num_warps=WARPS, num_stages=STAGES)
-    return out
-
-
 def kernel_sums(feature, momentum_feature, keys, identity, key_identity, temperature, programs=None):
-    """`Sums` over all pieces of keys from the kernel, with about one busy program for each processor of the GPU."""
+    """`Sums` over all pieces of keys, each in so many stretches that about `programs` programs have
+    work, one per processor of the GPU (those of the rows for positives have next to none)."""
     programs = programs or torch.cuda.get_device_properties(feature.device).multi_processor_count
     queries = torch.stack([feature, momentum_feature, torch.zeros_like(feature)])
-    parts = [launch(queries, piece, identity, ids, temperature, programs) for piece, ids in zip(keys, key_identity)]
-    return merge(parts[0] if len(parts) == 1 else Sums(*map(torch.cat, zip(*parts))))
+    (B, E), block = feature.shape, TILES["BLOCK_KEYS"]
+    row_blocks, busy_blocks = (triton.cdiv(n * B, TILES["BLOCK_ROWS"]) for n in (3, 2))
+    parts = []
+    for piece, piece_identity in zip(keys, key_identity):
+        K = len(piece)
+        stretch = triton.cdiv(K, max(1, programs // busy_blocks) * block) * block
+        G = triton.cdiv(K, stretch)
+        out = Sums(peak=queries.new_empty(G, 3, B), mass=queries.new_empty(G, 3, B),
+                   key_sum=queries.new_empty(G, 3, B, E))
+        sums_kernel[row_blocks, G](
+            queries, piece.contiguous(), identity.contiguous(), piece_identity.contiguous(), temperature,
+            *out, B, K, stretch, E=E, BLOCK_E=max(32, triton.next_power_of_2(E)), **TILES)
+        parts.append(merge(out))
+    return merge(stack(parts))
 
 
-def plain_sums(feature, momentum_feature, keys, identity, key_identity, temperature, chunk=2048):
-    """The same in PyTorch, one chunk of keys after the other."""
-    queries = torch.stack([feature, momentum_feature])
-    parts = (sums_over(queries, some.to(feature.dtype), identity, ids, temperature)
-             for piece, piece_ids in zip(keys, key_identity) for some, ids in zip(piece.split(chunk), piece_ids.split(chunk)))
-    return reduce(lambda sums, part: merge(Sums(*map(torch.stack, zip(sums, part)))), parts)
-
-
-# ---- what the model calls ------------------------------------------------------------------------------------------
+# ---- what the model calls ------------------------------------------------------------------------
 @torch.library.custom_op("flip::contrastive", mutates_args=())
-def contrastive(feature: Tensor, momentum_feature: Tensor, keys: list[Tensor], identity: Tensor, key_identity: list[Tensor],
-                temperature: Tensor, alpha: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss and its gradients by feature and temperature. One operator for torch.compile, whatever happens inside."""
+def contrastive(feature: Tensor, momentum_feature: Tensor, keys: list[Tensor], identity: Tensor,
+                key_identity: list[Tensor], temperature: Tensor,
+                alpha: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss and its gradients by feature and temperature: one operator for torch.compile."""
     with torch.autocast(feature.device.type, enabled=False):
         sums_of = kernel_sums if runs_kernel(feature) else plain_sums
         sums = sums_of(feature, momentum_feature, keys, identity, key_identity, temperature)
@@ -214,11 +236,13 @@ contrastive.register_autograd(scale_gradients, setup_context=save_gradients)
 def contrastive_loss(feature, momentum_feature, keys, identity, key_identity, temperature, alpha):
     """Soft cross-entropy of one direction of ITC, mean over the batch, a tensor ().
 
-    feature (B, E): the student's, of one modality; momentum_feature (B, E): the momentum encoder's, of the same inputs; all
-    features have length 1. keys: momentum features of the other modality in any number of pieces [(K1, E), (K2, E), ...],
-    such as batch and queue. identity (B,), key_identity [(K1,), (K2,), ...]: equal numbers mean the same person, so a
-    positive; every row needs at least one. temperature: a tensor () on the same device. alpha: share of the soft targets, the
-    momentum encoder's own opinion, from 0 to 1. Gradients flow into feature and temperature only.
+    feature (B, E): the student's, of one modality; momentum_feature (B, E): the momentum encoder's,
+    of the same inputs; all features have length 1. keys: momentum features of the other modality in
+    any number of pieces [(K1, E), (K2, E), ...], such as batch and queue. identity (B,) and
+    key_identity [(K1,), (K2,), ...]: equal numbers mean the same person, so a positive; every row
+    needs at least one. temperature: a tensor () on the same device. alpha: share of the soft
+    targets, the momentum encoder's own opinion, from 0 to 1. Gradients flow into feature and
+    temperature only.
     """
     pieces = [piece for piece in zip(keys, key_identity) if len(piece[0])]
     if not pieces:
