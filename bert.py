@@ -36,7 +36,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from kernels.attention import Sequences
-from vit import Attention, copy_weights, find_file, first_line, read_weights, rename, run
+from vit import Attention, copy_weights, find_file, first_line, read_weights, rename, run_script
 
 
 @dataclass(frozen=True)
@@ -238,12 +238,12 @@ class Bert(nn.Module):
         return self.config.vocab_size - 1
 
     @torch.no_grad()
-    def initialise(self, std=0.02):
+    def initialise(self):
         """BERT's initial values."""
-        nn.init.normal_(self.positions, std=std)
+        nn.init.normal_(self.positions, std=0.02)
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(module.weight, std=std)
+                nn.init.normal_(module.weight, std=0.02)
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
 
@@ -313,4 +313,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -4,8 +4,8 @@
     augment    the recipe's random changes of a picture
     Batches    an endless stream of batches of them
 
-The rest of the project sees no more than this. Below stand the grammar that writes captions, an
-ideal reader of them, and the readers of sets as they lie on disk.
+Below stand what makes them: the grammar that writes captions, an ideal reader of these, and the
+readers of sets as they lie on disk (open_faces, drawn_faces).
 
 FLIP's captions start from a probabilistic context-free grammar over CelebA's 40 attributes (arXiv
 2407.08515, section 3). Ours states each *fact* of a face by chance, then writes the stated facts as
@@ -14,8 +14,9 @@ sentences; because that chance is known, so is how well an ideal reader could fi
 
 Where we leave the official code: captions come fresh from the grammar each time instead of from a
 file; the order of the samples, their captions and their augmentation depend on (seed, epoch, index)
-alone, so a run resumed at any step, with any number of workers, sees what an uninterrupted one
-sees; bad input is named with file and record. (Capital letters are sizes, see vit.py.)
+and the flags alone, so a run resumed at any step, with any number of workers, sees what an
+uninterrupted one sees; bad input is named with file and record. (Capital letters are sizes, see
+vit.py.)
 
     python data.py               # drawn faces with captions, sheet.png; what captions are like
     python data.py --data DIR    # the same for faces of your own; LAYOUTS says what DIR may be
@@ -25,6 +26,7 @@ import contextlib
 import functools
 import hashlib
 import io
+import itertools
 import json
 import multiprocessing
 import os
@@ -204,9 +206,9 @@ class Samples(torch.utils.data.Dataset):
 
 
 class Batches:
-    """Endless batches of `batch_size` for one of `world` processes; `steps_per_epoch` are an epoch.
+    """Endless batches of `batch_size` for one of `world` processes; `per_epoch` are an epoch.
 
-    Step s of an epoch shows the s-th stretch of world * batch_size faces of the epoch's
+    Batch n of an epoch shows the n-th stretch of world * batch_size faces of the epoch's
     permutation; process r takes the r-th part of it, so the parts gathered in order are the batch
     that a single process would see.
     """
@@ -217,19 +219,18 @@ class Batches:
         self.faces, self.seed, self.workers = faces, seed, workers
         self.batch_size, self.rank, self.global_size = batch_size, rank, batch_size * world
         self.samples = Samples(faces, tokenizer, image_size, seed, augmented)
-        self.steps_per_epoch = len(faces) // self.global_size   # what is left over waits for another order
-        if self.steps_per_epoch == 0:
+        self.per_epoch = len(faces) // self.global_size   # what is left over waits for another order
+        if self.per_epoch == 0:
             raise ValueError(f"{faces.name}: {len(faces)} faces are fewer than a batch of {self.global_size} "
                              f"({world} processes x {batch_size}); use a smaller batch")
 
-    def from_step(self, step):
-        """Iterator over batches from this step (counted from 0 over all epochs) on, without end.
+    def from_batch(self, number):
+        """Iterator over batches from this one (counted from 0 over all epochs) on, without end.
 
-        ValueError, in one sentence, for a picture that cannot be read and for a batch without
-        negatives.
+        ValueError, in one sentence, for a picture that cannot be read.
         """
         loader = torch.utils.data.DataLoader(
-            self.samples, batch_sampler=self.keys(step), collate_fn=self.samples.collate,
+            self.samples, batch_sampler=self.keys(number), collate_fn=self.samples.collate,
             num_workers=self.workers, pin_memory=torch.cuda.is_available(),
             generator=torch.Generator())        # its own: it must not draw from the model's random numbers
         try:
@@ -237,21 +238,14 @@ class Batches:
         except ValueError as error:             # a worker's comes with a traceback as text: keep the sentence
             raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
 
-    def keys(self, step):
-        """For each step on from this one, the list of (epoch, index) that this process shows."""
-        while True:
-            epoch, first = divmod(step, self.steps_per_epoch)
+    def keys(self, number):
+        """For each batch from this one on, the list of (epoch, index) that this process shows."""
+        for epoch in itertools.count(number // self.per_epoch):
             order = np.random.default_rng((self.seed, epoch)).permutation(len(self.faces))
-            for number in range(first, self.steps_per_epoch):
-                batch = order[number * self.global_size:][:self.global_size]
-                people = set(self.faces.identity[batch].tolist())
-                if len(people) == 1:
-                    raise ValueError(f"{self.faces.name}: batch {step} shows only one person (identity "
-                                     f"{people.pop()}), so it has no negatives; use larger batches or more "
-                                     f"people")
-                own = batch[self.rank * self.batch_size:][:self.batch_size]
+            for n in range(number % self.per_epoch, self.per_epoch):
+                own = order[n * self.global_size + self.rank * self.batch_size:][:self.batch_size]
                 yield [(epoch, index) for index in own.tolist()]
-                step += 1
+            number = 0                          # the epochs that follow begin at their beginning
 
 
 # ==== A first reading may stop here: the grammar, its ideal reader, the readers of sets, a sheet ==
@@ -311,7 +305,7 @@ PHRASES = [[phrase.split(" ", 1) for phrase in GRAMMAR[fact][1].split(" | ")]   
 MAN, WOMAN = FACTS.index("Male"), FACTS.index("not Male")
 NEGATED = [ATTRIBUTES.index("Male"), ATTRIBUTES.index("Young")]
 MIN_FACTS = 3       # a caption states at least so many, where the face has them
-SHORTEST, LONGEST = 10, 75      # words of a caption; the tokenizer keeps 65, which cuts 2 captions in 1,000
+SHORTEST, LONGEST = 10, 75      # words of a caption; of the longest, the tokenizer cuts the end
 
 PARTS = {       # of the face: whether one says "a nose", and "the nose is" or "are"
     "cheekbones": (False, "are"), "cheeks": (False, "are"), "eyebrows": (False, "are"),
@@ -1196,4 +1190,4 @@ def main():
 
 
 if __name__ == "__main__":
-    vit.run(main)
+    vit.run_script(main)

@@ -6,14 +6,15 @@
 
 Without --data they run on drawn faces, in a few minutes on two CPU cores; with it, on your own (see
 data.py). The encoders are frozen: evaluation mode, no gradient, no optimiser state. What they make
-of a picture is therefore computed once, before the first epoch, and only a small head is trained on
-it: the projections, the matching head and the temperature that FLIP has already (retrieval,
-sketch), or a linear layer on pooled tokens (attributes).
+of a picture is therefore computed once, before the first epoch (only ITM runs the text encoder
+again, over captions and images), and a small part is trained on it: the projections, the matching
+head and the temperature that FLIP has already (retrieval; sketch, too, where photos have captions,
+else the image projection and the temperature), or a linear layer on pooled tokens (attributes).
 
-`tune` trains any head; then come the tasks, a class each: what is computed once, what is trained,
-its loss, its metrics. Several checkpoints can be given; each is tuned in the same way, a frozen
-encoder of random weights as well, and the table puts them side by side. The best evaluation on the
-validation part decides what is kept; the test part decides nothing.
+`tune` trains any of these; then come the tasks, a class each: what is computed once, what is
+trained, its loss, its metrics. Several checkpoints can be given; each is tuned in the same way, a
+frozen encoder of random weights as well, and the table puts them side by side. The best evaluation
+on the validation part decides what is kept; the test part decides nothing.
 
 Departures from the official code: it chooses the best epoch on the test part, trains LFWA's head on
 the test part, leaves dropout on inside the "frozen" encoders, trains the attribute head by plain
@@ -33,7 +34,7 @@ import shutil
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import SimpleNamespace as Samples        # what the encoders say of `count` pictures, by name
+from types import SimpleNamespace as Encoded        # what the encoders say of `count` pictures, by name
 from typing import NamedTuple
 
 import numpy as np
@@ -46,11 +47,11 @@ from tqdm import tqdm
 import data
 from bert import Tokenizer
 from data import ATTRIBUTES
-from flip import FLIP, write_checkpoint
+from flip import FLIP, feature_of, write_checkpoint
 from kernels.contrastive import contrastive_loss
-from train import (Log, Validation, autocast, build_optimizer, check_flags, figure_of, flag, markdown,
-                   new_model, parse_flags, recalls, retrieval_sheet, set_learning_rate, warmup_cosine)
-from vit import contact_sheet, read_batches, run
+from train import (Log, Validation, autocast, build_optimizer, check_flags, figure_of, flag, new_model,
+                   parse_flags, recalls, retrieval_sheet, set_learning_rate, warmup_cosine)
+from vit import contact_sheet, markdown, read_batches, run_script
 
 
 # ---- configuration -----------------------------------------------------------------------------
@@ -77,9 +78,9 @@ class Config:
     warmup: int = flag(2000, "steps in which the learning rate rises; at most a tenth of all")
     weight_decay: float = flag(0.05, "of AdamW, on matrices only")
     itm_every: int = flag(1, "train the matching head at each n-th step", low=1)
-    fractions: tuple[float, ...] = flag((0.01, 0.1, 1.0), "attributes: shares of the training part to learn "
+    shares: tuple[float, ...] = flag((0.01, 0.1, 1.0), "attributes: shares of the training part to learn "
                                         "from", low=1e-6, high=1)
-    columns: tuple[str, ...] = flag((), "attributes: which ones to learn (default: all)", choices=ATTRIBUTES)
+    labels: tuple[str, ...] = flag((), "attributes: which ones to learn (default: all)", choices=ATTRIBUTES)
     evaluations: int = flag(5, "how often to look at the validation part; the best look decides", low=1)
     k_test: int = flag(256, "candidates per query that the matching head scores again", low=1)
     precision: str = flag("auto", "float32, bf16 (autocast), or auto: bf16 on CUDA",
@@ -87,7 +88,7 @@ class Config:
 
     def __post_init__(self):
         check_flags(self)
-        for name in ("fractions", "columns"):
+        for name in ("shares", "labels"):
             values = getattr(self, name)
             if len(set(values)) < len(values):
                 raise ValueError(f"--{name} {values}: expected each once")
@@ -96,17 +97,18 @@ class Config:
 
 
 # ---- tuning ------------------------------------------------------------------------------------
-def tune(task, head, training, chosen, validation, log):
-    """Train the head on the samples `chosen` of the training part, and leave it as it was when the
-    validation part liked it best, which may be before the first step."""
-    config, device = task.config, next(head.parameters()).device
-    trained = {name: p for name, p in head.named_parameters() if p.requires_grad}
-    optimizer = build_optimizer(head, config.weight_decay)
+def tune(task, learner, training, chosen, validation, log):
+    """Train what requires gradients of the module `learner` on the samples `chosen` of the training
+    part, and leave it as it was when the validation part liked it best, which may be before the
+    first step."""
+    config, device = task.config, next(learner.parameters()).device
+    trained = {name: p for name, p in learner.named_parameters() if p.requires_grad}
+    optimizer = build_optimizer(learner, config.weight_decay)
     epochs = round(config.epochs * training.count / len(chosen))        # so that shares differ in data only
     per_epoch, step = math.ceil(len(chosen) / config.batch_size), 0
     warmup = min(config.warmup, epochs * per_epoch // 10)
     looks = {round(epochs * (n + 1) / config.evaluations) for n in range(config.evaluations)}
-    highest, best = task.metrics(head, validation)[task.select], clone(trained)
+    highest, best = task.metrics(learner, validation)[task.select], clone(trained)
     for epoch in tqdm(range(1, epochs + 1), "tuning", leave=False):
         rng = np.random.default_rng((config.seed, epoch))
         order, losses = chosen[rng.permutation(len(chosen))], []
@@ -114,16 +116,16 @@ def tune(task, head, training, chosen, validation, log):
             step += 1
             set_learning_rate(optimizer, warmup_cosine(step, epochs * per_epoch, warmup, config.lr))
             with autocast(config, device):
-                loss = task.loss(head, training, indices, rng, step - 1)
+                loss = task.loss(learner, training, indices, rng, step - 1)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            task.after_step(head)
+            task.after_step(learner)
             losses.append(loss.detach())
         if epoch in looks:
-            found = task.metrics(head, validation)
+            found = task.metrics(learner, validation)
             log.write(epoch=epoch, loss=torch.stack(losses).mean().item(),
-                      **{f"val_{column}": found[column] for column in task.columns})
+                      **{f"val_{column}": found[column] for column in task.titles})
             if found[task.select] > highest:
                 highest, best = found[task.select], clone(trained)
     with torch.no_grad():
@@ -137,10 +139,10 @@ def clone(parameters):
 
 class Task:
     """What the three tasks share. Each adds the metric on the validation part that decides
-    (select), the columns of its table, and open, encode, head, loss, metrics, draw, save."""
+    (select), the titles of its table, and open, encode, learner, loss, metrics, draw, save."""
     recipe, drawn, steps = {}, {}, 0            # steps: of the sketches to draw
     shares = [1.0]                              # of the training part, each a run of its own
-    ignorant, is_new = "chance", False          # who has learned nothing; is the head a new one?
+    ignorant, is_new = "chance", False          # who has learned nothing; is the learner a new module?
 
     def __init__(self, config):
         self.config = config
@@ -156,7 +158,7 @@ class Task:
         count, seed = parts[split]
         return data.drawn_faces(count, size, seed, config.cache, self.steps)
 
-    def after_step(self, head):
+    def after_step(self, learner):
         """What changes beside the optimiser's step."""
 
     @torch.no_grad()
@@ -223,13 +225,13 @@ class Attributes(Task):
     recipe = dict(epochs=100, batch_size=256, lr=1e-3, warmup=0, weight_decay=0.0)
     drawn = dict(epochs=60, lr=3e-3, validation=500)
     select = "accuracy"
-    columns = {"accuracy": "accuracy", "balanced": "balanced accuracy",
+    titles = {"accuracy": "accuracy", "balanced": "balanced accuracy",
                "average_precision": "average precision"}
     ignorant, is_new = "always the majority", True
 
     def __init__(self, config):
         super().__init__(config)
-        self.names, self.shares = config.columns or ATTRIBUTES, sorted(config.fractions)
+        self.names, self.shares = config.labels or ATTRIBUTES, sorted(config.shares)
 
     def open(self, split, model):
         faces = super().open(split, model)
@@ -242,9 +244,9 @@ class Attributes(Task):
         compute = lambda images: pooled(model.student.image, images)
         vectors = self.encode_pictures(compute, faces.picture, len(faces), model, f"encoding {faces.name}")
         labels = faces.attributes[:, [ATTRIBUTES.index(name) for name in self.names]]
-        return Samples(count=len(faces), vectors=vectors, labels=torch.from_numpy(labels).float())
+        return Encoded(count=len(faces), vectors=vectors, labels=torch.from_numpy(labels).float())
 
-    def head(self, model, samples):
+    def learner(self, model, samples):
         _, vectors, width = samples.vectors.shape
         return AttributeHead(vectors, width, len(self.names)).to(model.temperature.device)
 
@@ -322,8 +324,8 @@ class Retrieval(Task):
     drawn = dict(epochs=30, batch_size=256, lr=3e-3, itm_every=5, evaluations=3, k_test=16, faces=2000,
                  validation=300, captions=8)
     select = "r_mean"
-    columns = {"img_r5": "T→I R@5", "img_r10": "T→I R@10", "txt_r5": "I→T R@5", "txt_r10": "I→T R@10"}
-    columns = columns | {f"itc_{name}": f"{title}, not re-ranked" for name, title in columns.items()}
+    titles = {"img_r5": "T→I R@5", "img_r10": "T→I R@10", "txt_r5": "I→T R@5", "txt_r10": "I→T R@10"}
+    titles = titles | {f"itc_{name}": f"{title}, not re-ranked" for name, title in titles.items()}
 
     def open(self, split, model):
         """Drawn faces become black-and-white photographs: what train.py learned fits the coloured
@@ -354,11 +356,12 @@ class Retrieval(Task):
             texts = [faces.caption(i, np.random.default_rng((2, i, n % self.config.captions)))
                      for n, i in enumerate(tqdm(image_of_text.tolist(), "writing captions", leave=False))]
         else:
-            _, texts, image_of_text, _ = Validation.of(faces)
+            shown = Validation.of(faces)
+            texts, image_of_text = shown.texts, shown.image_of_text
         tokens = self.encode_pictures(model.student.image, faces.picture, len(faces), model,
                                       f"encoding {faces.name}")
         captions = model.tokenizer(texts)
-        return Samples(count=len(faces), tokens=tokens, captions=captions, image_of_text=image_of_text,
+        return Encoded(count=len(faces), tokens=tokens, captions=captions, image_of_text=image_of_text,
                        cls_tokens=self.encode_captions(model, captions),
                        identity=torch.from_numpy(faces.identity))
 
@@ -371,7 +374,7 @@ class Retrieval(Task):
                 model.student.text(captions.select(some).to(device), first_only=True).float().cpu()
                 for some in tqdm(parts, "encoding captions", leave=False)])
 
-    def head(self, model, samples):
+    def learner(self, model, samples):
         """The model itself, of which these parts are trained on, shared by all that follows."""
         for part in (model.student.image_projection, model.student.text_projection, model.matching_head):
             part.requires_grad_(True)
@@ -383,14 +386,10 @@ class Retrieval(Task):
         and flip.py. ITC trains the projections and the temperature, ITM the matching head alone; so
         ITM, which costs a pass of the text encoder, can be left out of most steps without changing
         ITC."""
-        identity = samples.identity[indices]
-        if (identity == identity[0]).all():
-            raise ValueError(f"a batch of {len(identity)} shows one person only, so nothing in it is a wrong "
-                             f"answer; train on more people, or with a larger --batch_size")
         chosen = caption_of(samples.image_of_text, indices, rng)                            # (B,)
-        image = features(samples.tokens[indices, 0], model.student.image_projection)
-        text = features(samples.cls_tokens[chosen], model.student.text_projection)
-        identity = identity.to(image.device)
+        image = feature_of(samples.tokens[indices, 0], model.student.image_projection)
+        text = feature_of(samples.cls_tokens[chosen], model.student.text_projection)
+        identity = samples.identity[indices].to(image.device)
         itc = contrast(image, text, identity, model.temperature)
         if step % self.config.itm_every:
             return itc
@@ -406,8 +405,8 @@ class Retrieval(Task):
     @torch.no_grad()
     def metrics(self, model, samples):
         """Recalls in percent by the official names, by cosine alone ("itc_...") and re-ranked."""
-        image = features(samples.tokens[:, 0], model.student.image_projection)
-        similarity = image @ features(samples.cls_tokens, model.student.text_projection).T  # (I, T)
+        image = feature_of(samples.tokens[:, 0], model.student.image_projection)
+        similarity = image @ feature_of(samples.cls_tokens, model.student.text_projection).T  # (I, T)
         metrics, scores = recalls(model, samples.tokens, samples.captions, similarity,
                                   samples.image_of_text, self.config)
         return metrics | {"scores": scores, "baseline": chance_recalls(samples.image_of_text)}
@@ -421,11 +420,6 @@ class Retrieval(Task):
         """A checkpoint like any other; its momentum encoder and queue are still those of
         pre-training."""
         write_checkpoint(model.checkpoint(), folder / "flip.pt")
-
-
-def features(first, projection):
-    """First tokens (B, D) -> features (B, E) of length 1, where the projection lies."""
-    return F.normalize(projection(first.to(projection.weight.device).float()).float(), dim=-1)
 
 
 def caption_of(image_of_text, indices, rng):
@@ -464,7 +458,7 @@ class Sketch(Retrieval):
                  captions=8)
     steps = 70
     select = "m@B"
-    columns = {name: name for name in ("m@A", "m@B", "w@A", "w@B")} | {"finished": "A, sketch finished"}
+    titles = {name: name for name in ("m@A", "m@B", "w@A", "w@B")} | {"finished": "A, sketch finished"}
 
     def open(self, split, model):
         faces = Task.open(self, split, model)
@@ -490,15 +484,15 @@ class Sketch(Retrieval):
         read = lambda n: ImageOps.invert(faces.sketch(n // steps, n % steps))
         sketches = self.encode_pictures(class_token, read, count * steps, model,
                                         f"encoding the sketches of {faces.name}").unflatten(0, (count, steps))
-        return Samples(count=count, photos=photos, sketches=sketches, paired=paired,
+        return Encoded(count=count, photos=photos, sketches=sketches, paired=paired,
                        identity=torch.from_numpy(faces.identity))
 
     def loss(self, model, samples, indices, rng, step):
         """IIC, the contrastive loss between a step of the sketch and its photo, plus ITC + ITM of
         the photo where it has captions."""
         steps = torch.from_numpy(rng.integers(samples.sketches.shape[1], size=len(indices)))
-        sketch = features(samples.sketches[indices, steps], model.student.image_projection)
-        photo = features(samples.photos[indices], model.student.image_projection)
+        sketch = feature_of(samples.sketches[indices, steps], model.student.image_projection)
+        photo = feature_of(samples.photos[indices], model.student.image_projection)
         iic = contrast(sketch, photo, samples.identity[indices].to(sketch.device), model.temperature)
         if samples.paired is None:
             return iic
@@ -506,8 +500,8 @@ class Sketch(Retrieval):
 
     @torch.no_grad()
     def metrics(self, model, samples):
-        photos = features(samples.photos, model.student.image_projection)                   # (I, E)
-        similarity = features(samples.sketches, model.student.image_projection) @ photos.T  # (I, steps, I)
+        photos = feature_of(samples.photos, model.student.image_projection)                   # (I, E)
+        similarity = feature_of(samples.sketches, model.student.image_projection) @ photos.T  # (I, steps, I)
         metrics = early_retrieval(sketch_ranks(similarity), len(photos))
         each_rank = torch.arange(1, len(photos) + 1)[:, None].expand(-1, similarity.shape[1])
         baseline = early_retrieval(each_rank, len(photos)) | {"finished": 50.0}
@@ -563,10 +557,10 @@ TASKS = {"retrieval": Retrieval, "attributes": Attributes, "sketch": Sketch}
 
 # ==== A first reading may stop here: the run ======================================================
 class Result(NamedTuple):
-    """What came of one encoder, on the test part; share: of the training part that the head has
+    """What came of one encoder, on the test part; share: of the training part that the learner has
     seen."""
     name: str
-    before: dict            # {share: metrics} of the head that tuning began with
+    before: dict            # {share: metrics} of the learner that tuning began with
     tuned: dict             # {share: metrics} after it
 
     @property
@@ -577,20 +571,20 @@ class Result(NamedTuple):
 
 def evaluate_encoder(name, model, task, parts, log):
     """Tune on one frozen encoder, with each share of the training part, and test. Returns the
-    result and the head of the largest share."""
+    result and the learner of the largest share."""
     training, validation, testing = (
         task.encode(model, parts[split], split == "train") for split in ("train", "val", "test"))
     result, order = Result(name, {}, {}), np.random.default_rng(task.config.seed).permutation(training.count)
     for share in task.shares:
         torch.manual_seed(task.config.seed)
-        head = task.head(model, training)
+        learner = task.learner(model, training)
         log.write(encoder=name, share=share)
-        result.before[share] = task.metrics(head, testing)      # read, like the one below, to report it only
+        result.before[share] = task.metrics(learner, testing)       # to be reported, no more
         chosen = order[:max(1, round(share * training.count))] if share < 1 else np.arange(training.count)
-        tune(task, head, training, torch.from_numpy(chosen), validation, log)
-        result.tuned[share] = task.metrics(head, testing)
-    log.write(encoder=name, **{f"test_{column}": result.final[column] for column in task.columns})
-    return result, head
+        tune(task, learner, training, torch.from_numpy(chosen), validation, log)
+        result.tuned[share] = task.metrics(learner, testing)
+    log.write(encoder=name, **{f"test_{column}": result.final[column] for column in task.titles})
+    return result, learner
 
 
 def open_encoders(config):
@@ -635,22 +629,22 @@ def finetune(config):
     log, results = Log(folder / "log.jsonl", [{"config": asdict(config)}]), []
     for name, model in encoders:
         print(f"{name} ...", flush=True)
-        model.to(device).eval().requires_grad_(False)       # frozen; a head thaws what is no encoder
-        result, head = evaluate_encoder(name, model, task, parts, log)
+        model.to(device).eval().requires_grad_(False)       # frozen; a learner thaws what is no encoder
+        result, learner = evaluate_encoder(name, model, task, parts, log)
         results.append(result)
         (folder / "table.md").write_text(table(results, task) + "\n", encoding="utf-8")
         if len(results) == 1:
-            task.save(model, head, folder)
+            task.save(model, learner, folder)
         task.draw(results, parts["test"], folder)
         model.cpu()
-    print(f"\n{table(results, task)}\n\n{folder}: log.jsonl, table.md, the tuned head, pictures")
+    print(f"\n{table(results, task)}\n\n{folder}: log.jsonl, table.md, what was tuned, pictures")
     return results
 
 
 def table(results, task):
     """Markdown: who has learned nothing, then the encoders side by side, the last first."""
-    cells = list(itertools.product(task.columns, task.shares))
-    header = [task.columns[column] + (f", {100 * share:g} %" if len(task.shares) > 1 else "")
+    cells = list(itertools.product(task.titles, task.shares))
+    header = [task.titles[column] + (f", {100 * share:g} %" if len(task.shares) > 1 else "")
               for column, share in cells]
     rows = [(task.ignorant, dict.fromkeys(task.shares, results[0].final["baseline"]))]
     for result in results[::-1]:
@@ -673,4 +667,4 @@ def parse_arguments(argv=None):
 
 
 if __name__ == "__main__":
-    run(lambda: finetune(parse_arguments()))
+    run_script(lambda: finetune(parse_arguments()))

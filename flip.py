@@ -17,9 +17,9 @@ changes slowly. It has a second use: another face's caption may well be true of 
 part of the target (alpha) is not "this caption and no other" but what the momentum encoder thinks
 of all of them. Only its features leave it, and no gradient enters; ITM uses the student alone.
 
-`forward` computes the losses and changes nothing. The training loop changes state, one named call
-each: `update_momentum`, `enqueue`, `clamp_temperature`. (The official forward does all of this on
-the way.)
+`forward` computes the losses and changes nothing, so it can be called twice, compiled, or held
+against recorded numbers. The training loop changes state, one named call each: `update_momentum`,
+`enqueue`, `clamp_temperature`. (The official forward does all of this on the way.)
 
 Shapes: see vit.py; A pairs on all processes together (A = B on one).
 Run `python flip.py --checkpoint out/flip.pt --images DIR "a smiling woman with blond hair"` to
@@ -43,9 +43,9 @@ from tqdm import tqdm
 from bert import Bert, BertConfig, Captions, Tokenizer, bert_name, clean_caption
 from kernels.attention import Sequences
 from kernels.contrastive import contrastive_loss
-from losses import itm_loss, negative_probabilities
+from losses import matching_cross_entropy, negative_probabilities
 from vit import (CLIP_NAMES, PICTURES, ViT, ViTConfig, contact_sheet, copy_weights, find_file,
-                 open_picture, read_batches, rename, resize_positions, run, whole_file)
+                 open_picture, read_batches, rename, resize_positions, run_script, whole_file)
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,8 @@ class FLIPConfig:
     bert: BertConfig = field(default_factory=BertConfig)
     embed_dim: int = 256
     queue_size: int = 61440
-    momentum: float = 0.995
-    cosine_weight: float = 1.0      # of the cosine beside the matching logit in re-ranking
+    momentum: float = 0.995         # what update_momentum takes when not told, as a schedule does
+    cosine_weight: float = 1.0      # of the cosine beside the matching logit when candidates are ranked
 
 
 class Knobs(NamedTuple):
@@ -63,7 +63,7 @@ class Knobs(NamedTuple):
     end."""
     alpha: float = 0.4                  # share of the momentum encoder's opinion in ITC's targets
     momentum: float = 0.995             # 0: the momentum encoder is a copy of the student
-    queue_length: int | None = None     # how many entries of the queue are keys; None: all
+    queue_length: int | None = None     # so many entries of the queue are keys, the first; None: all
     hardness: float = 1.0               # of ITM's negatives, see losses.negative_probabilities
     with_itm: bool = True               # whether ITM is computed at all
 
@@ -91,19 +91,20 @@ class Encoders(nn.Module):
     def encode_image(self, images):
         """images (B, 3, S, S) -> tokens (B, L, D), features (B, E) of length 1."""
         tokens = self.image(images)
-        return tokens, self.project(tokens[:, 0], self.image_projection)
+        return tokens, feature_of(tokens[:, 0], self.image_projection)
 
     def image_features(self, images):
         """The features alone (B, E), for which the last block computes only the class token."""
-        return self.project(self.image(images, first_only=True), self.image_projection)
+        return feature_of(self.image(images, first_only=True), self.image_projection)
 
     def encode_text(self, captions):
         """Packed captions -> features (B, E) of length 1."""
-        return self.project(self.text(captions, first_only=True), self.text_projection)
+        return feature_of(self.text(captions, first_only=True), self.text_projection)
 
-    @staticmethod
-    def project(first, projection):
-        return F.normalize(projection(first).float(), dim=-1)
+
+def feature_of(first, projection):
+    """First tokens (B, D) -> features (B, E) of length 1."""
+    return F.normalize(projection(first.to(projection.weight)).float(), dim=-1)
 
 
 class FLIP(nn.Module):
@@ -117,7 +118,7 @@ class FLIP(nn.Module):
         self.temperature = nn.Parameter(torch.tensor(0.07))
         self.momentum_encoder = copy.deepcopy(self.student).requires_grad_(False)
         # The official start: random unit vectors, whose identity nobody has, so they are negatives.
-        # A schedule that uses the queue later (train.py's tiny recipe) has filled it by then.
+        # A schedule that starts to use the queue later counts only what was written by then.
         for name in ("image_queue", "text_queue"):
             features = torch.randn(config.queue_size, config.embed_dim)
             self.register_buffer(name, F.normalize(features, dim=-1))
@@ -156,7 +157,7 @@ class FLIP(nn.Module):
             image_features = self.student.image_features(images)
         text_features = self.encode_text(captions)
         image_momentum, text_momentum = image_features.detach(), text_features.detach()
-        if knobs.momentum > 0:          # else the momentum encoder, a copy, would say the same
+        if knobs.momentum > 0:          # else it is a copy: what the student said will do
             with torch.no_grad():
                 image_momentum = self.momentum_encoder.image_features(images)
                 text_momentum = self.momentum_encoder.encode_text(captions)
@@ -220,7 +221,7 @@ class FLIP(nn.Module):
         mine, device = image_index // B == rank, image_tokens.device
         logits = self.matching_logits(image_tokens, gather_captions(captions).select(text_index[mine]),
                                       (image_index[mine] - rank * B).to(device, non_blocking=True))
-        return itm_loss(logits, is_match[mine].to(device, non_blocking=True), pairs=3 * B)
+        return matching_cross_entropy(logits, is_match[mine].to(device, non_blocking=True), pairs=3 * B)
 
     # ---- changes of state, called by the training loop ----
     @torch.no_grad()
@@ -276,7 +277,7 @@ class FLIP(nn.Module):
 
 
 @torch.no_grad()
-def rerank(model, image_tokens, captions, similarity, k, pairs_at_once=1024, progress=False):
+def rerank(model, image_tokens, captions, similarity, k, progress=False):
     """Score each query's k most similar candidates again with the matching head (BLIP's evaluation;
     unlike the official FLIP, which judges from [CLS] here though it trains on [ENC]).
 
@@ -292,7 +293,7 @@ def rerank(model, image_tokens, captions, similarity, k, pairs_at_once=1024, pro
     for_text.scatter_(0, similarity.topk(min(k, similarity.shape[0]), dim=0).indices, True)
     pairs = (for_image | for_text).nonzero().cpu()                                  # (P, 2), image by image
     logit = torch.zeros_like(similarity)
-    chunks = pairs.split(pairs_at_once)[rank::world]
+    chunks = pairs.split(1024)[rank::world]
     for chunk in tqdm(chunks, "re-ranking", disable=not progress, leave=False):
         image, text = chunk.T
         first, last = int(image[0]), int(image[-1])
@@ -352,15 +353,15 @@ def our_config(sizes):
     return FLIPConfig(**sizes | {"vit": ViTConfig(**sizes["vit"]), "bert": BertConfig(**sizes["bert"])})
 
 
-HEADS = {"image_queue": "image_queue", "text_queue": "text_queue", "queue_identity": "idx_queue",
-         "queue_pointer": "ptr_queue", "temperature": "temp", "matching_head.weight": "itm_head.weight",
-         "matching_head.bias": "itm_head.bias"}
+OWN_NAMES = {"image_queue": "image_queue", "text_queue": "text_queue", "queue_identity": "idx_queue",
+             "queue_pointer": "ptr_queue", "temperature": "temp", "matching_head.weight": "itm_head.weight",
+             "matching_head.bias": "itm_head.bias"}
 
 
 def official_name(name):
     """Our name of an entry of the state -> its name in FLIP-base.pth."""
-    if name in HEADS:
-        return HEADS[name]
+    if name in OWN_NAMES:
+        return OWN_NAMES[name]
     encoders, part, rest = name.split(".", 2)
     m = "_m" if encoders == "momentum_encoder" else ""
     if part == "image":
@@ -511,4 +512,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

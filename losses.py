@@ -1,8 +1,11 @@
-"""The pre-training losses and the retrieval metrics, as pure functions (FLIP paper, section 4.2).
+"""What pre-training minimises, and what it is judged by, as pure functions (FLIP paper, section
+4.2).
 
     ITC  image-text contrastive: an image's feature should be closer to its own caption's than to
-         any other's. Its definition, a few lines named `reference`, opens kernels/contrastive.py,
-         which then computes it without ever holding its logits
+         any other's. Cross-entropy of softmax(cosines / temperature) with a target: an even share
+         for the captions of the same person, mixed with what the momentum encoder thinks. Written
+         down in kernels/contrastive.py, as `reference`, and computed there without ever holding
+         all its logits at once
     ITM  image-text matching: shown an image and a caption together, say whether they belong
          together; asked about the pairs that ITC finds hardest to tell apart. It stands here
 
@@ -18,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels import contrastive
-from vit import run
+from vit import run_script
 
 
 # ---- image-text matching -----------------------------------------------------------------------
@@ -34,7 +37,7 @@ def negative_probabilities(similarity, identity, temperature, hardness=1.0):
     return logits.masked_fill(identity[:, None] == identity[None, :], -torch.inf).softmax(1)
 
 
-def itm_loss(logits, is_match, pairs):
+def matching_cross_entropy(logits, is_match, pairs):
     """Two-way cross-entropy of ITM logits (P, 2), class 1 = match; is_match (P,) of 0 and 1.
 
     On one process P equals `pairs`, and this is the mean. Several processes share the pairs out
@@ -101,9 +104,9 @@ def main():
             ("ITM: how likely a caption is drawn as the row's negative, the same person's never:", negatives),
             ("P(match) that a head may give to the pairs, to captions with a negative image and to images\n"
              "with a negative caption:", logits.softmax(1)[:, 1].unflatten(0, (3, 3))),
-            ("and the cross-entropy (0.6365 without looking):", itm_loss(logits, is_match, pairs=9))):
+            ("and the cross-entropy (0.6365 without looking):", matching_cross_entropy(logits, is_match, 9))):
         print(f"{title}\n{shown.numpy().round(3)}\n")
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

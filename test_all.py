@@ -368,6 +368,8 @@ def test_every_shipped_kernel_compiles_for_a100_and_h100_without_spilling():
     assert set(zip(dtypes, capabilities)) == set(itertools.product(("fp16", "bf16", "fp32"), ("8.0", "9.0")))
     assert set(spilled) == {"0"}
     assert all(float(size) <= {"8.0": 163, "9.0": 227}[each] for size, each in zip(shared, capabilities))
+
+
 # ---- vit.py ------------------------------------------------------------------------------------
 def fill_torch_attention(theirs, ours):
     theirs.in_proj_weight.data = torch.cat([ours.query.weight, ours.key.weight, ours.value.weight]).detach()
@@ -478,15 +480,6 @@ def test_the_first_token_alone_is_what_the_whole_computation_gives_there():
     close(encoder(captions, first_only=True), encoder(captions)[firsts])
     image_of = torch.tensor([1, 0, 1])
     close(encoder(captions, images, image_of, first_only=True), encoder(captions, images, image_of)[firsts])
-
-
-def test_a_packed_caption_does_not_depend_on_its_neighbours():
-    torch.manual_seed(0)
-    encoder = Bert(GOLDEN_CONFIG.bert, image_width=24).eval()
-    captions = Captions(torch.randint(5, 79, (14,)), Sequences.of([3, 7, 4]))
-    together = encoder(captions)
-    for p, rows in enumerate(([0, 3], [3, 10], [10, 14])):
-        close(together[slice(*rows)], encoder(captions.select(torch.tensor([p]))))
 
 
 def test_dropout_is_active_in_training_and_off_in_evaluation():
@@ -779,22 +772,6 @@ def test_a_batch_that_does_not_fit_before_the_end_of_the_queue_wraps():
     assert model.text_queue[:, 3].tolist() == [-5, -6, -7, -8, -4]
 
 
-def test_the_loss_over_a_queue_that_has_wrapped_is_the_direct_one(path):
-    model = small_flip(queue_size=5).to(path).eval()
-    for first in (0, 3):
-        torch.manual_seed(first)
-        model.enqueue(unit(3, 12).to(path), unit(3, 12).to(path), torch.arange(first, first + 3).to(path))
-    identity, captions = torch.tensor([4, 5, 9, 9, 7, 8, 6, 1], device=path), golden_captions("eval").to(path)
-    images = GOLDEN["eval.images"].to(path)
-    out = model(images, captions, identity, Knobs(alpha=0.4, with_itm=False))
-    sides = ((model.encode_image(images)[1], out.image_keys, out.text_keys, model.text_queue),
-             (model.encode_text(captions), out.text_keys, out.image_keys, model.image_queue))
-    all_identity = torch.cat([identity, model.queue_identity])
-    direct = [contrastive_file.reference(feature, momentum, torch.cat([keys, queue]), identity, all_identity,
-                                         model.temperature, 0.4) for feature, momentum, keys, queue in sides]
-    close(out.itc, (sum(direct) / 2).detach())
-
-
 def test_forward_changes_nothing_and_the_temperature_is_clamped_by_the_loop(official):
     before = {name: tensor.clone() for name, tensor in official.state_dict().items()}
     mode = official.training
@@ -944,7 +921,9 @@ def test_wrong_arguments_of_toyfaces_end_in_a_sentence(tmp_path, monkeypatch, ar
     Path("a_file").touch()
     monkeypatch.setattr(sys, "argv", ["toyfaces.py", *arguments.split()])
     with pytest.raises(SystemExit, match=f"^error: .*{sentence}"):
-        vit.run(toyfaces.main)
+        vit.run_script(toyfaces.main)
+
+
 # ---- data.py: the caption grammar --------------------------------------------------------------
 def random_faces(count, seed=0):
     rng = np.random.default_rng(seed)
@@ -1601,7 +1580,7 @@ TOKENIZER = bert.Tokenizer.train(
 
 
 def take(batches, start, count):
-    return list(itertools.islice(batches.from_step(start), count))
+    return list(itertools.islice(batches.from_batch(start), count))
 
 
 def same(a, b):
@@ -1641,13 +1620,11 @@ def test_a_damaged_picture_reaches_the_user_as_one_sentence_from_a_worker(tmp_pa
     assert re.fullmatch("CelebA train, record .: .*00000..jpg (cannot be read .*|is not a picture)", error)
 
 
-def test_batches_without_negatives_or_faces_are_refused():
-    faces = drawn(6)
-    error = error_of(data.Batches, faces, TOKENIZER, 16, 4, world=2)
+def test_fewer_faces_than_a_batch_are_refused():
+    error = error_of(data.Batches, drawn(6), TOKENIZER, 16, 4, world=2)
     assert "drawn: 6 faces are fewer than a batch of 8 (2 processes x 4)" in error
-    faces.identity[:] = 3
-    error = error_of(take, data.Batches(faces, TOKENIZER, 16, 3), 2, 1)
-    assert "batch 2 shows only one person (identity 3)" in error
+
+
 # ---- train.py ----------------------------------------------------------------------------------
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory):
@@ -1798,7 +1775,7 @@ def test_every_trained_parameter_is_in_one_optimiser_group_and_only_matrices_dec
 
 
 def test_the_base_recipe_is_the_papers():
-    config = train.Config(**train.RECIPES["base"] | {"model": "base", "steps": 15 * 23_925})
+    config = train.Config(model="base", steps=15 * 23_925)
     rate = lambda step: train.learning_rate(step, config, 23_925)
     assert rate(0) == pytest.approx(1e-6) and rate(10_000) == pytest.approx(1.55e-5) and rate(20_000) == 3e-5
     assert rate(23_924) == 3e-5 and rate(23_925 * 3) == pytest.approx(3e-5 * 0.9 ** 3)
@@ -1838,10 +1815,10 @@ def test_flags_are_the_configurations_fields_and_recipes_yield_to_them():
     (train, dict(hard_ramp=(0.9, 0.1)), "--hard_ramp (0.9, 0.1): expected two numbers, the smaller first"),
     (train, dict(model="huge"), "--model huge: expected one of tiny, base, large"),
     (train, dict(lr=float("nan")), "--lr nan"), (finetune, dict(test=1), "--test 1: expected at least 2"),
-    (finetune, dict(task="attributes", columns=("Male", "Male")), "('Male', 'Male'): expected each once"),
-    (finetune, dict(columns=("Smilling",)), "--columns ('Smilling',): expected one of 5_o_Clock_Shadow"),
-    (finetune, dict(fractions=(0.1, 2.0)), "--fractions (0.1, 2.0): expected at least"),
-    (finetune, dict(task="sketch", columns=("Male",)), "--columns is for attributes, not for sketch")])
+    (finetune, dict(task="attributes", labels=("Male", "Male")), "('Male', 'Male'): expected each once"),
+    (finetune, dict(labels=("Smilling",)), "--labels ('Smilling',): expected one of 5_o_Clock_Shadow"),
+    (finetune, dict(shares=(0.1, 2.0)), "--shares (0.1, 2.0): expected at least"),
+    (finetune, dict(task="sketch", labels=("Male",)), "--labels is for attributes, not for sketch")])
 def test_flags_out_of_range_are_refused_by_name(config, flags, sentence):
     assert sentence in error_of(config.Config, **flags)
 
@@ -1871,7 +1848,7 @@ def test_a_damaged_picture_met_in_training_costs_nothing_that_was_learned(tmp_pa
 
 # ---- finetune.py: numbers ----------------------------------------------------------------------
 def attributes_of(*names):
-    return finetune.Attributes(finetune.Config(task="attributes", columns=names))
+    return finetune.Attributes(finetune.Config(task="attributes", labels=names))
 
 
 def test_attribute_logits_and_loss_are_the_official_ones(official):
@@ -1882,7 +1859,7 @@ def test_attribute_logits_and_loss_are_the_official_ones(official):
                           **{f"norm.{name}": theirs[f"ln.{name}"] for name in ("weight", "bias")},
                           **{f"linear.{name}": theirs[f"visual_proj.{name}"] for name in ("weight", "bias")}})
     close(head(vectors), theirs["logits"])
-    samples = finetune.Samples(vectors=vectors, labels=theirs["target"].float())
+    samples = finetune.Encoded(vectors=vectors, labels=theirs["target"].float())
     close(attributes_of().loss(head, samples, torch.arange(8), None, 0), theirs["loss"])
 
 
@@ -1916,7 +1893,7 @@ def test_average_precision_and_balanced_accuracy_are_their_definitions():
     head.forward = lambda vectors: vectors[:, 0, :3]
     logits = torch.tensor([[1.0, -1, 2], [2.0, -1, 1], [-1.0, -1, 1], [3.0, -1, 1]])
     labels = torch.tensor([[1.0, 0, 1], [1, 0, 1], [1, 1, 1], [0, 0, 1]])       # the third everyone has
-    samples = finetune.Samples(vectors=F.pad(logits, (0, 1))[:, None], labels=labels)
+    samples = finetune.Encoded(vectors=F.pad(logits, (0, 1))[:, None], labels=labels)
     found = attributes_of("Male", "Young", "Bald").metrics(head, samples)
     for name, expected in (("Male", [50, 100 / 3]), ("Young", [75, 50])):
         accuracy, balanced, *_ = found["per_label"][name].values()
@@ -2054,7 +2031,7 @@ def test_a_share_of_the_training_part_is_drawn_by_the_seed_and_lies_in_every_lar
     monkeypatch.setattr(finetune, "tune", lambda *arguments: seen.append(set(arguments[3].tolist())))
     for seed in (3, 4):
         finetune.finetune(tuned("attributes", uninterrupted, tmp_path / str(seed), cache, seed=seed,
-                                random=False, faces=20, fractions=(0.1, 1.0, 0.01, 0.5)))
+                                random=False, faces=20, shares=(0.1, 1.0, 0.01, 0.5)))
     assert [len(chosen) for chosen in seen] == [1, 2, 10, 20] * 2
     assert seen[0] < seen[1] < seen[2] < seen[3] == set(range(20)) and seen[2] != seen[6]
 
@@ -2065,7 +2042,7 @@ def test_what_was_best_on_the_validation_part_is_kept_even_if_that_is_what_tunin
     head, weights, found = nn.Linear(2, 1), [], iter(values)
 
     class Task(finetune.Task):
-        select, columns = "score", {"score": "score"}
+        select, titles = "score", {"score": "score"}
 
         def loss(self, head, samples, indices, rng, step):
             return head(torch.ones(2)).sum()
@@ -2075,7 +2052,7 @@ def test_what_was_best_on_the_validation_part_is_kept_even_if_that_is_what_tunin
             weights.append(head.weight.detach().clone())
             return {"score": next(found)}
     task = Task(finetune.Config(epochs=3, evaluations=3, batch_size=2, lr=0.1, warmup=0))
-    log, training = train.Log(tmp_path / "log.jsonl", []), finetune.Samples(count=4)
+    log, training = train.Log(tmp_path / "log.jsonl", []), finetune.Encoded(count=4)
     finetune.tune(task, head, training, torch.arange(4), "validation", log)
     assert len(weights) == 4 and not torch.equal(weights[0], weights[1])
     assert torch.equal(head.weight, weights[kept])
@@ -2099,7 +2076,7 @@ def test_the_test_part_decides_nothing(uninterrupted, cache, tmp_path, monkeypat
 def test_a_table_has_a_column_for_each_share_and_a_row_for_each_encoder_the_last_first():
     metrics = {"accuracy": 1.0, "balanced": 2.0, "average_precision": 3.0}
     shares = dict.fromkeys((0.02, 1.0), metrics | {"baseline": metrics})
-    task = finetune.Attributes(finetune.Config(task="attributes", fractions=(1.0, 0.02)))
+    task = finetune.Attributes(finetune.Config(task="attributes", shares=(1.0, 0.02)))
     table = finetune.table([finetune.Result(name, {}, shares) for name in "ab"], task)
     header, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
     assert header[:3] == ["%", "accuracy, 2 %", "accuracy, 100 %"]
@@ -2117,7 +2094,7 @@ def write_parted_celeba(folder):
 def test_attributes_are_learned_from_celeba_with_the_columns_named(uninterrupted, tmp_path):
     write_parted_celeba(tmp_path)
     columns = ("Smiling", "Male")
-    config = tuned("attributes", uninterrupted, tmp_path / "out", data=str(tmp_path), columns=columns)
+    config = tuned("attributes", uninterrupted, tmp_path / "out", data=str(tmp_path), labels=columns)
     results = finetune.finetune(config)
     assert tuple(results[0].final["per_label"]) == columns
     assert torch.load(tmp_path / "out/attributes/head.pt")["attributes"] == list(columns)
@@ -2153,7 +2130,8 @@ def test_sketches_are_tuned_without_captions_and_with_them(uninterrupted, tmp_pa
         task = finetune.Sketch(config)
         model.requires_grad_(False).eval()
         samples = task.encode(model, task.open("train", model), for_training=True)
-        task.loss(task.head(model, samples), samples, torch.arange(8), np.random.default_rng(0), 0).backward()
+        task.learner(model, samples)
+        task.loss(model, samples, torch.arange(8), np.random.default_rng(0), 0).backward()
         assert model.student.image_projection.weight.grad is not None
         assert (model.matching_head.weight.grad is not None) == with_captions
         assert (model.student.text_projection.weight.grad is not None) == with_captions
@@ -2275,7 +2253,7 @@ def test_search_finds_the_faces_that_rank_best_by_matching_logit_plus_cosine(
     ("toyfaces.py --out faces --count 3 --size 48", ""), ("toyfaces.py --sheet s.png --sketch k.png", ""),
     ("data.py --count 2", "distinct"), ("data.py --data nowhere", "error: nowhere: no such folder or file"),
     ("train.py --lr -1", "error: --lr -1.0: expected at least 0"),
-    ("finetune.py sketch --columns Male", "error: --columns is for attributes"),
+    ("finetune.py sketch --labels Male", "error: --labels is for attributes"),
     ("kernels/bench.py attention --help", "compile"), ("kernels/attention.py fast", "error: unrecognized"),
     ("kernels/contrastive.py --help", "compile")])
 def test_every_file_shows_what_it_is_about_and_a_wrong_argument_ends_in_a_sentence(

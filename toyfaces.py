@@ -35,7 +35,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
 
-from vit import PICTURES, contact_sheet, run
+from vit import PICTURES, contact_sheet, run_script
 
 ATTRIBUTES = tuple("""
 5_o_Clock_Shadow Arched_Eyebrows Attractive Bags_Under_Eyes Bald Bangs Big_Lips Big_Nose Black_Hair Blond_Hair
@@ -717,4 +717,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

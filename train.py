@@ -44,7 +44,7 @@ import data
 from bert import BertConfig, Tokenizer, load_bert
 from flip import FLIP, FLIPConfig, Knobs, rank_and_world, read_checkpoint, rerank, write_checkpoint
 from losses import retrieval_metrics
-from vit import ViTConfig, contact_sheet, load_clip, read_batches, run
+from vit import ViTConfig, contact_sheet, load_clip, markdown, read_batches, run_script
 
 
 # ---- configuration -----------------------------------------------------------------------------
@@ -70,13 +70,14 @@ class Config:
     cache: str = flag("cache", "folder for the drawn faces")
     faces: int = flag(20_000, "how many faces to draw for training", low=1)
     validation: int = flag(1000, "at most how many faces to validate on", low=1)
-    resume: bool = flag(False, "continue the run in --out with the flags it was started with; only --out, "
-                               "--data, --cache, --workers, --log_every and --eval_every may be new")
+    resume: bool = flag(False, "continue the run in --out, if it saved anything, else begin it; its flags "
+                               "are those it began with, but for --data, --cache, --workers, --log_every "
+                               "and --eval_every, which may be new")
     seed: int = flag(0, "of initial values, order, captions, negatives")
     clip: str = flag("", "start the image encoder from CLIP: file, folder or hub name")
     bert: str = flag("", "start the text encoder from BERT, with its vocabulary: folder or hub name")
     epochs: int = flag(15, "passes over the data", low=1)
-    steps: int = flag(0, "length of the run in steps instead of epochs; it scales the schedules")
+    steps: int = flag(0, "length of the run in steps instead of epochs; the shares below are shares of it")
     batch_size: int = flag(80, "pairs per process and micro-batch", low=1)
     accumulate: int = flag(1, "micro-batches per step, when memory does not allow larger ones", low=1)
     lr: float = flag(3e-5, "highest learning rate")
@@ -118,16 +119,16 @@ class Config:
 
 # What learning from random weights needs, in a thousand steps, beyond the paper's recipe (which
 # starts from CLIP and BERT):
-RECIPES = {"base": {}, "large": {}, "tiny": dict(
+RECIPES = {"tiny": dict(
     steps=1500, batch_size=128, workers=0, augment=False, log_every=20, eval_every=750, k_test=16,
     lr=1e-3, lr_start=1e-5, lr_min=2e-5, lr_decay="cosine", warmup=60, beta2=0.98, clip_grad=1.0,
     # At the full rate the temperature falls to 0.01 before there is anything to tell apart.
     temperature_lr=0.1,
     # Asked about hard negatives from the start, the matching head never leaves its prior: even ones
-    # first. And never the hardest: 40 attributes are no person, so the caption most like an image's
-    # own is often true of the image as well.
+    # first. And never as hard as the paper's: 40 attributes are no person, so the caption most like
+    # an image's own is often true of the image as well.
     itm_from=0.4, itm_every=3, hard_ramp=(0.5, 0.9), hardness=0.5,
-    # In the logit's unit, which is log-odds, a cosine weighs 1 / temperature.
+    # Beside logits, a cosine counts as in the contrastive loss: divided by a temperature, of 0.05.
     cosine_weight=20.0,
     # In a short run a slow teacher lags behind most of what was learned: it slows down, and is
     # listened to, late. So the queue, too, is used late, when its entries change slowly.
@@ -216,7 +217,7 @@ def train(config):
     is_due = lambda done: done % config.eval_every == 0 or done == config.steps
     # A checkpoint is saved before its evaluation, which is therefore still to do.
     metrics = evaluate_and_draw(run, run.start) if run.start and is_due(run.start) else None
-    stream = run.batches.from_step(run.start * config.accumulate)
+    stream = run.batches.from_batch(run.start * config.accumulate)
     recent, begin = [], time.time()
     bar = tqdm(range(run.start, config.steps), "training", initial=run.start, total=config.steps,
                disable=rank > 0)
@@ -380,6 +381,8 @@ def prepare(config):
     if path.exists() and not config.resume:
         raise ValueError(f"{path} is there already; continue that run with --resume, or choose another --out")
     saved = training_state(path) if path.exists() else None
+    if config.resume and not saved and rank == 0:
+        print(f"nothing was saved in {config.out} yet: the run begins")
     if rank > 0:
         dist.barrier()              # until the first process has drawn or listed the data
     faces, validation = open_data(config)
@@ -391,9 +394,9 @@ def prepare(config):
     model = (FLIP.from_pretrained(path) if saved else build_model(config, faces)).to(device).train()
     batches = data.Batches(faces, model.tokenizer, model.config.vit.image_size, config.batch_size,
                            config.seed, config.augment, rank, world, config.workers)
-    steps_per_epoch = batches.steps_per_epoch // config.accumulate
+    steps_per_epoch = batches.per_epoch // config.accumulate
     if steps_per_epoch == 0:
-        raise ValueError(f"an epoch has {batches.steps_per_epoch} batches, fewer than --accumulate "
+        raise ValueError(f"an epoch has {batches.per_epoch} batches, fewer than --accumulate "
                          f"{config.accumulate}")
     config = dataclasses.replace(config, steps=config.steps or config.epochs * steps_per_epoch)
     optimizer = build_optimizer(model, config.weight_decay, config.beta2, config.temperature_lr)
@@ -435,8 +438,7 @@ class Validation(NamedTuple):
 
 @torch.no_grad()
 def evaluate(model, validation, config):
-    """Recalls both ways by cosine alone ("itc_...") and re-ranked, and the text-to-image scores (T,
-    I)."""
+    """What `recalls` says of the validation faces."""
     device, size, faces = model.temperature.device, model.config.vit.image_size, validation.faces
     show, was_training = rank_and_world()[0] == 0, model.training
     model.eval()
@@ -456,7 +458,9 @@ def evaluate(model, validation, config):
 
 
 def recalls(model, image_tokens, captions, similarity, image_of_text, config):
-    """The same from image tokens (I, L, D), T captions and the cosines (I, T) of their features."""
+    """Recalls both ways, by cosine alone ("itc_...") and re-ranked, and the re-ranked text-to-image
+    scores (T, I); from image tokens (I, L, D), T captions and the cosines (I, T) of their
+    features."""
     device, show = similarity.device, rank_and_world()[0] == 0
     with autocast(config, device):
         scores = rerank(model, image_tokens, captions.to(device), similarity, config.k_test, progress=show)
@@ -478,10 +482,6 @@ def table(metrics, validation):
         rows[f"share of {name}"] = [100 * a / b for a, b in zip(ours, validation.references[name])]
     header = ["recall in %", "text to image R@1", "R@5", "R@10", "image to text R@1", "R@5", "R@10"]
     return markdown(header, [[name, *(f"{value:.1f}" for value in row)] for name, row in rows.items()])
-
-
-def markdown(header, rows):
-    return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows])
 
 
 def retrieval_sheet(validation, text_to_image, path, queries=6, top=5):
@@ -646,4 +646,4 @@ def parse_arguments(argv=None):
 
 
 if __name__ == "__main__":
-    run(lambda: train(parse_arguments()))
+    run_script(lambda: train(parse_arguments()))

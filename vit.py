@@ -12,11 +12,16 @@ FLIP's official code applies it to all tokens, because captions read them all, a
 misspelt name makes the official code lose CLIP's weights for it; here they load.)
 
 Capital letters are sizes, the same in every file of this project:
-    B samples in a batch      S pixels on a side       L tokens of an image, 1 + its patches
+    B samples in a batch      S pixels on a side       L tokens of an image (1 + its patches)
     D width of a token        H heads of d = D / H     N tokens of many sequences in one list
     E size of a feature       Q entries in the queue   K keys of the contrastive loss
     P captions, each of which may read an image        I images and T texts of a set or gallery
 Files beyond this one add at most a letter or two, in their docstrings.
+
+Images and captions travel packed: all tokens of a batch in one list (N, D), beside `Sequences`,
+which say where each begins; `Sequences.uniform(B, L)` are B images of L tokens. Attention stays
+inside a sequence, or goes to another: kv_of[p] names the one that sequence p reads, None its own.
+All this is kernels/attention.py, which may be read later.
 
 Run `python vit.py photo.jpg` to see what an image becomes.
 """
@@ -86,8 +91,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, x, x_sequences, context, context_sequences, kv_of=None):
-        """Tokens x (Nx, D) look at the tokens of `context` (Nc, Dc); kernels/attention.py says how
-        sequences are packed into one list, and what kv_of is."""
+        """Tokens x (Nx, D) look at the tokens of `context` (Nc, Dc)."""
         query = self.query(x).unflatten(-1, (self.heads, -1))               # (Nx, H, d)
         key = self.key(context).unflatten(-1, (self.heads, -1))             # (Nc, H, d)
         value = self.value(context).unflatten(-1, (self.heads, -1))
@@ -112,7 +116,8 @@ class Block(nn.Module):
 
     def forward(self, x, sequences, first_only=False):
         """x (B L, D) packed -> the same; with first_only -> (B, D), computed for the first token of
-        each image alone (it still looks at the whole image)."""
+        each image alone (it still looks at the whole image). That is for the last block, when what
+        follows reads no other token."""
         y = self.norm_attention(x)
         query, query_sequences = y, sequences
         if first_only:
@@ -179,7 +184,7 @@ class ViT(nn.Module):
 
 
 # ==== A first reading may stop here: running, files, pictures, foreign weights ===================
-def run(main):
+def run_script(main):
     """Run a script: what its user can mend ends in a sentence, not in a traceback."""
     try:
         main()
@@ -236,7 +241,7 @@ def find_file(source, filenames):
     raise FileNotFoundError(f"{name}: the hub repository holds none of {', '.join(filenames)}")
 
 
-# ---- pictures ----------------------------------------------------------------------------------
+# ---- pictures and tables -----------------------------------------------------------------------
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 # Not all that Pillow knows: for PostScript, for example, it starts another program, whatever the
 # file's name says.
@@ -274,10 +279,10 @@ def read_batches(read, count, size, title, batch_size=128, show=True):
                 yield list(kept), torch.stack(pixels)
 
 
-def contact_sheet(rows, tile=128, margin=8):
+def contact_sheet(rows, tile=128):
     """A picture of rows (title, [(image, label, framed)]): the title above, a label below each
     image, a green frame around the framed ones."""
-    font = ImageFont.load_default(max(11, tile // 9))
+    margin, font = 8, ImageFont.load_default(max(11, tile // 9))
     line, width = font.size + 4, margin + max(len(tiles) for _, tiles in rows) * (tile + margin)
     letters = int((width - 2 * margin) / font.getlength("n"))                   # in a line of a title
     titles = [textwrap.wrap(title, letters) for title, _ in rows]
@@ -297,9 +302,15 @@ def contact_sheet(rows, tile=128, margin=8):
     return sheet
 
 
+def markdown(header, rows):
+    """A table of texts."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
 # ---- weights from elsewhere --------------------------------------------------------------------
-# Our name -> CLIP's name on Hugging Face; replaced in this order (a longer name before one that it
-# contains).
+# Our name -> CLIP's name on Hugging Face, whose own spelling is pre_layrnorm (and FLIP's official
+# code has post_layrnorm, too); replaced in this order (a longer name before one that it contains).
 CLIP_NAMES = [
     ("class_token", "embeddings.class_embedding"), ("patch_embedding", "embeddings.patch_embedding"),
     ("positions", "embeddings.position_embedding.weight"), ("norm_before", "pre_layrnorm"),
@@ -403,4 +414,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

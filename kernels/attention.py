@@ -28,8 +28,8 @@ from torch import Tensor
 
 if __name__ == "__main__":              # the same as `python kernels/bench.py attention`
     sys.argv.insert(1, "attention")
-    from bench import main, run         # it lies beside this file
-    sys.exit(run(main))
+    from bench import main, run_script         # it lies beside this file
+    sys.exit(run_script(main))
 
 from kernels import takes_kernels, tl, triton
 

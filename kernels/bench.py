@@ -35,7 +35,7 @@ from kernels import contrastive as contrastive_file
 from kernels import triton
 from kernels.attention import Sequences, attention, padded_attention
 from kernels.contrastive import contrastive_loss, reference
-from vit import run
+from vit import markdown, run_script
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -106,11 +106,6 @@ def relative_errors(ours, theirs, inputs):
     return [f"{(x.double() - y).norm() / y.norm():.1e}" for x, y in zip(found, exact)]
 
 
-def print_table(header, rows):
-    for row in [header, ["---"] * len(header), *rows]:
-        print("| " + " | ".join(map(str, row)) + " |")
-
-
 # ---- attention -----------------------------------------------------------------------------------
 def cases(images):
     """The three uses of attention at base size: (name, (query sequences, key sequences, kv_of))."""
@@ -150,14 +145,14 @@ def attention_rows(sequences, dtype):
 def bench_attention():
     dtypes = [torch.float16, torch.bfloat16, torch.float32] if DEVICE == "cuda" else [torch.float32]
     print("## Attention: relative error against float64\n")
-    print_table(["use", "type", "o", "dq", "dk", "dv"],
+    print(markdown(["use", "type", "o", "dq", "dk", "dv"],
                 [[name, dtype, *attention_errors(sequences, dtype)]
-                 for name, sequences in cases(4) for dtype in dtypes])
+                 for name, sequences in cases(4) for dtype in dtypes]))
     dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
     for name, sequences in cases(80 if DEVICE == "cuda" else 8):
         rows = list(tqdm(attention_rows(sequences, dtype), name, total=5, leave=False))
         print(f"\n## Attention: {name}, 12 heads of 64, {dtype}\n")
-        print_table(MEASURED, rows)
+        print(markdown(MEASURED, rows))
 
 
 # ---- contrastive loss ----------------------------------------------------------------------------
@@ -196,11 +191,11 @@ def contrastive_rows(B, Q, E, alpha=0.4):
 
 def bench_contrastive(B=80, Q=61_440, E=256):
     print("## Contrastive loss: relative error against float64\n")
-    print_table(["rows, queue, features", "loss", "dq", "dtau"],
-                [[f"{b}, {q}, {e}", *contrastive_errors(b, q, e)] for b, q, e in ((4, 100, 16), (B, Q, E))])
+    print(markdown(["rows, queue, features", "loss", "dq", "dtau"],
+                [[f"{b}, {q}, {e}", *contrastive_errors(b, q, e)] for b, q, e in ((4, 100, 16), (B, Q, E))]))
     rows = list(tqdm(contrastive_rows(B, Q, E), "contrastive loss", total=3, leave=False))
     print(f"\n## Contrastive loss, one direction: {B} rows, a queue of {Q}, {E} features, float32\n")
-    print_table(MEASURED, rows)
+    print(markdown(MEASURED, rows))
 
 
 # ---- compiling without a GPU ---------------------------------------------------------------------
@@ -266,8 +261,8 @@ def compile_all():
                      registers, stack, f"{shared / 1024:.1f}"])
         if stack or shared > SHARED_LIMIT[capability]:
             bad.append(rows[-1])
-    print_table(["kernel", "type", "d or E", "dropout", "capability", "registers", "spilled bytes",
-                 "shared KB"], rows)
+    print(markdown(["kernel", "type", "d or E", "dropout", "capability", "registers", "spilled bytes",
+                 "shared KB"], rows))
     if bad:
         raise ValueError(f"{len(bad)} configurations spill or want too much shared memory: {bad}")
 
@@ -291,4 +286,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)
