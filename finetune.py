@@ -6,10 +6,11 @@
 
 Without --data they run on drawn faces, in a few minutes on two CPU cores; with it, on your own (see
 data.py). The encoders are frozen: evaluation mode, no gradient, no optimiser state. What they make
-of a picture is therefore computed once, before the first epoch (only ITM runs the text encoder
-again, over captions and images), and a small part is trained on it: the projections, the matching
-head and the temperature that FLIP has already (retrieval; sketch, too, where photos have captions,
-else the image projection and the temperature), or a linear layer on pooled tokens (attributes).
+of a picture is therefore computed once, before the first epoch (only ITM and re-ranking run the
+text encoder again, over captions and images), and a small part is trained on it: the projections,
+the matching head and the temperature that FLIP has already (retrieval; sketch, too, where photos
+have captions, else the image projection and the temperature), or a linear layer on pooled tokens
+(attributes).
 
 `tune` trains any of these; then come the tasks, a class each: what is computed once, what is
 trained, its loss, its metrics. Several checkpoints can be given; each is tuned in the same way, a
@@ -541,7 +542,7 @@ def sketch_ranks(similarity):
 
 def early_retrieval(ranks, photos):
     """Ranks (I, steps) among `photos` photos -> m@A (mean rank percentile) and m@B (mean of 1 /
-    rank), in percent over all steps; w@A and w@B weigh step t of T by exp(-t / T) and do not divide
+    rank), in percent over all steps; w@A and w@B weigh step t of n by exp(-t / n) and do not divide
     by the weights' sum, so that their highest is about 63 for many steps; and the curves of both
     over the steps."""
     steps = ranks.shape[1]

@@ -6,9 +6,9 @@
     text + image tokens -> BERT with cross-attention -> matching head
 
 ITC compares student features with momentum features, those of the batch and those that earlier
-batches left in the queue; ITM asks the image-grounded
-encoder about each pair of the batch and about two hard negatives per pair. This is BLIP without its
-caption decoder.
+batches left in the queue (while the momentum encoder is only a copy, with the student's own,
+without gradient). ITM asks the image-grounded encoder about each pair of the batch and about two
+wrong ones, drawn more often the more similar they are. This is BLIP without its caption decoder.
 
 Why a momentum encoder? Contrast wants many negatives, more than fit into a batch, so features of
 earlier batches are kept in a queue. They were computed with older weights; if these changed as fast
@@ -17,8 +17,8 @@ changes slowly. It has a second use: another face's caption may well be true of 
 part of the target (alpha) is not "this caption and no other" but what the momentum encoder thinks
 of all of them. Only its features leave it, and no gradient enters; ITM uses the student alone.
 
-`forward` computes the losses and changes nothing, so it can be called twice, compiled, or held
-against recorded numbers. The training loop changes state, one named call each: `update_momentum`,
+`forward` computes the losses and changes nothing, so it can be called twice, or held against
+recorded numbers. The training loop changes state, one named call each: `update_momentum`,
 `enqueue`, `clamp_temperature`. (The official forward does all of this on the way.)
 
 Shapes: see vit.py; A pairs on all processes together (A = B on one).
@@ -54,7 +54,7 @@ class FLIPConfig:
     bert: BertConfig = field(default_factory=BertConfig)
     embed_dim: int = 256
     queue_size: int = 61440
-    momentum: float = 0.995         # what update_momentum takes when not told, as a schedule does
+    momentum: float = 0.995         # the final one; a schedule may give update_momentum another
     cosine_weight: float = 1.0      # of the cosine beside the matching logit when candidates are ranked
 
 

@@ -7,7 +7,8 @@
          down in kernels/contrastive.py, as `reference`, and computed there without ever holding
          all its logits at once
     ITM  image-text matching: shown an image and a caption together, say whether they belong
-         together; asked about the pairs that ITC finds hardest to tell apart. It stands here
+         together; asked about true pairs and about wrong ones, drawn more often the more similar
+         ITC finds them. It stands here
 
 Departures from the official code: pairs of the same identity count as positives in batch and queue
 (there the code for it exists and is never reached); negatives are masked *before* the softmax, so a
@@ -105,7 +106,7 @@ def main():
             ("P(match) that a head may give to the pairs, to captions with a negative image and to images\n"
              "with a negative caption:", logits.softmax(1)[:, 1].unflatten(0, (3, 3))),
             ("and the cross-entropy (0.6365 without looking):", matching_cross_entropy(logits, is_match, 9))):
-        print(f"{title}\n{shown.numpy().round(3)}\n")
+        print(f"{title}\n{shown.numpy().round(3) if shown.ndim else round(shown.item(), 3)}\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What is claimed of this project, in the reading order of its files: `pytest test_all.py`.
+"""What is claimed of this project, file by file: `pytest test_all.py`.
 
 Numbers are held against something that we did not write: golden.npz (recorded from the official
 code at a small size, with random weights and dropout 0), torch's own modules, closed forms. `pytest

@@ -76,7 +76,7 @@ class Config:
     seed: int = flag(0, "of initial values, order, captions, negatives")
     clip: str = flag("", "start the image encoder from CLIP: file, folder or hub name")
     bert: str = flag("", "start the text encoder from BERT, with its vocabulary: folder or hub name")
-    epochs: int = flag(15, "passes over the data", low=1)
+    epochs: int = flag(15, "passes over the data, unless --steps says how long", low=1)
     steps: int = flag(0, "length of the run in steps instead of epochs; the shares below are shares of it")
     batch_size: int = flag(80, "pairs per process and micro-batch", low=1)
     accumulate: int = flag(1, "micro-batches per step, when memory does not allow larger ones", low=1)

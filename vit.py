@@ -16,12 +16,13 @@ Capital letters are sizes, the same in every file of this project:
     D width of a token        H heads of d = D / H     N tokens of many sequences in one list
     E size of a feature       Q entries in the queue   K keys of the contrastive loss
     P captions, each of which may read an image        I images and T texts of a set or gallery
-Files beyond this one add at most a letter or two, in their docstrings.
+Files beyond this one add at most a letter or two, and say so.
 
-Images and captions travel packed: all tokens of a batch in one list (N, D), beside `Sequences`,
-which say where each begins; `Sequences.uniform(B, L)` are B images of L tokens. Attention stays
-inside a sequence, or goes to another: kv_of[p] names the one that sequence p reads, None its own.
-All this is kernels/attention.py, which may be read later.
+Inside the encoders tokens are packed: those of a batch lie in one list (N, D), beside `Sequences`,
+which say where each sequence begins (its `firsts`) and of which sequence, at which of its `places`,
+a token is; `Sequences.uniform(B, L)` are B images of L tokens. Attention stays inside a sequence,
+or goes to another: kv_of[p] names the one that sequence p reads, None its own. All this is
+kernels/attention.py, which may be read later.
 
 Run `python vit.py photo.jpg` to see what an image becomes.
 """
