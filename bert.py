@@ -36,7 +36,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from kernels.attention import Sequences
-from vit import Attention, copy_weights, find_file, first_line, read_weights, rename, run_script
+from vit import (Attention, check_sizes, copy_weights, find_file, first_line, read_weights, rename,
+                 run_script)
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class BertConfig:
     dropout: float = 0.1
 
     def __post_init__(self):
+        check_sizes(self, vocab_size=10 ** 7, width=20_000, depth=200, heads=1000, positions=10 ** 5)
         if self.width % self.heads:
             raise ValueError(f"BERT: width {self.width} is not a multiple of the {self.heads} heads")
 
@@ -104,13 +106,24 @@ class Tokenizer:
                 raise ValueError(f"{source}: the vocabulary has no {token}; expected one like "
                                  f"bert-base-uncased's, with {', '.join(SPECIAL[:4])}")
         self.cls, self.sep = wordpiece.token_to_id("[CLS]"), wordpiece.token_to_id("[SEP]")
+        wordpiece.no_padding()              # a tokenizer.json may ask for both: here captions are packed,
+        wordpiece.no_truncation()           # and cut below
 
     @property
     def vocab_size(self):
         """Number of embeddings that the model needs: the word pieces, then [DEC], then [ENC]."""
         return self.wordpiece.get_vocab_size() + 2
 
+    def unknown(self, text):
+        """The words of a text that the vocabulary lacks: spelled in letters, or not even that."""
+        words = [(word, self.wordpiece.encode(word, add_special_tokens=False).tokens)
+                 for word in re.findall(r"\w[\w'-]*", clean_caption(text))]
+        return [word for word, pieces in words
+                if "[UNK]" in pieces or len(word) > 1 and all(len(p.removeprefix("##")) == 1 for p in pieces)]
+
     def __call__(self, texts):
+        if isinstance(texts, str):
+            raise ValueError(f"the tokenizer expects a list of captions, found a text: {texts[:60]!r}")
         cleaned = [clean_caption(text) for text in texts]
         encoded = self.wordpiece.encode_batch(cleaned, add_special_tokens=False)
         ids = [[self.cls, *pieces.ids[:MAX_TOKENS - 2], self.sep] for pieces in encoded]
@@ -134,6 +147,9 @@ class Tokenizer:
     @staticmethod
     def from_vocabulary(pieces, source="vocabulary"):
         """From the list of word pieces, ids in its order."""
+        if len(set(pieces)) < len(pieces):
+            piece, count = Counter(pieces).most_common(1)[0]
+            raise ValueError(f"{source}: lists {piece!r} {count} times, expected every piece once")
         model = tokenizers.models.WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]",
                                             max_input_chars_per_word=100)
         wordpiece = tokenizers.Tokenizer(model)

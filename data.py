@@ -617,14 +617,14 @@ def open_faces(path, split):
 def chosen_part(records, split, layout, folder):
     """Of the records of a whole set those of one part, as Faces has them. What may be wrong with a
     record is said here; `open_faces` puts the name of the set before it."""
-    seen, sizes, chosen = set(), Counter(), []
+    part_of, sizes, chosen = {}, Counter(), []
     for record in records:
         if not isinstance(record.picture, (str, Path, Crop)):
             raise ValueError(f"{record.where} names no picture")
-        if not layout.repeats:
-            if record.picture in seen:
+        if layout.repeats != "anywhere":
+            before, part_of[record.picture] = part_of.get(record.picture), record.part
+            if before and (layout.repeats == "never" or before != record.part):
                 raise ValueError(f"{record.where} lists {record.picture} a second time, in one part or two")
-            seen.add(record.picture)
         if record.part not in ("train", "val", "test"):
             raise ValueError(f"{record.where} has {record.picture} in part {record.part!r}, expected train, "
                              f"val or test")
@@ -718,6 +718,16 @@ def expecting(what, where):
         raise ValueError(f"{where}: expected {what} ({kind}{vit.first_line(error)})") from error
 
 
+def read_json(content):
+    """json whose records name everything once: in a damaged list two of them may have become
+    one."""
+    def record_of(pairs):
+        if len(dict(pairs)) < len(pairs):
+            raise ValueError(f"a record has a name twice: {str(pairs)[:100]}")
+        return dict(pairs)
+    return json.loads(content, object_pairs_hook=record_of)
+
+
 def digest(text):
     """A text -> a number of 56 bits, the same in every process and every file."""
     return int.from_bytes(hashlib.sha256(text.encode(errors="surrogatepass")).digest()[:7], "big")
@@ -741,7 +751,7 @@ def hold_out(records, share):
 
 def json_records(path):
     with expecting("a json list", path):
-        records = json.loads(path.read_bytes())
+        records = read_json(path.read_bytes())
         if not isinstance(records, list):
             raise ValueError(f"found a {type(records).__name__}")
     for number, record in enumerate(records):
@@ -901,7 +911,8 @@ def mm_celeba(folder):
     for path in folder.glob("text/celeba-caption/*.txt"):
         if path.stem.isdecimal():
             lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-            captions[int(path.stem)] = [line.strip() for line in lines if line.strip()]
+            own = captions.setdefault(int(path.stem), [])       # 3.txt and 003.txt are of one face
+            own += [line.strip() for line in lines if line.strip()]
     return celeba_hq(folder, captions)
 
 
@@ -910,12 +921,13 @@ def celeba_dialog(folder):
     caption: the overall one, or, where that is empty, the attribute-wise ones joined."""
     path, captions = folder / "captions_hq.json", {}
     with expecting("a json dictionary", path):
-        records = json.loads(path.read_bytes()).items()
+        records = read_json(path.read_bytes()).items()
     for name, record in records:
         where = f"{path.name} record {name!r}"
         with expecting('"0.jpg": {"overall_caption": text, "attribute_wise_captions": texts}', where):
             overall, parts = record.get("overall_caption") or "", record.get("attribute_wise_captions") or {}
-            captions[int(Path(name).stem)] = [overall.strip() or " ".join(parts.values()).strip()]
+            own = captions.setdefault(int(Path(name).stem), [])
+            own.append(overall.strip() or " ".join(parts.values()).strip())
     if not any((folder / place / "5380.jpg").is_file() for place in ("images", "image", ".")):
         captions.pop(5380, None)            # it has captions, but was never part of the pictures
     return celeba_hq(folder, captions)
@@ -988,7 +1000,7 @@ def list_tar(tar):
     for stem, record in records.items():
         where = f"{tar}: {stem}.json"
         with expecting("a picture and img2dataset's json, with the columns box, caption and url kept", where):
-            record = json.loads(record)
+            record = read_json(record)
             if record["status"] != "success":
                 continue
             box = json.loads(record["box"]) if isinstance(record["box"], str) else record["box"]
@@ -1091,7 +1103,7 @@ class Layout(NamedTuple):
     title: str              # of the set
     reader: object          # folder -> records of all its parts
     places: tuple = ()      # where the pictures may be; (): the reader gives whole paths, or Crops
-    repeats: bool = False   # may a picture be listed several times?
+    repeats: str = "never"  # may a picture be listed several times? "in a part", or "anywhere"
 
 
 LAYOUTS = (
@@ -1103,9 +1115,9 @@ LAYOUTS = (
     Layout("lfw_att_40.mat", "LFWA", lfwa_matlab, ("lfw", ".")),
     Layout("captions_hq.json", "CelebA-Dialog", celeba_dialog, ("images", "image", ".")),
     Layout("text/celeba-caption", "MM-CelebA-HQ", mm_celeba, ("images",)),
-    Layout("train.json", "json lists", caption_lists, (".", "images"), repeats=True),
-    Layout("*.tar", "FaceCaption", facecaption, repeats=True),
-    Layout("*.json", "json list", caption_lists, (".", "images"), repeats=True),
+    Layout("train.json", "json lists", caption_lists, (".", "images"), repeats="in a part"),
+    Layout("*.tar", "FaceCaption", facecaption, repeats="anywhere"),
+    Layout("*.json", "json list", caption_lists, (".", "images"), repeats="anywhere"),
 )
 
 

@@ -200,7 +200,8 @@ def pooled(vit, images):
     8 of 12), before any final norm, and at the end, after it: the class token, and mean and maximum
     of the patch tokens."""
     tokens, hidden = vit(images, return_hidden=True)            # (B, L, D), and the same after each block
-    depths = sorted({round(vit.config.depth * share) for share in (1 / 3, 1 / 2, 2 / 3)})
+    first, last = max(1, vit.config.depth // 3), math.ceil(2 * vit.config.depth / 3)
+    depths = sorted({first, math.ceil((first + last) / 2), last})       # three, where there are so many
     vectors = [vector for x in (*(hidden[depth - 1] for depth in depths), tokens)
                for vector in (x[:, 0], x[:, 1:].mean(1), x[:, 1:].amax(1))]
     return torch.stack(vectors, dim=1)
@@ -594,8 +595,6 @@ def open_encoders(config):
     encoders = []
     for path in config.checkpoint:
         model = FLIP.from_pretrained(path)
-        if not all(weights.isfinite().all() for weights in model.parameters()):
-            raise ValueError(f"--checkpoint {path}: some weights are not finite; its training had diverged")
         if model.tokenizer is None and config.vocabulary:
             model.use(Tokenizer.load(config.vocabulary))
         encoders.append((path, model))

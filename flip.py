@@ -44,8 +44,9 @@ from bert import Bert, BertConfig, Captions, Tokenizer, bert_name, clean_caption
 from kernels.attention import Sequences
 from kernels.contrastive import contrastive_loss
 from losses import matching_cross_entropy, negative_probabilities
-from vit import (CLIP_NAMES, PICTURES, ViT, ViTConfig, contact_sheet, copy_weights, find_file,
-                 open_picture, read_batches, rename, resize_positions, run_script, whole_file)
+from vit import (CLIP_NAMES, PICTURES, ViT, ViTConfig, check_sizes, check_weights, contact_sheet,
+                 copy_weights, find_file, first_line, open_picture, read_batches, rename,
+                 resize_positions, run_script, whole_file)
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,9 @@ class FLIPConfig:
     queue_size: int = 61440
     momentum: float = 0.995         # the final one; a schedule may give update_momentum another
     cosine_weight: float = 1.0      # of the cosine beside the matching logit when candidates are ranked
+
+    def __post_init__(self):
+        check_sizes(self, embed_dim=20_000, queue_size=10 ** 8)
 
 
 class Knobs(NamedTuple):
@@ -252,7 +256,8 @@ class FLIP(nn.Module):
 
     @staticmethod
     def from_pretrained(path, config=None):
-        """A model from one of our checkpoints or from the official FLIP-base.pth.
+        """A model, in evaluation mode, from one of our checkpoints or from the official
+        FLIP-base.pth.
 
         config: needed only where an official file's widths are not multiples of 64, since head
         counts are not in it. An image size other than the file's resizes the position tables. Our
@@ -267,13 +272,17 @@ class FLIP(nn.Module):
             for encoders in ("student", "momentum_encoder"):
                 table = name_of(f"{encoders}.image.positions")
                 weights[table] = resize_positions(weights[table], config.vit.patches)
-            vocabulary = saved.get("tokenizer")
-            model = FLIP(config, Tokenizer.from_json(vocabulary, str(path)) if vocabulary else None)
+            tokenizer = saved.get("tokenizer") and Tokenizer.from_json(saved["tokenizer"], str(path))
+            if not all(tensor.isfinite().all() for tensor in weights.values()):
+                raise ValueError(f"{path}: some weights are not finite numbers: its training had diverged")
+            with torch.device("meta"):          # costs no memory
+                check_weights(FLIP(config), weights, name_of, str(path))
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: damaged, or written by another version "
                              f"({type(error).__name__}: {error})") from error
+        model = FLIP(config, tokenizer)
         copy_weights(model, weights, name_of, str(path))
-        return model
+        return model.eval()
 
 
 @torch.no_grad()
@@ -332,21 +341,35 @@ def gather_captions(captions):
 
 
 # ---- checkpoints, ours and the official one ----------------------------------------------------
+def load_whole(path):
+    """torch.load, of a file whose checksums, at which torch does not look, are right. No code from
+    it is run."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            changed = archive.testzip()
+        if changed:
+            raise ValueError(f"the bytes of {changed} have changed")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
 def read_checkpoint(path):
     """What lies in a checkpoint, from its file or its folder, as a dictionary with "model"."""
     path = find_file(path, ("flip.pt", "FLIP-base.pth"))
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        saved = load_whole(path)
     except Exception as error:
-        raise ValueError(f"{path}: not a checkpoint, or damaged ({type(error).__name__})") from error
+        raise ValueError(f"{path}: not a checkpoint, or damaged ({first_line(error)})") from error
     if not isinstance(saved, dict) or not isinstance(saved.get("model"), dict):
         raise ValueError(f"{path}: expected a checkpoint with the weights under 'model', found none")
     return saved
 
 
 def write_checkpoint(contents, path):
-    with whole_file(path) as partial:
-        torch.save(contents, partial)
+    try:
+        with whole_file(path) as partial:
+            torch.save(contents, partial)
+    except RuntimeError as error:               # torch's word for a disk that is full
+        raise OSError(f"{path} could not be written, is the disk full? ({first_line(error)})") from error
 
 
 def our_config(sizes):
@@ -419,8 +442,9 @@ def official_config(weights, path):
 def read_features(cache, embed_dim):
     """{key: feature} kept from the last search; nothing where there is none, or a damaged one."""
     try:
-        known = torch.load(cache, weights_only=True)
-        return known if all(feature.shape == (embed_dim,) for feature in known.values()) else {}
+        known = load_whole(cache)
+        fits = (feature.shape == (embed_dim,) and feature.isfinite().all() for feature in known.values())
+        return known if all(fits) else {}
     except Exception:                               # whatever is wrong with it, it is computed again
         return {}
 
@@ -500,6 +524,11 @@ def main():
     state = Path(args.checkpoint).stat()
     version = f"{Path(args.checkpoint).resolve()} {state.st_size} {state.st_mtime_ns}"
     cache = out.parent / f"features-{hashlib.sha256(version.encode()).hexdigest()[:12]}.pt"
+    unknown = model.tokenizer.unknown(args.query)
+    if len(unknown) == len(clean_caption(args.query).split()):
+        raise ValueError(f"the model's vocabulary knows no word of {args.query!r}: nothing can be found")
+    if unknown:
+        print(f"not in the model's vocabulary, so that they say nothing: {', '.join(unknown)}")
     features = folder_features(model, args.images, cache)
     found = search(model, features, args.query, args.top)
     print(f"{'ITC':>6} {'ITM':>6}  best of {len(features)} faces")

@@ -3,7 +3,6 @@
 Numbers are held against something that we did not write: golden.npz (recorded from the official
 code at a small size, with random weights and dropout 0), torch's own modules, closed forms. `pytest
 -m slow` runs the long ones. """
-import contextlib
 import copy
 import dataclasses
 import io
@@ -12,11 +11,16 @@ import json
 import os
 import pickle
 import re
+import resource
 import shlex
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
+import time
+import zipfile
 from collections import Counter
 from pathlib import Path
 
@@ -73,52 +77,58 @@ def error_of(call, *args, **kwargs):
 
 
 # ---- kernels/attention.py ------------------------------------------------------------------------
-def attention_one_by_one(q, k, v, queries, keys, kv_of, factor=None):
-    """The definition, sequence by sequence, in whatever precision the inputs have; factor: what
-    dropout multiplies the weights of each query sequence with."""
-    out = []
-    for p in range(len(queries)):
-        m = p if kv_of is None else int(kv_of[p])
-        rows, columns = slice(*queries.starts[p:p + 2]), slice(*keys.starts[m:m + 2])
-        weights = (torch.einsum("qhd,khd->hqk", q[rows], k[columns]) * q.shape[-1] ** -0.5).softmax(-1)
-        weights = weights if factor is None else weights * factor[p]
-        out.append(torch.einsum("hqk,khd->qhd", weights, v[columns]))
-    return torch.cat(out)
-
-
 OWN = [1, 5, 16, 17, 64, 65, 0], [1, 5, 16, 17, 64, 65, 0], None                  # the last: an empty caption
 SHARED = [3, 17, 20, 1], [65, 10, 7], [1, 0, 1, 1]                                  # nobody reads the third
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3}                              # half: w is rounded, too
+TOLERANCE |= {torch.bfloat16: 8e-3} if DEVICE == "cuda" else {}                     # interpreted, it errs
+EVERY_PATH = pytest.mark.parametrize("path, dtype", [
+    ("pytorch", torch.float32), *(("triton", dtype) for dtype in TOLERANCE)], indirect=["path"])
 
 
-def packed(query_lengths, key_lengths, kv_of, dtype=torch.float32, channels=16, device=DEVICE):
+@pytest.fixture(params=["pytorch", "triton"])
+def path(request, monkeypatch):
+    """Where: with PyTorch alone, or with the kernels, on a GPU or in Triton's interpreter."""
+    if request.param == "pytorch":
+        return "cpu"
+    if DEVICE == "cpu":             # the interpreter takes CPU tensors
+        kernel_sums = contrastive_file.kernel_sums
+        monkeypatch.setattr(attention_file, "runs_kernel", lambda query: True)
+        monkeypatch.setattr(contrastive_file, "runs_kernel", lambda feature: True)
+        monkeypatch.setattr(contrastive_file, "kernel_sums", lambda *case: kernel_sums(*case, programs=8))
+    return DEVICE
+
+
+def packed(query_lengths, key_lengths, kv_of, device=DEVICE, dtype=torch.float32, channels=16):
     """(q, k, v) of two heads, (queries, keys, kv_of), and a gradient by the result of attention."""
     torch.manual_seed(0)
     queries, keys = Sequences.of(query_lengths, device), Sequences.of(key_lengths, device)
     kv_of = None if kv_of is None else torch.tensor(kv_of, dtype=torch.int32, device=device)
     tokens = queries.tokens, keys.tokens, keys.tokens, queries.tokens
     *inputs, grad = (torch.randn(n, 2, channels).to(device, dtype) for n in tokens)
-    return inputs, (queries, keys, kv_of), grad
+    return [x.requires_grad_() for x in inputs], (queries, keys, kv_of), grad
 
 
-def launched(sequences, dropout=0.0, seed=2 ** 40 + 7):
-    """What the kernels are told besides q, k and v."""
-    queries, keys, kv_of = sequences
-    kv_of = torch.arange(len(queries), device=DEVICE).int() if kv_of is None else kv_of
-    return queries.starts, keys.starts, kv_of, queries.longest, keys.longest, dropout, torch.tensor(seed)
+def with_gradients(out, inputs, grad=None):
+    return out, *torch.autograd.grad(out, inputs, grad)
 
 
-def run_kernels(inputs, sequences, grad, *dropout):
-    """(o, dq, dk, dv) from the Triton kernels themselves: on a GPU, or by Triton's interpreter."""
-    told = launched(sequences, *dropout)
-    out, lse = attention_file.launch_forward(*inputs, *told)
-    return out, *attention_file.launch_backward(grad, *inputs, out, lse, *told)
+def attended(inputs, sequences, grad, dropout=0.0):
+    """(o, dq, dk, dv); dropout draws the same each time."""
+    torch.manual_seed(7)
+    return with_gradients(attention(*inputs, *sequences, dropout=dropout), inputs, grad)
 
 
-def expected_attention(inputs, sequences, grad, factor=None):
-    """(o, dq, dk, dv) by float64 autograd through the definition."""
-    exact = [x.detach().double().requires_grad_() for x in inputs]
-    out = attention_one_by_one(*exact, *sequences, factor)
-    return out, *torch.autograd.grad(out, exact, grad.double())
+def expected_attention(inputs, sequences, grad, factors=itertools.repeat(1.0)):
+    """(o, dq, dk, dv) by float64 autograd through the definition, sequence by sequence;
+    factors: what dropout multiplies the weights of each query sequence with."""
+    q, k, v = exact = [x.detach().double().requires_grad_() for x in inputs]
+    (queries, keys, kv_of), out = sequences, []
+    for p, factor in zip(range(len(queries)), factors):
+        m = p if kv_of is None else int(kv_of[p])
+        rows, columns = slice(*queries.starts[p:p + 2]), slice(*keys.starts[m:m + 2])
+        weights = (torch.einsum("qhd,khd->hqk", q[rows], k[columns]) * q.shape[-1] ** -0.5).softmax(-1)
+        out.append(torch.einsum("hqk,khd->qhd", weights * factor, v[columns]))
+    return with_gradients(torch.cat(out), exact, grad.double())
 
 
 def agree(found, expected, tolerance):
@@ -128,77 +138,49 @@ def agree(found, expected, tolerance):
         assert (x.double() - exact).norm() <= tolerance * exact.norm()
 
 
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}    # half: w is rounded, too
-DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")     # interpreted, it errs
-
-
-@pytest.mark.parametrize("lengths", [
-    ([5, 5, 5], [5, 5, 5], None), ([3, 1, 17, 4], [3, 1, 17, 4], None), ([2, 9, 1, 4], [7, 7], [1, 0, 1, 1]),
-    ([1, 1, 1], [4, 9, 2], None), ([3, 8], [6, 2, 11], [2, 0]), ([3, 0, 2], [3, 0, 2], None),
-    ([3, 2], [0, 4], None)])
-def test_packed_attention_and_its_gradients_equal_the_definition_sequence_by_sequence(lengths):
-    inputs, sequences, grad = packed(*lengths, channels=8, device="cpu")
-    out = attention(*[x.requires_grad_() for x in inputs], *sequences)
-    found = out, *torch.autograd.grad(out, inputs, grad)
-    agree(found, expected_attention(inputs, sequences, grad), 1e-6)
-
-
-def test_without_kernels_dropout_drops_its_share_of_the_weights_and_rescales_the_others():
-    """With equal scores and the identity for values, o shows the weights."""
-    (q, k, v), sequences, _ = packed([200, 300], [64, 40], None, channels=64, device="cpu")
-    identity = torch.cat([torch.eye(64), torch.eye(40, 64)])[:, None].expand_as(v)
-    shown = attention(q * 0, k, identity, *sequences, dropout=0.3)
-    for weights, n in zip(shown.split([200, 300]), (64, 40)):
-        kept = weights[weights > 0]
-        close(kept, torch.full_like(kept, 1 / n / 0.7), 1e-6)
-        assert len(kept) / (weights.numel() * n / 64) == pytest.approx(0.7, abs=0.015)      # 5 deviations
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
+@EVERY_PATH
 @pytest.mark.parametrize("lengths, channels", [
     (OWN, 16), (OWN, 24), (SHARED, 32), (([197], [197], None), 64), (([30, 2], [16, 197], [1, 1]), 128),
-    (([4, 3], [0, 5], None), 16)])
-def test_the_attention_kernels_equal_float64_autograd(lengths, channels, dtype):
-    case = packed(*lengths, dtype, channels)
-    agree(run_kernels(*case), expected_attention(*case), TOLERANCE[dtype])
+    (([4, 3], [0, 5], None), 16), (([5, 5, 5], [5, 5, 5], None), 8), (([1, 1, 1], [4, 9, 2], None), 8),
+    (([2, 9, 1, 4], [7, 7], [1, 0, 1, 1]), 8)])
+def test_attention_and_its_gradients_equal_float64_autograd(path, dtype, lengths, channels):
+    case = packed(*lengths, path, dtype, channels)
+    agree(attended(*case), expected_attention(*case), TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_the_attention_kernels_drop_the_same_weights_forward_and_backward(dtype):
+@EVERY_PATH
+def test_dropout_drops_its_share_of_weights_forward_and_backward_alike_and_rescales_the_others(path, dtype):
     """With equal scores and the identity for values, o shows which weights were dropped; with these
-    the definition must give what the kernels give for any other scores, gradients included."""
-    inputs, sequences, grad = packed([65, 9, 100], [70, 128, 30], [1, 0, 2], dtype, channels=128)
+    the definition must give what any other scores give, gradients included."""
+    inputs, sequences, grad = packed([65, 9, 100], [70, 128, 30], [1, 0, 2], path, dtype, channels=128)
     q, k, v = inputs
-    identity = torch.cat([torch.eye(n, 128) for n in (70, 128, 30)]).to(v)[:, None].expand_as(v).contiguous()
-    shown, other = (attention_file.launch_forward(q * 0, k, identity, *launched(sequences, 0.3, seed))[0]
-                    for seed in (7, 8))
-    factor = [(o[..., :n].transpose(0, 1) > 0).double() / 0.7                               # (H, Lq, n)
-              for o, n in zip(shown.split([65, 9, 100]), (128, 70, 30))]
-    share = torch.cat([f.flatten() for f in factor]).bool().double().mean()
+    identity = torch.cat([torch.eye(n, 128) for n in (70, 128, 30)]).to(v)[:, None].expand_as(v)
+    torch.manual_seed(7)
+    shown, other = (attention(q * 0, k, identity, *sequences, dropout=0.3) for _ in range(2))
+    factors = [(o[..., :n].transpose(0, 1) > 0).double() / 0.7                              # (H, Lq, n)
+               for o, n in zip(shown.split([65, 9, 100]), (128, 70, 30))]
+    share = torch.cat([factor.flatten() for factor in factors]).bool().double().mean()
     assert share == pytest.approx(0.7, abs=0.015)                                           # 5 deviations
     assert not torch.equal(other, shown), "another seed drops others"
-    agree(run_kernels(inputs, sequences, grad, 0.3, 7), expected_attention(inputs, sequences, grad, factor),
-          TOLERANCE[dtype])
+    expected = expected_attention(inputs, sequences, grad, factors)
+    agree(attended(inputs, sequences, grad, 0.3), expected, TOLERANCE[dtype])
 
 
-def test_dropout_of_0_is_exact_in_the_attention_kernels():
-    """2 ** -40 goes the way of dropout and keeps everything."""
+@pytest.mark.parametrize("path", ["triton"], indirect=True)
+@pytest.mark.parametrize("first, second", [(0.1, 0.1), (0.0, 2.0 ** -40)])
+def test_the_attention_kernels_give_equal_bits_where_they_drop_the_same(path, first, second):
+    """2 ** -40 goes the way of dropout and keeps everything: so dropout of 0 is exact."""
     case = packed(*SHARED)
-    assert all(map(torch.equal, run_kernels(*case), run_kernels(*case, 2.0 ** -40)))
-
-
-def test_two_runs_of_the_attention_kernels_give_equal_bits():
-    case = packed(*SHARED)
-    assert all(map(torch.equal, run_kernels(*case, 0.1), run_kernels(*case, 0.1)))
+    assert all(map(torch.equal, attended(*case, first), attended(*case, second)))
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_the_attention_operators_keep_torchs_rules(dropout):
-    inputs, sequences, grad = packed(*SHARED)
-    told = launched(sequences, dropout)
-    saved = attention_file.launch_forward(*inputs, *told)
-    torch.library.opcheck(attention_file.launch_backward, (grad, *inputs, *saved, *told))
-    torch.library.opcheck(attention_file.launch_forward, (*[x.requires_grad_() for x in inputs], *told))
+    inputs, (queries, keys, kv_of), grad = packed(*SHARED)
+    told = queries.starts, keys.starts, kv_of, queries.longest, keys.longest, dropout, torch.tensor(2 ** 40)
+    torch.library.opcheck(attention_file.launch_forward, (*inputs, *told))
+    saved = [x.detach() for x in (grad, *inputs, *attention_file.launch_forward(*inputs, *told))]
+    torch.library.opcheck(attention_file.launch_backward, (*saved, *told))
 
 
 def test_attention_refuses_sequences_that_do_not_fit_the_tokens():
@@ -208,11 +190,10 @@ def test_attention_refuses_sequences_that_do_not_fit_the_tokens():
     assert "40 queries" in error_of(attention, inputs[0][1:], *inputs[1:], queries, keys, kv_of)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_attention_computes_in_the_type_of_autocast(dropout):
-    inputs, sequences, _ = packed([3, 4], [3, 4], None)
+def test_attention_computes_in_the_type_of_autocast():
+    inputs, sequences, _ = packed(*SHARED)
     with torch.autocast(DEVICE, torch.bfloat16):
-        assert attention(*inputs, *sequences, dropout=dropout).dtype == torch.bfloat16
+        assert attention(*inputs, *sequences).dtype == torch.bfloat16
 
 
 # ---- kernels/contrastive.py ----------------------------------------------------------------------
@@ -220,109 +201,72 @@ def unit(*shape):
     return F.normalize(torch.randn(*shape), dim=-1)
 
 
-def test_without_soft_targets_and_with_distinct_people_itc_is_cross_entropy_on_the_diagonal():
+def contrastive_case(B=20, Q=300, E=32, temperature=0.07, dtype=torch.float32):
+    """All but alpha. Momentum features lie close to their keys; people recur in batch and queue."""
     torch.manual_seed(0)
-    feature, keys, people = unit(5, 8), unit(12, 8), torch.arange(12)
-    found = contrastive_loss(feature, unit(5, 8), [keys], people[:5], [people], torch.tensor(0.1), alpha=0.0)
-    close(found, F.cross_entropy(feature @ keys.T / 0.1, people[:5]), 1e-6)
-
-
-def test_with_soft_targets_alone_itc_is_cross_entropy_with_the_momentum_encoders_softmax():
-    torch.manual_seed(0)
-    feature, momentum, keys, people = unit(5, 8), unit(5, 8), unit(12, 8), torch.arange(12)
-    found = contrastive_loss(feature, momentum, [keys], people[:5], [people], torch.tensor(0.1), alpha=1.0)
-    close(found, F.cross_entropy(feature @ keys.T / 0.1, (momentum @ keys.T / 0.1).softmax(1)), 1e-6)
-
-
-def test_the_same_person_in_batch_and_queue_shares_the_positive_mass():
-    torch.manual_seed(0)
-    feature, batch, queue = unit(3, 8), unit(3, 8), unit(3, 8)
-    shares = torch.tensor([[1, 0, 1, 0, 1, 0], [0, 3, 0, 0, 0, 0], [1, 0, 1, 0, 1, 0]]) / 3.0
-    identity, queue_identity = torch.tensor([7, 8, 7]), torch.tensor([-100, 7, -100])
-    found = contrastive_loss(feature, unit(3, 8), [batch, queue], identity, [identity, queue_identity],
-                             torch.tensor(0.1), alpha=0.0)
-    close(found, F.cross_entropy(feature @ torch.cat([batch, queue]).T / 0.1, shares), 1e-6)
-
-
-def contrastive_case(B=20, Q=300, E=32):
-    """Momentum features lie close to their keys; people are twice in the batch and in the queue."""
-    torch.manual_seed(0)
-    feature, momentum, noise, queue = unit(B, E), unit(B, E), torch.randn(B, E), unit(Q, E)
-    keys = [F.normalize(momentum + 0.1 * noise, dim=-1).to(DEVICE), queue.to(DEVICE)]
-    key_identity = [(torch.arange(B) // 2).to(DEVICE), torch.randint(0, 50, (Q,)).to(DEVICE)]
-    return feature.to(DEVICE), momentum.to(DEVICE), keys, key_identity[0], key_identity
-
-
-def tau(value=0.07):
-    return torch.tensor(value, device=DEVICE, requires_grad=True)
+    feature, momentum, noise, queue = (
+        x.to(DEVICE) for x in (unit(B, E), unit(B, E), torch.randn(B, E), unit(Q, E)))
+    keys = [piece.to(dtype) for piece in (F.normalize(momentum + 0.1 * noise, dim=-1), queue)]
+    people = [(torch.arange(B) // 2).to(DEVICE), torch.randint(0, 50, (Q,)).to(DEVICE)]
+    return feature, momentum, keys, people[0], people, torch.tensor(temperature, device=DEVICE)
 
 
 def expected_contrastive(feature, momentum, keys, identity, key_identity, temperature, alpha):
-    """(loss, dq, dtau) by float64 autograd through the direct form."""
-    inputs = [x.detach().double().requires_grad_() for x in (feature, temperature)]
-    loss = contrastive_file.reference(inputs[0], momentum.double(), torch.cat(keys).double(), identity,
-                                      torch.cat(key_identity), inputs[1], alpha)
-    return loss, *torch.autograd.grad(loss, inputs)
+    """(loss, dq, dtau) by float64 autograd through torch's own cross-entropy; its target: an even
+    share for the same person's keys, mixed with the momentum encoder's softmax."""
+    q, tau = exact = [x.detach().double().requires_grad_() for x in (feature, temperature)]
+    k, same = torch.cat(keys).double(), (identity[:, None] == torch.cat(key_identity)).double()
+    opinion = (momentum.double() @ k.T / tau.detach()).softmax(1)
+    target = (1 - alpha) * same / same.sum(1, keepdim=True) + alpha * opinion
+    return with_gradients(F.cross_entropy(q @ k.T / tau, target), exact)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.4, 1.0])
 @pytest.mark.parametrize("temperature", [0.001, 0.07, 0.5])
-@pytest.mark.parametrize("shape, programs", [
-    ((20, 300, 32), 1), ((20, 300, 32), 12), ((5, 40, 12), 12), ((2, 33, 96), 4)])
-def test_the_contrastive_kernel_and_its_plain_twin_equal_float64_autograd(shape, programs, temperature,
-                                                                          alpha):
-    case = *contrastive_case(*shape), tau(temperature).detach()
-    by_kernel = contrastive_file.kernel_sums(*case, programs=programs)
+@pytest.mark.parametrize("shape, programs, dtype", [
+    ((20, 300, 32), 1, torch.float32), ((5, 40, 12), 12, torch.float32), ((2, 33, 96), 4, torch.float32),
+    *(((20, 300, 32), 12, dtype) for dtype in TOLERANCE)])
+def test_the_contrastive_kernel_its_plain_twin_and_the_direct_form_equal_float64_autograd(
+        shape, programs, dtype, temperature, alpha):
+    """Keys may be in half precision: rounded on being stored, but computed with exactly."""
+    feature, momentum, keys, identity, key_identity, tau = case = contrastive_case(*shape, temperature, dtype)
+    expected = expected_contrastive(*case, alpha)
+    by_kernel = contrastive_file.kernel_sums(*case, programs)
     for sums in (by_kernel, contrastive_file.plain_sums(*case, chunk=16)):
-        found = contrastive_file.loss_and_gradients(sums, case[0], case[-1], alpha)
-        agree(found, expected_contrastive(*case, alpha), 1e-5)
-
-
-@pytest.mark.parametrize("dtype", DTYPES[1:])
-def test_the_contrastive_kernel_reads_half_precision_keys(dtype):
-    """They are rounded once, on being stored: what is computed from them is exact."""
-    feature, momentum, keys, *identities = contrastive_case()
-    case = momentum, [piece.to(dtype) for piece in keys], *identities, tau().detach()
-    sums = contrastive_file.kernel_sums(feature, *case, programs=12)
-    expected = expected_contrastive(feature, *case, 0.4)
-    agree(contrastive_file.loss_and_gradients(sums, feature, case[-1], 0.4), expected, 1e-5)
-    half_features = contrastive_loss(feature.to(dtype), momentum.to(dtype), *case[1:], 0.4)
-    agree([half_features], expected[:1], TOLERANCE[dtype])
+        agree(contrastive_file.loss_and_gradients(sums, feature, tau, alpha), expected, 1e-5)
+    direct = contrastive_file.reference(feature, momentum, torch.cat(keys).float(), identity,
+                                        torch.cat(key_identity), tau, alpha)
+    agree([direct], expected[:1], 1e-5)
 
 
 def test_pieces_of_keys_merge_into_the_whole_in_any_order_and_empty_ones_do_not_count():
-    feature, momentum, (batch, queue), identity, (ids, queue_ids) = contrastive_case()
-
-    def loss(keys, key_identity):
-        return contrastive_loss(feature, momentum, keys, identity, key_identity, tau(), 0.4)
-
-    in_pieces = loss([queue[150:], batch, queue[:150], queue[:0]],
-                     [queue_ids[150:], ids, queue_ids[:150], queue_ids[:0]])
-    close(in_pieces, loss([torch.cat([batch, queue])], [torch.cat([ids, queue_ids])]), 1e-6)
+    feature, momentum, keys, identity, key_identity, tau = case = contrastive_case()
+    pieces, people = ([queue[150:], batch, queue[:150], queue[:0]] for batch, queue in (keys, key_identity))
+    in_pieces = contrastive_loss(feature, momentum, pieces, identity, people, tau, 0.4)
+    close(in_pieces, contrastive_loss(*case, 0.4), 1e-6)
 
 
 def test_gradients_reach_feature_and_temperature_through_the_operator_and_it_keeps_torchs_rules():
-    feature, *others = contrastive_case()
-    case = feature.requires_grad_(), *others, tau(), 0.4
-    loss = contrastive_loss(*case)
-    found = loss, *torch.autograd.grad(3 * loss, (feature, case[-2]))
-    expected = expected_contrastive(*case)
-    agree(found, (expected[0], 3 * expected[1], 3 * expected[2]), 1e-5)
+    case = *contrastive_case(), 0.4
+    inputs = [case[i].requires_grad_() for i in (0, 5)]
+    found = with_gradients(3 * contrastive_loss(*case), inputs)
+    agree(found, [3 * exact for exact in expected_contrastive(*case)], 1e-5)
     torch.library.opcheck(contrastive_file.contrastive, case)
 
 
-def test_the_contrastive_loss_stays_in_float32_under_autocast():
-    case = *contrastive_case(), tau(0.01), 0.4
+def test_the_contrastive_loss_stays_in_float32_under_autocast_and_from_half_precision_features():
+    feature, momentum, *others = *contrastive_case(temperature=0.01), 0.4
+    half = feature.bfloat16(), momentum.bfloat16()
     with torch.autocast(DEVICE, torch.bfloat16):
-        found = contrastive_loss(*case)
-    assert found.dtype == torch.float32 and torch.equal(found, contrastive_loss(*case))
+        found = contrastive_loss(half[0].float(), half[1].float(), *others)
+    assert found.dtype == torch.float32 and torch.equal(found, contrastive_loss(*half, *others))
 
 
 def test_the_memory_of_the_contrastive_loss_does_not_grow_with_the_queue():
     """At B 80, Q 61,440, E 256; the logits alone would be 20 MB."""
     def needed(Q):
         feature, *others, temperature = bench.contrastive_inputs(80, Q, 256)
-        return bench.megabytes(lambda: torch.autograd.grad(
+        return bench.megabytes(lambda: with_gradients(
             contrastive_loss(feature, *others, temperature, 0.4), (feature, temperature)))
     assert needed(61_440) <= 15
     assert DEVICE == "cuda" or needed(61_440) == pytest.approx(needed(6_144), rel=0.1)
@@ -341,13 +285,6 @@ def test_the_bench_prints_its_tables(monkeypatch, capsys):
     assert len(re.findall(r"\d\.\de-\d\d", printed)) >= 3 * 4 + 2 * 3
 
 
-@pytest.mark.parametrize("name", ["attention", "contrastive", "bench"])
-def test_the_kernels_are_scripts_that_run_from_anywhere_and_refuse_in_a_sentence(name, tmp_path):
-    done = subprocess.run([sys.executable, ROOT / f"kernels/{name}.py", "--fast"], cwd=tmp_path,
-                          capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.endswith("error: unrecognized arguments: --fast\n")
-
-
 def test_without_triton_everything_else_works():
     """As on a Mac: importing it fails."""
     code = "import sys; sys.modules['triton'] = None; import torch, train; print(train.FLIP.__name__)"
@@ -358,43 +295,58 @@ def test_without_triton_everything_else_works():
 def test_every_shipped_kernel_compiles_for_a100_and_h100_without_spilling():
     """In a process of its own, since this one may be running Triton's interpreter."""
     pytest.importorskip("triton", reason="Triton comes for Linux only")
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "kernels.bench", "--compile-only"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "kernels.bench", "--compile-only"], cwd=ROOT, text=True,
+                          env=os.environ | {"TRITON_INTERPRET": "0"}, capture_output=True)
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines()[2:]]
-    kernels, dtypes, _, _, capabilities, _, spilled, shared = zip(*rows)
+    kernels, dtypes, _, _, capabilities, _, spilled, _ = zip(*rows)
     assert set(kernels) == {"forward_kernel", "query_kernel", "key_kernel", "sums_kernel"}
     assert set(zip(dtypes, capabilities)) == set(itertools.product(("fp16", "bf16", "fp32"), ("8.0", "9.0")))
     assert set(spilled) == {"0"}
-    assert all(float(size) <= {"8.0": 163, "9.0": 227}[each] for size, each in zip(shared, capabilities))
 
 
-# ---- vit.py ------------------------------------------------------------------------------------
-def fill_torch_attention(theirs, ours):
-    theirs.in_proj_weight.data = torch.cat([ours.query.weight, ours.key.weight, ours.value.weight]).detach()
-    theirs.in_proj_bias.data = torch.cat([ours.query.bias, ours.key.bias, ours.value.bias]).detach()
-    theirs.out_proj.load_state_dict(ours.out.state_dict())
+# ---- vit.py, bert.py ---------------------------------------------------------------------------
+def filled(theirs, ours, **parts):
+    """torch's own layer with our weights, which are drawn anew, since many begin at 0 or 1."""
+    torch.manual_seed(0)
+    for parameter in ours.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    parts |= dict(self_attn=ours.attention, linear1=ours.up, linear2=ours.down, norm1=ours.norm_attention)
+    for name, part in parts.items():
+        state = part.state_dict()
+        if isinstance(part, vit.Attention):
+            for kind in ("weight", "bias"):
+                joined = [state.pop(f"{role}.{kind}") for role in ("query", "key", "value")]
+                state |= {f"in_proj_{kind}": torch.cat(joined), f"out_proj.{kind}": state.pop(f"out.{kind}")}
+        getattr(theirs, name).load_state_dict(state)
+    return theirs
 
 
 def test_a_vit_block_equals_torchs_encoder_layer():
-    torch.manual_seed(0)
     block = vit.Block(ViTConfig(width=32, heads=4))
     theirs = nn.TransformerEncoderLayer(32, 4, 128, 0.0, vit.quick_gelu, batch_first=True, norm_first=True)
-    fill_torch_attention(theirs.self_attn, block.attention)
-    pairs = ((block.up, "linear1"), (block.down, "linear2"), (block.norm_attention, "norm1"),
-             (block.norm_mlp, "norm2"))
-    for ours, name in pairs:
-        nn.init.normal_(ours.weight), nn.init.normal_(ours.bias)
-        getattr(theirs, name).load_state_dict(ours.state_dict())
+    filled(theirs, block, norm2=block.norm_mlp)
     x = torch.randn(3, 7, 32)
-    close(block(x.flatten(0, 1), Sequences.uniform(3, 7)).unflatten(0, (3, 7)), theirs(x), 1e-4)
+    close(block(x.flatten(0, 1), Sequences.uniform(3, 7)), theirs(x).flatten(0, 1))
 
 
-def test_the_class_token_alone_is_what_the_whole_computation_gives_there():
-    encoder = ViT(GOLDEN_CONFIG.vit)
-    images = torch.randn(3, 3, 32, 32)
-    close(encoder(images, first_only=True), encoder(images)[:, 0], 1e-6)
+def test_text_layers_equal_torchs_decoder_layer_or_without_images_its_encoder_layer():
+    layer = bert.Layer(BertConfig(width=32, heads=4, dropout=0.0), image_width=32)
+    options = 32, 4, 128, 0.0, F.gelu, 1e-12, True
+    alone = filled(nn.TransformerEncoderLayer(*options), layer, norm2=layer.norm_mlp)
+    reading = filled(nn.TransformerDecoderLayer(*options), layer, multihead_attn=layer.cross_attention,
+                     norm2=layer.norm_cross_attention, norm3=layer.norm_mlp)
+    text, images = torch.randn(3, 6, 32), torch.randn(3, 9, 32)
+    context = images.flatten(0, 1), Sequences.uniform(3, 9), None
+    for reads, expected in ((None, alone(text)), (context, reading(text, images))):
+        close(layer(text.flatten(0, 1), Sequences.uniform(3, 6), reads), expected.flatten(0, 1))
+
+
+def test_dropout_is_active_in_training_and_off_in_evaluation():
+    encoder, captions = small_flip(dropout=0.5).student.text, golden_captions("eval")
+    for training in (True, False):
+        encoder.train(training)
+        assert torch.equal(encoder(captions), encoder(captions)) != training
 
 
 def test_initial_values_are_clips():
@@ -407,40 +359,29 @@ def test_initial_values_are_clips():
         assert parameter.std().item() == pytest.approx(std, rel=0.15)
 
 
-def clip_file(folder, encoder, suffix):
-    """The weights of `encoder` as CLIP on Hugging Face spells them, among those of its text
-    half."""
-    weights = {"vision_model." + vit.rename(name, vit.CLIP_NAMES): tensor.clone()
+def clip_weights(encoder):
+    """As CLIP on Hugging Face spells them, among those of its text half."""
+    weights = {"vision_model." + vit.rename(name, vit.CLIP_NAMES): tensor
                for name, tensor in encoder.state_dict().items()}
-    others = {"text_model.final_layer_norm.weight": torch.ones(4), "logit_scale": torch.ones(()),
-              "visual_projection.weight": torch.ones(2, 2),
-              "vision_model.embeddings.position_ids": torch.arange(17)[None]}
-    if suffix == ".safetensors":
-        from safetensors.torch import save_file
-        save_file(weights | others, folder / "model.safetensors")
-    else:
-        torch.save(weights | others, folder / "pytorch_model.bin")
-    return weights
+    official = recorded("checkpoint.visual_encoder.").keys() - {"vision_model.embeddings.position_ids"}
+    assert weights.keys() == {name.replace("post_layrnorm", "post_layernorm") for name in official}
+    return weights | {"text_model.final_layer_norm.weight": torch.ones(4), "logit_scale": torch.ones(()),
+                      "visual_projection.weight": torch.ones(2, 2),
+                      "vision_model.embeddings.position_ids": torch.arange(17)[None]}
 
 
-@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
-def test_clip_weights_load_under_the_names_that_hugging_face_gives_them(tmp_path, suffix):
-    source, encoder = ViT(GOLDEN_CONFIG.vit), ViT(GOLDEN_CONFIG.vit)
-    names = {name for name in clip_file(tmp_path, source, suffix) if ".layers." not in name}
-    official = {name.removeprefix("visual_encoder.").replace("post_layrnorm", "post_layernorm")
-                for name in SHAPES if name.startswith("visual_encoder.") and ".layers." not in name}
-    assert names == {name for name in official if not name.endswith("position_ids")}
+def test_clip_weights_load_under_the_names_that_hugging_face_gives_them(tmp_path):
+    from safetensors.torch import save_file
+    source, encoder, images = ViT(GOLDEN_CONFIG.vit), ViT(GOLDEN_CONFIG.vit), torch.randn(2, 3, 32, 32)
+    save_file(clip_weights(source), tmp_path / "model.safetensors")
     load_clip(encoder, tmp_path)
-    images = torch.randn(2, 3, 32, 32)
     close(encoder(images), source(images), 0)
 
 
 def test_clip_weights_for_another_image_size_have_their_position_table_resized(tmp_path):
-    source = ViT(GOLDEN_CONFIG.vit)
-    with torch.no_grad():
-        source.positions.copy_(torch.linspace(0, 1, 17)[:, None].expand(17, 24))
-    clip_file(tmp_path, source, ".bin")
-    encoder = ViT(dataclasses.replace(GOLDEN_CONFIG.vit, image_size=64))
+    source, encoder = (ViT(dataclasses.replace(GOLDEN_CONFIG.vit, image_size=size)) for size in (32, 64))
+    source.positions.data = torch.linspace(0, 1, 17)[:, None].repeat(1, 24)
+    torch.save(clip_weights(source), tmp_path / "pytorch_model.bin")
     load_clip(encoder, tmp_path)
     grid = encoder.positions[1:].unflatten(0, (8, 8))
     close(encoder.positions[0], source.positions[0], 0)
@@ -448,71 +389,24 @@ def test_clip_weights_for_another_image_size_have_their_position_table_resized(t
     close(grid.mean((0, 1)), source.positions[1:].mean(0), 1e-3)
 
 
-# ---- bert.py -----------------------------------------------------------------------------------
-def test_text_layers_equal_torchs_decoder_layers():
-    """torch's post-norm decoder layer is BERT's with cross-attention, its encoder layer the one
-    without."""
-    torch.manual_seed(0)
-    layer = bert.Layer(BertConfig(width=32, heads=4, dropout=0.0), image_width=32)
-    for parameter in layer.parameters():
-        nn.init.normal_(parameter, std=0.3)
-    with_images = nn.TransformerDecoderLayer(32, 4, 128, 0.0, F.gelu, 1e-12, batch_first=True)
-    without = nn.TransformerEncoderLayer(32, 4, 128, 0.0, F.gelu, 1e-12, batch_first=True)
-    for theirs, norms in ((with_images, (layer.norm_attention, layer.norm_cross_attention, layer.norm_mlp)),
-                          (without, (layer.norm_attention, layer.norm_mlp))):
-        fill_torch_attention(theirs.self_attn, layer.attention)
-        theirs.linear1.load_state_dict(layer.up.state_dict())
-        theirs.linear2.load_state_dict(layer.down.state_dict())
-        for number, norm in enumerate(norms, start=1):
-            getattr(theirs, f"norm{number}").load_state_dict(norm.state_dict())
-    fill_torch_attention(with_images.multihead_attn, layer.cross_attention)
-    text, images, sequences = torch.randn(3, 6, 32), torch.randn(3, 9, 32), Sequences.uniform(3, 6)
-    close(layer(text.flatten(0, 1), sequences).unflatten(0, (3, 6)), without(text), 1e-5)
-    context = images.flatten(0, 1), Sequences.uniform(3, 9), None
-    close(layer(text.flatten(0, 1), sequences, context).unflatten(0, (3, 6)), with_images(text, images), 1e-5)
-
-
-def test_the_first_token_alone_is_what_the_whole_computation_gives_there():
-    torch.manual_seed(0)
-    encoder = Bert(GOLDEN_CONFIG.bert, image_width=24).eval()
-    captions, images = Captions(torch.randint(5, 79, (14,)), Sequences.of([3, 7, 4])), torch.randn(2, 5, 24)
-    firsts = captions.sequences.firsts.long()
-    close(encoder(captions, first_only=True), encoder(captions)[firsts])
-    image_of = torch.tensor([1, 0, 1])
-    close(encoder(captions, images, image_of, first_only=True), encoder(captions, images, image_of)[firsts])
-
-
-def test_dropout_is_active_in_training_and_off_in_evaluation():
-    torch.manual_seed(0)
-    encoder = Bert(dataclasses.replace(GOLDEN_CONFIG.bert, dropout=0.5), image_width=24)
-    captions = Captions(torch.arange(5, 12), Sequences.of([7]))
-    assert not torch.equal(encoder(captions), encoder(captions))
-    encoder.eval()
-    close(encoder(captions), encoder(captions), 0)
-
-
 def test_bert_weights_load_with_token_type_zero_folded_in_and_new_parts_left_alone(tmp_path):
-    torch.manual_seed(0)
-    source, encoder = (Bert(GOLDEN_CONFIG.bert, image_width=24) for _ in range(2))
-    weights = {bert.bert_name(name): tensor.clone() for name, tensor in source.state_dict().items()
-               if "cross_attention" not in name}
-    names = {name for name in weights if ".layer.0." in name}
-    assert names == {name.removeprefix("text_encoder.") for name in SHAPES
-                     if name.startswith("text_encoder.encoder.layer.0.") and "crossattention" not in name}
-    weights["embeddings.word_embeddings.weight"] = source.words.weight[:-2].detach().clone()
+    encoder, source = (Bert(GOLDEN_CONFIG.bert, image_width=24) for _ in range(2))
+    own, theirs = copy.deepcopy(encoder.state_dict()), source.state_dict()
+    weights = {bert.bert_name(name): x for name, x in theirs.items() if "cross_attention" not in name}
+    official = {name for name in recorded("checkpoint.text_encoder.") if "crossattention" not in name}
+    assert weights.keys() | {"embeddings.position_ids"} == official
     types = torch.randn(2, 20)
-    weights |= {"embeddings.token_type_embeddings.weight": types, "pooler.dense.weight": torch.ones(20, 20),
+    weights |= {"embeddings.word_embeddings.weight": theirs["words.weight"][:-2],
+                "embeddings.token_type_embeddings.weight": types, "pooler.dense.weight": torch.ones(20, 20),
                 "embeddings.position_ids": torch.arange(66)[None]}
     old = [("LayerNorm.weight", "LayerNorm.gamma"), ("LayerNorm.bias", "LayerNorm.beta")]
-    saved = {"bert." + vit.rename(name, old): tensor for name, tensor in weights.items()}
+    saved = {"bert." + vit.rename(name, old): x for name, x in weights.items()}
     torch.save(saved | {"cls.predictions.bias": torch.ones(79)}, tmp_path / "pytorch_model.bin")
-    own_words = encoder.words.weight[-2:].clone()
-    own_cross = encoder.layers[0].cross_attention.key.weight.clone()
     load_bert(encoder, tmp_path)
-    close(encoder.positions, source.positions + types[0], 0)
-    close(encoder.words.weight, torch.cat([source.words.weight[:-2], own_words]), 0)
-    close(encoder.layers[0].cross_attention.key.weight, own_cross, 0)
-    close(encoder.layers[1].down.weight, source.layers[1].down.weight, 0)
+    theirs["positions"] = theirs["positions"] + types[0]
+    theirs["words.weight"] = torch.cat([theirs["words.weight"][:-2], own["words.weight"][-2:]])
+    for name, found in encoder.state_dict().items():
+        close(found, own[name] if "cross_attention" in name else theirs[name], 0)
 
 
 def golden_tokenizer(folder):
@@ -520,33 +414,28 @@ def golden_tokenizer(folder):
     return Tokenizer.load(folder / "vocab.txt")
 
 
-def golden_captions(part):
+def golden_captions(part, index=...):
     """The recorded ids and masks of a part, packed."""
-    ids, mask = GOLDEN[f"{part}.input_ids"], GOLDEN[f"{part}.attention_mask"].bool()
+    ids, mask = GOLDEN[f"{part}.input_ids"][index], GOLDEN[f"{part}.attention_mask"][index].bool()
     return Captions(ids[mask], Sequences.of(mask.sum(-1)))
 
 
-def test_word_pieces_are_the_official_ones(tmp_path):
+@pytest.mark.parametrize("source", ["vocab.txt", "tokenizer.json", "."])
+def test_word_pieces_are_the_official_ones_from_either_file_and_from_a_folder(tmp_path, source):
+    (tmp_path / "tokenizer.json").write_text(golden_tokenizer(tmp_path).to_json())
+    tokenizer = Tokenizer.load(tmp_path / source)
     for part in ("train", "eval", "hard"):
-        found, expected = golden_tokenizer(tmp_path)(SENTENCES[part]), golden_captions(part)
+        found, expected = tokenizer(SENTENCES[part]), golden_captions(part)
         assert torch.equal(found.ids, expected.ids)
         assert torch.equal(found.sequences.lengths, expected.sequences.lengths)
-
-
-def test_a_tokenizer_is_the_same_from_vocab_txt_tokenizer_json_and_a_folder(tmp_path):
-    tokenizer = golden_tokenizer(tmp_path)
-    (tmp_path / "tokenizer.json").write_text(tokenizer.to_json())
-    text = ["She is UNKNOWNWORD, bald!"]
-    for source in (tmp_path, tmp_path / "tokenizer.json"):
-        assert Tokenizer.load(source)(text).ids.tolist() == tokenizer(text).ids.tolist()
+    assert tokenizer.tokens(tokenizer(["She UNKNOWNWORD!"])) == ["[CLS]", "she", "[UNK]", "[SEP]"]
 
 
 def test_a_trained_vocabulary_knows_its_words_and_is_the_same_every_time():
-    captions = [data.caption(attributes, np.random.default_rng(0))[0] for attributes in random_faces(200)]
-    first, second = Tokenizer.train(captions), Tokenizer.train(captions)
-    assert first.to_json() == second.to_json()
-    ids = first(captions).ids
-    assert (ids != first.wordpiece.token_to_id("[UNK]")).all() and ids.max() < first.vocab_size - 2
+    captions = [data.caption(a, np.random.default_rng(i))[0] for i, a in enumerate(random_faces(200))]
+    assert Tokenizer.train(captions).to_json() == TOKENIZER.to_json()
+    ids = TOKENIZER(captions).ids
+    assert (ids != TOKENIZER.wordpiece.token_to_id("[UNK]")).all() and ids.max() < TOKENIZER.vocab_size - 2
 
 
 def test_captions_are_cleaned_and_cut_as_officially():
@@ -558,29 +447,23 @@ def test_captions_are_cleaned_and_cut_as_officially():
 
 
 # ---- losses.py ---------------------------------------------------------------------------------
-def test_negatives_are_never_the_same_person_and_hardness_goes_from_even_to_softmax():
-    similarity = torch.tensor([[1.0, 0.9, 0.2], [0.1, 1.0, 0.4], [0.9, 0.3, 1.0]])
-    identity = torch.tensor([5, 6, 5])
-    even = losses.negative_probabilities(similarity, identity, 0.001, hardness=0.0)
-    close(even, torch.tensor([[0, 1, 0], [0.5, 0, 0.5], [0, 1, 0]]), 1e-7)
-    hard = losses.negative_probabilities(similarity, identity, 0.5, hardness=1.0)
-    close(hard[1], torch.tensor([0.1, -torch.inf, 0.4]).div(0.5).softmax(0), 1e-6)
-
-
-def test_a_negative_survives_similarities_that_would_vanish_beside_the_positive():
-    """exp(-2 / 0.001) is 0 in float32: softmax first and mask later would leave a row without
-    mass."""
-    similarity = torch.tensor([[1.0, -1.0], [-1.0, 1.0]])
-    found = losses.negative_probabilities(similarity, torch.arange(2), 0.001)
-    close(found, torch.tensor([[0.0, 1], [1, 0]]), 0)
+@pytest.mark.parametrize("similarity, identity, temperature, hardness, expected", [
+    ([[9, 9, 9], [0.1, 9, 0.4], [9, 9, 9]], [5, 6, 5], 0.001, 0.0, [[0, 1, 0], [0.5, 0, 0.5], [0, 1, 0]]),
+    ([[9, 9, 9], [0.1, 9, 0.4], [9, 9, 9]], [5, 6, 5], 0.3 / np.log(3), 1.0,
+     [[0, 1, 0], [0.25, 0, 0.75], [0, 1, 0]]),
+    ([[1, -1], [-1, 1]], [5, 6], 0.001, 1.0, [[0, 1], [1, 0]])])    # exp(-2 / 0.001) would vanish beside 1
+def test_negatives_are_other_people_drawn_evenly_at_hardness_0_and_by_softmax_among_them_at_1(
+        similarity, identity, temperature, hardness, expected):
+    similarity, identity = torch.tensor(similarity).float(), torch.tensor(identity)
+    found = losses.negative_probabilities(similarity, identity, temperature, hardness)
+    close(found, torch.tensor(expected).float(), 1e-6)
 
 
 def test_recall_counts_the_best_of_an_images_captions_and_ties_against_us():
     image_of_text = torch.tensor([0, 0, 1])
     image_to_text = torch.tensor([[0.1, 0.9, 0.5], [0.7, 0.7, 0.7]])
     metrics = losses.retrieval_metrics(image_to_text, image_to_text.T, image_of_text)
-    assert metrics["txt_r1"] == 50 and metrics["txt_r5"] == 100
-    assert metrics["img_r1"] == pytest.approx(100 * 2 / 3)
+    assert [metrics[name] for name in ("txt_r1", "txt_r5", "img_r1")] == pytest.approx([50, 100, 200 / 3])
 
 
 # ---- flip.py: the official numbers -------------------------------------------------------------
@@ -604,85 +487,57 @@ def test_the_official_checkpoint_loads_with_nothing_missing_or_left_over_and_sav
         assert saved[name].dtype == expected.dtype and torch.equal(saved[name], expected), name
 
 
-def test_tokens_and_features_are_the_official_ones(official):
-    official.eval()
-    captions, real = golden_captions("eval"), GOLDEN["eval.attention_mask"].bool()
-    tokens, features = official.encode_image(GOLDEN["eval.images"])
-    close(tokens, GOLDEN["eval.image_tokens"])
-    for k, hidden in enumerate(official.student.image(GOLDEN["eval.images"], return_hidden=True)[1][:3]):
-        close(hidden, GOLDEN[f"eval.hidden.layer_{k}"])
-    close(features, GOLDEN["eval.image_feat"])
-    close(official.student.text(captions), GOLDEN["eval.text_tokens"][real])
-    close(official.encode_text(captions), GOLDEN["eval.text_feat"])
-
-
 @pytest.mark.parametrize("first", ["enc", "cls"])
-def test_joint_tokens_and_matching_logits_are_the_official_ones(official, first):
-    official.eval()
-    text = official.student.text
-    captions = golden_captions("eval").starting_with(text.enc_token if first == "enc" else 2)
-    joint = text(captions, official.encode_image(GOLDEN["eval.images"])[0], GOLDEN["eval.pair_image"])
-    close(joint, GOLDEN[f"eval.joint_tokens_{first}"][GOLDEN["eval.attention_mask"].bool()])
-    close(official.matching_head(joint[captions.sequences.firsts.long()]), GOLDEN[f"eval.itm_logits_{first}"])
+def test_tokens_features_and_logits_are_the_official_ones_computed_whole_or_for_first_tokens_alone(
+        official, first):
+    student, images, captions = official.eval().student, GOLDEN["eval.images"], golden_captions("eval")
+    (tokens, hidden), firsts = student.image(images, return_hidden=True), captions.sequences.firsts.long()
+    asked = captions.starting_with(student.text.enc_token if first == "enc" else 2)
+    joint = student.text(asked, tokens, GOLDEN["eval.pair_image"])
+    joint_alone = student.text(asked, tokens, GOLDEN["eval.pair_image"], first_only=True)
+    for name, found in (
+            ("image_tokens", tokens), *((f"hidden.layer_{k}", hidden[k]) for k in range(3)),
+            ("image_feat", student.encode_image(images)[1]), ("image_feat", student.image_features(images)),
+            ("text_feat", student.encode_text(captions)),
+            (f"itm_logits_{first}", official.matching_head(joint[firsts])),
+            (f"itm_logits_{first}", official.matching_head(joint_alone))):
+        close(found, GOLDEN[f"eval.{name}"])
+    for name, found in (("text_tokens", student.text(captions)), (f"joint_tokens_{first}", joint)):
+        close(found, GOLDEN[f"eval.{name}"][GOLDEN["eval.attention_mask"].bool()])
 
 
-@pytest.fixture(params=["pytorch", "triton"])
-def path(request, monkeypatch):
-    """Run the model with PyTorch's attention and the plain contrastive loss, or with the kernels;
-    where."""
-    if request.param == "pytorch":
-        return "cpu"
-    if DEVICE == "cpu":             # the interpreter takes CPU tensors
-        kernel_sums = contrastive_file.kernel_sums
-        monkeypatch.setattr(attention_file, "runs_kernel", lambda query: True)
-        monkeypatch.setattr(contrastive_file, "runs_kernel", lambda feature: True)
-        monkeypatch.setattr(contrastive_file, "kernel_sums", lambda *case: kernel_sums(*case, programs=8))
-    return DEVICE
-
-
-def official_step(model, part, alpha, identity, index=..., device="cpu"):
-    """Momentum update and losses in the official order, on the recorded batch."""
-    mask = GOLDEN[f"{part}.attention_mask"][index].bool()
-    captions = Captions(GOLDEN[f"{part}.input_ids"][index][mask], Sequences.of(mask.sum(-1)))
+def official_step(model, part, identity, index=..., device="cpu"):
+    """Momentum update and losses, which are the recorded ones, in the official order."""
     model.update_momentum()
-    images = GOLDEN[f"{part}.images"][index].to(device)
-    return model(images, captions.to(device), identity.to(device), Knobs(float(alpha)))
+    captions, alpha = golden_captions(part, index).to(device), GOLDEN[f"{part}.alpha"][index].item()
+    out = model(GOLDEN[f"{part}.images"][index].to(device), captions, identity.to(device), Knobs(alpha))
+    close(out.itc.cpu(), GOLDEN[f"{part}.loss_itc"][index])
+    close(out.itm.cpu(), GOLDEN[f"{part}.loss_itm"][index])
+    return out
 
 
-def test_losses_and_every_gradient_norm_of_a_step_are_the_official_ones(official, path):
-    official.to(path).train()
-    out = official_step(official, "train", GOLDEN["train.alpha"], GOLDEN["train.pair_ids"], device=path)
-    close(out.itc.cpu(), GOLDEN["train.loss_itc"])
-    close(out.itm.cpu(), GOLDEN["train.loss_itm"])
+def test_a_step_has_the_official_losses_gradient_norms_queue_and_momentum_weights(official, path):
+    out = official_step(official.to(path).train(), "train", GOLDEN["train.pair_ids"], device=path)
     (out.itc + out.itm).backward()
-    gradients = {official_name(name): p.grad.cpu()
-                 for name, p in official.named_parameters() if p.requires_grad}
-    norms, whole = recorded("train.grad_norm."), recorded("train.grad.")
-    assert gradients.keys() == norms.keys()
-    for name, gradient in gradients.items():
-        assert gradient.norm().item() == pytest.approx(norms[name].item(), rel=1e-5, abs=1e-6), name
-    for name, gradient in whole.items():
-        close(gradients[name], gradient, 1e-5 * norms[name].item())
-
-
-def test_queue_identities_pointer_and_momentum_weights_after_a_step_are_the_official_ones(official):
-    out = official_step(official.train(), "train", GOLDEN["train.alpha"], GOLDEN["train.pair_ids"])
+    trained = {official_name(name): p for name, p in official.named_parameters() if p.requires_grad}
+    norms = recorded("train.grad_norm.")
+    assert trained.keys() == norms.keys()
+    for name, p in trained.items():
+        assert p.grad.norm().item() == pytest.approx(norms[name].item(), rel=1e-5, abs=1e-6), name
+    for name, gradient in recorded("train.grad.").items():
+        close(trained[name].grad.cpu(), gradient, 1e-5 * norms[name].item())
     official.enqueue(out.image_keys, out.text_keys, out.identity)
-    state = official_state(official)
+    state = official_state(official.cpu())
     for name, expected in recorded("after_step.").items():
         close(state[name], expected, 1e-6)
 
 
 @pytest.mark.parametrize("path", ["pytorch", pytest.param("triton", marks=pytest.mark.slow)], indirect=True)
 def test_ten_official_steps_with_a_queue_that_wraps_come_out_the_same(official, path):
-    official.to(path)
-    trained = [p for p in official.train().parameters() if p.requires_grad]
+    trained = [p for p in official.to(path).train().parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.05)
     for i in range(10):
-        identity = torch.tensor([2 * i, 2 * i + 1])
-        out = official_step(official, "run", GOLDEN["run.alpha"][i], identity, i, path)
-        close(out.itc.cpu(), GOLDEN["run.loss_itc"][i])
-        close(out.itm.cpu(), GOLDEN["run.loss_itm"][i])
+        out = official_step(official, "run", torch.tensor([2 * i, 2 * i + 1]), i, path)
         optimizer.zero_grad()
         (out.itc + out.itm).backward()
         official.enqueue(out.image_keys, out.text_keys, out.identity)
@@ -694,51 +549,38 @@ def test_ten_official_steps_with_a_queue_that_wraps_come_out_the_same(official, 
 
 
 def test_probabilities_of_negatives_and_the_loss_of_the_likeliest_are_the_official_ones(official):
-    identity, captions = GOLDEN["hard.pair_ids"], golden_captions("hard")
-    image_tokens, image_features = official.encode_image(GOLDEN["hard.images"])
-    similarity = official.encode_text(captions) @ image_features.T
-    image_of_text = losses.negative_probabilities(similarity, identity, official.temperature)
-    text_of_image = losses.negative_probabilities(similarity.T, identity, official.temperature)
-    for found, name in ((image_of_text, "image_of_text"), (text_of_image, "text_of_image")):
+    captions, (tokens, features) = golden_captions("hard"), official.encode_image(GOLDEN["hard.images"])
+    similarity, likeliest = official.encode_text(captions) @ features.T, []
+    for cosines, name in ((similarity, "image_of_text"), (similarity.T, "text_of_image")):
+        found = losses.negative_probabilities(cosines, GOLDEN["hard.pair_ids"], official.temperature)
         close(found, GOLDEN[f"hard.probability_{name}"])
-        assert torch.equal(found.argmax(1), GOLDEN[f"hard.negative_{name}"])
-    likeliest = image_of_text.argmax(1), text_of_image.argmax(1)
-    close(official.itm_loss(image_tokens, captions, *likeliest), GOLDEN["hard.loss_itm"])
+        likeliest.append(found.argmax(1))
+        assert torch.equal(likeliest[-1], GOLDEN[f"hard.negative_{name}"])
+    close(official.itm_loss(tokens, captions, *likeliest), GOLDEN["hard.loss_itm"])
 
 
 @pytest.mark.parametrize("k, suffix", [(3, "_k"), (256, "")])
-def test_reranked_scores_are_the_official_ones_when_read_from_cls_as_there(official, monkeypatch, k, suffix):
-    official.eval()
+def test_reranked_scores_are_the_official_ones_when_read_from_cls_as_there_and_the_others_follow_by_cosine(
+        official, monkeypatch, k, suffix):
     monkeypatch.setattr(Captions, "starting_with", lambda captions, token: captions)
     captions = golden_captions("eval")
-    image_tokens, image_features = official.encode_image(GOLDEN["eval.images"])
-    similarity = (image_features @ official.encode_text(captions).T).detach()
-    scores = rerank(official, image_tokens, captions, similarity, k)
-    for found, name in zip(scores, ("i2t", "t2i")):
-        close(torch.where(found < -50, -100, found), GOLDEN[f"eval.score_{name}{suffix}"])
+    tokens, features = official.eval().encode_image(GOLDEN["eval.images"])
+    similarity = (features @ official.encode_text(captions).T).detach()
+    scores = rerank(official, tokens, captions, similarity, k)
+    for found, cosine, name in zip(scores, (similarity, similarity.T), ("i2t", "t2i")):
+        theirs = GOLDEN[f"eval.score_{name}{suffix}"]               # -100: not re-ranked
+        close(found, torch.where(theirs == -100, cosine - 100, theirs))
     if not suffix:
         theirs = json.loads(str(RECORDED["retrieval_metrics"]))
         assert losses.retrieval_metrics(*scores, torch.arange(8)) == pytest.approx(theirs)
-
-
-def test_what_is_not_reranked_keeps_the_order_of_its_cosine(official):
-    official.eval()
-    captions = golden_captions("eval")
-    image_tokens, image_features = official.encode_image(GOLDEN["eval.images"])
-    similarity = (image_features @ official.encode_text(captions).T).detach()
-    image_to_text, text_to_image = rerank(official, image_tokens, captions, similarity, k=3)
-    for scores, cosine in ((image_to_text, similarity), (text_to_image, similarity.T)):
-        assert ((scores > -50).sum(1) == 3).all()
-        for row, by_cosine in zip(scores, cosine):
-            assert torch.equal(row.argsort(descending=True)[3:], by_cosine.argsort(descending=True)[3:])
 
 
 def test_base_has_the_papers_223453187_parameters_and_all_1049_official_names_load_and_save_back(tmp_path):
     with torch.device("meta"):
         model = FLIP(FLIPConfig())
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 223_453_187
-    whole = lambda name: name.endswith(("_ids", "idx_queue", "ptr_queue"))
-    torch.save({"model": {name: torch.zeros(shape, dtype=torch.int64 if whole(name) else torch.float32)
+    whole = "_ids", "idx_queue", "ptr_queue"
+    torch.save({"model": {name: torch.zeros(shape).to(torch.int64 if name.endswith(whole) else torch.float32)
                           for name, shape in SHAPES.items()}}, tmp_path / "FLIP-base.pth")
     loaded = FLIP.from_pretrained(tmp_path)                 # the folder will do
     assert loaded.config == FLIPConfig()
@@ -751,15 +593,14 @@ def test_the_large_model_has_the_large_vits_own_configuration():
     with torch.device("meta"):
         parameters = sum(p.numel() for p in ViT(image_config).parameters())
     assert (image_config.width, image_config.depth, image_config.heads) == (1024, 24, 16)
-    # torchvision's vit_l_16 without classifier has 303,301,632; CLIP: a LayerNorm more, no patch
-    # bias
-    assert parameters == 303_301_632 + 2 * 1024 - 1024
+    assert parameters == 303_301_632 + 2 * 1024 - 1024      # torchvision's: a LayerNorm less, a patch bias
 
 
 # ---- flip.py: state ----------------------------------------------------------------------------
-def small_flip(queue_size=8):
+def small_flip(queue_size=8, dropout=0.0):
     torch.manual_seed(0)
-    return FLIP(dataclasses.replace(GOLDEN_CONFIG, queue_size=queue_size))
+    text = dataclasses.replace(GOLDEN_CONFIG.bert, dropout=dropout)
+    return FLIP(dataclasses.replace(GOLDEN_CONFIG, bert=text, queue_size=queue_size))
 
 
 def test_a_batch_that_does_not_fit_before_the_end_of_the_queue_wraps():
@@ -767,14 +608,12 @@ def test_a_batch_that_does_not_fit_before_the_end_of_the_queue_wraps():
     for first in (0, 3, 6):
         ids = torch.arange(first, first + 3)
         model.enqueue(ids[:, None].expand(3, 12).float(), -ids[:, None].expand(3, 12).float(), ids)
-    assert model.queue_identity.tolist() == [5, 6, 7, 8, 4] and model.queue_pointer.item() == 4
-    assert model.image_queue[:, 0].tolist() == [5, 6, 7, 8, 4]
-    assert model.text_queue[:, 3].tolist() == [-5, -6, -7, -8, -4]
+    assert model.queue_identity.tolist() == model.image_queue[:, 0].tolist() == [5, 6, 7, 8, 4]
+    assert model.text_queue[:, 3].tolist() == [-5, -6, -7, -8, -4] and model.queue_pointer.item() == 4
 
 
 def test_forward_changes_nothing_and_the_temperature_is_clamped_by_the_loop(official):
-    before = {name: tensor.clone() for name, tensor in official.state_dict().items()}
-    mode = official.training
+    before, mode = copy.deepcopy(official.state_dict()), official.training
     official(GOLDEN["train.images"], golden_captions("train"), GOLDEN["train.pair_ids"])
     assert official.training == mode
     assert all(torch.equal(before[name], tensor) for name, tensor in official.state_dict().items())
@@ -784,39 +623,26 @@ def test_forward_changes_nothing_and_the_temperature_is_clamped_by_the_loop(offi
         assert official.temperature.item() == pytest.approx(expected)
 
 
-def losses_and_gradients(model, compiled=None, dropout_seed=0):
-    """Of ITC and of judging three pairs, for three faces; `compiled` names a backend of
-    torch.compile."""
-    captions, identity = model.tokenizer(["she is young", "a hat", "lipstick and a hat on"]), torch.arange(3)
-    images = torch.randn(3, 3, 48, 48, generator=torch.Generator().manual_seed(0))
-
-    def losses_of(images, captions, identity, image_of):
-        tokens, _ = model.encode_image(images)
-        judged = model.matching_logits(tokens, captions, image_of)
-        return model(images, captions, identity, Knobs(with_itm=False)).itc + judged.square().sum()
-    run = torch.compile(losses_of, fullgraph=True, backend=compiled) if compiled else losses_of
-    torch.manual_seed(dropout_seed)
-    loss = run(images, captions, identity, torch.tensor([1, 0, 1]))
-    return loss, *torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])
-
-
-@pytest.mark.parametrize("compiled, dropout", [
+@pytest.mark.parametrize("backend, dropout", [
     ("aot_eager", 0.0), ("aot_eager", 0.1), pytest.param("inductor", 0.0, marks=pytest.mark.slow)])
-def test_the_tiny_model_compiles_into_one_graph_forward_and_backward(compiled, dropout):
+def test_the_model_compiles_into_one_graph_forward_and_backward(backend, dropout):
+    """ITC of a batch, and judging its captions with its images."""
+    def loss_of(images, captions, identity):
+        judged = model.matching_logits(model.encode_image(images)[0], captions, identity.flip(0))
+        return model(images, captions, identity, Knobs(with_itm=False)).itc + judged.square().sum()
+    model, results = small_flip(dropout=dropout), []
+    trained = [p for p in model.parameters() if p.requires_grad]
     torch._dynamo.reset()
-    tokenizer = Tokenizer.train(["she is young with a hat and lipstick on"])
-    vit_config, bert_config, embed_dim = train.TINY
-    bert_config = dataclasses.replace(bert_config, vocab_size=tokenizer.vocab_size, dropout=dropout)
-    torch.manual_seed(0)
-    model = FLIP(FLIPConfig(vit_config, bert_config, embed_dim, queue_size=64), tokenizer).train()
-    for found, expected in zip(losses_and_gradients(model, compiled), losses_and_gradients(model)):
-        scale = expected.abs().max().item()
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * scale + 1e-8)
+    for run in (torch.compile(loss_of, fullgraph=True, backend=backend), loss_of):
+        torch.manual_seed(0)                # dropout draws the same
+        loss = run(GOLDEN["eval.images"], golden_captions("eval"), torch.arange(8))
+        results.append(with_gradients(loss, trained))
+    for found, expected in zip(*results):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item() + 1e-8)
 
 
 def test_negatives_are_drawn_with_their_probabilities():
     model, generator = small_flip(), torch.Generator().manual_seed(0)
-    torch.manual_seed(1)
     images, texts, identity = unit(4, 12), unit(4, 12), torch.tensor([1, 2, 1, 3])
     model.temperature.data.fill_(0.5)
     draws = [model.draw_negatives(images, texts, identity, 1.0, generator) for _ in range(3000)]
@@ -841,7 +667,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     assert torch.load(tmp_path / "flip.pt") == {"model": 1} and len(list(tmp_path.iterdir())) == 1
 
 
-# ---- toyfaces.py: sketches ---------------------------------------------------------------------
+# ---- toyfaces.py -------------------------------------------------------------------------------
 def test_a_sketch_grows_from_a_seventieth_of_its_ink_and_never_loses_any():
     for i in range(20):
         frames = toyfaces.sketch(i, seed=3, size=48)
@@ -852,17 +678,12 @@ def test_a_sketch_grows_from_a_seventieth_of_its_ink_and_never_loses_any():
         assert np.abs(ink - np.arange(1, 71) / 70).max() < 0.15
 
 
-def test_a_sketch_that_is_cut_more_finely_shows_the_same_stages():
+def test_a_sketch_is_the_same_drawing_at_every_size_and_however_finely_it_is_cut():
     for i in range(5):
-        frames = toyfaces.sketch(i, seed=1, size=64)
-        assert (toyfaces.sketch(i, seed=1, size=64, steps=140)[1::2] == frames).all()
-
-
-def test_a_sketch_is_the_same_drawing_at_every_size():
-    for i in range(5):
-        small, large = (toyfaces.sketch(i, size=size)[-1].astype(float) for size in (56, 224))
-        shrunk = large.reshape(56, 4, 56, 4).mean((1, 3))
-        assert np.corrcoef(small.ravel(), shrunk.ravel())[0, 1] > 0.95
+        small, large = (toyfaces.sketch(i, size=size) for size in (56, 224))
+        shrunk = large[-1].astype(float).reshape(56, 4, 56, 4).mean((1, 3))
+        assert np.corrcoef(small[-1].ravel(), shrunk.ravel())[0, 1] > 0.95
+        assert (toyfaces.sketch(i, size=56, steps=140)[1::2] == small).all()
 
 
 def test_finished_sketches_tell_people_apart():
@@ -877,7 +698,6 @@ def test_the_ink_of_a_sketch_lies_on_the_edges_of_its_picture_and_not_of_another
         padded = np.pad(picture, ((1, 1), (1, 1), (0, 0)), "edge")
         windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), (0, 1))
         return np.ptp(windows, axis=(-2, -1)).max(-1) > 12
-
     sharp = [i for i in range(40) if not toyfaces.face(i, 2, 8)[1][ATTRIBUTES.index("Blurry")]]
     inked = [toyfaces.sketch(i, seed=2, size=96, steps=1)[0] > 128 for i in sharp]
     own = [edges(i)[ink].mean() for i, ink in zip(sharp, inked)]
@@ -886,36 +706,28 @@ def test_the_ink_of_a_sketch_lies_on_the_edges_of_its_picture_and_not_of_another
 
 
 def test_glasses_are_drawn_in_one_go_and_change_no_other_line():
-    for i in range(10):
-        attributes = toyfaces.sample_attributes(np.random.default_rng(i))
-        paths = []
-        for attributes[ATTRIBUTES.index("Eyeglasses")] in (False, True):
-            paths.append(toyfaces.pen_path(*toyfaces.describe(attributes, np.random.default_rng(i)))[0])
-        without, with_glasses = paths
-        first = np.flatnonzero((without != with_glasses[:len(without)]).any(1))
-        first = first[0] if len(first) else len(without)
+    glasses = with_true("Eyeglasses")
+    for i, attributes in enumerate(random_faces(10)):
+        without, wearing = (toyfaces.pen_path(*toyfaces.describe(chosen, np.random.default_rng(i)))[0]
+                            for chosen in (attributes & ~glasses, attributes | glasses))
+        differs = (without != wearing[:len(without)]).any(1)
+        first = differs.argmax() if differs.any() else len(without)
         assert first > len(without) / 3
-        assert (with_glasses[len(with_glasses) - len(without) + first:] == without[first:]).all()
+        assert (wearing[len(wearing) - len(without) + first:] == without[first:]).all()
 
 
 def test_every_part_of_a_portrait_is_drawn_by_some_face():
-    parts = set()
-    for i in range(300):
-        rng = np.random.default_rng(i)
-        parts |= {shape.part for shape in toyfaces.describe(toyfaces.sample_attributes(rng), rng)[1]}
-    assert set(toyfaces.TURN) <= parts
+    parts = {shape.part for attributes in random_faces(300)
+             for shape in toyfaces.describe(attributes, np.random.default_rng(0))[1]}
     unseen = {"shade", "shine", "cheek", "makeup", "iris", "glint", "lid", "teeth"}
-    assert parts - set(toyfaces.TURN) == unseen
+    assert set(toyfaces.TURN) <= parts and parts - set(toyfaces.TURN) == unseen
 
 
-# ---- toyfaces.py: the command ------------------------------------------------------------------
 @pytest.mark.parametrize("arguments, sentence", [
-    ("--out faces --count 0", "--count 0: expected at least 1"),
-    ("--out faces --size 3", "--size 3: expected at least 8"),
+    ("--out faces --count 0", "--count 0: expected at least 1"), ("--out a_file", "File exists: 'a_file'"),
+    ("--out faces --size 3", "--size 3: expected at least 8"), ("--sketch absent/s.png", "absent/s.png"),
     ("--out faces --seed -1", "--seed -1: expected at least 0"),
-    ("--out a_file", "File exists: 'a_file'"),
-    ("--sheet sheet.txt", "sheet.txt: expected a picture's name"),
-    ("--sketch absent/sketch.png", "absent/sketch.png")])
+    ("--sheet sheet.txt", "sheet.txt: expected a picture's name")])
 def test_wrong_arguments_of_toyfaces_end_in_a_sentence(tmp_path, monkeypatch, arguments, sentence):
     monkeypatch.chdir(tmp_path)
     Path("a_file").touch()
@@ -954,27 +766,21 @@ def facts_read_back(text):
 
 def test_a_caption_says_what_it_reports_and_nothing_else():
     rng = np.random.default_rng(1)
-    for attributes in random_faces(3000):
+    for attributes in (*random_faces(3000), np.ones(40, dtype=bool)):       # even who has everything
         text, stated = data.caption(attributes, rng)
         assert facts_read_back(text) == {FACTS[i] for i in np.flatnonzero(data.facts_said(stated))}, text
         assert data.consistent(stated[None], attributes[None]).all()
-        if stated[ATTRIBUTES.index("Male")] == 0:
-            neutral = re.search(r"\b(person|individual|they|their)\b", text.lower())
-            assert neutral or "photo" in text or "picture" in text
 
 
 def test_every_phrase_of_the_grammar_reads_back_alone():
-    class Choose:       # dice that prefer one phrase of the table and else take the first
-        def __init__(self, phrase, clause): self.phrase, self.clause = phrase, clause
-        def choice(self, options): return self.phrase if self.phrase in options else options[0]
-        def random(self): return 0.0 if self.clause else 0.99
-        def randrange(self, *_): return 0
-        def sample(self, items, n): return list(items)
-        def shuffle(self, items): pass
     for fact, phrases in enumerate(data.PHRASES):
-        for phrase, clause in itertools.product(phrases, (False, True)):
-            text = data.write([fact], Choose(phrase, clause))
-            assert facts_read_back(text) == {FACTS[fact]}, text
+        texts = [data.write([fact], data.random.Random(seed)) for seed in range(100)]
+        assert all(facts_read_back(text) == {FACTS[fact]} for text in texts)
+        for kind, words in phrases:         # each was there, in both forms where it has two
+            forms = [words.split("{his}")[0]]
+            if kind in data.PARTS:
+                forms = [f"{words} {kind}", f"{kind} {data.PARTS[kind][1]} {words}"]
+            assert all(form.lower() in " ".join(texts).lower() for form in forms), words
 
 
 def test_captions_have_the_lengths_and_the_variety_of_flips():
@@ -986,16 +792,10 @@ def test_captions_have_the_lengths_and_the_variety_of_flips():
     assert len({gram for text in words for gram in zip(text, text[1:], text[2:], text[3:])}) > 25_000
 
 
-def test_a_face_that_has_every_attribute_still_gets_its_caption():
-    text, stated = data.caption(np.ones(40, dtype=bool), np.random.default_rng(0))
-    assert (stated >= 0).all() and len(text.split()) >= 10
-
-
 @pytest.mark.parametrize("names", [
     ("Male", "Young"), ("Male", "Smiling", "Bald"), ("Bangs", "Blond_Hair", "Young")])
 def test_log_likelihood_is_what_simulation_finds(names):
-    """Over all sets a face's captions can state: probabilities add to 1, and agree with 20,000
-    captions."""
+    """For all that captions of a face can state: probabilities add to 1, and agree with draws."""
     attributes, draws, rng = with_true(*names), 20_000, np.random.default_rng(0)
     seen = Counter(data.caption(attributes, rng)[1].tobytes() for _ in range(draws))
     stated = np.array([np.frombuffer(key, dtype=np.int8) for key in seen])
@@ -1008,10 +808,9 @@ def test_log_likelihood_is_what_simulation_finds(names):
 def test_log_likelihood_rules_out_faces_that_contradict_the_caption():
     faces = random_faces(300)
     stated = np.stack([data.caption(attributes, np.random.default_rng(0))[1] for attributes in faces])
-    assert (np.isfinite(data.log_likelihood(stated, faces)) == data.consistent(stated, faces)).all()
-    for t, n in np.random.default_rng(1).integers(300, size=(500, 2)):      # the definition, fact by fact
-        fits = all(s == 0 or (s > 0) == a for s, a in zip(stated[t], faces[n]))
-        assert data.consistent(stated[t:t + 1], faces[n:n + 1])[0, 0] == fits
+    fits = ((stated[:, None] == 0) | ((stated[:, None] > 0) == faces)).all(2)       # fact by fact
+    assert (data.consistent(stated, faces) == fits).all()
+    assert (np.isfinite(data.log_likelihood(stated, faces)) == fits).all()
 
 
 def test_recall_shares_ties_by_chance():
@@ -1022,23 +821,20 @@ def test_recall_shares_ties_by_chance():
 
 
 def test_references_on_captions_worked_by_hand():
-    """Two men, one bald. 'A bald young man' fits one face, 'a young man' both; unsaid baldness
-    hints."""
+    """Two men: 'a bald young man' fits one, 'a young man' both, but leaves baldness unsaid."""
     attributes = np.stack([with_true("Male", "Young", "Bald"), with_true("Male", "Young")])
     references = data.reference_recalls(attributes.astype(np.int8), attributes, k=(1,))
-    assert references["consistency"]["text_to_image"][1] == pytest.approx((1 + 1 / 2) / 2)
-    assert references["consistency"]["image_to_text"][1] == pytest.approx((1 / 2 + 1) / 2)
-    assert references["ceiling"]["text_to_image"][1] == 1 and references["ceiling"]["image_to_text"][1] == 1
+    assert references == {"consistency": {"text_to_image": {1: (1 + 1 / 2) / 2}, "image_to_text": {1: 3 / 4}},
+                          "ceiling": {"text_to_image": {1: 1.0}, "image_to_text": {1: 1.0}}}
 
 
 def test_drawn_captions_are_as_hard_as_planned():
     faces, rng = random_faces(1000), np.random.default_rng(0)
     stated = np.stack([data.caption(attributes, rng)[1] for attributes in faces])
-    references = data.reference_recalls(stated, faces)
+    consistency, ceiling = data.reference_recalls(stated, faces).values()
     for direction in ("text_to_image", "image_to_text"):
-        ceiling, consistency = (references[name][direction] for name in ("ceiling", "consistency"))
-        assert all(ceiling[k] > consistency[k] for k in (1, 5, 10))
-    assert 0.6 < references["consistency"]["text_to_image"][5] < 0.8
+        assert all(ceiling[direction][k] > consistency[direction][k] for k in (1, 5, 10))
+    assert 0.6 < consistency["text_to_image"][5] < 0.8
 
 
 # ---- data.py: sets on disk ---------------------------------------------------------------------
@@ -1050,30 +846,16 @@ def names_in(faces):
     return [path.stem for path in faces.pictures]
 
 
-def refused(folder, sentence, split="train"):
-    """The part is refused in one sentence that has this in it."""
-    error = error_of(data.open_faces, folder, split)
-    assert sentence in error and "\n" not in error, error
-
-
-def edit(path, old, new):
-    assert old in path.read_text()
-    path.write_text(path.read_text().replace(old, new, 1))
-
-
-def write_pictures(folder, names, size=(8, 8)):
-    """Small pictures of different greys."""
+def write_pictures(folder, names, picture=lambda i: Image.new("RGB", (8, 8), (i % 256,) * 3)):
     for i, name in enumerate(names):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", size, (i % 256,) * 3).save(folder / name)
+        picture(i).save(folder / name)
     return folder
 
 
 def write_captions(folder, records=None, name="train.json"):
-    folder.mkdir(exist_ok=True)
-    (folder / "images").mkdir(exist_ok=True)
-    for i in range(4):
-        Image.new("RGB", (50, 60), (60 * i, 90, 60)).save(folder / "images" / f"{i}.png")
+    write_pictures(folder / "images", [f"{i}.png" for i in range(4)],
+                   lambda i: Image.new("RGB", (50, 60), (60 * i, 90, 60)))
     records = records or [{"image": f"{i}.png", "image_id": "ab"[i // 2],
                            "caption": [f"face {i}", f"the face {i}"]} for i in range(4)]
     (folder / name).write_text(records if isinstance(records, str) else json.dumps(records))
@@ -1099,101 +881,44 @@ def test_one_caption_list_is_split_so_that_a_person_is_in_one_part(tmp_path):
         assert len(set.union(*parts)) == sum(map(len, parts)) == 400 and len(parts[0]) > 330
 
 
-@pytest.mark.parametrize("records, sentence", [
-    ([{"caption": "a face"}], "json lists train: train.json record 0 (counted from 0) names no picture"),
-    ([{"image": "7.png", "caption": "a face"}], "json lists train: 1 of 1 pictures are not there, the first"),
-    ([{"image": "0.png"}], "record 0 (counted from 0) (0.png): expected captions that are text and not "),
-    ([{"image": "0.png", "caption": 5}], "(0.png): expected captions that are text and not empty (TypeError"),
-    ([{"image": "0.png", "caption": ["a face", " . !"]}], "(found ' . !')"),
-    ([{"image": "0.png", "caption": "half a letter \ud800"}], "(found 'half a letter \\ud800')"),
-    ([{"image": "0.png", "caption": "binary \0 data"}], "(found 'binary \\x00 data')"),
-    ('["0.png"]', 'train.json record 0 (counted from 0): expected {"image": path, "image_id": '),
-    ("[]", "json lists train: no faces, expected at least one in this part; found {}"),
-    ('[{"image": "0.png",\n "caption" "a face"}]', "train.json: expected a json list (Expecting ':'"),
-    ('{"image": "0.png"}', 'train.json: expected a json list (found a dict)'),
-])
-def test_a_record_that_a_face_cannot_be_made_of_is_refused_with_one_sentence(tmp_path, records, sentence):
-    refused(write_captions(tmp_path, records), sentence)
+VALUES, PARTITION = "list_attr_celeba.txt", "list_eval_partition.txt"
 
 
 def write_celeba(folder, kaggle=False, count=6):
-    images = folder / "img_align_celeba" / ("img_align_celeba" if kaggle else ".")
-    images.mkdir(parents=True)
-    attributes, names = random_faces(count), [f"{i + 1:06d}.jpg" for i in range(count)]
-    for i, name in enumerate(names):
-        Image.new("RGB", (178, 218), (40 * i, 90, 60)).save(images / name)
+    """As it is distributed, or as Kaggle has it."""
+    names, attributes = [f"{i + 1:06d}.jpg" for i in range(count)], random_faces(count)
+    write_pictures(folder / "img_align_celeba" / ("img_align_celeba" if kaggle else "."), names,
+                   lambda i: Image.new("RGB", (178, 218), (40 * i, 90, 60)))
     rows = [[name, *np.where(row, "1", "-1")] for name, row in zip(names, attributes)]
     parts = [[name, "0" if i < count - 2 else str(i - count + 3)] for i, name in enumerate(names)]
     if kaggle:
-        rows, parts = [["image_id", *ATTRIBUTES], *rows], [["image_id", "partition"], *parts]
-        quoted = [",".join(f'"{field}"' for field in row) for row in rows]
+        quoted = [",".join(f'"{field}"' for field in row) for row in [["image_id", *ATTRIBUTES], *rows]]
         (folder / "list_attr_celeba.csv").write_text("\n".join(quoted))
-        (folder / "list_eval_partition.csv").write_text("\n".join(",".join(row) for row in parts))
+        lines = ["image_id,partition", *(",".join(row) for row in parts)]
+        (folder / "list_eval_partition.csv").write_text("\n".join(lines))
     else:
         lines = [f"{count}", " ".join(ATTRIBUTES) + " ", *("  ".join(row) for row in rows)]
-        (folder / "list_attr_celeba.txt").write_text("\n".join(lines) + "\n")
-        (folder / "list_eval_partition.txt").write_text("\n".join(" ".join(row) for row in parts) + "\n")
-    return attributes
+        (folder / VALUES).write_text("\n".join(lines) + "\n")
+        (folder / PARTITION).write_text("\n".join(" ".join(row) for row in parts) + "\n")
+    return folder
 
 
 @pytest.mark.parametrize("kaggle", [False, True])
 def test_celeba_is_read_in_its_own_and_in_kaggles_layout(tmp_path, kaggle):
-    attributes = write_celeba(tmp_path, kaggle)
-    train, val, test = parts_of(tmp_path)
+    attributes = random_faces(6)
+    train, val, test = parts_of(write_celeba(tmp_path, kaggle))
     assert (train.attributes == attributes[:4]).all() and (test.attributes == attributes[5:]).all()
-    assert [len(faces) for faces in (train, val, test)] == [4, 1, 1] and len(set(train.identity)) == 4
+    assert len(val) == 1 and len(set(train.identity)) == 4
     assert val.picture(0).size == (178, 218) and val.pictures[0].name == "000005.jpg"
     text, _ = data.caption(attributes[4], np.random.default_rng(0))
     assert val.caption(0, np.random.default_rng(0)) == text
 
 
-VALUES, PARTITION = "list_attr_celeba.txt", "list_eval_partition.txt"
-
-
-@pytest.mark.parametrize("name, old, new, sentence", [
-    (VALUES, "02.jpg  -1", "02.jpg", "CelebA train: list_attr_celeba.txt line 4 has 39 values, expected 40"),
-    (VALUES, "02.jpg  -1", "02.jpg  2", "(000002.jpg): expected 1, 0 or -1 for every attribute (KeyEr"),
-    (VALUES, "Bald", "Bold", "list_attr_celeba.txt line 2 should name the 40 attributes of CelebA, found 5_"),
-    (VALUES, "000002", "000001", "list_attr_celeba.txt line 4 lists 000001.jpg a second time, in one part"),
-    (VALUES, "6\n", "7\n", "list_attr_celeba.txt line 8: the list announces 7 pictures, but 6 follow"),
-    (PARTITION, "03.jpg 0", "03.jpg 7", "line 5 has 000003.jpg in part '7 of list_eval_partition', expected"),
-    (PARTITION, "03.jpg 0", "02.jpg 2", "has 000002.jpg in part '0 and 2 of list_eval_partition', expected"),
-    (PARTITION, "000006.jpg 2\n", "", "line 8 has 000006.jpg in part 'none of list_eval_partition', exp"),
-    (PARTITION, "6.jpg", "6.jpg 2\n9.jpg", "that list_attr_celeba does not have, the first is 9.jpg"),
-])
-def test_a_faulty_celeba_is_refused_with_one_sentence(tmp_path, name, old, new, sentence):
-    write_celeba(tmp_path)
-    edit(tmp_path / name, old, new)
-    refused(tmp_path, sentence)
-
-
-def test_what_is_not_there_is_named(tmp_path):
-    assert "nowhere: no such folder or file" in error_of(data.open_faces, tmp_path / "nowhere", "train")
-    refused(tmp_path, f"{tmp_path}: found none of sketch/train (FS2K-SDE), anno_*.json (FS2K), ")
-    (tmp_path / "faces.parquet").touch()
-    refused(tmp_path / "faces.parquet", "FaceCaption-15M's .parquet has the addresses of its pictures only")
-    write_celeba(tmp_path)
-    (tmp_path / PARTITION).unlink()
-    refused(tmp_path, "CelebA train: [Errno 2] No such file or directory: ")
-
-
-def test_faces_are_checked_when_made():
-    faces = drawn(3)
-    assert error_of(faces.subset, []) == "drawn: no faces, expected at least one in this part"
-    error = error_of(dataclasses.replace, faces, sketches=np.zeros((2, 5, 8, 8), np.uint8))
-    assert error == "drawn: 3 pictures, but 2 entries in sketches"
-    silent = dataclasses.replace(faces, attributes=None)
-    sentence = "drawn: expected captions, or attributes to write them from, found none"
-    assert error_of(silent.caption, 0, np.random.default_rng(0)) == sentence
-    assert error_of(data.Batches, silent, TOKENIZER, 8, 2) == sentence
-
-
 def spoil_pictures(folder):
     """Cut the JPEG of face 1 short, make face 2 a text file, face 3 PostScript."""
-    write_celeba(folder)
-    images = folder / "img_align_celeba"
-    rng = np.random.default_rng(0)
-    Image.fromarray(rng.integers(0, 255, (218, 178, 3), dtype=np.uint8)).save(images / "000002.jpg")
+    images = write_celeba(folder) / "img_align_celeba"
+    noise = np.random.default_rng(0).integers(0, 255, (218, 178, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(images / "000002.jpg")
     (images / "000002.jpg").write_bytes((images / "000002.jpg").read_bytes()[:9000])
     (images / "000003.jpg").write_text("not a picture")
     postscript = "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n"
@@ -1201,18 +926,15 @@ def spoil_pictures(folder):
     return data.open_faces(folder, "train")
 
 
-def test_a_damaged_picture_is_named(tmp_path):
+def test_a_damaged_picture_is_named_in_one_sentence_also_by_a_worker(tmp_path):
     faces = spoil_pictures(tmp_path)
     truncated, other = error_of(faces.picture, 1), error_of(faces.picture, 2)
     assert re.match("CelebA train, record 1: .*000002.jpg cannot be read completely: image file ", truncated)
     assert re.fullmatch("CelebA train, record 2: .*000003.jpg is not a picture", other)
     with pytest.raises(ValueError, match="000004.jpg is not a picture\n3 of 4 pictures are bad$"):
         data.check_pictures(faces)
-
-
-def write_pickle(path, value):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(value if isinstance(value, bytes) else pickle.dumps(value))
+    error = error_of(take, data.Batches(faces, TOKENIZER, 16, 4, workers=1), 0, 1)
+    assert re.fullmatch("CelebA train, record .: .*00000..jpg (cannot be read .*|is not a picture)", error)
 
 
 def write_mm_celeba(folder, numbers=(*range(2, 42), 24000, 24001), pickles=False):
@@ -1220,9 +942,9 @@ def write_mm_celeba(folder, numbers=(*range(2, 42), 24000, 24001), pickles=False
     (folder / "text/celeba-caption").mkdir(parents=True)
     for n in numbers:
         (folder / f"text/celeba-caption/{n}.txt").write_text(f"face {n}.\n\n  the face {n}.  \n")
-    if pickles:
-        write_pickle(folder / "train/filenames.pickle", ["2", "10.jpg", b"3", 4])
-        write_pickle(folder / "test/filenames.pickle", ["5"])
+    for part, names in (("train", ["2", "10.jpg", b"3", 4]), ("test", ["5"])) if pickles else ():
+        (folder / part).mkdir()
+        (folder / part / "filenames.pickle").write_bytes(pickle.dumps(names))
     return folder
 
 
@@ -1235,26 +957,18 @@ def test_mm_celeba_is_split_by_number_or_by_pickled_lists_and_val_comes_off_the_
     assert names_in(train) == ["2", "3", "4"] and names_in(val) == ["10"] and names_in(test) == ["5"]
 
 
-class Malicious:
-    def __reduce__(self):
-        return os.mkdir, ("malicious-pickle-ran",)
-
-
-def dialog(overall, **parts):
-    return {"overall_caption": overall, "attribute_wise_captions": parts}
-
-
-def write_dialog(folder, records, images="images"):
+def write_dialog(folder, records=(), images="images"):
     write_pictures(folder / images, [f"{n}.jpg" for n in (*range(39), 24000)])
     (folder / "captions_hq.json").write_text(json.dumps(records))
+    return folder
 
 
 @pytest.mark.parametrize("images", ["images", "image", "."])
 def test_celeba_dialog_is_read_without_the_picture_that_never_was(tmp_path, images):
-    records = {f"{n}.jpg": dialog(f"face {n}") for n in (5380, *range(39), 24000)}
-    records["1.jpg"] = dialog(" ", Bangs="Short bangs.", Young="", Smiling="No smile.")
-    write_dialog(tmp_path, records, images)
-    train, val, test = parts_of(tmp_path)
+    records = {f"{n}.jpg": {"overall_caption": f"face {n}"} for n in (5380, *range(39), 24000)}
+    parts = {"Bangs": "Short bangs.", "Young": "", "Smiling": "No smile."}
+    records["1.jpg"] = {"overall_caption": " ", "attribute_wise_captions": parts}
+    train, val, test = parts_of(write_dialog(tmp_path, records, images))
     assert [len(train), names_in(val), names_in(test)] == [37, ["37", "38"], ["24000"]]
     assert train.captions[:2] == [["face 0"], ["Short bangs.  No smile."]] and test.picture(0).size == (8, 8)
 
@@ -1262,100 +976,89 @@ def test_celeba_dialog_is_read_without_the_picture_that_never_was(tmp_path, imag
 SHUFFLED = [ATTRIBUTES[i] for i in np.random.default_rng(5).permutation(40)]    # not in CelebA's order
 
 
-def lfwa_faces(persons=30):
-    """(names with backslashes, labels bool (I, 40) in CelebA's order): two pictures of each
-    person."""
-    names = [f"P_{n // 2}\\P_{n // 2}_{n % 2 + 1:04d}.jpg" for n in range(2 * persons)]
-    return names, random_faces(len(names))
-
-
-def shuffled(labels, false):
-    return np.where(labels[:, [ATTRIBUTES.index(name) for name in SHUFFLED]], 1, false)
+def write_lfwa(folder):
+    """Two pictures of each of 30 persons: names with backslashes, labels in SHUFFLED's order."""
+    names = [f"P_{n // 2}\\P_{n // 2}_{n % 2 + 1:04d}.jpg" for n in range(60)]
+    write_pictures(folder, [name.replace("\\", "/") for name in names])
+    return names, random_faces(60)[:, [ATTRIBUTES.index(name) for name in SHUFFLED]]
 
 
 def write_lfwa_lists(folder, below="lfw"):
     """The training list holds all pictures, the test's too, as the official one may."""
-    names, labels = lfwa_faces()
-    write_pictures(folder / below, [name.replace("\\", "/") for name in names])
-    lines = [f"{name},{','.join(map(str, row))}" for name, row in zip(names, shuffled(labels, 0))]
+    names, rows = write_lfwa(folder / below)
+    lines = [f"{name},{','.join(map(str, row))}" for name, row in zip(names, np.where(rows, 1, 0))]
     header = ",".join(["path", *(name.replace("_", " ").lower() for name in SHUFFLED)])
     (folder / "list_attr_lfwa.csv").write_text("\n".join([header, *lines]))
     (folder / "list_attr_lfwa_test.csv").write_text("\n".join([header, *lines[40:]]))
-    return labels
+    return folder
 
 
 def write_lfwa_matlab(folder, transposed=False, **changes):
     h5py = pytest.importorskip("h5py")
-    names, labels = lfwa_faces()
-    write_pictures(folder / "lfw", [name.replace("\\", "/") for name in names])
-    matrix = shuffled(labels, -1).astype(float)
-    matrix[matrix < 0] = np.random.default_rng(0).integers(-1, 1, (matrix < 0).sum())       # -1 and 0 mixed
-    contents = {"name": names, "AttrName": [name.replace("_", " ") for name in SHUFFLED], "label": matrix,
-                "indices_img_train": np.arange(1, 41), "indices_img_test": np.arange(41, 61),
-                "indices_identity_train": [1], **changes}
-    for path, variables in (
-            ("lfw_att_40.mat", ("name", "AttrName", "label")),
-            ("indices_train_test.mat", ("indices_identity_train", "indices_img_train", "indices_img_test"))):
-        with h5py.File(folder / path, "w") as file:
-            for variable in variables:
-                value = contents[variable]
-                if isinstance(value, list) and value and isinstance(value[0], str):
-                    codes = [np.array([[ord(c)] for c in text], np.uint16) for text in value]
-                    texts = [file.create_dataset(f"#refs#/{variable}{i}", data=code)
-                             for i, code in enumerate(codes)]
-                    file.create_dataset(variable, data=[[text.ref] for text in texts], dtype=h5py.ref_dtype)
-                elif value is not None:             # HDF5 has MATLAB's axes reversed
-                    file[variable] = value if transposed else np.atleast_2d(value).T
-    return labels
+    names, rows = write_lfwa(folder / "lfw")
+    matrix = rows.astype(float)
+    matrix[~rows] = np.random.default_rng(0).integers(-1, 1, (~rows).sum())     # -1 and 0 mixed
+    numbers = {"label": matrix, "indices_identity_train": [1], "indices_img_train": np.arange(1, 41),
+               "indices_img_test": np.arange(41, 61)} | changes
+    texts = {"name": names, "AttrName": [name.replace("_", " ") for name in SHUFFLED]}
+    faces, parts = (h5py.File(folder / name, "w") for name in ("lfw_att_40.mat", "indices_train_test.mat"))
+    with faces, parts:
+        for variable, lines in texts.items():
+            codes = [np.array([[ord(c)] for c in line], np.uint16) for line in lines]
+            refs = [[faces.create_dataset(f"#refs#/{variable}{i}", data=code).ref]
+                    for i, code in enumerate(codes)]
+            faces.create_dataset(variable, data=refs, dtype=h5py.ref_dtype)
+        for variable, value in numbers.items():     # HDF5 has MATLAB's axes reversed
+            file = faces if variable == "label" else parts
+            file[variable] = value if transposed else np.atleast_2d(value).T
+    return folder
 
 
 @pytest.mark.parametrize("write", [
     write_lfwa_lists, lambda d: write_lfwa_lists(d, "."), write_lfwa_matlab,
     lambda d: write_lfwa_matlab(d, transposed=True)])
 def test_lfwa_is_read_from_lists_and_from_matlab_and_no_person_is_in_two_parts(tmp_path, write):
-    labels = dict(zip([name.replace("\\", "/") for name in lfwa_faces()[0]], write(tmp_path)))
-    train, val, test = parts_of(tmp_path)
+    train, val, test = parts = parts_of(write(tmp_path))
     assert len(train) + len(val) == 40 and len(test) == 20 and len(val) > 0
-    people = [set(faces.identity) for faces in (train, val, test)]
+    people = [set(faces.identity) for faces in parts]
     assert len(set.union(*people)) == sum(map(len, people)) == 30
-    for faces in (train, val, test):
-        for path, row in zip(faces.pictures, faces.attributes):
-            assert (labels[f"{path.parent.name}/{path.name}"] == row).all()
+    for faces in parts:
+        numbers = [name.split("_")[1:] for name in names_in(faces)]
+        rows = [2 * int(person) + int(picture) - 1 for person, picture in numbers]
+        assert (faces.attributes == random_faces(60)[rows]).all()
 
 
 def test_an_lfwa_list_alone_keeps_persons_for_the_test(tmp_path):
-    write_lfwa_lists(tmp_path)
-    (tmp_path / "list_attr_lfwa_test.csv").unlink()
+    (write_lfwa_lists(tmp_path) / "list_attr_lfwa_test.csv").unlink()
     train, test = (set(data.open_faces(tmp_path, split).identity) for split in ("train", "test"))
     assert not train & test and len(test) > 8 and len(train) > 8
 
 
-def write_tar(folder, records=60, picture=True, text=None, **changes):
-    """A tar of records, two faces at each address; what is given besides the number is of record
-    3."""
-    pixels, members = io.BytesIO(), {}
+NO_PICTURE = {"000000003.jpg": b""}
+
+
+def write_tar(folder, members={}, records=60, **changes):
+    """Records, two faces at each address; the changes are of record 3, `members` of the tar's."""
+    pixels, found = io.BytesIO(), {}
     grey = np.add.outer(np.arange(40), np.arange(50)).astype(np.uint8)
     Image.fromarray(grey).convert("RGB").save(pixels, "png")
     for i in range(records):
         record = {"status": "success", "caption": [f"face {i}", f"the face {i}"],
-                  "box": f"[0, {i % 4}, 30, 20]", "url": f"http://{i // 2}"}
-        members |= {f"{i:09d}.jpg": pixels.getvalue(), f"{i:09d}.txt": b"x",
-                    f"{i:09d}.json": json.dumps(record | (changes if i == 3 else {})).encode()}
-    if not picture:
-        del members["000000003.jpg"]
-    if text:
-        members["000000003.json"] = text
+                  "box": f"[0, {i % 4}, 30, 20]", "url": f"http://{i // 2}"} | (changes if i == 3 else {})
+        found |= {f"{i:09d}.jpg": pixels.getvalue(), f"{i:09d}.txt": b"x",
+                  f"{i:09d}.json": json.dumps(record).encode()}
     with tarfile.open(folder / "00000.tar", "w") as tar:
-        for name, content in members.items():
+        for name, content in (found | members).items():
             info = tarfile.TarInfo(name)
             info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
+            if content:
+                tar.addfile(info, io.BytesIO(content))
     (folder / "00000_stats.json").write_text("{}")          # img2dataset leaves one beside each tar
     return folder
 
 
 def test_a_download_in_tars_is_read_in_place_cropped_and_split_by_address(tmp_path):
-    parts = parts_of(write_tar(tmp_path, 200, picture=False, status="failed_to_download"))
+    parts = parts_of(write_tar(tmp_path, NO_PICTURE, 200, status="failed_to_download"))
     names = [picture.name for faces in parts for picture in faces.pictures]
     assert len(names) == len(set(names)) == 199 and "000000003.jpg" not in names
     addresses = [{int(texts[0].split()[1]) // 2 for texts in faces.captions} for faces in parts]
@@ -1378,17 +1081,6 @@ def test_a_tar_is_listed_once_until_it_changes(tmp_path, monkeypatch):
     assert "dear" in data.open_faces(tmp_path, "train").captions[0][0]
 
 
-@pytest.mark.parametrize("changes, sentence", [
-    (dict(box=None), "00000.tar: 000000003.json: expected a picture and img2dataset's json, with the"),
-    (dict(box="[1, 2, 3]"), "(not enough values"), (dict(box=[0, 0, 1e999, 5]), "(OverflowError"),
-    (dict(box="[9, 0, 9, 5]"), "(the box [9, 0, 9, 5] is empty)"), (dict(text=b"{}"), "'status'"),
-    (dict(box="[" * 100_000), "(RecursionError"), (dict(text=b"{"), "(Expecting property name"),
-    (dict(picture=False), "url kept (KeyError: '000000003')"), (dict(caption=None), "03.jpg): expected"),
-])
-def test_a_faulty_download_is_refused_with_one_sentence(tmp_path, changes, sentence):
-    refused(write_tar(tmp_path, **changes), sentence)
-
-
 def test_a_damaged_tar_picture_or_box_is_named_when_it_is_met(tmp_path):
     crop = data.open_faces(write_tar(tmp_path), "train").pictures[0]
     assert "is outside" in error_of(crop._replace(box=(50, 0, 60, 9)).open)
@@ -1399,7 +1091,8 @@ def test_a_damaged_tar_picture_or_box_is_named_when_it_is_met(tmp_path):
         header = tar.getmembers()[20].offset            # one bad header, and tarfile takes it for the end
     for damaged in (whole[:3000], whole[:header] + b"x" * 512 + whole[header + 512:]):
         (tmp_path / "00000.tar").write_bytes(damaged)
-        refused(tmp_path, "00000.tar: expected a complete tar; download it anew, or take it away (ReadError")
+        error = error_of(data.open_faces, tmp_path, "train")
+        assert "00000.tar: expected a complete tar; download it anew, or take it away (ReadError" in error
 
 
 # ---- data.py: photos with sketches -------------------------------------------------------------
@@ -1407,10 +1100,9 @@ def write_fs2k(folder):
     """Photos that share their numbers between folders; sketches dark on paper."""
     names = [f"photo{p}/image01{n:02d}" for p in (1, 2, 3) for n in range(10)]
     write_pictures(folder / "photo", [f"{name}.{'png' if name < 'photo2' else 'jpg'}" for name in names])
-    for name in names:
-        path = folder / "sketch" / f"{name.replace('photo', 'sketch').replace('image', 'sketch')}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.where(np.eye(8), 0, 255).astype(np.uint8)).save(path)
+    write_pictures(folder / "sketch",
+                   [f"{name.replace('photo', 'sketch').replace('image', 'sketch')}.png" for name in names],
+                   lambda _: Image.fromarray(np.where(np.eye(8), 0, 255).astype(np.uint8)))
     for part, chosen in (("train", names[:20]), ("test", names[20:])):
         records = [{"image_name": name, "style": 0} for name in chosen[::-1]]
         (folder / f"anno_{part}.json").write_text(json.dumps(records))
@@ -1428,16 +1120,13 @@ def test_fs2k_has_one_finished_sketch_of_each_photo_and_no_text(tmp_path):
 
 
 def write_sde(folder, style="{photo}_{step}", photo="photo1/image01{n:02d}", steps=12, count=20):
-    names = [photo.format(n=n) for n in range(count)]
-    write_pictures(folder / "photo", [f"{name}.jpg" for name in names])
+    names, sketches = [photo.format(n=n) for n in range(count)], []
     for n, name in enumerate(names):
         flat = name.replace("/", "_")
-        for step in range(1, steps + 1):
-            sketch = style.format(photo=flat, stem=flat[-9:], path=name, step=step)
-            path = folder / "sketch" / ("train" if n < 15 else "test") / f"{sketch}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.new("L", (8, 8), step).save(path)
-    return folder
+        sketches += [f"{'train' if n < 15 else 'test'}/" + style.format(
+            photo=flat, stem=flat[-9:], path=name, step=step) + ".png" for step in range(1, steps + 1)]
+    write_pictures(folder / "photo", [f"{name}.jpg" for name in names])
+    return write_pictures(folder / "sketch", sketches, lambda i: Image.new("L", (8, 8), i % steps + 1)).parent
 
 
 @pytest.mark.parametrize("style, photo", [
@@ -1466,59 +1155,67 @@ def test_photos_of_sketches_have_the_captions_of_a_list_beside_them(tmp_path):
     assert data.open_faces(tmp_path, "test").captions == [["the last"]]
 
 
-def captions_beside(d, *images):
-    (d / "train.json").write_text(json.dumps([{"image": image, "caption": "a face"} for image in images]))
+pickled = lambda folder: write_mm_celeba(folder, pickles=True)
+MALICIOUS = b"cposix\nmkdir\n(S'malicious-pickle-ran'\ntR."          # os.mkdir("malicious-pickle-ran")
+SKETCH, PICKLE = "sketch/train/photo1_image0104_7.png", "train/filenames.pickle"
 
 
-def pickled(part, names):
-    return lambda d: write_pickle(write_mm_celeba(d, pickles=True) / part / "filenames.pickle", names)
-
-
-def without(write, name):
-    return lambda d: (write(d), (d / name).unlink())
-
-
-def beside_sketches(*names):
-    return lambda d: write_pictures(write_sde(d), names)
-
-
-SKETCH, PHOTO = "sketch/train/photo1_image0104_7.png", "photo/photo1/image0104.jpg"
-
-
-@pytest.mark.parametrize("write, sentence", [
-    (pickled("train", ["2", Malicious()]), "(UnpicklingError: it asks to run posix.mkdir)"),
-    (pickled("train", b"nonsense"), "train/filenames.pickle: expected a plain pickled list, of names such"),
-    (pickled("train", ["2", ["2"]]), """invalid literal for int() with base 10: "['2']")"""),
-    (pickled("test", ["2.jpg"]), "MM-CelebA-HQ train: face 2 lists 2.jpg a second time, in one part or two"),
-    (pickled("train", ["2", "98", "99"]), "MM-CelebA-HQ train: face 98 (98.jpg): expected captions that are"),
-    (lambda d: write_dialog(d, []), "captions_hq.json: expected a json dictionary"),
-    (lambda d: write_dialog(d, {f"{n}.jpg": dialog("", Bangs="") for n in "12"}), "train: face 1 (1.jpg)"),
-    (lambda d: write_dialog(d, {"0.jpg": "text"}), "hq.json record '0.jpg': expected \"0.jpg\": {\"ov"),
-    (lambda d: write_dialog(d, {"a.jpg": dialog("face")}), "hq.json record 'a.jpg': expected \"0.j"),
-    (lambda d: write_lfwa_matlab(d, label=np.full((60, 40), 2.0)), "lfw_att_40.mat row 1 (counted from 1) ("),
-    (lambda d: write_lfwa_matlab(d, label=np.ones((50, 40))), "lfw_att_40.mat: expected a complete MATLAB"),
-    (lambda d: write_lfwa_matlab(d, indices_img_train=np.arange(40)), "from 1 to 60 (KeyError: 0)"),
-    (lambda d: write_lfwa_matlab(d, indices_img_test=None), "object 'indices_img_test' doesn't exist"),
-    (without(write_lfwa_matlab, "indices_train_test.mat"), "indices_train_test.mat: expected a complete MAT"),
-    (without(write_sde, SKETCH), "photo1/image0104.jpg has no step 7, unlike most"),
-    (without(write_sde, PHOTO), "(photo1_image0104 is the name of no picture, or of several"),
-    (beside_sketches(SKETCH.replace("7", "13")), "photo1/image0104.jpg has a step 13, unlike most"),
-    (beside_sketches(SKETCH.replace("7", "07")), "_07.png is the same step)"),
-    (beside_sketches(SKETCH.replace("train", "test")), "photo1/image0104.jpg a second time, in one part"),
-    (beside_sketches("sketch/train/image.png"), "image.png: expected a name such as image0110_7.png, of one"),
-    (lambda d: write_pictures(write_sde(d, "{stem}_{step}"), ["photo/photo2/image0104.jpg"]),
-     "(image0104 is the name of no picture, or of several"),
-    (lambda d: captions_beside(write_sde(d), "image0101.jpg"), "image0100.jpg): expected captions that are"),
-    (lambda d: captions_beside(write_sde(d), "1/image0101.jpg", "2/image0101.jpg"), "may both mean /"),
-    (without(write_fs2k, "anno_train.json"), "anno_train.json: expected a json list (FileNotFoundError: "),
-    (without(write_fs2k, "sketch/sketch1/sketch0104.png"), "FS2K train: anno_train.json record 15 (counted"),
-    (lambda d: edit(write_fs2k(d) / "anno_train.json", "image_name", "name"), "(KeyError: 'image_name')"),
-    (lambda d: edit(write_fs2k(d) / "anno_test.json", "photo3/", "photo1/"), "0109.png a second time"),
+@pytest.mark.parametrize("write, name, change, sentence", [
+    (lambda d: d, "faces.parquet", b"", "*.json (json list). (FaceCaption-15M's .parquet has the addr"),
+    # what the validator refuses, whatever the layout
+    (write_captions, "train.json", b"[]", "no faces, expected at least one in this part; found {}"),
+    (write_captions, "train.json", b'[{"caption": "a face"}]', "record 0 (counted from 0) names no picture"),
+    (write_captions, "images/3.png", None, "json lists train: 1 of 4 pictures are not there, the first is"),
+    (write_captions, "train.json", b'[{"image": "0.png"}]', "(0.png): expected captions that are text and "),
+    (write_captions, "train.json", (b'["face 0"', b'[7'), "(0.png): expected captions that are text"),
+    (write_captions, "train.json", (b"the face 0", b" . !"), "(found ' . !')"),
+    (write_captions, "train.json", (b"the face", rb"half a \ud800"), "(found 'half a \\ud800 0')"),
+    (write_captions, "train.json", (b"the face", rb"binary \u0000"), "(found 'binary \\x00 0')"),
+    (write_celeba, VALUES, (b"02.jpg  -1", b"02.jpg  2"), "(000002.jpg): expected 1, 0 or -1 for every"),
+    (write_celeba, PARTITION, (b"3.jpg 0", b"2.jpg 2"), "has 000002.jpg in part '0 and 2 of list_ev"),
+    (pickled, "test/filenames.pickle", pickle.dumps(["2"]), "face 2 lists 2.jpg a second time, in"),
+    (write_sde, SKETCH, None, "photo1/image0104.jpg has no step 7, unlike most"),
+    (write_sde, SKETCH.replace("7", "13"), b"", "photo1/image0104.jpg has a step 13, unlike most"),
+    # and what the readers do
+    (write_captions, "train.json", b'["0.png"]', 'record 0 (counted from 0): expected {"image": path'),
+    (write_captions, "train.json", b"{}", "train.json: expected a json list (found a dict)"),
+    (write_captions, "train.json", b'[{"image" "0.png"}]', "train.json: expected a json list (Expecting ':'"),
+    (write_celeba, VALUES, (b"02.jpg  -1", b"02.jpg"), "CelebA train: list_attr_celeba.txt line 4 has 39"),
+    (write_celeba, VALUES, (b"Bald", b"Bold"), "line 2 should name the 40 attributes of CelebA, found 5_"),
+    (write_celeba, VALUES, (b"6\n", b"7\n"), "line 8: the list announces 7 pictures, but 6 follow"),
+    (write_celeba, PARTITION, (b"000006.jpg 2\n", b""), "000006.jpg in part 'none of list_eval_partition'"),
+    (write_celeba, PARTITION, (b"6.jpg", b"6.jpg 2\n9.jpg"), "that list_attr_celeba does not have, the fi"),
+    (write_celeba, PARTITION, None, "CelebA train: [Errno 2] No such file or directory: "),
+    (pickled, PICKLE, MALICIOUS, "(UnpicklingError: it asks to run posix.mkdir)"),
+    (pickled, PICKLE, pickle.dumps(["2", "98", "99"]), "face 98 (98.jpg): expected captions that are"),
+    (write_dialog, "captions_hq.json", b"[]", "captions_hq.json: expected a json dictionary"),
+    (write_dialog, "captions_hq.json", b'{"0.jpg": "text"}', "record '0.jpg': expected \"0.jpg\": {\"ov"),
+    (lambda d: write_tar(d, box=None), "x", b"", "00000.tar: 000000003.json: expected a picture"),
+    (lambda d: write_tar(d, box="[9, 0, 9, 5]"), "x", b"", "(the box [9, 0, 9, 5] is empty)"),
+    (lambda d: write_tar(d, box="[" * 100_000), "x", b"", "(RecursionError"),
+    (lambda d: write_tar(d, {"000000003.json": b"{}"}), "x", b"", "'status'"),
+    (lambda d: write_tar(d, NO_PICTURE), "x", b"", "'000000003')"),
+    (lambda d: write_lfwa_matlab(d, label=np.ones((50, 40))), "x", b"", "att_40.mat: expected a com"),
+    (lambda d: write_lfwa_matlab(d, indices_img_train=np.arange(40)), "x", b"", "to 60 (KeyError: 0)"),
+    (write_sde, "photo/photo1/image0104.jpg", None, "(photo1_image0104 is the name of no picture, or of sev"),
+    (lambda d: write_sde(d, "{stem}_{step}"), "photo/photo2/image0104.jpg", b"", "(image0104 is the "),
+    (write_sde, SKETCH.replace("7", "07"), b"", "_07.png is the same step)"),
+    (write_sde, "sketch/train/image.png", b"", "image.png: expected a name such as image0110_7.png, of one"),
+    (write_sde, "train.json", b'[{"image": "image0101.jpg", "caption": "x"}]', "image0100.jpg): expected"),
+    (write_sde, "train.json", b'[{"image": "1/image0101.jpg"}, {"image": "2/image0101.jpg"}]', "may both"),
+    (write_fs2k, "sketch/sketch1/sketch0104.png", None, "FS2K train: anno_train.json record 15 (counted"),
 ])
-def test_a_faulty_set_is_refused_with_one_sentence_and_no_pickle_runs(tmp_path, monkeypatch, write, sentence):
+def test_a_faulty_set_is_refused_with_one_sentence_and_no_pickle_runs(
+        tmp_path, monkeypatch, write, name, change, sentence):
+    """A file gets new content, or (what is replaced, with what), or is taken away: None."""
     monkeypatch.chdir(tmp_path)
-    write(tmp_path)
-    refused(tmp_path, sentence)
+    path = write(tmp_path) / name
+    if change is None:
+        path.unlink()
+    else:
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(path.read_bytes().replace(*change, 1) if isinstance(change, tuple) else change)
+    assert sentence in error_of(data.open_faces, tmp_path, "train")
     assert not (tmp_path / "malicious-pickle-ran").exists()
 
 
@@ -1529,10 +1226,7 @@ def test_drawn_faces_are_kept_and_an_interrupted_drawing_leaves_nothing(tmp_path
     assert (faces.pictures[4] == np.asarray(image)).all() and (faces.attributes[4] == attributes).all()
     monkeypatch.setattr(toyfaces, "face", lambda *_: pytest.fail("drawn again"))
     assert (data.drawn_faces(5, 24, 3, tmp_path).pictures == faces.pictures).all()
-
-    def interrupt(*_):
-        raise KeyboardInterrupt
-    monkeypatch.setattr(data, "tqdm", interrupt)
+    monkeypatch.setattr(data, "tqdm", lambda *_: signal.raise_signal(signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
         data.drawn_faces(6, 24, 3, tmp_path)
     path, = tmp_path.iterdir()
@@ -1545,8 +1239,7 @@ def test_drawn_sketches_are_of_the_drawn_faces(tmp_path):
     faces = data.drawn_faces(4, 24, 3, tmp_path, steps=6)
     assert (faces.pictures == data.drawn_faces(4, 24, 3, tmp_path).pictures).all() and faces.steps == 6
     assert (faces.sketches[2] == toyfaces.sketch(2, 3, 24, 6)).all()
-    assert (np.asarray(faces.sketch(2, 5)) == faces.sketches[2, 5][..., None]).all()
-    assert faces.sketch(2, 5).mode == "RGB" and (faces.subset([3]).sketches[0] == faces.sketches[3]).all()
+    assert (np.asarray(faces.subset([2]).sketch(0, 5)) == faces.sketches[2, 5][..., None]).all()
 
 
 # ---- data.py: augmentation and batches ---------------------------------------------------------
@@ -1560,8 +1253,7 @@ def test_augmentation_moves_pixels_as_the_recipe_says():
 
 
 def test_augmentation_changes_five_in_nine_pictures_beyond_mirroring():
-    """Two draws, each skipped by chance 1/2 or one of three in nine without effect: (2/3)^2
-    unchanged."""
+    """Two draws, each skipped by chance 1/2, or 3 of 9 times without effect: (2/3)^2 unchanged."""
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (16, 16, 3), dtype=np.uint8))
     plain, flipped = image.tobytes(), image.transpose(Image.Transpose.FLIP_LEFT_RIGHT).tobytes()
     rng = np.random.default_rng(0)
@@ -1570,9 +1262,8 @@ def test_augmentation_changes_five_in_nine_pictures_beyond_mirroring():
 
 
 def drawn(count=20, size=16):
-    images, attributes = zip(*(toyfaces.face(i, 0, size) for i in range(count)))
-    pictures = np.stack([np.asarray(image) for image in images])
-    return data.Faces("drawn", pictures, np.arange(count), np.stack(attributes))
+    pictures = np.random.default_rng(0).integers(0, 255, (count, size, size, 3), dtype=np.uint8)
+    return data.Faces("drawn", pictures, np.arange(count), random_faces(count))
 
 
 TOKENIZER = bert.Tokenizer.train(
@@ -1583,46 +1274,27 @@ def take(batches, start, count):
     return list(itertools.islice(batches.from_batch(start), count))
 
 
-def same(a, b):
-    return (torch.equal(a.images, b.images) and torch.equal(a.captions.ids, b.captions.ids)
-            and torch.equal(a.identity, b.identity))
+def same(batch, *parts):
+    """Is this batch made of these parts?"""
+    whole, *parts = [(b.images, b.captions.ids, b.identity) for b in (batch, *parts)]
+    return all(map(torch.equal, whole, map(torch.cat, zip(*parts))))
 
 
-def test_batches_are_the_same_for_any_number_of_workers_and_from_any_step():
-    faces, size, n = drawn(), 16, 4
-    whole = take(data.Batches(faces, TOKENIZER, size, n, seed=7), 0, 12)
-    assert all(map(same, whole, take(data.Batches(faces, TOKENIZER, size, n, seed=7, workers=2), 0, 12)))
-    assert all(map(same, whole[7:], take(data.Batches(faces, TOKENIZER, size, n, seed=7), 7, 5)))
-    assert not same(whole[0], take(data.Batches(faces, TOKENIZER, size, n, seed=8), 0, 1)[0])
+def test_batches_are_the_same_for_any_number_of_workers_or_processes_and_from_any_step():
+    def some(start=0, count=12, seed=7, batch_size=4, **options):
+        return take(data.Batches(drawn(), TOKENIZER, 16, batch_size, seed, **options), start, count)
+    whole = some()
+    assert all(map(same, whole, some(workers=2))) and all(map(same, whole[7:], some(7, 5)))
+    assert all(map(same, whole, *(some(batch_size=2, rank=rank, world=2) for rank in (0, 1))))
+    assert not same(whole[0], some(seed=8)[0])
     epochs = [torch.cat([batch.identity for batch in whole[e:e + 5]]).tolist() for e in (0, 5)]
     assert epochs[0] != epochs[1] and sorted(epochs[0]) == sorted(epochs[1]) == list(range(20))
 
 
-def test_parts_of_the_processes_make_the_batch_of_one():
-    faces = drawn()
-    whole = take(data.Batches(faces, TOKENIZER, 16, 4), 3, 4)
-    parts = [take(data.Batches(faces, TOKENIZER, 16, 2, rank=rank, world=2), 3, 4) for rank in (0, 1)]
-    for batch, first, second in zip(whole, *parts):
-        assert torch.equal(batch.images, torch.cat([first.images, second.images]))
-        assert torch.equal(batch.captions.ids, torch.cat([first.captions.ids, second.captions.ids]))
-
-
 def test_the_loader_draws_nothing_from_the_models_random_numbers():
-    torch.manual_seed(0)
     state = torch.get_rng_state()
     take(data.Batches(drawn(), TOKENIZER, 16, 4), 0, 3)
     assert torch.equal(state, torch.get_rng_state())
-
-
-def test_a_damaged_picture_reaches_the_user_as_one_sentence_from_a_worker(tmp_path):
-    batches = data.Batches(spoil_pictures(tmp_path), TOKENIZER, 16, 4, workers=1)
-    error = error_of(take, batches, 0, 1)
-    assert re.fullmatch("CelebA train, record .: .*00000..jpg (cannot be read .*|is not a picture)", error)
-
-
-def test_fewer_faces_than_a_batch_are_refused():
-    error = error_of(data.Batches, drawn(6), TOKENIZER, 16, 4, world=2)
-    assert "drawn: 6 faces are fewer than a batch of 8 (2 processes x 4)" in error
 
 
 # ---- train.py ----------------------------------------------------------------------------------
@@ -1634,30 +1306,14 @@ def cache(tmp_path_factory):
 def quick(out, cache, **changes):
     """A run of a few steps on a few drawn faces, with every part of the recipe in use."""
     settings = train.RECIPES["tiny"] | dict(
-        out=str(out), cache=cache, faces=48, validation=20, steps=8, batch_size=8, queue_size=20,
-        queue_from=0.25, itm_from=0.1, itm_every=1, hard_ramp=(0.2, 0.6), alpha_ramp=(0.2, 0.8),
-        momentum_from=0.2, warmup=2, log_every=1, eval_every=100)
+        out=str(out), cache=cache, faces=48, validation=20, steps=8, batch_size=8,
+        queue_size=20, queue_from=0.25, itm_from=0.1, itm_every=1, hard_ramp=(0.2, 0.6),
+        alpha_ramp=(0.2, 0.8), momentum_from=0.2, warmup=2, log_every=1, eval_every=6)
     return train.Config(**settings | changes)
 
 
 def log_of(out):
-    return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
-
-
-def losses_of(out):
-    """[(step, itc, itm)] of the log."""
-    return [(line["step"], line["itc"], line["itm"]) for line in log_of(out) if "itc" in line]
-
-
-def stop_after(monkeypatch, step):
-    """Ctrl-C during this step: the loop asks once a step whether it was pressed. None: never."""
-    class Pressed(list):
-        asked = 0
-
-        def __bool__(self):
-            self.asked += 1
-            return self.asked == step
-    monkeypatch.setattr(train, "stop_on_interrupt", lambda: contextlib.nullcontext(Pressed()))
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="session")
@@ -1667,36 +1323,37 @@ def uninterrupted(tmp_path_factory, cache):
     return out
 
 
-@pytest.mark.parametrize("step", [1, 4, 7])
-def test_a_run_stopped_after_any_step_and_resumed_has_the_losses_of_one_never_stopped(
-        tmp_path, cache, uninterrupted, monkeypatch, step):
-    stop_after(monkeypatch, step)
-    with pytest.raises(SystemExit, match=f"stopped after step {step}"):
-        train.train(quick(tmp_path, cache))
-    stop_after(monkeypatch, None)
-    (tmp_path / "log.jsonl").write_text("torn")                 # the log rides in the checkpoint
-    train.train(train.parse_arguments(["--out", str(tmp_path), "--resume"]))
-    assert losses_of(tmp_path) == losses_of(uninterrupted)
+def test_a_run_stopped_or_killed_and_resumed_has_the_log_of_one_never_stopped(
+        tmp_path, cache, uninterrupted, monkeypatch):
+    """Stopped by Ctrl-C or a polite kill, which then mean what they did; killed when just saved."""
+    signals = {0: signal.SIGINT, 3: signal.SIGTERM, 6: signal.SIGINT}
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+    def train_step(run, batches, step, real=train.train_step):
+        if step in signals:
+            signal.raise_signal(signals.pop(step))
+        return real(run, batches, step)
+    monkeypatch.setattr(train, "train_step", train_step)
+    config = quick(tmp_path, cache)
+    for ending in ("stopped after step 1;", "stopped after step 4;", "killed", "stopped after step 7;"):
+        with monkeypatch.context() as patch, pytest.raises(SystemExit, match=ending):
+            if ending == "killed":
+                patch.setattr(train, "evaluate_and_draw", lambda *_: sys.exit("killed"))
+            train.train(config)
+        assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+        (tmp_path / "log.jsonl").write_text("torn")             # the log rides in the checkpoint
+        config = train.parse_arguments(["--out", str(tmp_path), "--resume"])
+    train.train(config)
+    logs = [[line | {"seconds": 0} for line in log_of(out)[1:]] for out in (tmp_path, uninterrupted)]
+    assert logs[0] == logs[1]
 
 
-def test_a_kill_between_saving_and_evaluating_loses_no_point_of_the_curve(tmp_path, cache, monkeypatch):
-    def evaluations(out):
-        return [line for line in log_of(out) if "img_r5" in line]
-    train.train(quick(tmp_path / "whole", cache, eval_every=4))
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "evaluate_and_draw", lambda *_: sys.exit("killed"))
-        with pytest.raises(SystemExit, match="killed"):
-            train.train(quick(tmp_path / "killed", cache, eval_every=4))
-    train.train(train.parse_arguments(["--out", str(tmp_path / "killed"), "--resume"]))
-    assert evaluations(tmp_path / "killed") == evaluations(tmp_path / "whole")
-
-
-def test_resuming_takes_the_flags_of_the_run_and_only_what_does_not_decide_it_may_be_new(uninterrupted):
+def test_resuming_takes_the_runs_flags_and_only_what_does_not_decide_it_may_be_new(uninterrupted, cache):
     out = ["--out", str(uninterrupted), "--resume"]
     resumed = train.parse_arguments(out + ["--workers", "2", "--batch_size", "8"])
-    assert resumed == dataclasses.replace(quick(uninterrupted, resumed.cache), resume=True, workers=2)
-    assert "has --lr 0.001 and goes on with it; leave --lr 0.5 out" in error_of(
-        train.parse_arguments, out + ["--lr", "0.5"])
+    assert resumed == dataclasses.replace(quick(uninterrupted, cache), resume=True, workers=2)
+    error = error_of(train.parse_arguments, out + ["--lr", "0.5"])
+    assert "has --lr 0.001 and goes on with it; leave --lr 0.5 out" in error
     assert error_of(train.train, dataclasses.replace(resumed, faces=40)).startswith("--resume: the run in ")
     anew = dataclasses.replace(resumed, resume=False)
     assert "continue that run with --resume" in error_of(train.train, anew)
@@ -1707,58 +1364,42 @@ def test_resuming_where_nothing_was_saved_yet_begins(tmp_path):
         **train.RECIPES["tiny"] | dict(out=str(tmp_path), resume=True, steps=7))
 
 
-def test_ctrl_c_and_kill_are_taken_over_for_the_training_only():
-    """A process that is forked later, and stopped, would otherwise never end."""
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    with train.stop_on_interrupt() as pressed:
-        signal.raise_signal(signal.SIGTERM)
-        assert pressed == [signal.SIGTERM]
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
-
-
-def test_a_run_leaves_checkpoint_log_curves_and_sheet_and_the_checkpoint_evaluates_the_same(
-        uninterrupted, cache):
-    names = sorted(path.name for path in uninterrupted.iterdir())
-    assert names == ["curves.png", "flip.pt", "log.jsonl", "retrieval.png"]
-    for name in ("curves.png", "retrieval.png"):
+def test_a_run_leaves_log_and_pictures_and_a_checkpoint_that_evaluates_the_same(uninterrupted, cache):
+    pictures = {"curves.png", "retrieval.png"}
+    assert {path.name for path in uninterrupted.iterdir()} == pictures | {"flip.pt", "log.jsonl"}
+    for name in pictures:
         Image.open(uninterrupted / name).load()
     config = quick(uninterrupted, cache)
     validation = train.Validation.of(train.open_data(config)[1])
-    metrics, _ = train.evaluate(FLIP.from_pretrained(uninterrupted / "flip.pt"), validation, config)
-    logged = log_of(uninterrupted)[-1]
-    assert metrics == pytest.approx({name: logged[name] for name in metrics})
+    metrics, _ = train.evaluate(FLIP.from_pretrained(uninterrupted), validation, config)
+    assert metrics == pytest.approx({name: log_of(uninterrupted)[-1][name] for name in metrics})
 
 
 def test_two_processes_have_the_losses_of_one_with_the_same_global_batch(tmp_path, cache, uninterrupted):
-    script = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); import train, test_all; "
-              f"train.train(test_all.quick({str(tmp_path)!r}, {cache!r}, batch_size=4))")
-    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(29500 + os.getpid() % 1000),
-                                "WORLD_SIZE": "2"}
-    processes = [subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True,
-                                  env=environment | {"RANK": rank, "LOCAL_RANK": rank}) for rank in "01"]
-    errors = [process.communicate(timeout=240)[1] for process in processes]
-    assert all(process.returncode == 0 for process in processes), errors
-    one, two = losses_of(uninterrupted), losses_of(tmp_path)
-    assert len(one) == len(two) == 8
+    script = tmp_path / "script.py"
+    script.write_text("import sys, train, test_all\n"
+                      "train.train(test_all.quick(*sys.argv[1:], batch_size=4))")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run([*torchrun, script, tmp_path, cache], env=os.environ | {"PYTHONPATH": str(ROOT)},
+                          capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    folders = (uninterrupted, tmp_path)
+    one, two = ([(line.get("itc"), line.get("itm")) for line in log_of(out)] for out in folders)
     np.testing.assert_allclose(np.array(two, float), np.array(one, float), atol=1e-4)
-    queues = [FLIP.from_pretrained(out / "flip.pt").state_dict() for out in (uninterrupted, tmp_path)]
+    one, two = (FLIP.from_pretrained(out).state_dict() for out in folders)
     for name in ("queue_identity", "queue_pointer", "image_queue", "text_queue"):
-        close(queues[1][name].double(), queues[0][name].double(), 1e-4)
+        close(two[name].double(), one[name].double(), 1e-4)
 
 
-def test_two_micro_batches_give_the_gradient_of_their_mean(cache, tmp_path):
+def test_two_micro_batches_give_the_gradient_of_their_mean(tmp_path, cache):
     """Up to the queue, which the second already sees filled by the first."""
     config = quick(tmp_path, cache, accumulate=2, queue_from=1.0, alpha_ramp=(1, 1), momentum_from=1.0,
                    clip_grad=0.0)
     faces, _ = train.open_data(config)
     model = train.build_model(config, faces).train()
     first, second = take(data.Batches(faces, model.tokenizer, 48, 8), 0, 2)
-    gradients = []
-
-    class Optimizer(torch.optim.SGD):
-        def step(self):
-            gradients.append(model.student.image.class_token.grad.clone())
-    optimizer = Optimizer([{"params": list(model.parameters()), "scale": 0.0}])
+    gradients, optimizer = [], torch.optim.SGD([{"params": list(model.parameters()), "scale": 0.0}])
+    optimizer.step = lambda: gradients.append(model.student.image.class_token.grad.clone())
     run = train.Run(config, model, model, optimizer, None, 3, None, None, 0)
     for batches in ([first], [second], [first, second]):
         train.train_step(run, batches, 0)
@@ -1809,24 +1450,9 @@ def test_flags_are_the_configurations_fields_and_recipes_yield_to_them():
         train.parse_arguments(["--leanring_rate", "1"])
 
 
-@pytest.mark.parametrize("config, flags, sentence", [
-    (train, dict(batch_size=0), "--batch_size 0: expected at least 1"), (train, dict(steps=-1), "--steps -1"),
-    (train, dict(alpha=2.0), "--alpha 2.0: expected at least 0 and at most 1"),
-    (train, dict(hard_ramp=(0.9, 0.1)), "--hard_ramp (0.9, 0.1): expected two numbers, the smaller first"),
-    (train, dict(model="huge"), "--model huge: expected one of tiny, base, large"),
-    (train, dict(lr=float("nan")), "--lr nan"), (finetune, dict(test=1), "--test 1: expected at least 2"),
-    (finetune, dict(task="attributes", labels=("Male", "Male")), "('Male', 'Male'): expected each once"),
-    (finetune, dict(labels=("Smilling",)), "--labels ('Smilling',): expected one of 5_o_Clock_Shadow"),
-    (finetune, dict(shares=(0.1, 2.0)), "--shares (0.1, 2.0): expected at least"),
-    (finetune, dict(task="sketch", labels=("Male",)), "--labels is for attributes, not for sketch")])
-def test_flags_out_of_range_are_refused_by_name(config, flags, sentence):
-    assert sentence in error_of(config.Config, **flags)
-
-
 def test_a_retrieval_table_stands_beside_chance_and_both_references(uninterrupted, cache):
     validation = train.Validation.of(train.open_data(quick(uninterrupted, cache))[1])
-    names = itertools.product(("", "itc_"), ("img", "txt"), (1, 5, 10))
-    metrics = {f"{prefix}{way}_r{k}": 10.0 for prefix, way, k in names}
+    metrics = {f"{way}_r{k}": 10.0 for way in ("img", "txt", "itc_img", "itc_txt") for k in (1, 5, 10)}
     lines = train.table(metrics, validation).splitlines()
     assert [line.split(" | ")[0][2:] for line in lines[2:]] == [
         "chance", "consistency", "ceiling", "this model, ITC alone", "this model, re-ranked",
@@ -1835,22 +1461,18 @@ def test_a_retrieval_table_stands_beside_chance_and_both_references(uninterrupte
 
 
 def test_a_damaged_picture_met_in_training_costs_nothing_that_was_learned(tmp_path):
-    write_celeba(tmp_path, count=40)
-    (tmp_path / "img_align_celeba" / "000012.jpg").write_bytes(b"not a picture")
+    picture = write_celeba(tmp_path, count=40) / "img_align_celeba" / "000012.jpg"
+    picture.write_bytes(b"not a picture")
     config = quick(tmp_path / "out", "", data=str(tmp_path), batch_size=4, steps=30)
     assert "000012.jpg is not a picture" in error_of(train.train, config)
     saved = torch.load(tmp_path / "out" / "flip.pt")["training"]["step"]
-    assert saved == len(losses_of(tmp_path / "out")) > 0
-    Image.new("RGB", (178, 218)).save(tmp_path / "img_align_celeba" / "000012.jpg")
+    assert saved == max(line.get("step", 0) for line in log_of(tmp_path / "out")) > 0
+    Image.new("RGB", (178, 218)).save(picture)
     train.train(dataclasses.replace(config, resume=True))
-    assert len(losses_of(tmp_path / "out")) == 30
+    assert log_of(tmp_path / "out")[-1]["step"] == 30
 
 
 # ---- finetune.py: numbers ----------------------------------------------------------------------
-def attributes_of(*names):
-    return finetune.Attributes(finetune.Config(task="attributes", labels=names))
-
-
 def test_attribute_logits_and_loss_are_the_official_ones(official):
     vectors = finetune.pooled(official.eval().student.image, GOLDEN["eval.images"]).detach()
     head = finetune.AttributeHead(vectors=12, width=24, labels=40)
@@ -1860,7 +1482,8 @@ def test_attribute_logits_and_loss_are_the_official_ones(official):
                           **{f"linear.{name}": theirs[f"visual_proj.{name}"] for name in ("weight", "bias")}})
     close(head(vectors), theirs["logits"])
     samples = finetune.Encoded(vectors=vectors, labels=theirs["target"].float())
-    close(attributes_of().loss(head, samples, torch.arange(8), None, 0), theirs["loss"])
+    task = finetune.Attributes(finetune.Config(task="attributes"))
+    close(task.loss(head, samples, torch.arange(8), None, 0), theirs["loss"])
 
 
 def test_the_base_model_is_pooled_after_blocks_4_6_and_8_and_at_the_end():
@@ -1887,19 +1510,16 @@ def test_a_photo_as_similar_as_the_true_one_ranks_before_it_and_nan_is_never_a_h
 
 
 def test_average_precision_and_balanced_accuracy_are_their_definitions():
-    precision = finetune.average_precision(torch.tensor([0.9, 0.8, 0.7, 0.1]), torch.tensor([1, 0, 1, 0]))
-    close(precision, torch.tensor((1 + 2 / 3) / 2).double(), 1e-7)
     head = finetune.AttributeHead(1, 4, 3)
     head.forward = lambda vectors: vectors[:, 0, :3]
     logits = torch.tensor([[1.0, -1, 2], [2.0, -1, 1], [-1.0, -1, 1], [3.0, -1, 1]])
     labels = torch.tensor([[1.0, 0, 1], [1, 0, 1], [1, 1, 1], [0, 0, 1]])       # the third everyone has
     samples = finetune.Encoded(vectors=F.pad(logits, (0, 1))[:, None], labels=labels)
-    found = attributes_of("Male", "Young", "Bald").metrics(head, samples)
-    for name, expected in (("Male", [50, 100 / 3]), ("Young", [75, 50])):
-        accuracy, balanced, *_ = found["per_label"][name].values()
-        assert [accuracy, balanced] == pytest.approx(expected)
-    accuracy, balanced, precision, majority = found["per_label"]["Bald"].values()
-    assert accuracy == majority == 100 and np.isnan([balanced, precision]).all()
+    task = finetune.Attributes(finetune.Config(task="attributes", labels=("Male", "Young", "Bald")))
+    found = task.metrics(head, samples)
+    for name, expected in {"Male": [50, 100 / 3, 100 * (1 / 2 + 2 / 3 + 3 / 4) / 3, 75],
+                           "Young": [75, 50, 100 / 3, 75], "Bald": [100, np.nan, np.nan, 100]}.items():
+        assert list(found["per_label"][name].values()) == pytest.approx(expected, nan_ok=True)
     assert found["accuracy"] == pytest.approx(75) and found["balanced"] == pytest.approx((100 / 3 + 50) / 2)
     assert found["baseline"]["accuracy"] == found["majority"] == pytest.approx(250 / 3)
 
@@ -1930,8 +1550,8 @@ def test_the_loss_within_a_batch_is_the_symmetric_cross_entropy_with_positives_o
                 + F.cross_entropy(keys @ rows.detach().T / temperature, targets)) / 2
     found = finetune.contrast(rows, keys, identity, temperature)
     close(found, expected, 1e-9)
-    for a, b in zip(torch.autograd.grad(found, (rows, keys)), torch.autograd.grad(expected, (rows, keys))):
-        close(a, b, 1e-9)
+    ours, theirs = (torch.cat(torch.autograd.grad(loss, (rows, keys))) for loss in (found, expected))
+    close(ours, theirs, 1e-9)
 
 
 def test_a_caption_is_one_of_its_pictures():
@@ -1943,12 +1563,15 @@ def test_a_caption_is_one_of_its_pictures():
 
 
 # ---- finetune.py: runs -------------------------------------------------------------------------
-def tuned(task, checkpoint, out, cache="", **changes):
-    """A run of a few steps on a few faces; the drawn ones' recipe."""
-    settings = finetune.TASKS[task].recipe | finetune.TASKS[task].drawn | dict(
-        task=task, checkpoint=(str(checkpoint / "flip.pt"),), out=str(out), cache=cache, faces=24,
-        validation=4, test=8, epochs=3, batch_size=8, itm_every=1)
-    return finetune.Config(**settings | changes)
+@pytest.fixture
+def tuned(uninterrupted, cache, tmp_path):
+    """Makes the configuration of a run of a few steps on a few faces; the drawn ones' recipe."""
+    def config(task, **changes):
+        settings = finetune.TASKS[task].recipe | finetune.TASKS[task].drawn | dict(
+            task=task, checkpoint=(f"{uninterrupted}/flip.pt",), out=str(tmp_path), cache=cache, faces=24,
+            validation=4, test=8, epochs=3, batch_size=8, itm_every=1)
+        return finetune.Config(**settings | changes)
+    return config
 
 
 def is_head(task, name):
@@ -1958,117 +1581,93 @@ def is_head(task, name):
 
 
 @pytest.mark.parametrize("task, pictures", [
-    ("retrieval", ["retrieval.png"]), ("attributes", ["attributes.png"]),
-    ("sketch", ["sketch.png", "curves.png"])])
-def test_a_task_runs_and_leaves_the_encoders_as_they_were(
-        uninterrupted, cache, tmp_path, monkeypatch, capsys, task, pictures):
+    ("retrieval", "retrieval.png"), ("attributes", "attributes.png"), ("sketch", "sketch.png curves.png")])
+def test_a_task_leaves_the_encoders_as_they_were(tuned, tmp_path, monkeypatch, capsys, task, pictures):
     optimised = []
 
-    class Optimizer(torch.optim.AdamW):
-        def __init__(self, groups, **options):
-            super().__init__(groups, **options)
-            optimised.extend(p for group in self.param_groups for p in group["params"])
-    monkeypatch.setattr(torch.optim, "AdamW", Optimizer)
-    config = tuned(task, uninterrupted, tmp_path, cache)
+    def optimizer(groups, make=torch.optim.AdamW, **options):
+        optimised.extend(p for group in groups for p in group["params"])
+        return make(groups, **options)
+    monkeypatch.setattr(torch.optim, "AdamW", optimizer)
+    monkeypatch.setattr(finetune.Sketch, "steps", 7)            # of 70: drawing them takes time
+    config = tuned(task)
     encoders = finetune.open_encoders(config)
     monkeypatch.setattr(finetune, "open_encoders", lambda config: encoders)
     before = [copy.deepcopy(model.state_dict()) for _, model in encoders]
     results = finetune.finetune(config)
     assert [result.name for result in results] == [config.checkpoint[0], "random weights"]
     for (_, model), weights in zip(encoders, before):
-        after = model.state_dict()
         assert not model.training
-        for name, value in weights.items():
-            assert is_head(task, name) or torch.equal(value, after[name]), name
+        for name, value in model.state_dict().items():
+            assert is_head(task, name) or torch.equal(value, weights[name]), name
         for name, parameter in model.named_parameters():
             if not is_head(task, name):
-                assert not parameter.requires_grad and parameter.grad is None, name
-                assert not any(parameter is p for p in optimised), name
+                assert parameter.grad is None and id(parameter) not in map(id, optimised), name
     assert optimised and len(set(map(id, optimised))) == len(optimised)
-    for name in pictures:
+    for name in pictures.split():
         Image.open(tmp_path / task / name).load()
     table = (tmp_path / task / "table.md").read_text()
     assert table in capsys.readouterr().out and len({line.count("|") for line in table.splitlines()}) == 1
 
 
-def test_the_tuned_flip_is_a_checkpoint_that_gives_the_figures_of_the_table(uninterrupted, cache, tmp_path):
-    config = tuned("retrieval", uninterrupted, tmp_path, cache, random=False, lr=0.02, faces=64,
-                   validation=32, test=32, k_test=4, epochs=9)
+def test_the_tuned_flip_is_a_checkpoint_that_gives_the_figures_of_the_table(tuned, uninterrupted, tmp_path):
+    config = tuned("retrieval", random=False, lr=0.02, faces=64, validation=32, test=32, k_test=4, epochs=9)
     result, = finetune.finetune(config)
     path = tmp_path / "retrieval" / "flip.pt"
     saved, origin = torch.load(path)["model"], torch.load(uninterrupted / "flip.pt")["model"]
     changed = {name for name, value in origin.items() if not torch.equal(value, saved[name])}
     assert changed == {name for name in saved if is_head("retrieval", name)}
     assert result.before[1.0]["img_r5"] != result.final["img_r5"]
-    again = dataclasses.replace(config, checkpoint=(str(path),), out=str(tmp_path / "again"), lr=0.0)
+    again = dataclasses.replace(config, checkpoint=(str(path),), out=f"{tmp_path}/again", lr=0.0, epochs=1)
     assert torch.equal(finetune.finetune(again)[0].final["scores"], result.final["scores"])
     assert "holds the results of an earlier run; take it away" in error_of(finetune.finetune, config)
 
 
-def test_a_run_repeats_itself_and_tokens_on_disk_give_what_tokens_in_memory_give(
-        uninterrupted, cache, tmp_path, monkeypatch):
+def test_a_run_repeats_itself_and_tokens_on_disk_give_what_those_in_memory_give(tuned, tmp_path, monkeypatch):
     def scores(out):
-        return finetune.finetune(tuned("retrieval", uninterrupted, tmp_path / out, cache))[0].final["scores"]
+        return finetune.finetune(tuned("retrieval", out=str(tmp_path / out), random=False))[0].final["scores"]
     one, two = scores("a"), scores("b")
     monkeypatch.setattr(finetune, "MEMORY", 0)
-    assert torch.equal(one, two)
-    close(scores("c"), one, 0.02)                           # half precision
+    three = scores("c")
+    assert torch.equal(one, two) and not torch.equal(one, three)
+    close(three, one, 0.02)                                 # half precision
     assert not list(tmp_path.rglob("*.f16"))
 
 
-def test_tokens_that_do_not_fit_memory_are_half_precision_in_a_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(finetune, "MEMORY", 10_000)
-    small, big = finetune.storage((500, 5), tmp_path), finetune.storage((1000, 5), tmp_path)
-    assert small.dtype == torch.float32 and big.dtype == torch.float16
-    big[:] = torch.arange(5)
-    assert (big[999] == torch.arange(5)).all()
-    assert "GB free, but" in error_of(finetune.storage, (2 ** 30, 2 ** 30), tmp_path)
-
-
 def test_a_share_of_the_training_part_is_drawn_by_the_seed_and_lies_in_every_larger_one(
-        uninterrupted, cache, tmp_path, monkeypatch):
-    seen = []
+        tuned, tmp_path, monkeypatch):
+    seen, settings = [], dict(random=False, faces=20, shares=(0.1, 1.0, 0.01, 0.5))
     monkeypatch.setattr(finetune, "tune", lambda *arguments: seen.append(set(arguments[3].tolist())))
     for seed in (3, 4):
-        finetune.finetune(tuned("attributes", uninterrupted, tmp_path / str(seed), cache, seed=seed,
-                                random=False, faces=20, shares=(0.1, 1.0, 0.01, 0.5)))
+        finetune.finetune(tuned("attributes", out=str(tmp_path / str(seed)), seed=seed, **settings))
     assert [len(chosen) for chosen in seen] == [1, 2, 10, 20] * 2
     assert seen[0] < seen[1] < seen[2] < seen[3] == set(range(20)) and seen[2] != seen[6]
 
 
 @pytest.mark.parametrize("values, kept", [([5.0, 4, 3, 2], 0), ([1.0, 7, 9, 8], 2), ([1.0, 2, 3, 4], 3)])
 def test_what_was_best_on_the_validation_part_is_kept_even_if_that_is_what_tuning_began_with(
-        tmp_path, values, kept):
-    head, weights, found = nn.Linear(2, 1), [], iter(values)
+        tuned, tmp_path, values, kept):
+    task, head, weights = finetune.Attributes(tuned("attributes", evaluations=3)), nn.Linear(2, 1), []
 
-    class Task(finetune.Task):
-        select, titles = "score", {"score": "score"}
-
-        def loss(self, head, samples, indices, rng, step):
-            return head(torch.ones(2)).sum()
-
-        def metrics(self, head, samples):
-            assert samples == "validation"
-            weights.append(head.weight.detach().clone())
-            return {"score": next(found)}
-    task = Task(finetune.Config(epochs=3, evaluations=3, batch_size=2, lr=0.1, warmup=0))
+    def metrics(head, samples):
+        assert samples == "validation"
+        weights.append(head.weight.detach().clone())
+        return dict.fromkeys(task.titles, values[len(weights) - 1])
+    task.metrics, task.loss = metrics, lambda *_: head(torch.ones(2)).sum()
     log, training = train.Log(tmp_path / "log.jsonl", []), finetune.Encoded(count=4)
     finetune.tune(task, head, training, torch.arange(4), "validation", log)
     assert len(weights) == 4 and not torch.equal(weights[0], weights[1])
     assert torch.equal(head.weight, weights[kept])
 
 
-def test_the_test_part_decides_nothing(uninterrupted, cache, tmp_path, monkeypatch):
+def test_the_test_part_decides_nothing(tuned, tmp_path, monkeypatch):
     """Whatever the metrics say of it, the head stays the same."""
-    heads = []
-    for worse in (False, True):
-        class Watched(finetune.Attributes):
-            def metrics(self, head, samples):
-                found = super().metrics(head, samples)
-                return found | {"accuracy": 0.0} if worse and samples.count == 8 else found
-        monkeypatch.setitem(finetune.TASKS, "attributes", Watched)
-        out = tmp_path / str(worse)
-        finetune.finetune(tuned("attributes", uninterrupted, out, cache, random=False, lr=0.1))
+    heads, real = [], finetune.Attributes.metrics
+    for said in ({}, {"accuracy": 0.0}):
+        monkeypatch.setattr(finetune.Attributes, "metrics", lambda task, head, samples: (
+            real(task, head, samples) | (said if samples.count == 8 else {})))
+        out = tmp_path / f"out {len(heads)}"
+        finetune.finetune(tuned("attributes", out=str(out), random=False, lr=0.1))
         heads.append(torch.load(out / "attributes" / "head.pt")["model"])
     assert all(torch.equal(heads[0][name], heads[1][name]) for name in heads[0])
 
@@ -2086,69 +1685,63 @@ def test_a_table_has_a_column_for_each_share_and_a_row_for_each_encoder_the_last
 
 def write_parted_celeba(folder):
     """40 pictures, the last 10 of them for validation and test."""
-    write_celeba(folder, count=40)
     lines = [f"{i + 1:06d}.jpg {max(0, i // 5 - 5)}" for i in range(40)]
-    (folder / "list_eval_partition.txt").write_text("\n".join(lines))
+    (write_celeba(folder, count=40) / PARTITION).write_text("\n".join(lines))
 
 
-def test_attributes_are_learned_from_celeba_with_the_columns_named(uninterrupted, tmp_path):
+def test_attributes_are_learned_from_celeba_with_the_columns_named(tuned, tmp_path):
     write_parted_celeba(tmp_path)
     columns = ("Smiling", "Male")
-    config = tuned("attributes", uninterrupted, tmp_path / "out", data=str(tmp_path), labels=columns)
-    results = finetune.finetune(config)
+    results = finetune.finetune(tuned("attributes", data=str(tmp_path), labels=columns))
     assert tuple(results[0].final["per_label"]) == columns
-    assert torch.load(tmp_path / "out/attributes/head.pt")["attributes"] == list(columns)
+    assert torch.load(tmp_path / "attributes/head.pt")["attributes"] == list(columns)
     attributes = data.open_faces(tmp_path, "test").attributes
     test = attributes[:, [ATTRIBUTES.index(name) for name in columns]].mean(0)
     assert results[0].final["majority"] == pytest.approx(100 * np.maximum(test, 1 - test).mean())
 
 
-def test_retrieval_is_tuned_and_judged_on_pictures_with_several_captions(uninterrupted, tmp_path):
+def test_retrieval_is_tuned_and_judged_on_pictures_with_several_captions(tuned, tmp_path):
     write_mm_celeba(tmp_path, (*range(2, 42), *range(24000, 24012)))
-    ours, _ = finetune.finetune(tuned("retrieval", uninterrupted, tmp_path / "out", data=str(tmp_path)))
-    scores, own = ours.final["scores"], torch.arange(12).repeat_interleave(2)           # (T, I), (T,)
+    found = finetune.finetune(tuned("retrieval", data=str(tmp_path)))[0].final
+    scores, own = found["scores"], torch.arange(12).repeat_interleave(2)                # (T, I), (T,)
     assert scores.shape == (24, 12)
     better = (scores > scores[torch.arange(24), own][:, None]).sum(1)
-    assert ours.final["img_r5"] == pytest.approx(100 * (better < 5).double().mean().item())
-    assert 0 < ours.final["img_r5"] < 100
+    assert found["img_r5"] == pytest.approx(100 * (better < 5).double().mean().item())
+    assert 0 < found["img_r5"] < 100
 
 
-def test_sketches_are_tuned_without_captions_and_with_them(uninterrupted, tmp_path):
-    write_sde(tmp_path, steps=3)
-    torch.save(torch.load(uninterrupted / "flip.pt") | {"tokenizer": None}, tmp_path / "flip.pt")
-    for with_captions in (False, True):
-        changes = dict(data=str(tmp_path), random=False)
-        wordless = tuned("sketch", tmp_path, tmp_path / f"wordless {with_captions}", **changes)
-        if with_captions:
-            (tmp_path / "train.json").write_text(json.dumps([
-                {"image": f"photo1/image01{n:02d}.jpg", "caption": f"a face {n}"} for n in range(15)]))
-            assert "flip.pt holds no vocabulary" in error_of(finetune.finetune, wordless)
-        else:
-            finetune.finetune(wordless)
-        config = tuned("sketch", uninterrupted, tmp_path / f"out {with_captions}", **changes)
-        (_, model), = finetune.open_encoders(config)
-        task = finetune.Sketch(config)
-        model.requires_grad_(False).eval()
-        samples = task.encode(model, task.open("train", model), for_training=True)
-        task.learner(model, samples)
-        task.loss(model, samples, torch.arange(8), np.random.default_rng(0), 0).backward()
-        assert model.student.image_projection.weight.grad is not None
-        assert (model.matching_head.weight.grad is not None) == with_captions
-        assert (model.student.text_projection.weight.grad is not None) == with_captions
-        result, = finetune.finetune(config)
-        assert result.final["scores"].shape == (5, 3, 5)
+def write_captioned_sde(folder):
+    write_sde(folder, steps=3)
+    records = [{"image": f"photo1/image01{n:02d}.jpg", "caption": f"a face {n}"} for n in range(15)]
+    (folder / "train.json").write_text(json.dumps(records))
 
 
-def test_sketches_are_shown_to_the_encoder_dark_on_light(uninterrupted, cache, tmp_path, monkeypatch):
-    task = finetune.Sketch(tuned("sketch", uninterrupted, tmp_path, cache))
-    model, brightness = FLIP.from_pretrained(uninterrupted).eval(), {}
+@pytest.mark.parametrize("write", [write_captioned_sde, lambda folder: write_sde(folder, steps=3)])
+def test_sketches_are_tuned_with_captions_or_with_no_vocabulary(tuned, uninterrupted, tmp_path, write):
+    write(tmp_path)
+    saved, with_captions = torch.load(uninterrupted / "flip.pt"), write == write_captioned_sde
+    torch.save(saved if with_captions else saved | {"tokenizer": None}, tmp_path / "flip.pt")
+    config = tuned("sketch", checkpoint=(f"{tmp_path}/flip.pt",), data=str(tmp_path), random=False)
+    (_, model), = finetune.open_encoders(config)
+    task = finetune.Sketch(config)
+    samples = task.encode(model.requires_grad_(False).eval(), task.open("train", model), for_training=True)
+    task.learner(model, samples)
+    task.loss(model, samples, torch.arange(8), np.random.default_rng(0), 0).backward()
+    assert model.student.image_projection.weight.grad is not None
+    for part in (model.matching_head, model.student.text_projection):
+        assert (part.weight.grad is not None) == with_captions
+    assert finetune.finetune(config)[0].final["scores"].shape == (5, 3, 5)
+
+
+def test_sketches_are_shown_to_the_encoder_dark_on_light(tuned, uninterrupted, monkeypatch):
+    task, model, shown = finetune.Sketch(tuned("sketch")), FLIP.from_pretrained(uninterrupted).eval(), []
 
     def watched(compute, read, count, model, title):
-        brightness[title] = np.mean([np.asarray(read(i)).mean() for i in range(count)])
+        shown.append(np.mean([np.asarray(read(i)).mean() for i in range(count)]))
         return torch.zeros(count, 1)
     monkeypatch.setattr(task, "encode_pictures", watched)
     task.encode(model, task.open("val", model), for_training=False)
-    assert 200 < brightness["encoding the sketches of drawn faces (seed 11)"] < 255
+    assert 200 < shown[1] < 255         # the first are the photos
 
 
 def test_the_recipe_is_the_papers_for_ones_own_data_and_flags_go_before_it():
@@ -2158,91 +1751,65 @@ def test_the_recipe_is_the_papers_for_ones_own_data_and_flags_go_before_it():
     assert drawn.lr == 0.1 and drawn.checkpoint == ("a.pt", "b.pt") and drawn.faces == 800
 
 
-def spoil_checkpoint(folder, change):
-    saved = torch.load(folder / "flip.pt")
-    change(saved)
-    torch.save(saved, folder / "flip.pt")
-
-
 def write_one_person(folder):
-    for part in ("train", "val", "test"):
-        write_captions(folder, name=f"{part}.json", records=[
-            {"image": f"{i}.png", "image_id": 1, "caption": "a face"} for i in range(4)])
+    write_captions(folder, [{"image": f"{i}.png", "image_id": 1, "caption": "a face"} for i in range(4)])
 
 
-@pytest.mark.parametrize("task, spoil, sentence", [
-    ("attributes", lambda d: (d / "flip.pt").unlink(), "flip.pt: no such file or folder"),
-    ("attributes", lambda d: (d / "data").rmdir(), "data: no such folder or file"),
-    ("attributes", lambda d: torch.save({"model": {}}, d / "flip.pt"), "neither one of our checkpoints"),
-    ("attributes", lambda d: spoil_checkpoint(d, lambda saved: saved["model"]["temperature"].fill_(np.nan)),
-     "some weights are not finite"),
-    ("retrieval", lambda d: spoil_checkpoint(d, lambda saved: saved.update(tokenizer=None)),
-     "holds no vocabulary; give one with --vocabulary"),
-    ("attributes", lambda d: write_mm_celeba(d / "data"), "to be learned, but these faces have none"),
-    ("retrieval", lambda d: write_one_person(d / "data"), "shows one person only"),
-    ("retrieval", lambda d: write_fs2k(d / "data"), "expected captions"),
-    ("retrieval", lambda d: write_celeba(d / "data"), "CelebA val: 1 pictures, expected at least 2"),
-    ("sketch", lambda d: write_parted_celeba(d / "data"), "to be found from sketches, but these have none"),
+@pytest.mark.parametrize("task, write, change, sentence", [
+    ("attributes", write_celeba, lambda saved: saved["model"]["temperature"].fill_(np.nan), "are not finite"),
+    ("retrieval", write_mm_celeba, lambda saved: saved.update(tokenizer=None), "give one with --vocabulary"),
+    ("sketch", write_captioned_sde, lambda saved: saved.update(tokenizer=None), "give one with --vocabulary"),
+    ("attributes", write_mm_celeba, None, "to be learned, but these faces have none"),
+    ("retrieval", write_one_person, None, "shows one person only"),
+    ("retrieval", write_fs2k, None, "expected captions"),
+    ("retrieval", write_celeba, None, "CelebA val: 1 pictures, expected at least 2"),
+    ("sketch", write_parted_celeba, None, "to be found from sketches, but these have none"),
 ])
 def test_what_a_task_cannot_use_is_refused_with_one_sentence_before_anything_is_encoded(
-        uninterrupted, tmp_path, monkeypatch, task, spoil, sentence):
+        tuned, uninterrupted, tmp_path, monkeypatch, task, write, change, sentence):
     for name in ("encode_pictures", "encode_captions"):
         monkeypatch.setattr(finetune.TASKS[task], name, lambda *_: pytest.fail("encoded"), raising=False)
-    (tmp_path / "flip.pt").write_bytes((uninterrupted / "flip.pt").read_bytes())
-    (tmp_path / "data").mkdir()
-    if "vocabulary" in sentence:
-        write_mm_celeba(tmp_path / "data")
-    spoil(tmp_path)
-    config = tuned(task, tmp_path, tmp_path / "out", data=str(tmp_path / "data"))
+    write(tmp_path)
+    saved = torch.load(uninterrupted / "flip.pt")
+    if change:
+        change(saved)
+    torch.save(saved, tmp_path / "flip.pt")
+    config = tuned(task, checkpoint=(f"{tmp_path}/flip.pt",), data=str(tmp_path))
     assert sentence in error_of(finetune.finetune, config)
 
 
 # ---- flip.py and the other scripts -------------------------------------------------------------
-@pytest.fixture
-def folder_of_faces(tmp_path):
-    folder = tmp_path / "my faces"
-    folder.mkdir()
-    for i in range(6):
-        toyfaces.face(i, seed=5, size=64)[0].save(folder / f"{i}.png")
-    (folder / "notes.jpg").write_text("no picture")
-    return folder
-
-
-def test_search_ranks_a_folder_writes_a_sheet_names_what_it_cannot_read_and_reuses_features(
-        uninterrupted, folder_of_faces, tmp_path, monkeypatch, capsys):
-    arguments = ("--checkpoint", uninterrupted / "flip.pt", "--images", folder_of_faces, "--out",
-                 tmp_path / "found.png", "--top", 4, "a smiling woman")
-    monkeypatch.setattr(sys, "argv", ["flip.py", *map(str, arguments)])
+def test_search_shows_the_best_by_matching_logit_plus_cosine_and_names_what_it_cannot_read(
+        uninterrupted, tmp_path, monkeypatch, capsys):
+    folder, query, out = write_celeba(tmp_path), "a smiling woman", tmp_path / "found.bmp"
+    (folder / "notes.png").write_text("no picture")
+    monkeypatch.setattr(sys, "argv", ["flip.py", "--checkpoint", f"{uninterrupted}/flip.pt", "--top", "4",
+                                      "--images", str(folder), "--out", str(out), query])
     flip_module.main()
-    first = capsys.readouterr().out
-    assert "notes.jpg is not a picture" in first and "best of 6 faces" in first
-    found = re.findall(r"^ *(-?[01]\.\d+) +(-?[01]\.\d+)  .*\.png$", first, re.MULTILINE)
-    assert len(found) == 4 and all(-1 <= float(itc) <= 1 and 0 <= float(itm) <= 1 for itc, itm in found)
-    assert Image.open(tmp_path / "found.png").width > 4 * 100
-    opened = []
-    monkeypatch.setattr(flip_module, "search", lambda *_: [])
-    monkeypatch.setattr(flip_module, "open_picture",
-                        lambda path: opened.append(path.name) or vit.open_picture(path))
-    monkeypatch.setattr(flip_module, "contact_sheet", lambda rows: Image.new("RGB", (1, 1)))
-    toyfaces.face(9, seed=5, size=64)[0].save(folder_of_faces / "new.png")
-    flip_module.main()
-    assert sorted(opened) == ["new.png", "notes.jpg"]
-
-
-def test_search_finds_the_faces_that_rank_best_by_matching_logit_plus_cosine(
-        uninterrupted, folder_of_faces, tmp_path):
-    model = FLIP.from_pretrained(uninterrupted / "flip.pt").eval()
-    features = flip_module.folder_features(model, folder_of_faces, tmp_path / "features.pt")
-    found = flip_module.search(model, features, "a smiling woman", top=6)
-    captions = model.tokenizer(["a smiling woman"])
-    scores = {}
+    printed = capsys.readouterr().out
+    assert "notes.png is not a picture" in printed and "best of 6 faces" in printed
+    model, scores = FLIP.from_pretrained(uninterrupted).eval(), {}
+    captions = model.tokenizer([query])
     with torch.no_grad():
-        for path in features:
+        for path in folder.rglob("*.jpg"):
             tokens, feature = model.encode_image(vit.to_tensor(vit.open_picture(path), 48)[None])
-            cosine = feature @ model.encode_text(captions).T
-            logit = model.matching_logits(tokens, captions)[:, 1]
-            scores[path] = (model.config.cosine_weight * cosine + logit).item()
-    assert [path for path, _, _ in found] == sorted(scores, key=scores.get, reverse=True)
+            cosine = (feature @ model.encode_text(captions).T).item()
+            logits = model.matching_logits(tokens, captions)
+            line = f"{cosine:6.3f} {logits.softmax(1)[0, 1]:6.3f}  {path}"
+            scores[line] = model.config.cosine_weight * cosine + logits[0, 1].item()
+    assert printed.splitlines()[-5:-1] == sorted(scores, key=scores.get, reverse=True)[:4]
+    assert Image.open(out).width > 4 * 100
+
+
+def test_search_computes_features_of_new_pictures_only(uninterrupted, tmp_path, monkeypatch):
+    folder, model, opened = write_celeba(tmp_path), FLIP.from_pretrained(uninterrupted).eval(), []
+    before = flip_module.folder_features(model, folder, tmp_path / "features.pt")
+    monkeypatch.setattr(flip_module, "open_picture",
+                        lambda path: opened.append(path) or vit.open_picture(path))
+    Image.new("RGB", (9, 9)).save(folder / "new.png")
+    after = flip_module.folder_features(model, folder, tmp_path / "features.pt")
+    assert opened == [folder / "new.png"] and len(after) == 7
+    assert all(torch.equal(after[path], before[path]) for path in before)
 
 
 @pytest.mark.parametrize("arguments, shows", [
@@ -2254,8 +1821,7 @@ def test_search_finds_the_faces_that_rank_best_by_matching_logit_plus_cosine(
     ("data.py --count 2", "distinct"), ("data.py --data nowhere", "error: nowhere: no such folder or file"),
     ("train.py --lr -1", "error: --lr -1.0: expected at least 0"),
     ("finetune.py sketch --labels Male", "error: --labels is for attributes"),
-    ("kernels/bench.py attention --help", "compile"), ("kernels/attention.py fast", "error: unrecognized"),
-    ("kernels/contrastive.py --help", "compile")])
+    ("kernels/bench.py attention --help", "compile"), ("kernels/contrastive.py --help", "compile")])
 def test_every_file_shows_what_it_is_about_and_a_wrong_argument_ends_in_a_sentence(
         tmp_path, arguments, shows):
     script, *arguments = arguments.split()
@@ -2266,79 +1832,77 @@ def test_every_file_shows_what_it_is_about_and_a_wrong_argument_ends_in_a_senten
 
 
 # ---- bad input ---------------------------------------------------------------------------------
+@pytest.mark.parametrize("call, sentence", [
+    (lambda: train.Config(batch_size=0), "--batch_size 0: expected at least 1"),
+    (lambda: train.Config(alpha=2.0), "--alpha 2.0: expected at least 0 and at most 1"),
+    (lambda: train.Config(hard_ramp=(0.9, 0.1)), "--hard_ramp (0.9, 0.1): expected two numbers, the smaller"),
+    (lambda: train.Config(model="huge"), "--model huge: expected one of tiny, base, large"),
+    (lambda: train.Config(lr=float("nan")), "--lr nan: expected at least 0"),
+    (lambda: finetune.Config(labels=("Smilling",)), "--labels ('Smilling',): expected one of 5_o_Clock_"),
+    (lambda: finetune.Config(shares=(0.1, 2.0)), "--shares (0.1, 2.0): expected at least"),
+    (lambda: finetune.Config("attributes", labels=("Male", "Male")), "('Male', 'Male'): expected each once"),
+    (lambda: finetune.Config("sketch", labels=("Male",)), "--labels is for attributes, not for sketch"),
+    (lambda: finetune.storage((2 ** 30, 2 ** 30), "."), "GB free, but"),
+    (lambda: drawn(3).subset([]), "drawn: no faces, expected at least one in this part"),
+    (lambda: dataclasses.replace(drawn(3), captions=[["a"]] * 2), "drawn: 3 pictures, but 2 entries in c"),
+    (lambda: data.Batches(dataclasses.replace(drawn(), attributes=None), TOKENIZER, 8, 2),
+     "drawn: expected captions, or attributes to write them from, found none"),
+    (lambda: data.Batches(drawn(6), TOKENIZER, 16, 4, world=2), "drawn: 6 faces are fewer than a batch of 8"),
+    (lambda: small_flip().use(Tokenizer.train(["a smiling woman"])), "27 entries"),
+    (lambda: small_flip().draw_negatives(unit(3, 12), unit(3, 12), torch.tensor([4, 4, 4])), "same person"),
+    (lambda: small_flip().draw_negatives(unit(3, 12) * torch.nan, unit(3, 12), torch.arange(3)), "diverged"),
+])
+def test_what_cannot_be_meant_is_refused_with_one_sentence(call, sentence):
+    assert sentence in error_of(call)
+
+
 def test_a_vocabulary_without_cls_is_refused(tmp_path):
     (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[SEP]\nwoman\n")
     assert "vocab.txt: the vocabulary has no [CLS]" in error_of(Tokenizer.load, tmp_path / "vocab.txt")
 
 
-def test_a_vocabulary_of_another_size_than_the_models_is_refused():
-    assert "27 entries" in error_of(small_flip().use, Tokenizer.train(["a smiling woman"]))
+OFFICIAL = recorded("checkpoint.")
+LESS = {name: tensor for name, tensor in OFFICIAL.items() if name != "text_proj.weight"}
 
 
-def test_a_checkpoint_of_other_sizes_is_refused_with_the_first_that_differ(uninterrupted):
-    config = dataclasses.replace(FLIP.from_pretrained(uninterrupted).config, embed_dim=64)
-    sentence = error_of(FLIP.from_pretrained, uninterrupted / "flip.pt", config)
-    assert "flip.pt does not fit this model" in sentence and "has shape" in sentence
-
-
-def test_weights_that_are_left_over_or_missing_are_named(official, tmp_path):
-    state = official_state(official)
-    torch.save({"model": state | {"surprise": torch.ones(1)}}, tmp_path / "more.pth")
-    assert "surprise" in error_of(FLIP.from_pretrained, tmp_path / "more.pth", GOLDEN_CONFIG)
-    del state["text_proj.weight"]
-    torch.save({"model": state}, tmp_path / "less.pth")
-    sentence = error_of(FLIP.from_pretrained, tmp_path / "less.pth", GOLDEN_CONFIG)
-    assert "text_proj.weight is missing" in sentence
-    assert "pass config=" in error_of(FLIP.from_pretrained, tmp_path / "more.pth")
-
-
-def test_files_that_are_no_checkpoints_are_refused(tmp_path):
-    assert "no such file or folder" in error_of(FLIP.from_pretrained, tmp_path / "absent.pt")
-    (tmp_path / "noise.pt").write_bytes(b"noise" * 100)
-    assert "noise.pt: not a checkpoint" in error_of(FLIP.from_pretrained, tmp_path / "noise.pt")
-    torch.save({"model": {"a": torch.ones(1)}}, tmp_path / "other.pt")
-    assert "other.pt is neither one of our checkpoints nor an official one" in error_of(
-        FLIP.from_pretrained, tmp_path / "other.pt")
-
-
-def test_a_batch_of_one_person_and_diverged_features_are_told_apart():
-    feature, identity = unit(3, 12), torch.tensor([4, 4, 4])
-    draw = small_flip().draw_negatives
-    assert "shows the same person" in error_of(draw, feature, feature, identity)
-    assert "training has diverged" in error_of(draw, feature * torch.nan, feature, torch.arange(3))
+@pytest.mark.parametrize("weights, config, sentence", [
+    (None, None, "model.pt: no such file or folder"), ("noise" * 100, None, "model.pt: not a checkpoint"),
+    ({"a": torch.ones(1)}, None, "model.pt is neither one of our checkpoints nor an official one"),
+    (OFFICIAL | {"surprise": torch.ones(1)}, GOLDEN_CONFIG, "surprise"),
+    (LESS, GOLDEN_CONFIG, "text_proj.weight is missing"), (OFFICIAL, None, "pass config="),
+    (OFFICIAL, dataclasses.replace(GOLDEN_CONFIG, embed_dim=64), "has shape"),
+])
+def test_a_file_that_is_no_checkpoint_or_does_not_fit_is_refused_with_what_is_wrong(
+        tmp_path, weights, config, sentence):
+    path = tmp_path / "model.pt"
+    if isinstance(weights, str):
+        path.write_text(weights)
+    elif weights:
+        torch.save({"model": weights}, path)
+    assert sentence in error_of(FLIP.from_pretrained, path, config)
 
 
 # ---- README.md ---------------------------------------------------------------------------------
-def readme_commands():
-    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    return [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-
-
-def test_every_command_of_the_readme_works(tmp_path):
-    """As written, but on less data, with stand-ins for downloads; the recipe for 8 GPUs is only
-    parsed."""
-    (tmp_path / "DIR").mkdir()
+def test_every_command_of_the_readme_works(tmp_path, monkeypatch):
+    """As written, but on less data, with stand-ins for downloads; 8 GPUs are only parsed."""
+    import runpy
+    monkeypatch.chdir(tmp_path)
     write_celeba(tmp_path / "DIR", count=40)
     torch.manual_seed(0)
     official_like = FLIP(FLIPConfig(ViTConfig(32, 8, 64, 1, 1), BertConfig(81, 64, 1, 1, 66), 16, 4))
-    torch.save({"model": official_state(official_like)}, tmp_path / "FLIP-base.pth")
-    (tmp_path / "vocab.txt").write_text(str(RECORDED["vocab"]))
+    torch.save({"model": official_state(official_like)}, "FLIP-base.pth")
+    Path("vocab.txt").write_text(str(RECORDED["vocab"]))
     less = {"train.py": "--faces 64 --validation 20 --steps 4 --batch_size 8", "toyfaces.py": "--count 8",
             "finetune.py": "--faces 16 --validation 3 --test 6 --epochs 1"}
-    ran = set()
-    for command in readme_commands():
-        program, *arguments = shlex.split(command)
+    blocks, ran = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL), set()
+    for command in "".join(blocks).replace("\\\n", " ").splitlines():
+        program, *arguments = shlex.split(command.replace("bert-base-uncased", "vocab.txt"))
         if program == "torchrun":
             train.parse_arguments(arguments[arguments.index("train.py") + 1:])
-        if program == "python" and arguments[0] == "-m":
-            assert arguments[1] == "kernels.bench"              # has tests of its own
-        elif program == "python":
-            script, *arguments = arguments
-            more = [] if "--resume" in arguments else less.get(script, "").split()
-            arguments = [argument.replace("bert-base-uncased", "vocab.txt") for argument in arguments + more]
-            result = subprocess.run([sys.executable, str(ROOT / script), *arguments], cwd=tmp_path,
-                                    capture_output=True, text=True)
-            assert result.returncode == 0, (command, result.stderr)
+        elif program == "python" and arguments[:2] != ["-m", "kernels.bench"]:          # has tests of its own
+            more = [] if "--resume" in arguments else less.get(arguments[0], "").split()
+            monkeypatch.setattr(sys, "argv", [*arguments, *more])
+            runpy.run_path(str(ROOT / arguments[0]), run_name="__main__")       # fails with SystemExit
         ran.add(program)
     assert ran == {"pip", "python", "pytest", "torchrun"}
 
@@ -2369,8 +1933,7 @@ def in_the_middle(sketch):
 
 @pytest.mark.slow
 def test_a_sketch_gives_away_where_its_photo_has_the_head_and_else_only_what_it_shows(default_run, tmp_path):
-    """RESULTS.md's figures on how early a photo is found; `pytest -m slow -k gives_away -s` prints
-    them."""
+    """`pytest -m slow -k gives_away -s` prints RESULTS.md's figures: how early a photo is found."""
     origin, _ = default_run
     config = finetune.parse_arguments(["sketch", "--checkpoint", f"{origin.out}/flip.pt", "--no-random",
                                        "--cache", origin.cache, "--out", str(tmp_path)])
@@ -2391,3 +1954,268 @@ def test_a_sketch_gives_away_where_its_photo_has_the_head_and_else_only_what_it_
     moved = percentiles("in the middle", centred)
     assert abs(moved[:3] - 50).max() < 7 and moved[-1] < 80     # by chance 50, with a standard error of 2
     assert abs(percentiles("another person's", np.roll(sketches, 1, axis=0)) - 50).max() < 7
+
+
+# ---- when things break -------------------------------------------------------------------------
+def test_a_tokenizer_json_that_pads_and_cuts_gives_the_same_pieces(tmp_path):
+    """transformers saves its settings of the day along; no caption may depend on them, or on its
+    batch."""
+    plain = golden_tokenizer(tmp_path)
+    spoilt = Tokenizer.from_json(plain.to_json()).wordpiece
+    spoilt.enable_padding(length=65)
+    spoilt.enable_truncation(max_length=5)
+    texts = ["a man", *SENTENCES["eval"]]
+    found = Tokenizer.from_json(spoilt.to_str())(texts)
+    assert torch.equal(found.ids, plain(texts).ids)
+    assert torch.equal(found.sequences.lengths, plain(texts).sequences.lengths)
+
+
+def test_a_loaded_model_is_in_evaluation_mode(uninterrupted):
+    assert not FLIP.from_pretrained(uninterrupted).training
+
+
+def test_a_loss_that_is_no_number_ends_the_run_with_its_step_though_itm_is_off(tmp_path, cache):
+    config = quick(tmp_path, cache, itm_from=1.0, lr=1e18, clip_grad=0.0, log_every=2)
+    assert re.match("a loss of step [2-8] is not a finite number", error_of(train.train, config))
+
+
+def test_weights_that_are_no_numbers_never_replace_good_ones_and_are_refused_on_loading(tmp_path, cache):
+    run = train.prepare(quick(tmp_path, cache))
+    train.save(run, 1)
+    good = (tmp_path / "flip.pt").read_bytes()
+    with torch.no_grad():
+        run.model.student.text.words.weight[3, 4] = torch.nan
+    assert "after step 2 some weights are not finite numbers" in error_of(train.save, run, 2)
+    assert (tmp_path / "flip.pt").read_bytes() == good
+    flip_module.write_checkpoint(run.model.checkpoint(), tmp_path / "flip.pt")
+    assert "some weights are not finite numbers" in error_of(FLIP.from_pretrained, tmp_path)
+
+
+def test_a_flipped_bit_and_a_shorter_storage_are_refused_and_a_compressed_file_is_read(
+        uninterrupted, tmp_path):
+    whole, path = (uninterrupted / "flip.pt").read_bytes(), tmp_path / "flip.pt"
+    with zipfile.ZipFile(uninterrupted / "flip.pt") as archive:
+        entries = {entry.filename: archive.read(entry) for entry in archive.infolist()}
+    largest = max(entries, key=lambda name: len(entries[name]))
+    place = whole.index(entries[largest]) + 4321
+    path.write_bytes(whole[:place] + bytes([whole[place] ^ 64]) + whole[place + 1:])
+    assert "flip.pt: not a checkpoint, or damaged (the bytes of" in error_of(FLIP.from_pretrained, path)
+    for length in (None, 1000):
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            for name, content in entries.items():
+                archive.writestr(name, content[:length] if name == largest else content)
+        if length is None:
+            assert weights_sum(path) == weights_sum(uninterrupted)
+    assert "damaged (record size (1000 bytes) does not match" in error_of(FLIP.from_pretrained, path)
+
+
+@pytest.mark.parametrize("part, field, value", [
+    ("vit", "depth", 2 ** 40), ("vit", "width", 10 ** 6), ("vit", "patch_size", 0),
+    ("bert", "vocab_size", -1), ("bert", "positions", "66"), ("vit", "image_size", 96.0)])
+def test_sizes_out_of_range_are_sentences_before_memory_is_taken(uninterrupted, tmp_path, part, field, value):
+    saved = torch.load(uninterrupted / "flip.pt")
+    saved["flip"][part][field] = value
+    torch.save(saved, tmp_path / "flip.pt")
+    assert f"{field} is {value!r}, expected a whole number" in error_of(FLIP.from_pretrained, tmp_path)
+
+
+def test_words_that_the_vocabulary_lacks_are_named():
+    tokenizer = Tokenizer.train(["a man with glasses, o'clock"])
+    assert tokenizer.unknown("A bald man with red glasses.") == ["bald", "red"]
+    assert tokenizer.unknown("a man, o'clock") == [] and tokenizer.unknown("Ω") == ["ω"]
+
+
+def test_a_search_for_words_of_which_none_is_known_says_so(uninterrupted, tmp_path, monkeypatch):
+    arguments = ["--checkpoint", str(uninterrupted), "--images", str(tmp_path), "freckles"]
+    monkeypatch.setattr(sys, "argv", ["flip.py", *arguments])
+    assert "knows no word of 'freckles'" in error_of(flip_module.main)
+
+
+def test_what_would_be_misread_is_refused(tmp_path):
+    assert "expects a list of captions, found a text: 'a man'" in error_of(TOKENIZER, "a man")
+    twice = [*bert.SPECIAL, "man", "man"]
+    assert "lists 'man' 2 times, expected every piece once" in error_of(Tokenizer.from_vocabulary, twice)
+    write_captions(tmp_path, [{"image": "0.png", "caption": "a face"}], "train.json")
+    write_captions(tmp_path, [{"image": "0.png", "caption": "a face"}], "test.json")
+    error = error_of(data.open_faces, tmp_path, "train")
+    assert "test.json record 0 (counted from 0) lists 0.png a second time, in one part or two" in error
+    write_mm_celeba(tmp_path / "mm")
+    (tmp_path / "mm/text/celeba-caption/003.txt").write_text("face three")
+    assert "face three" in data.open_faces(tmp_path / "mm", "train").captions[1]
+
+
+def test_a_model_of_depth_5_is_pooled_at_four_depths_too():
+    vectors = finetune.pooled(ViT(ViTConfig(32, 8, 24, 5, 3)), torch.zeros(1, 3, 32, 32))
+    assert vectors.shape == (1, 12, 24) and len(vectors[0].unique(dim=0)) == 12
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_the_old_checkpoint_and_no_rest(tmp_path, monkeypatch):
+    flip_module.write_checkpoint({"model": 1}, tmp_path / "flip.pt")
+
+    def full(contents, path):
+        Path(path).write_bytes(b"half")
+        raise RuntimeError("[enforce fail at inline_container.cc:659] . unexpected pos 5684864 vs 5684752")
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="flip.pt could not be written, is the disk full?"):
+        flip_module.write_checkpoint({"model": 2}, tmp_path / "flip.pt")
+    monkeypatch.undo()
+    assert torch.load(tmp_path / "flip.pt") == {"model": 1} and len(list(tmp_path.iterdir())) == 1
+
+
+def test_checkpoints_are_saved_by_time_as_well(tmp_path, cache, monkeypatch):
+    saved = []
+    monkeypatch.setattr(train, "save", lambda run, step: saved.append(step))
+    train.train(quick(tmp_path, cache, save_every=0.0))
+    assert saved == list(range(1, 9))
+
+
+def start(world, out, cache, *flags):
+    """So many processes of `python train.py`, as torchrun would start them."""
+    command = [sys.executable, str(ROOT / "train.py"), "--out", str(out), "--cache", cache, *flags]
+    environments = [os.environ | {"OMP_NUM_THREADS": "1"}]
+    if world > 1:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        group = environments[0] | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(world)}
+        environments = [group | {"RANK": rank, "LOCAL_RANK": rank} for rank in map(str, range(world))]
+    return [subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=each) for each in environments]
+
+
+def ended_well(processes):
+    errors = [process.communicate(timeout=200)[1] for process in processes]
+    return all(process.returncode == 0 for process in processes), errors
+
+
+SHORT = ("--faces 64 --validation 10 --steps 24 --batch_size 8 --log_every 1 --eval_every 1000 --itm_from 0 "
+         "--momentum_from 0.3 --queue_from 0.5 --queue_size 40").split()
+
+
+def losses_of(out):
+    return [(line["step"], line["itc"], line["itm"]) for line in log_of(out) if "itc" in line]
+
+
+def wait_for(path, lines):
+    while not path.exists() or path.read_text().count("\n") < lines:
+        time.sleep(0.05)
+
+
+def test_two_processes_that_are_told_to_stop_save_and_go_on_as_if_they_had_not_been(tmp_path, cache):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert ended_well(start(2, whole, cache, *SHORT))[0]
+    processes = start(2, stopped, cache, *SHORT)
+    wait_for(stopped / "log.jsonl", 6)
+    processes[1].terminate()                                # one of them hears of it, both end
+    well, errors = ended_well(processes)
+    assert not well and "stopped after step" in errors[0] and "stopped" not in errors[1]
+    assert ended_well(start(2, stopped, cache, "--resume"))[0]
+    assert losses_of(stopped) == losses_of(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2])
+def test_fifty_kills_each_are_resumed_bit_for_bit(tmp_path, cache, world):
+    """At random moments, those of writing a checkpoint included: it is saved at every step."""
+    assert ended_well(start(world, tmp_path / "whole", cache, *SHORT))[0]
+    rng, kills = np.random.default_rng(0), 0
+
+    def go_on(out):
+        anew = [*SHORT, "--save_every", "0"]
+        return start(world, out, cache, *(["--resume"] if (out / "flip.pt").exists() else anew))
+    while kills < 50:
+        out = tmp_path / f"killed {kills}"
+        for _ in range(5):
+            processes = go_on(out)
+            wait_for(out / "log.jsonl", 1)
+            time.sleep(rng.uniform(0, 2.5))
+            kills += any(process.poll() is None for process in processes)
+            for process in processes:
+                process.kill()
+                process.communicate()
+        assert ended_well(go_on(out))[0]
+        assert losses_of(out) == losses_of(tmp_path / "whole")
+        shutil.rmtree(out)
+
+
+def damaged(content, rng):
+    """Bytes of a file that something happened to."""
+    a, b = sorted(rng.integers(len(content), size=2).tolist())
+    b = min(b, a + int(rng.integers(1, 300)))
+    noise = rng.integers(256, size=b - a, dtype=np.uint8).tobytes()
+    return [content[:a], content[:a] + bytes(b - a) + content[b:], content[:a] + noise + content[b:],
+            content[:a] + noise + content[a:], content[:b] + content[a:],
+            content[:a] + bytes([content[a] ^ 1 << int(rng.integers(8))]) + content[a + 1:]][rng.integers(6)]
+
+
+def count_faces(folder):
+    return [len(data.open_faces(folder, split)) for split in ("train", "test")]
+
+
+def weights_sum(folder):
+    state = FLIP.from_pretrained(folder).state_dict()
+    return {name: tensor.double().sum().item() for name, tensor in state.items()}
+
+
+@pytest.fixture
+def what_can_break(tmp_path, uninterrupted):
+    """{file: what reads it}: one of each kind, whole at first."""
+    model = FLIP.from_pretrained(uninterrupted)
+    pieces = model.tokenizer.wordpiece.get_vocab()
+    (tmp_path / "vocab.txt").write_text("\n".join(sorted(pieces, key=pieces.get)))
+    (tmp_path / "tokenizer.json").write_text(model.tokenizer.to_json())
+    shutil.copy(uninterrupted / "flip.pt", tmp_path / "flip.pt")
+    write_parted_celeba(tmp_path / "celeba")
+    write_celeba(tmp_path / "kaggle", kaggle=True)
+    write_mm_celeba(tmp_path / "mm", pickles=True)
+    write_lfwa_matlab(write_pictures(tmp_path / "lfwa", []))
+    write_fs2k(tmp_path / "fs2k")
+    for name, numbers in (("train.json", "012"), ("test.json", "3")):
+        records = [{"image": f"{n}.png", "caption": f"face {n}"} for n in numbers]
+        write_captions(tmp_path / "lists", records, name)
+    records = {f"{n}.jpg": {"overall_caption": f"face {n}"} for n in (0, 1, 2, 24000)}
+    write_dialog(tmp_path / "dialog", records)
+    (tmp_path / "tars").mkdir()
+    write_tar(tmp_path / "tars")
+    write_pictures(tmp_path / "search", ["0.png"])
+
+    def use(path):
+        model.use(Tokenizer.load(path))
+
+    def features(path):
+        found = flip_module.folder_features(model, tmp_path / "search", path)
+        return {picture: feature.sum() for picture, feature in found.items()}
+    features(tmp_path / "cache.pt")
+    readers = {"vocab.txt": use, "tokenizer.json": use, "flip.pt": weights_sum, "cache.pt": features}
+    for name in ("celeba/list_attr_celeba.txt", "celeba/list_eval_partition.txt", "lists/train.json",
+                 "kaggle/list_attr_celeba.csv", "kaggle/list_eval_partition.csv", "mm/train/filenames.pickle",
+                 "mm/test/filenames.pickle", "dialog/captions_hq.json", "tars/00000.tar",
+                 "lfwa/lfw_att_40.mat", "lfwa/indices_train_test.mat", "fs2k/anno_train.json"):
+        readers[name] = lambda path, folder=name.split("/")[0]: count_faces(tmp_path / folder)
+    return {tmp_path / name: read for name, read in readers.items()}
+
+
+@pytest.mark.parametrize("cases", [100, pytest.param(2000, marks=pytest.mark.slow)])
+def test_damage_ends_in_a_sentence_or_changes_nothing(what_can_break, cases, capsys):
+    """Never in a traceback, a hang, much memory, fewer records or other weights without a word."""
+    rng, before = np.random.default_rng(0), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    whole = {path: (path.read_bytes(), read(path)) for path, read in what_can_break.items()}
+    outcomes = Counter()
+    for case in range(cases):
+        path = list(whole)[case % len(whole)]
+        content, expected = whole[path]
+        path.write_bytes(damaged(content, rng))
+        begin = time.perf_counter()
+        try:
+            found = what_can_break[path](path)
+            if isinstance(found, list):                     # of counts; a record may now be there twice
+                found = [min(pair) for pair in zip(found, expected)]
+            assert found == expected, (case, path)
+            outcomes["unharmed"] += 1
+        except (ValueError, OSError) as error:
+            assert "\n" not in str(error) and len(str(error)) < 3000, (case, path, str(error))
+            outcomes["a sentence"] += 1
+        assert time.perf_counter() - begin < 20, (case, path)
+        path.write_bytes(content)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1e6, "KB"
+    with capsys.disabled():
+        print(dict(outcomes), end=" ")

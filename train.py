@@ -49,7 +49,7 @@ from vit import ViTConfig, contact_sheet, load_clip, markdown, read_batches, run
 
 # ---- configuration -----------------------------------------------------------------------------
 TINY = (ViTConfig(image_size=48, patch_size=8, width=128, depth=3, heads=4),
-        BertConfig(vocab_size=0, width=128, depth=2, heads=4, positions=66, dropout=0.0), 128)
+        BertConfig(vocab_size=1, width=128, depth=2, heads=4, positions=66, dropout=0.0), 128)
 MODELS = {"tiny": TINY, "base": (ViTConfig(), BertConfig(), 256),       # with the size of the features
           "large": (ViTConfig(width=1024, depth=24, heads=16), BertConfig(), 256)}
 
@@ -71,8 +71,8 @@ class Config:
     faces: int = flag(20_000, "how many faces to draw for training", low=1)
     validation: int = flag(1000, "at most how many faces to validate on", low=1)
     resume: bool = flag(False, "continue the run in --out, if it saved anything, else begin it; its flags "
-                               "are those it began with, but for --data, --cache, --workers, --log_every "
-                               "and --eval_every, which may be new")
+                               "are those it began with, but for --data, --cache, --workers, --log_every, "
+                               "--eval_every and --save_every, which may be new")
     seed: int = flag(0, "of initial values, order, captions, negatives")
     clip: str = flag("", "start the image encoder from CLIP: file, folder or hub name")
     bert: str = flag("", "start the text encoder from BERT, with its vocabulary: folder or hub name")
@@ -110,6 +110,7 @@ class Config:
                           choices=("auto", "float32", "bf16"))
     log_every: int = flag(50, "steps between lines of the log", low=1)
     eval_every: int = flag(5000, "steps between evaluations, each of which also saves the checkpoint", low=1)
+    save_every: float = flag(30.0, "minutes between checkpoints in between")
     k_test: int = flag(256, "candidates per query that the matching head scores again", low=1)
     cosine_weight: float = flag(1.0, "of the cosine beside the matching logit when it does")
 
@@ -213,28 +214,26 @@ def train_step(run, micro_batches, step):
 def train(config):
     """The whole run; returns the trained model and its metrics."""
     run = prepare(config)
-    config, log, (rank, world) = run.config, run.log, rank_and_world()
+    config, log, rank = run.config, run.log, rank_and_world()[0]
     is_due = lambda done: done % config.eval_every == 0 or done == config.steps
     # A checkpoint is saved before its evaluation, which is therefore still to do.
     metrics = evaluate_and_draw(run, run.start) if run.start and is_due(run.start) else None
     stream = run.batches.from_batch(run.start * config.accumulate)
-    recent, begin = [], time.time()
+    recent, begin, saved = [], time.time(), time.time()
     bar = tqdm(range(run.start, config.steps), "training", initial=run.start, total=config.steps,
                disable=rank > 0)
-    with stop_on_interrupt() if world == 1 else contextlib.nullcontext([]) as stop:
+    with stop_on_interrupt() as stop:
         for step in bar:
-            recent.append(train_step(run, next_batches(run, stream, step), step))
+            recent.append(train_step(run, next_batches(run, stream, step, stop), step))
             done = step + 1
             if done % config.log_every == 0 or done == config.steps:
                 line = summarise(recent, range(done - len(recent), done), run)
                 log.write(step=done, **line, seconds=(time.time() - begin) / len(recent))
                 bar.set_postfix(itc=line["itc"], itm=line["itm"])
                 recent, begin = [], time.time()
-            stopped = bool(stop)
-            if is_due(done) or stopped:
+            if is_due(done) or time.time() - saved > 60 * config.save_every:
                 save(run, done)
-            if stopped:
-                raise SystemExit(f"stopped after step {done}; continue with --resume")
+                saved = time.time()
             if is_due(done):
                 paused = time.time()
                 metrics = evaluate_and_draw(run, done)
@@ -244,31 +243,42 @@ def train(config):
     return run.model, metrics
 
 
-def next_batches(run, stream, step):
-    """The micro-batches of a step. A damaged picture costs nothing that was learned: all processes
-    hear of it, the first one saves, and each ends with the sentence that says what is wrong."""
+def next_batches(run, stream, step, stop):
+    """The micro-batches of a step. Where a process was asked to stop, or met a damaged picture, all
+    hear of it, the first one saves, and each ends, with a sentence: nothing that was learned is
+    lost."""
     problem, micro_batches = None, []
     try:
         micro_batches = list(itertools.islice(stream, run.config.accumulate))
     except (ValueError, RuntimeError) as error:     # RuntimeError: a process that reads pictures was killed
         problem = error
-    failed = torch.tensor(float(problem is not None), device=run.model.temperature.device)
+    ends = torch.tensor([problem is not None, bool(stop)], dtype=torch.float32,
+                        device=run.model.temperature.device)
     if dist.is_initialized():
-        dist.all_reduce(failed)
-    if failed > 0:
-        if step > run.start:
-            save(run, step)
+        dist.all_reduce(ends)
+    failed, stopped = (ends > 0).tolist()
+    if (failed or stopped) and step > run.start:
+        save(run, step)
+    if failed:
         raise ValueError(f"{problem or 'another process could not read its batch'} "
                          f"({step} steps are saved: --resume)")
+    if stopped:
+        first = rank_and_world()[0] == 0                    # one sentence, not one from each process
+        raise SystemExit(f"stopped after step {step}; continue with --resume" if first else 1)
     return micro_batches
 
 
 def summarise(losses, steps, run):
     """Mean losses of the recent steps over all processes; ITM is None where no step trained it."""
-    total = torch.stack(losses).sum(0)                                          # (2,)
+    stacked = torch.stack(losses)                                               # (steps, 2)
+    bad, total = (~stacked.isfinite()).any(1).float(), stacked.sum(0)           # (steps,), (2,)
     if dist.is_initialized():
+        dist.all_reduce(bad)
         dist.all_reduce(total)
         total /= dist.get_world_size()
+    if bad.any():
+        raise ValueError(f"a loss of step {steps[int(bad.argmax())] + 1} is not a finite number: training "
+                         f"has diverged; begin again with a smaller --lr, or with --clip_grad")
     itc, itm = total.tolist()
     matched = sum(knobs_at(step, run.config).with_itm for step in steps)
     return {"itc": itc / len(losses), "itm": itm / matched if matched else None,
@@ -549,7 +559,11 @@ class Log:
 
 
 def save(run, step):
-    """Write the checkpoint, from the first process."""
+    """Write the checkpoint, from the first process; never weights that are no numbers over good
+    ones."""
+    if not all(weights.isfinite().all() for weights in run.model.parameters()):
+        raise ValueError(f"after step {step} some weights are not finite numbers: training has diverged, and "
+                         f"this is not saved; begin again with a smaller --lr, or with --clip_grad")
     if rank_and_world()[0] == 0:
         state = {"config": asdict(run.config), "processes": rank_and_world()[1],
                  "faces": len(run.batches.faces), "step": step, "log": run.log.lines,
@@ -619,7 +633,7 @@ def parse_flags(parser, config, argv):
     return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
 
 
-FREE_TO_CHANGE = ("resume", "out", "data", "cache", "workers", "log_every", "eval_every")
+FREE_TO_CHANGE = ("resume", "out", "data", "cache", "workers", "log_every", "eval_every", "save_every")
 
 
 def parse_arguments(argv=None):

@@ -53,6 +53,7 @@ class ViTConfig:
     heads: int = 12
 
     def __post_init__(self):
+        check_sizes(self, image_size=10_000, patch_size=10_000, width=20_000, depth=200, heads=1000)
         if self.image_size % self.patch_size:
             raise ValueError(f"ViT: image size {self.image_size} is not a multiple of the patch size "
                              f"{self.patch_size}")
@@ -200,6 +201,15 @@ def first_line(error):
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
+def check_sizes(config, **most):
+    """Sizes are read from files, too: better a sentence than all the memory there is."""
+    for name, bound in most.items():
+        size = getattr(config, name)
+        if not (isinstance(size, int) and 1 <= size <= bound):
+            raise ValueError(f"{type(config).__name__}: {name} is {size!r}, expected a whole number from 1 "
+                             f"to {bound}")
+
+
 @contextlib.contextmanager
 def whole_file(path):
     """A name to write to; the file appears at `path` whole, or, after an error, not at all."""
@@ -344,13 +354,9 @@ def read_weights(source):
     return weights
 
 
-@torch.no_grad()
-def copy_weights(module, weights, name_of, origin):
-    """Fill every entry of module's state with weights[name_of(entry)].
-
-    Raises ValueError, before anything is copied, with what is missing, has another shape or would
-    be left over.
-    """
+def check_weights(module, weights, name_of, origin):
+    """ValueError with what the module's state lacks in weights[name_of(entry)], what has another
+    shape there or would be left over."""
     state, unused, wrong = module.state_dict(), set(weights), []
     for ours, target in state.items():
         theirs = name_of(ours)
@@ -363,7 +369,14 @@ def copy_weights(module, weights, name_of, origin):
     if wrong:
         more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
         raise ValueError(f"{origin} does not fit this model: {'; '.join(wrong[:3])}{more}")
-    for ours, target in state.items():
+
+
+@torch.no_grad()
+def copy_weights(module, weights, name_of, origin):
+    """Fill every entry of module's state with weights[name_of(entry)], or change nothing and say
+    why."""
+    check_weights(module, weights, name_of, origin)
+    for ours, target in module.state_dict().items():
         target.copy_(weights[name_of(ours)])
 
 
