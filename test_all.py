@@ -1226,7 +1226,10 @@ def test_drawn_faces_are_kept_and_an_interrupted_drawing_leaves_nothing(tmp_path
     assert (faces.pictures[4] == np.asarray(image)).all() and (faces.attributes[4] == attributes).all()
     monkeypatch.setattr(toyfaces, "face", lambda *_: pytest.fail("drawn again"))
     assert (data.drawn_faces(5, 24, 3, tmp_path).pictures == faces.pictures).all()
-    monkeypatch.setattr(data, "tqdm", lambda *_: signal.raise_signal(signal.SIGINT))
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(data, "tqdm", interrupt)
     with pytest.raises(KeyboardInterrupt):
         data.drawn_faces(6, 24, 3, tmp_path)
     path, = tmp_path.iterdir()
@@ -2095,8 +2098,9 @@ def losses_of(out):
     return [(line["step"], line["itc"], line["itm"]) for line in log_of(out) if "itc" in line]
 
 
-def wait_for(path, lines):
+def wait_for(path, lines, processes):
     while not path.exists() or path.read_text().count("\n") < lines:
+        assert processes[0].poll() is None, processes[0].communicate()
         time.sleep(0.05)
 
 
@@ -2104,7 +2108,7 @@ def test_two_processes_that_are_told_to_stop_save_and_go_on_as_if_they_had_not_b
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     assert ended_well(start(2, whole, cache, *SHORT))[0]
     processes = start(2, stopped, cache, *SHORT)
-    wait_for(stopped / "log.jsonl", 6)
+    wait_for(stopped / "log.jsonl", 6, processes)
     processes[1].terminate()                                # one of them hears of it, both end
     well, errors = ended_well(processes)
     assert not well and "stopped after step" in errors[0] and "stopped" not in errors[1]
@@ -2126,7 +2130,7 @@ def test_fifty_kills_each_are_resumed_bit_for_bit(tmp_path, cache, world):
         out = tmp_path / f"killed {kills}"
         for _ in range(5):
             processes = go_on(out)
-            wait_for(out / "log.jsonl", 1)
+            wait_for(out / "log.jsonl", 1, processes)
             time.sleep(rng.uniform(0, 2.5))
             kills += any(process.poll() is None for process in processes)
             for process in processes:
