@@ -2034,6 +2034,17 @@ def test_a_search_for_words_of_which_none_is_known_says_so(uninterrupted, tmp_pa
     assert "knows no word of 'freckles'" in error_of(flip_module.main)
 
 
+def test_a_named_pipe_and_an_odd_cache_are_passed_over(uninterrupted, tmp_path):
+    model, cache = FLIP.from_pretrained(uninterrupted), tmp_path / "features.pt"
+    os.mkfifo(write_pictures(tmp_path / "faces", ["0.png"]) / "pipe.png")
+    (picture, feature), = flip_module.folder_features(model, tmp_path / "faces", cache).items()
+    (key, _), = torch.load(cache).items()
+    for odd in ([1, 2], {key: 3}, {key: feature * torch.nan}):
+        torch.save(odd, cache)
+        found = flip_module.folder_features(model, tmp_path / "faces", cache)
+        assert found.keys() == {picture} and torch.equal(found[picture], feature)
+
+
 def test_what_would_be_misread_is_refused(tmp_path):
     assert "expects a list of captions, found a text: 'a man'" in error_of(TOKENIZER, "a man")
     twice = [*bert.SPECIAL, "man", "man"]

@@ -394,14 +394,14 @@ def prepare(config):
     if config.resume and not saved and rank == 0:
         print(f"nothing was saved in {config.out} yet: the run begins")
     if rank > 0:
-        dist.barrier()              # until the first process has drawn or listed the data
+        dist.barrier()              # until the first process has drawn or listed data, and downloaded weights
     faces, validation = open_data(config)
-    if rank == 0 and world > 1:
-        dist.barrier()
     if saved and (saved["processes"], saved["faces"]) != (world, len(faces)):
         raise ValueError(f"--resume: the run in {path} had {saved['processes']} processes and "
                          f"{saved['faces']} faces, now there are {world} and {len(faces)}; use the same")
     model = (FLIP.from_pretrained(path) if saved else build_model(config, faces)).to(device).train()
+    if rank == 0 and world > 1:
+        dist.barrier()
     batches = data.Batches(faces, model.tokenizer, model.config.vit.image_size, config.batch_size,
                            config.seed, config.augment, rank, world, config.workers)
     steps_per_epoch = batches.per_epoch // config.accumulate
