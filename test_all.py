@@ -580,8 +580,9 @@ def test_base_has_the_papers_223453187_parameters_and_all_1049_official_names_lo
         model = FLIP(FLIPConfig())
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 223_453_187
     whole = "_ids", "idx_queue", "ptr_queue"
-    torch.save({"model": {name: torch.zeros(shape).to(torch.int64 if name.endswith(whole) else torch.float32)
-                          for name, shape in SHAPES.items()}}, tmp_path / "FLIP-base.pth")
+    zeros = {name: torch.zeros((), dtype=torch.int64 if name.endswith(whole) else torch.float32).expand(shape)
+             for name, shape in SHAPES.items()}             # each is one number in the file
+    torch.save({"model": zeros}, tmp_path / "FLIP-base.pth")
     loaded = FLIP.from_pretrained(tmp_path)                 # the folder will do
     assert loaded.config == FLIPConfig()
     saved = official_state(loaded)
