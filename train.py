@@ -27,6 +27,7 @@ import json
 import math
 import os
 import signal
+import textwrap
 import time
 import typing
 from dataclasses import asdict, dataclass, field
@@ -110,7 +111,7 @@ class Config:
                           choices=("auto", "float32", "bf16"))
     log_every: int = flag(50, "steps between lines of the log", low=1)
     eval_every: int = flag(5000, "steps between evaluations, each of which also saves the checkpoint", low=1)
-    save_every: float = flag(30.0, "minutes between checkpoints in between")
+    save_every: float = flag(30.0, "minutes after which a checkpoint is saved between evaluations, too")
     k_test: int = flag(256, "candidates per query that the matching head scores again", low=1)
     cosine_weight: float = flag(1.0, "of the cosine beside the matching logit when it does")
 
@@ -639,11 +640,11 @@ FREE_TO_CHANGE = ("resume", "out", "data", "cache", "workers", "log_every", "eva
 def parse_arguments(argv=None):
     """The configuration that the command line asks for; with --resume that of the run in --out, or,
     where nothing was saved yet, as if it were not given."""
-    tiny = " ".join(f"--{name} {value}" for name, value in RECIPES["tiny"].items())
+    tiny = ", ".join(f"{name} {value}" for name, value in RECIPES["tiny"].items())
     parser = argparse.ArgumentParser(
         description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=f"In brackets: the defaults of base and large. The tiny model, which runs without --model, "
-               f"has\n{tiny}")
+               f"has\n{textwrap.fill(tiny, 100)}")
     given = parse_flags(parser, Config, argv)
     path = Path(given.get("out", Config.out)) / "flip.pt"
     if given.get("resume") and path.exists():
