@@ -255,14 +255,15 @@ class FLIP(nn.Module):
                 "tokenizer": self.tokenizer.to_json() if self.tokenizer else None}
 
     @staticmethod
-    def from_pretrained(path, config=None):
+    def from_pretrained(path, config=None, saved=None):
         """A model, in evaluation mode, from one of our checkpoints or from the official
         FLIP-base.pth.
 
         config: needed only where an official file's widths are not multiples of 64, since head
         counts are not in it. An image size other than the file's resizes the position tables. Our
-        checkpoints bring their tokenizer. """
-        saved = read_checkpoint(path)
+        checkpoints bring their tokenizer. saved: what `read_checkpoint` found, if it was asked
+        before. """
+        saved = saved or read_checkpoint(path)
         weights, ours = dict(saved["model"]), "flip" in saved
         name_of = str if ours else official_name
         try:

@@ -391,7 +391,8 @@ def prepare(config):
     path = Path(config.out) / "flip.pt"
     if path.exists() and not config.resume:
         raise ValueError(f"{path} is there already; continue that run with --resume, or choose another --out")
-    saved = training_state(path) if path.exists() else None
+    checkpoint = read_run(path) if path.exists() else {}
+    saved = checkpoint.get("training")
     if config.resume and not saved and rank == 0:
         print(f"nothing was saved in {config.out} yet: the run begins")
     if rank > 0:
@@ -400,7 +401,8 @@ def prepare(config):
     if saved and (saved["processes"], saved["faces"]) != (world, len(faces)):
         raise ValueError(f"--resume: the run in {path} had {saved['processes']} processes and "
                          f"{saved['faces']} faces, now there are {world} and {len(faces)}; use the same")
-    model = (FLIP.from_pretrained(path) if saved else build_model(config, faces)).to(device).train()
+    model = FLIP.from_pretrained(path, saved=checkpoint) if saved else build_model(config, faces)
+    model.to(device).train()
     if rank == 0 and world > 1:
         dist.barrier()
     batches = data.Batches(faces, model.tokenizer, model.config.vit.image_size, config.batch_size,
@@ -572,13 +574,14 @@ def save(run, step):
         write_checkpoint(run.model.checkpoint() | {"training": state}, Path(run.config.out) / "flip.pt")
 
 
-def training_state(path):
-    """What `save` put beside the model."""
-    state = read_checkpoint(path).get("training")
+def read_run(path):
+    """The checkpoint of a run that can be resumed: under "training" is what `save` put there."""
+    checkpoint = read_checkpoint(path)
+    state = checkpoint.get("training")
     if not isinstance(state, dict) or "log" not in state:
         raise ValueError(f"{path} holds a model but no training state of this version, so there is nothing "
                          f"to resume")
-    return state
+    return checkpoint
 
 
 @contextlib.contextmanager
@@ -648,7 +651,7 @@ def parse_arguments(argv=None):
     given = parse_flags(parser, Config, argv)
     path = Path(given.get("out", Config.out)) / "flip.pt"
     if given.get("resume") and path.exists():
-        before = training_state(path)["config"]
+        before = read_run(path)["training"]["config"]
         for name, value in given.items():
             if name not in FREE_TO_CHANGE and value != before[name]:
                 raise ValueError(f"--resume: the run in {path} has --{name} {before[name]} and goes on with "
