@@ -198,11 +198,11 @@ class Samples(torch.utils.data.Dataset):
             image = image.resize((self.image_size, self.image_size), Image.Resampling.BICUBIC)
             image = augment(image, rng)
         text = self.faces.caption(index, rng)
-        return vit.to_tensor(image, self.image_size), text, self.faces.identity[index]
+        return vit.to_pixels(image, self.image_size), text, self.faces.identity[index]
 
     def collate(self, samples):
-        images, texts, identity = zip(*samples)
-        return Batch(torch.stack(images), self.tokenizer(list(texts)), torch.tensor(np.array(identity)))
+        pixels, texts, identity = zip(*samples)
+        return Batch(vit.to_tensor(pixels), self.tokenizer(list(texts)), torch.tensor(np.array(identity)))
 
 
 class Batches:

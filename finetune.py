@@ -50,7 +50,7 @@ from bert import Tokenizer
 from data import ATTRIBUTES
 from flip import FLIP, feature_of, write_checkpoint
 from kernels.contrastive import contrastive_loss
-from train import (Log, Validation, autocast, build_optimizer, check_flags, figure_of, flag, new_model,
+from train import (Log, Validation, autocast, build_optimizers, check_flags, figure_of, flag, new_model,
                    parse_flags, recalls, retrieval_sheet, set_learning_rate, warmup_cosine)
 from vit import contact_sheet, markdown, read_batches, run_script
 
@@ -104,7 +104,7 @@ def tune(task, learner, training, chosen, validation, log):
     first step."""
     config, device = task.config, next(learner.parameters()).device
     trained = {name: p for name, p in learner.named_parameters() if p.requires_grad}
-    optimizer = build_optimizer(learner, config.weight_decay)
+    [optimizer] = build_optimizers(learner, config.weight_decay)
     epochs = round(config.epochs * training.count / len(chosen))        # so that shares differ in data only
     per_epoch, step = math.ceil(len(chosen) / config.batch_size), 0
     warmup = min(config.warmup, epochs * per_epoch // 10)
@@ -115,7 +115,7 @@ def tune(task, learner, training, chosen, validation, log):
         order, losses = chosen[rng.permutation(len(chosen))], []
         for indices in order.tensor_split(per_epoch):                   # nearly equal batches
             step += 1
-            set_learning_rate(optimizer, warmup_cosine(step, epochs * per_epoch, warmup, config.lr))
+            set_learning_rate([optimizer], warmup_cosine(step, epochs * per_epoch, warmup, config.lr))
             with autocast(config, device):
                 loss = task.loss(learner, training, indices, rng, step - 1)
             optimizer.zero_grad()

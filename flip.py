@@ -56,7 +56,7 @@ class FLIPConfig:
     embed_dim: int = 256
     queue_size: int = 61440
     momentum: float = 0.995         # the final one; a schedule may give update_momentum another
-    cosine_weight: float = 1.0      # of the cosine beside the matching logit when candidates are ranked
+    hardness: float | None = None   # of ITM's negatives, for the score that makes up for it; None: the paper's
 
     def __post_init__(self):
         check_sizes(self, embed_dim=20_000, queue_size=10 ** 8)
@@ -151,6 +151,21 @@ class FLIP(nn.Module):
         first = self.student.text(captions, image_tokens, image_of, first_only=True)        # (P, D)
         with torch.autocast(first.device.type, enabled=False):      # half is too coarse beside a cosine
             return self.matching_head(first.float())
+
+    def matching_score(self, logits, cosine):
+        """What candidates are ranked by: matching logits (..., 2) and cosines (...) -> (...).
+
+        The paper takes logit 1 + cosine. But what has the matching head learned? Of the pairs that
+        it is shown, true ones come with the probability p(image, text) and wrong ones with q, which
+        `negative_probabilities` makes proportional to exp(hardness * cosine / temperature). A head
+        without fault finds their log-odds, log p / q: with hard negatives it judges what ITC has
+        left open and keeps silent about the rest. So log p, by which candidates should be ranked,
+        is log-odds + hardness * cosine / temperature, but for a constant. That is the score where
+        the configuration knows the hardness.
+        """
+        if self.config.hardness is None:
+            return logits[..., 1] + cosine
+        return logits[..., 1] - logits[..., 0] + self.config.hardness * cosine / self.temperature.to(cosine)
 
     def forward(self, images, captions, identity, knobs=Knobs(), generator=None):
         """Both losses for B pairs: images (B, 3, S, S), packed captions, identity (B,), equal
@@ -292,9 +307,8 @@ def rerank(model, image_tokens, captions, similarity, k, progress=False):
     unlike the official FLIP, which judges from [CLS] here though it trains on [ENC]).
 
     image_tokens (I, L, D), T packed captions, similarity (I, T): cosines. Returns (image_to_text
-    (I, T), text_to_image (T, I)): matching logit + cosine (times its weight) for the k candidates
-    of a query; the others rank below them in order of cosine. A pair that both directions ask for
-    is judged once. """
+    (I, T), text_to_image (T, I)): `matching_score` for the k candidates of a query; the others rank
+    below them in order of cosine. A pair that both directions ask for is judged once. """
     device = next(model.parameters()).device
     rank, world = rank_and_world()
     for_image = torch.zeros_like(similarity, dtype=torch.bool)
@@ -302,17 +316,16 @@ def rerank(model, image_tokens, captions, similarity, k, progress=False):
     for_image.scatter_(1, similarity.topk(min(k, similarity.shape[1]), dim=1).indices, True)
     for_text.scatter_(0, similarity.topk(min(k, similarity.shape[0]), dim=0).indices, True)
     pairs = (for_image | for_text).nonzero().cpu()                                  # (P, 2), image by image
-    logit = torch.zeros_like(similarity)
+    scores = torch.zeros_like(similarity)
     chunks = pairs.split(1024)[rank::world]
     for chunk in tqdm(chunks, "re-ranking", disable=not progress, leave=False):
         image, text = chunk.T
         first, last = int(image[0]), int(image[-1])
         tokens = image_tokens[first:last + 1].float().to(device)
         judged = model.matching_logits(tokens, captions.select(text), (image - first).to(device))
-        logit[image, text] = judged[:, 1].to(logit)
+        scores[image, text] = model.matching_score(judged.to(scores), similarity[image, text])
     if world > 1:
-        dist.all_reduce(logit)
-    scores = model.config.cosine_weight * similarity + logit
+        dist.all_reduce(scores)
     return torch.where(for_image, scores, similarity - 100), torch.where(for_text, scores, similarity - 100).T
 
 
@@ -491,7 +504,7 @@ def search(model, features, query, top=8, k=32):
     tokens, _ = model.encode_image(pixels.to(device))
     each = captions.select(torch.zeros(len(chosen), dtype=torch.int64))
     logits = model.matching_logits(tokens, each).cpu()                              # (k, 2)
-    order = (logits[:, 1] + model.config.cosine_weight * similarity[best]).argsort(descending=True)[:top]
+    order = model.matching_score(logits, similarity[best]).argsort(descending=True)[:top]
     probability = logits.softmax(1)[:, 1]
     return [(chosen[i], similarity[best[i]].item(), probability[i].item()) for i in order]
 

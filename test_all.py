@@ -575,6 +575,21 @@ def test_reranked_scores_are_the_official_ones_when_read_from_cls_as_there_and_t
         assert losses.retrieval_metrics(*scores, torch.arange(8)) == pytest.approx(theirs)
 
 
+@pytest.mark.parametrize("hardness", [0.0, 0.5, 1.0])
+def test_a_matching_head_without_fault_ranks_by_the_probability_of_the_pair(hardness):
+    """Whatever ITC thinks: the score takes back how negatives were drawn."""
+    torch.manual_seed(0)
+    model = FLIP(dataclasses.replace(GOLDEN_CONFIG, hardness=hardness))
+    truth, cosine, identity = torch.rand(5, 5), torch.rand(5, 5) * 2 - 1, torch.arange(5)
+    q = losses.negative_probabilities(cosine, identity, model.temperature, hardness)
+    log_odds = (truth / q).log()
+    score = model.matching_score(torch.stack([torch.ones(5, 5), 1 + log_odds], -1), cosine)
+    for row in range(5):
+        others = identity != row            # a pair is never drawn as its own negative
+        found = score[row, others] - truth[row, others].log()
+        close(found, found[:1].expand(4), 1e-4)
+
+
 def test_base_has_the_papers_223453187_parameters_and_all_1049_official_names_load_and_save_back(tmp_path):
     with torch.device("meta"):
         model = FLIP(FLIPConfig())
@@ -1404,19 +1419,50 @@ def test_two_micro_batches_give_the_gradient_of_their_mean(tmp_path, cache):
     first, second = take(data.Batches(faces, model.tokenizer, 48, 8), 0, 2)
     gradients, optimizer = [], torch.optim.SGD([{"params": list(model.parameters()), "scale": 0.0}])
     optimizer.step = lambda: gradients.append(model.student.image.class_token.grad.clone())
-    run = train.Run(config, model, model, optimizer, None, 3, None, None, 0)
+    run = train.Run(config, model, model, [optimizer], None, 3, None, None, 0)
     for batches in ([first], [second], [first, second]):
         train.train_step(run, batches, 0)
     close(gradients[2], (gradients[0] + gradients[1]) / 2, 1e-6)
 
 
-def test_every_trained_parameter_is_in_one_optimiser_group_and_only_matrices_decay():
+@pytest.mark.parametrize("muon_lr, hidden", [(0.0, 0), (3.0, 4 * 6 + 3 * 10)])
+def test_every_trained_parameter_is_in_one_optimiser_group_and_only_matrices_decay(muon_lr, hidden):
     model = small_flip()
-    groups = train.build_optimizer(model, weight_decay=0.05, temperature_lr=0.1).param_groups
+    optimizers = train.build_optimizers(model, 0.05, temperature_lr=0.1, muon_lr=muon_lr)
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    assert sum(len(group["params"]) for group in groups if group["scale"] == 3.0) == hidden
     grouped = [id(p) for group in groups for p in group["params"]]
     assert sorted(grouped) == sorted(id(p) for p in model.parameters() if p.requires_grad)
     assert all((p.ndim > 1) == (group["weight_decay"] > 0) for group in groups for p in group["params"])
     assert [group["scale"] for group in groups if group["params"][0] is model.temperature] == [0.1]
+
+
+def test_muon_steps_as_torchs_does_without_bfloat16(monkeypatch):
+    torch.manual_seed(0)
+    ours = [nn.Parameter(torch.randn(shape)) for shape in ((6, 6), (6, 24), (24, 6), (6, 6))]
+    theirs = [nn.Parameter(p.detach().clone()) for p in ours]
+    muon = train.Muon([{"params": ours, "weight_decay": 0.1}])
+    reference = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    muon.param_groups[0]["lr"] = 0.02
+    monkeypatch.setattr(torch.Tensor, "bfloat16", lambda tensor: tensor)
+    for _ in range(3):
+        for p, q in zip(ours, theirs):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        muon.step()
+        reference.step()
+    for p, q in zip(ours, theirs):
+        close(p, q, 1e-5)
+
+
+def test_newton_schulz_brings_all_singular_values_to_about_one_and_keeps_the_vectors():
+    torch.manual_seed(0)
+    X = torch.randn(4, 8, 32) * torch.logspace(0, -2, 8)[:, None]
+    U, S, V = torch.linalg.svd(X.double(), full_matrices=False)
+    inside = U.mT @ train.orthogonal(X).double() @ V.mT
+    values = inside.diagonal(dim1=1, dim2=2)
+    assert 0.65 < values.min() and values.max() < 1.25 and (S.amax(1) / S.amin(1)).min() > 50
+    close(inside, torch.diag_embed(values), 1e-4)
 
 
 def test_the_base_recipe_is_the_papers():
@@ -1796,11 +1842,11 @@ def test_search_shows_the_best_by_matching_logit_plus_cosine_and_names_what_it_c
     captions = model.tokenizer([query])
     with torch.no_grad():
         for path in folder.rglob("*.jpg"):
-            tokens, feature = model.encode_image(vit.to_tensor(vit.open_picture(path), 48)[None])
+            tokens, feature = model.encode_image(vit.to_tensor([vit.to_pixels(vit.open_picture(path), 48)]))
             cosine = (feature @ model.encode_text(captions).T).item()
             logits = model.matching_logits(tokens, captions)
             line = f"{cosine:6.3f} {logits.softmax(1)[0, 1]:6.3f}  {path}"
-            scores[line] = model.config.cosine_weight * cosine + logits[0, 1].item()
+            scores[line] = model.matching_score(logits, cosine).item()
     assert printed.splitlines()[-5:-1] == sorted(scores, key=scores.get, reverse=True)[:4]
     assert Image.open(out).width > 4 * 100
 

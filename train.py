@@ -88,6 +88,8 @@ class Config:
                          choices=("epoch", "cosine"))
     warmup: int = flag(20_000, "steps from lr_start to lr")
     temperature_lr: float = flag(1.0, "learning rate of the temperature, as a multiple of lr")
+    muon_lr: float = flag(0.0, "learning rate of Muon, as a multiple of lr, for the matrices inside blocks and "
+                               "layers; 0: AdamW for all")
     weight_decay: float = flag(0.05, "of weight matrices and embeddings")
     beta2: float = flag(0.999, "AdamW's second beta", high=1)
     clip_grad: float = flag(0.0, "limit of the gradient's norm; 0: none")
@@ -113,7 +115,9 @@ class Config:
     eval_every: int = flag(5000, "steps between evaluations, each of which also saves the checkpoint", low=1)
     save_every: float = flag(30.0, "minutes after which a checkpoint is saved between evaluations, too")
     k_test: int = flag(256, "candidates per query that the matching head scores again", low=1)
-    cosine_weight: float = flag(1.0, "of the cosine beside the matching logit when it does")
+    score: str = flag("paper", "what it ranks them by: paper (matching logit + cosine) or posterior (what "
+                               "makes up for the hardness of the negatives: FLIP.matching_score)",
+                      choices=("paper", "posterior"))
 
     def __post_init__(self):
         check_flags(self)
@@ -123,15 +127,14 @@ class Config:
 # starts from CLIP and BERT):
 RECIPES = {"tiny": dict(
     steps=1500, batch_size=128, workers=0, augment=False, log_every=20, eval_every=750, k_test=16,
-    lr=1e-3, lr_start=1e-5, lr_min=2e-5, lr_decay="cosine", warmup=60, beta2=0.98, clip_grad=1.0,
+    lr=1e-3, muon_lr=3.0, lr_start=1e-5, lr_min=2e-5, lr_decay="cosine", warmup=60, beta2=0.98, clip_grad=1.0,
     # At the full rate the temperature falls to 0.01 before there is anything to tell apart.
     temperature_lr=0.1,
     # Asked about hard negatives from the start, the matching head never leaves its prior: even ones
     # first. And never as hard as the paper's: 40 attributes are no person, so the caption most like
     # an image's own is often true of the image as well.
     itm_from=0.4, itm_every=3, hard_ramp=(0.5, 0.9), hardness=0.5,
-    # Beside logits, a cosine counts as in the contrastive loss: divided by a temperature, of 0.05.
-    cosine_weight=20.0,
+    score="posterior",
     # In a short run a slow teacher lags behind most of what was learned: it slows down, and is
     # listened to, late. So the queue, too, is used late, when its entries change slowly.
     momentum=0.95, momentum_from=0.7, alpha_ramp=(0.75, 0.95), queue_size=512, queue_from=0.75)}
@@ -176,7 +179,7 @@ class Run(NamedTuple):
     config: Config                  # with the number of steps decided
     model: FLIP
     wrapped: nn.Module              # the model itself, or DistributedDataParallel around it
-    optimizer: torch.optim.Optimizer
+    optimizers: list[torch.optim.Optimizer]
     batches: data.Batches
     steps_per_epoch: int
     validation: "Validation"
@@ -205,9 +208,10 @@ def train_step(run, micro_batches, step):
         losses += torch.stack([out.itc, out.itm]).detach() / len(micro_batches)
     if config.clip_grad:
         nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad)
-    set_learning_rate(run.optimizer, learning_rate(step, config, run.steps_per_epoch))
-    run.optimizer.step()
-    run.optimizer.zero_grad(set_to_none=True)
+    set_learning_rate(run.optimizers, learning_rate(step, config, run.steps_per_epoch))
+    for optimizer in run.optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
     model.clamp_temperature()
     return losses
 
@@ -306,7 +310,8 @@ def build_model(config, faces):
     vit, bert, embed_dim = MODELS[config.model]
     tokenizer = Tokenizer.load(config.bert) if config.bert else Tokenizer.train(sample_captions(faces))
     bert = dataclasses.replace(bert, vocab_size=tokenizer.vocab_size)
-    flip_config = FLIPConfig(vit, bert, embed_dim, config.queue_size, config.momentum, config.cosine_weight)
+    flip_config = FLIPConfig(vit, bert, embed_dim, config.queue_size, config.momentum,
+                             config.hardness if config.score == "posterior" else None)
     model = new_model(flip_config, tokenizer)
     if config.clip:
         load_clip(model.student.image, config.clip)
@@ -343,22 +348,74 @@ def sample_captions(faces, count=3000):
             for i in range(min(count, len(faces))) for k in range(2)]
 
 
-def build_optimizer(module, weight_decay, beta2=0.999, temperature_lr=1.0):
-    """AdamW for finetune.py, too; every trained parameter in exactly one group: matrices, which are
-    decayed, the rest, and the temperature, whose rate is `temperature_lr` times that of the
-    others."""
+class Muon(torch.optim.Optimizer):
+    """Momentum made orthogonal (Keller Jordan, kellerjordan.github.io/posts/muon): a weight matrix
+    moves by its momentum U S V^T with all singular values set to about 1, U V^T. For matrices that
+    map one hidden vector to another.
+
+    Why it helps a small model that starts from nothing: gradients of such matrices are nearly of
+    low rank. A few directions, what most captions say, are large from the first step, and Adam,
+    which scales entry by entry, follows these; the many small directions, one for a rare mark here
+    or there, must wait for them. Here every direction moves at the same pace.
+
+    Updates are as large as AdamW's, about 0.2 an entry times the learning rate (Liu et al., arXiv
+    2502.16982), so one rate and one weight decay suit both.
+    """
+
+    def __init__(self, groups, momentum=0.95):
+        super().__init__(groups, dict(lr=0.0, weight_decay=0.0, momentum=momentum))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            same_shape = {}                     # large products of many matrices, not many small ones
+            for p in group["params"]:
+                if p.grad is not None:
+                    momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                    momentum.lerp_(p.grad, 1 - group["momentum"])
+                    ahead = p.grad.lerp(momentum, group["momentum"])                # Nesterov's
+                    same_shape.setdefault(tuple(sorted(p.shape)), []).append((p, ahead))
+            for (_, longer), members in same_shape.items():
+                wide = [update if len(update) < longer else update.T for _, update in members]
+                for (p, _), update in zip(members, orthogonal(torch.stack(wide))):
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.add_(update if len(p) < longer else update.T, alpha=-0.2 * longer ** 0.5 * group["lr"])
+
+
+def orthogonal(X, steps=5):
+    """Matrices U S V^T (n, rows, columns >= rows) -> about U V^T, by Newton-Schulz iteration: each
+    step maps every singular value s to a s + b s^3 + c s^5, which brings those between 0.001 and 1
+    to between 0.7 and 1.2 in five steps. (Jordan's coefficients; in float32, since without hardware
+    for it bfloat16 is slow.)"""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    X = X / (X.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        A = X @ X.mT
+        X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
+    return X
+
+
+def build_optimizers(module, weight_decay, beta2=0.999, temperature_lr=1.0, muon_lr=0.0):
+    """[AdamW], for finetune.py, too, or [AdamW, Muon]; every trained parameter in exactly one
+    group: matrices, which are decayed, the rest, and the temperature, whose rate is
+    `temperature_lr` times that of the others. With `muon_lr` the matrices inside blocks and layers
+    go to Muon, at so many times the rate."""
     named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    hidden = [p for name, p in named if muon_lr and p.ndim == 2 and (".blocks." in name or ".layers." in name)]
     scaled = [p for name, p in named if name == "temperature"]
-    matrices = [p for _, p in named if p.ndim > 1]
-    others = [p for name, p in named if p.ndim <= 1 and name != "temperature"]
-    groups = [{"params": matrices, "weight_decay": weight_decay, "scale": 1.0},
-              {"params": others, "weight_decay": 0.0, "scale": 1.0},
+    taken = {id(p) for p in hidden + scaled}
+    rest = [p for _, p in named if id(p) not in taken]
+    groups = [{"params": [p for p in rest if p.ndim > 1], "weight_decay": weight_decay, "scale": 1.0},
+              {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0, "scale": 1.0},
               {"params": scaled, "weight_decay": 0.0, "scale": temperature_lr}]
-    return torch.optim.AdamW(groups, betas=(0.9, beta2), eps=1e-8, fused=named[0][1].is_cuda or None)
+    adamw = torch.optim.AdamW(groups, betas=(0.9, beta2), eps=1e-8, fused=named[0][1].is_cuda or None)
+    if not hidden:
+        return [adamw]
+    return [adamw, Muon([{"params": hidden, "weight_decay": weight_decay, "scale": muon_lr}])]
 
 
-def set_learning_rate(optimizer, lr):
-    for group in optimizer.param_groups:
+def set_learning_rate(optimizers, lr):
+    for group in itertools.chain.from_iterable(optimizer.param_groups for optimizer in optimizers):
         group["lr"] = lr * group["scale"]
 
 
@@ -412,14 +469,15 @@ def prepare(config):
         raise ValueError(f"an epoch has {batches.per_epoch} batches, fewer than --accumulate "
                          f"{config.accumulate}")
     config = dataclasses.replace(config, steps=config.steps or config.epochs * steps_per_epoch)
-    optimizer = build_optimizer(model, config.weight_decay, config.beta2, config.temperature_lr)
-    if saved:
-        optimizer.load_state_dict(saved["optimizer"])
+    optimizers = build_optimizers(model, config.weight_decay, config.beta2, config.temperature_lr,
+                                  config.muon_lr)
+    for optimizer, state in zip(optimizers, saved["optimizers"] if saved else ()):
+        optimizer.load_state_dict(state)
     lines = saved["log"] if saved else [{"config": asdict(config)}]
     log = Log(Path(config.out) / "log.jsonl", lines, writes=rank == 0)
     wrapped = model if world == 1 else DistributedDataParallel(
         model, broadcast_buffers=False, find_unused_parameters=config.itm_from > 0 or config.itm_every > 1)
-    return Run(config, model, wrapped, optimizer, batches, steps_per_epoch, Validation.of(validation), log,
+    return Run(config, model, wrapped, optimizers, batches, steps_per_epoch, Validation.of(validation), log,
                start=saved["step"] if saved else 0)
 
 
@@ -570,7 +628,7 @@ def save(run, step):
     if rank_and_world()[0] == 0:
         state = {"config": asdict(run.config), "processes": rank_and_world()[1],
                  "faces": len(run.batches.faces), "step": step, "log": run.log.lines,
-                 "optimizer": run.optimizer.state_dict()}
+                 "optimizers": [optimizer.state_dict() for optimizer in run.optimizers]}
         write_checkpoint(run.model.checkpoint() | {"training": state}, Path(run.config.out) / "flip.pt")
 
 

@@ -68,15 +68,18 @@ class ViTConfig:
 # CLIP's statistics of an RGB image in [0, 1]
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)
 STD = np.array([0.26862954, 0.26130258, 0.27577711], dtype=np.float32)
-SCALE, OFFSET = 1 / (255 * STD), MEAN / STD     # one multiplication and one subtraction a pixel
 
 
-def to_tensor(image, size):
-    """A PIL image -> float32 (3, S, S): resized without cropping (section 4.2), then normalised."""
+def to_pixels(image, size):
+    """A PIL image -> uint8 (S, S, 3), resized without cropping (section 4.2)."""
     if image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.BICUBIC)
-    pixels = np.asarray(image.convert("RGB"), dtype=np.float32) * SCALE - OFFSET
-    return torch.from_numpy(pixels).permute(2, 0, 1)
+    return np.asarray(image.convert("RGB"))
+
+
+def to_tensor(pixels):
+    """Pixels of B images, each uint8 (S, S, 3) -> float32 (B, 3, S, S), normalised."""
+    return torch.from_numpy(np.stack(pixels) * (1 / (255 * STD)) - MEAN / STD).permute(0, 3, 1, 2)
 
 
 # ---- the encoder -------------------------------------------------------------------------------
@@ -278,7 +281,7 @@ def read_batches(read, count, size, title, batch_size=128, show=True):
     read on all cores. One for which `read` gives None is left out."""
     def pixels_of(i):
         picture = read(i)
-        return None if picture is None else to_tensor(picture, size)
+        return None if picture is None else to_pixels(picture, size)
 
     with ThreadPool() as pool:
         for start in tqdm(range(0, count, batch_size), title, leave=False, disable=not show):
@@ -287,7 +290,7 @@ def read_batches(read, count, size, title, batch_size=128, show=True):
                      if pixels is not None]
             if found:
                 kept, pixels = zip(*found)
-                yield list(kept), torch.stack(pixels)
+                yield list(kept), to_tensor(pixels)
 
 
 def contact_sheet(rows, tile=128):
@@ -415,7 +418,7 @@ def main():
     vit = ViT(config).eval()
     if args.clip:
         load_clip(vit, args.clip)
-    pixels = to_tensor(image, config.image_size)[None]
+    pixels = to_tensor([to_pixels(image, config.image_size)])
     with torch.no_grad():
         tokens, hidden = vit(pixels, return_hidden=True)
     print(f"image        {image.size[0]} x {image.size[1]} {image.mode}")
