@@ -39,7 +39,7 @@ from flip import FLIP, FLIPConfig, Output, feature_of, rerank
 from kernels import attention as attention_file
 from kernels import contrastive as contrastive_file
 from kernels import triton
-from kernels.attention import Sequences, attention, padded_attention
+from kernels.attention import Sequences, attention, pad, padded_attention, unpad
 from kernels.contrastive import contrastive_loss, reference
 from losses import matching_cross_entropy
 from train import build_optimizer
@@ -116,19 +116,18 @@ def relative_errors(ours, theirs, inputs):
 
 # ---- attention -----------------------------------------------------------------------------------
 def cases(images):
-    """The three uses of attention at base size: (name, (query sequences, key sequences, kv_of))."""
+    """The three uses of attention at base size: (name, (query sequences, key sequences))."""
     lengths = torch.randint(12, 66, (images,), generator=torch.Generator().manual_seed(0))
     pictures, captions = Sequences.uniform(images, 197, DEVICE), Sequences.of(lengths, DEVICE)
-    threefold = Sequences.of(lengths.repeat(3), DEVICE)
-    kv_of = torch.arange(3 * images, device=DEVICE) % images
-    return [(f"{images} images of 197 tokens", (pictures, pictures, None)),
-            (f"{images} captions of 12 to 65 tokens", (captions, captions, None)),
-            (f"{3 * images} captions reading {images} images", (threefold, pictures, kv_of))]
+    threefold = Sequences.of(lengths.repeat(3), DEVICE).joined(torch.full((images,), 3))
+    return [(f"{images} images of 197 tokens", (pictures, pictures)),
+            (f"{images} captions of 12 to 65 tokens", (captions, captions)),
+            (f"{3 * images} captions reading {images} images", (threefold, pictures))]
 
 
 def attention_inputs(sequences, dtype, heads=12, channels=64):
     torch.manual_seed(0)
-    queries, keys, _ = sequences
+    queries, keys = sequences
     return [torch.randn(n, heads, channels, device=DEVICE).to(dtype).requires_grad_()
             for n in (queries.tokens, keys.tokens, keys.tokens)]
 
@@ -140,6 +139,13 @@ def attention_errors(sequences, dtype):
                            attention_inputs(sequences, dtype))
 
 
+def torchs_attention(query, key, value, query_sequences, key_sequences):
+    """PyTorch's own function, which takes sequences of one length only."""
+    query, key, value = pad(query, query_sequences), pad(key, key_sequences), pad(value, key_sequences)
+    mask = None if key_sequences.is_uniform else key_sequences.mask[:, None, None]
+    return unpad(F.scaled_dot_product_attention(query, key, value, mask), query_sequences)
+
+
 def attention_rows(sequences, dtype):
     """Ours beside PyTorch's own attention, with padding where sequences differ in length."""
     inputs = attention_inputs(sequences, dtype)
@@ -147,7 +153,7 @@ def attention_rows(sequences, dtype):
     for name in ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION", "MATH"):
         with sdpa_kernel(getattr(SDPBackend, name)):
             yield measured(f"SDPA, {name.lower().removesuffix('_attention')}, padded",
-                           lambda: padded_attention(*inputs, *sequences), inputs)
+                           lambda: torchs_attention(*inputs, *sequences), inputs)
 
 
 def bench_attention():
@@ -210,7 +216,7 @@ def bench_contrastive(B=80, Q=61_440, E=256):
 # Our modules and weights, used as the official code uses its own: captions are padded to MAX_TOKENS,
 # every token is computed in every layer, a pair of caption and image computes that image's keys and
 # values for itself, attention and contrastive loss are written out.
-def written_attention(query, key, value, query_sequences, key_sequences, kv_of=None, dropout=0.0):
+def written_attention(query, key, value, query_sequences, key_sequences, dropout=0.0):
     """In place of `attention`, for sequences that are all padded to one length."""
     query, key, value = (tokens.unflatten(0, (len(sequences), -1)).transpose(1, 2) for tokens, sequences in (
         (query, query_sequences), (key, key_sequences), (value, key_sequences)))            # (B, H, L, d)
@@ -293,7 +299,7 @@ def print_seconds(ways, repeats):
     seconds = in_turn(ways, repeats)
     first = next(iter(seconds.values()))
     print(markdown(["", "seconds", "times as fast"],
-                   [[name, f"{s:.2f}", f"{first / s:.2f}"] for name, s in seconds.items()]))
+                   [[name, f"{s:.2f}", f"{first / s:.2f}"] for name, s in seconds.items()]), "\n")
 
 
 def model_inputs(config, images, texts):
@@ -374,7 +380,7 @@ KERNELS = {kernel.__name__: kernel for kernel in (
     contrastive_file.sums_kernel)}
 # Arguments that are not tensors of the kernel's own type.
 TYPES = {"*fp32": "lse delta delta_out queries temperature peak_out mass_out key_out",
-         "*i32": "query_starts key_starts kv_of readers reader_starts",
+         "*i32": "query_starts key_starts",
          "*i64": "identity key_identity", "i32": "B K stretch", "i64": "seed"}
 TYPE_OF = {name: kind for kind, names in TYPES.items() for name in names.split()}
 # Shared memory that one program can have, in bytes, by compute capability (CUDA C++ Programming
@@ -454,7 +460,6 @@ def main():
           f"{datetime.date.today():%d %B %Y}\n")
     for name in [args.which] if args.which else ["attention", "contrastive"]:
         BENCHES[name]()
-        print()
 
 
 if __name__ == "__main__":
