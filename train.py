@@ -354,7 +354,7 @@ def build_optimizer(module, weight_decay, beta2=0.999, temperature_lr=1.0):
     groups = [{"params": matrices, "weight_decay": weight_decay, "scale": 1.0},
               {"params": others, "weight_decay": 0.0, "scale": 1.0},
               {"params": scaled, "weight_decay": 0.0, "scale": temperature_lr}]
-    return torch.optim.AdamW(groups, betas=(0.9, beta2), eps=1e-8, fused=named[0][1].is_cuda or None)
+    return torch.optim.AdamW(groups, betas=(0.9, beta2), eps=1e-8, fused=True)
 
 
 def set_learning_rate(optimizer, lr):
