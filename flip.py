@@ -304,7 +304,9 @@ def rerank(model, image_tokens, captions, similarity, k, progress=False):
     for_text.scatter_(0, similarity.topk(min(k, similarity.shape[0]), dim=0).indices, True)
     pairs = (for_image | for_text).nonzero().cpu()                                  # (P, 2), image by image
     logit = torch.zeros_like(similarity)
-    chunks = pairs.split(1024)[rank::world]
+    # The largest tensors of a chunk, inside BERT's MLP, stay in a CPU's cache, or fill a GPU.
+    longest = captions.sequences.tokens / len(captions) * 4 * model.config.bert.width * 4       # bytes a pair
+    chunks = pairs.split(1 + int((2 ** 29 if device.type == "cuda" else 2 ** 23) / longest))[rank::world]
     for chunk in tqdm(chunks, "re-ranking", disable=not progress, leave=False):
         image, text = chunk.T
         first, last = int(image[0]), int(image[-1])

@@ -291,6 +291,16 @@ def test_the_bench_prints_its_tables(monkeypatch, capsys):
     assert len(re.findall(r"\d\.\de-\d\d", printed)) >= 3 * 4 + 2 * 3
 
 
+@pytest.mark.parametrize("name, sizes", [("step", dict(B=4)), ("rerank", dict(images=5, texts=7, k=3))])
+def test_the_straightforward_step_and_reranking_give_what_ours_give(monkeypatch, capsys, name, sizes):
+    """The bench refuses to time what differs."""
+    bench.BENCHES[name](dataclasses.replace(GOLDEN_CONFIG, queue_size=40), **sizes, repeats=1)
+    assert "| straightforward" in capsys.readouterr().out
+    monkeypatch.setattr(bench, "written_attention", lambda query, *others, **options: query)
+    with pytest.raises(AssertionError, match="not close"):
+        bench.BENCHES[name](GOLDEN_CONFIG, **sizes, repeats=1)
+
+
 def test_without_triton_everything_else_works():
     """As on a Mac: importing it fails."""
     code = "import sys; sys.modules['triton'] = None; import torch, train; print(train.FLIP.__name__)"
