@@ -221,7 +221,7 @@ class FLIP(nn.Module):
         own = torch.arange(world * B)
         image_index = torch.cat([own, negative_image, own])                         # (3 A,)
         text_index = torch.cat([own, own, negative_text])
-        by_image = image_index.argsort(stable=True)                     # captions that read an image: side by side
+        by_image = image_index.argsort(stable=True)         # captions that read one image lie side by side
         mine = by_image[image_index[by_image] // B == rank]
         is_match = (mine < world * B).long().to(image_tokens.device, non_blocking=True)
         logits = self.matching_logits(image_tokens, gather_captions(captions).select(text_index[mine]),

@@ -192,8 +192,8 @@ def keep_memory():
     the pages anew costs a CPU several percent of a step. Let it keep what it has."""
     with contextlib.suppress(OSError, AttributeError, TypeError):       # there is no glibc
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-3, 32 * 2 ** 20)           # M_MMAP_THRESHOLD, at its largest: smaller ones come from the heap
-        mallopt(-1, 2 ** 31 - 1)            # M_TRIM_THRESHOLD: how much of the heap's end may lie unused
+        mallopt(-3, 32 * 2 ** 20)           # M_MMAP_THRESHOLD: smaller ones come from the heap
+        mallopt(-1, 2 ** 31 - 1)            # M_TRIM_THRESHOLD: how much of the heap may lie unused
 
 
 def run_script(main):

@@ -148,9 +148,10 @@ def attention(query, key, value, query_sequences, key_sequences, dropout=0.0):
     found = len(query), len(key), len(key_sequences)
     if (query_sequences.tokens, key_sequences.tokens, len(query_sequences)) != found:
         raise ValueError(
-            f"attention: {len(query)} queries for {len(query_sequences)} sequences of {query_sequences.tokens} "
-            f"tokens, {len(key)} keys for {len(key_sequences)} sequences of {key_sequences.tokens}; expected "
-            f"as many queries and keys as tokens, and a key sequence for each query sequence")
+            f"attention: {len(query)} queries for {len(query_sequences)} sequences of "
+            f"{query_sequences.tokens} tokens, {len(key)} keys for {len(key_sequences)} sequences of "
+            f"{key_sequences.tokens}; expected as many queries and keys as tokens, and a key sequence for each "
+            f"query sequence")
     device = query.device.type
     if torch.is_autocast_enabled(device):
         query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
