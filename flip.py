@@ -305,8 +305,8 @@ def rerank(model, image_tokens, captions, similarity, k, progress=False):
     pairs = (for_image | for_text).nonzero().cpu()                                  # (P, 2), image by image
     logit = torch.zeros_like(similarity)
     # The largest tensors of a chunk, inside BERT's MLP, stay in a CPU's cache, or fill a GPU.
-    longest = captions.sequences.tokens / len(captions) * 4 * model.config.bert.width * 4       # bytes a pair
-    chunks = pairs.split(1 + int((2 ** 29 if device.type == "cuda" else 2 ** 23) / longest))[rank::world]
+    bytes_a_pair = captions.sequences.tokens / len(captions) * 4 * model.config.bert.width * 4
+    chunks = pairs.split(1 + int((2 ** 29 if device.type == "cuda" else 2 ** 23) / bytes_a_pair))[rank::world]
     for chunk in tqdm(chunks, "re-ranking", disable=not progress, leave=False):
         image, text = chunk.T
         first, last = int(image[0]), int(image[-1])
