@@ -10,9 +10,10 @@ first token: [CLS] asks "what does this say?", [ENC] asks "does it say that of t
 what comes out at its place is the answer.
 
 Captions differ in length, so they travel packed, all their tokens in one list, and no layer
-computes anything for padding. (Inside attention, where no kernel runs, torch's own wants
+computes anything for padding. (Inside attention, where no kernel runs, products want
 rectangles: there, and nowhere else, they are padded for a moment; see kernels/attention.py.) An
-image's keys and values are projected once, however many captions read it.
+image's keys and values are projected once, and captions that read it lie side by side, so that
+cross-attention takes them for one long sequence.
 
 Departures: the official code pads every caption to 65 tokens, projects an image's keys and values
 again for each caption, and drops BERT's token-type embedding; here type 0, which BERT adds to every
@@ -205,14 +206,16 @@ class Layer(nn.Module):
     def forward(self, text, sequences, image_context=None, first_only=False):
         """text (N, D) packed -> (N, D); with first_only -> (P, D), computed for the first token of
         each caption alone (it still looks at the whole caption). image_context: (packed image
-        tokens, their Sequences, which image each caption reads)."""
+        tokens, their Sequences, how many captions read each)."""
         x, x_sequences = text, sequences
         if first_only:
             x = text.index_select(0, sequences.firsts)                                      # (P, D)
             x_sequences = Sequences.uniform(len(x), 1, x.device)
         x = self.norm_attention(x + self.dropout(self.attention(x, x_sequences, text, sequences)))
         if image_context is not None:
-            seen = self.cross_attention(x, x_sequences, *image_context)
+            image_tokens, image_sequences, readers = image_context
+            by_image = x_sequences if readers is None else x_sequences.joined(readers)
+            seen = self.cross_attention(x, by_image, image_tokens, image_sequences)
             x = self.norm_cross_attention(x + self.dropout(seen))
         return self.norm_mlp(x + self.dropout(self.down(F.gelu(self.up(x)))))
 
@@ -228,12 +231,13 @@ class Bert(nn.Module):
         self.layers = nn.ModuleList(Layer(config, image_width) for _ in range(config.depth))
         self.initialise()
 
-    def forward(self, captions, image_tokens=None, image_of=None, first_only=False):
+    def forward(self, captions, image_tokens=None, readers=None, first_only=False):
         """Packed captions -> packed tokens (N, D), or (P, D) with first_only: each caption's first
         token, for which the last layer computes nothing else.
 
-        image_tokens (I, L, image_width) switches to image-grounded mode: caption p reads image
-        image_of[p] (None: image p).
+        image_tokens (I, L, image_width) switches to image-grounded mode: the first readers[0]
+        captions read image 0, the next readers[1] read image 1, and so on; readers: (I,), on the
+        CPU (None: one each).
         """
         sequences, image_context = captions.sequences, None
         if sequences.longest > self.config.positions:
@@ -241,7 +245,7 @@ class Bert(nn.Module):
                              f"{self.config.positions} positions")
         if image_tokens is not None:
             I, L, _ = image_tokens.shape
-            image_context = image_tokens.flatten(0, 1), Sequences.uniform(I, L, image_tokens.device), image_of
+            image_context = image_tokens.flatten(0, 1), Sequences.uniform(I, L, image_tokens.device), readers
         x = self.words(captions.ids) + self.positions[sequences.places]                     # (N, D)
         x = self.dropout(self.norm(x))
         for layer in self.layers[:-1]:

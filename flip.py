@@ -144,11 +144,11 @@ class FLIP(nn.Module):
         """Packed captions -> features (B, E) of length 1."""
         return self.student.encode_text(captions)
 
-    def matching_logits(self, image_tokens, captions, image_of=None):
-        """ITM logits (P, 2), class 1 = match, of P captions with the images that they read: caption
-        p with image_tokens[image_of[p]], of (I, L, D); None: with image p."""
+    def matching_logits(self, image_tokens, captions, readers=None):
+        """ITM logits (P, 2), class 1 = match, of P captions with the images (I, L, D) that they read:
+        the first readers[0] captions read image 0, and so on (a CPU tensor); None: one each."""
         captions = captions.starting_with(self.student.text.enc_token)
-        first = self.student.text(captions, image_tokens, image_of, first_only=True)        # (P, D)
+        first = self.student.text(captions, image_tokens, readers, first_only=True)         # (P, D)
         with torch.autocast(first.device.type, enabled=False):      # half is too coarse beside a cosine
             return self.matching_head(first.float())
 
@@ -236,11 +236,12 @@ class FLIP(nn.Module):
         own = torch.arange(world * B)
         image_index = torch.cat([own, negative_image, own])                         # (3 A,)
         text_index = torch.cat([own, own, negative_text])
-        is_match = (torch.arange(3 * world * B) < world * B).long()
-        mine, device = image_index // B == rank, image_tokens.device
+        by_image = image_index.argsort(stable=True)         # captions that read one image lie side by side
+        mine = by_image[image_index[by_image] // B == rank]
+        is_match = (mine < world * B).long().to(image_tokens.device, non_blocking=True)
         logits = self.matching_logits(image_tokens, gather_captions(captions).select(text_index[mine]),
-                                      (image_index[mine] - rank * B).to(device, non_blocking=True))
-        return matching_cross_entropy(logits, is_match[mine].to(device, non_blocking=True), pairs=3 * B)
+                                      readers=(image_index[mine] - rank * B).bincount(minlength=B))
+        return matching_cross_entropy(logits, is_match, pairs=3 * B)
 
     # ---- changes of state, called by the training loop ----
     @torch.no_grad()
@@ -317,12 +318,14 @@ def rerank(model, image_tokens, captions, similarity, k, progress=False):
     for_text.scatter_(0, similarity.topk(min(k, similarity.shape[0]), dim=0).indices, True)
     pairs = (for_image | for_text).nonzero().cpu()                                  # (P, 2), image by image
     scores = torch.zeros_like(similarity)
-    chunks = pairs.split(1024)[rank::world]
+    # The largest tensors of a chunk, inside BERT's MLP, stay in a CPU's cache, or fill a GPU.
+    bytes_a_pair = captions.sequences.tokens / len(captions) * 4 * model.config.bert.width * 4
+    chunks = pairs.split(1 + int((2 ** 29 if device.type == "cuda" else 2 ** 23) / bytes_a_pair))[rank::world]
     for chunk in tqdm(chunks, "re-ranking", disable=not progress, leave=False):
         image, text = chunk.T
         first, last = int(image[0]), int(image[-1])
         tokens = image_tokens[first:last + 1].float().to(device)
-        judged = model.matching_logits(tokens, captions.select(text), (image - first).to(device))
+        judged = model.matching_logits(tokens, captions.select(text), readers=(image - first).bincount())
         scores[image, text] = model.matching_score(judged.to(scores), similarity[image, text])
     if world > 1:
         dist.all_reduce(scores)

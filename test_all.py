@@ -77,8 +77,8 @@ def error_of(call, *args, **kwargs):
 
 
 # ---- kernels/attention.py ------------------------------------------------------------------------
-OWN = [1, 5, 16, 17, 64, 65, 0], [1, 5, 16, 17, 64, 65, 0], None                  # the last: an empty caption
-SHARED = [3, 17, 20, 1], [65, 10, 7], [1, 0, 1, 1]                                  # nobody reads the third
+OWN = [1, 5, 16, 17, 64, 65, 0], [1, 5, 16, 17, 64, 65, 0]                          # the last: an empty caption
+OTHERS = [17, 24, 0], [65, 10, 7]                                                   # nobody reads the third
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3}                              # half: w is rounded, too
 TOLERANCE |= {torch.bfloat16: 8e-3} if DEVICE == "cuda" else {}                     # interpreted, it errs
 EVERY_PATH = pytest.mark.parametrize("path, dtype", [
@@ -98,14 +98,13 @@ def path(request, monkeypatch):
     return DEVICE
 
 
-def packed(query_lengths, key_lengths, kv_of, device=DEVICE, dtype=torch.float32, channels=16):
-    """(q, k, v) of two heads, (queries, keys, kv_of), and a gradient by the result of attention."""
+def packed(query_lengths, key_lengths, device=DEVICE, dtype=torch.float32, channels=16):
+    """(q, k, v) of two heads, (queries, keys), and a gradient by the result of attention."""
     torch.manual_seed(0)
     queries, keys = Sequences.of(query_lengths, device), Sequences.of(key_lengths, device)
-    kv_of = None if kv_of is None else torch.tensor(kv_of, dtype=torch.int32, device=device)
     tokens = queries.tokens, keys.tokens, keys.tokens, queries.tokens
     *inputs, grad = (torch.randn(n, 2, channels).to(device, dtype) for n in tokens)
-    return [x.requires_grad_() for x in inputs], (queries, keys, kv_of), grad
+    return [x.requires_grad_() for x in inputs], (queries, keys), grad
 
 
 def with_gradients(out, inputs, grad=None):
@@ -122,10 +121,9 @@ def expected_attention(inputs, sequences, grad, factors=itertools.repeat(1.0)):
     """(o, dq, dk, dv) by float64 autograd through the definition, sequence by sequence;
     factors: what dropout multiplies the weights of each query sequence with."""
     q, k, v = exact = [x.detach().double().requires_grad_() for x in inputs]
-    (queries, keys, kv_of), out = sequences, []
-    for p, factor in zip(range(len(queries)), factors):
-        m = p if kv_of is None else int(kv_of[p])
-        rows, columns = slice(*queries.starts[p:p + 2]), slice(*keys.starts[m:m + 2])
+    (queries, keys), out = sequences, []
+    for i, factor in zip(range(len(queries)), factors):
+        rows, columns = slice(*queries.starts[i:i + 2]), slice(*keys.starts[i:i + 2])
         weights = (torch.einsum("qhd,khd->hqk", q[rows], k[columns]) * q.shape[-1] ** -0.5).softmax(-1)
         out.append(torch.einsum("hqk,khd->qhd", weights * factor, v[columns]))
     return with_gradients(torch.cat(out), exact, grad.double())
@@ -140,9 +138,8 @@ def agree(found, expected, tolerance):
 
 @EVERY_PATH
 @pytest.mark.parametrize("lengths, channels", [
-    (OWN, 16), (OWN, 24), (SHARED, 32), (([197], [197], None), 64), (([30, 2], [16, 197], [1, 1]), 128),
-    (([4, 3], [0, 5], None), 16), (([5, 5, 5], [5, 5, 5], None), 8), (([1, 1, 1], [4, 9, 2], None), 8),
-    (([2, 9, 1, 4], [7, 7], [1, 0, 1, 1]), 8)])
+    (OWN, 16), (OWN, 24), (OTHERS, 32), (([197], [197]), 64), (([0, 32], [16, 197]), 128),
+    (([4, 3], [0, 5]), 16), (([5, 5, 5], [5, 5, 5]), 8), (([1, 1, 1], [4, 9, 2]), 8), (([9, 7], [7, 7]), 8)])
 def test_attention_and_its_gradients_equal_float64_autograd(path, dtype, lengths, channels):
     case = packed(*lengths, path, dtype, channels)
     agree(attended(*case), expected_attention(*case), TOLERANCE[dtype])
@@ -152,9 +149,9 @@ def test_attention_and_its_gradients_equal_float64_autograd(path, dtype, lengths
 def test_dropout_drops_its_share_of_weights_forward_and_backward_alike_and_rescales_the_others(path, dtype):
     """With equal scores and the identity for values, o shows which weights were dropped; with these
     the definition must give what any other scores give, gradients included."""
-    inputs, sequences, grad = packed([65, 9, 100], [70, 128, 30], [1, 0, 2], path, dtype, channels=128)
+    inputs, sequences, grad = packed([65, 9, 100], [128, 70, 30], path, dtype, channels=128)
     q, k, v = inputs
-    identity = torch.cat([torch.eye(n, 128) for n in (70, 128, 30)]).to(v)[:, None].expand_as(v)
+    identity = torch.cat([torch.eye(n, 128) for n in (128, 70, 30)]).to(v)[:, None].expand_as(v)
     torch.manual_seed(7)
     shown, other = (attention(q * 0, k, identity, *sequences, dropout=0.3) for _ in range(2))
     factors = [(o[..., :n].transpose(0, 1) > 0).double() / 0.7                              # (H, Lq, n)
@@ -170,28 +167,36 @@ def test_dropout_drops_its_share_of_weights_forward_and_backward_alike_and_resca
 @pytest.mark.parametrize("first, second", [(0.1, 0.1), (0.0, 2.0 ** -40)])
 def test_the_attention_kernels_give_equal_bits_where_they_drop_the_same(path, first, second):
     """2 ** -40 goes the way of dropout and keeps everything: so dropout of 0 is exact."""
-    case = packed(*SHARED)
+    case = packed(*OTHERS)
     assert all(map(torch.equal, attended(*case, first), attended(*case, second)))
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_the_attention_operators_keep_torchs_rules(dropout):
-    inputs, (queries, keys, kv_of), grad = packed(*SHARED)
-    told = queries.starts, keys.starts, kv_of, queries.longest, keys.longest, dropout, torch.tensor(2 ** 40)
+    inputs, (queries, keys), grad = packed(*OTHERS)
+    told = queries.starts, keys.starts, queries.longest, keys.longest, dropout, torch.tensor(2 ** 40)
     torch.library.opcheck(attention_file.launch_forward, (*inputs, *told))
     saved = [x.detach() for x in (grad, *inputs, *attention_file.launch_forward(*inputs, *told))]
     torch.library.opcheck(attention_file.launch_backward, (*saved, *told))
 
 
 def test_attention_refuses_sequences_that_do_not_fit_the_tokens():
-    inputs, (queries, keys, kv_of), _ = packed(*SHARED)
-    assert "41 queries, 82 keys and 3 pairs of sequences, but the sequences say 41, 82 and 4" in error_of(
-        attention, *inputs, queries, keys)
-    assert "40 queries" in error_of(attention, inputs[0][1:], *inputs[1:], queries, keys, kv_of)
+    inputs, (queries, keys), _ = packed(*OTHERS)
+    joined = queries.joined(torch.tensor([1, 2]))
+    assert "41 queries for 2 sequences of 41 tokens" in error_of(attention, *inputs, joined, keys)
+    assert "40 queries for 3 sequences" in error_of(attention, inputs[0][1:], *inputs[1:], queries, keys)
+
+
+def test_it_does_not_matter_to_a_token_who_else_reads_the_image():
+    """Captions that read one image, taken for one sequence, against each with a copy of the image."""
+    (q, k, v), (captions, images), _ = packed([3, 17, 20, 1], [65, 10, 7])
+    k_of, v_of = (torch.cat([x.split([65, 10, 7])[i] for i in (0, 1, 1, 1)]) for x in (k, v))
+    together = attention(q, k, v, captions.joined(torch.tensor([1, 3, 0])), images)
+    close(together, attention(q, k_of, v_of, captions, Sequences.of([65, 10, 10, 10], DEVICE)))
 
 
 def test_attention_computes_in_the_type_of_autocast():
-    inputs, sequences, _ = packed(*SHARED)
+    inputs, sequences, _ = packed(*OTHERS)
     with torch.autocast(DEVICE, torch.bfloat16):
         assert attention(*inputs, *sequences).dtype == torch.bfloat16
 
@@ -283,6 +288,16 @@ def test_the_bench_prints_its_tables(monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert printed.count("| ours | 1.00") == 4 and printed.count("| SDPA, math, padded | 1.00") == 3
     assert len(re.findall(r"\d\.\de-\d\d", printed)) >= 3 * 4 + 2 * 3
+
+
+@pytest.mark.parametrize("name, sizes", [("step", dict(B=4)), ("rerank", dict(images=5, texts=7, k=3))])
+def test_the_straightforward_step_and_reranking_give_what_ours_give(monkeypatch, capsys, name, sizes):
+    """The bench refuses to time what differs."""
+    bench.BENCHES[name](dataclasses.replace(GOLDEN_CONFIG, queue_size=40), **sizes, repeats=1)
+    assert "| straightforward" in capsys.readouterr().out
+    monkeypatch.setattr(bench, "written_attention", lambda query, *others, **options: query)
+    with pytest.raises(AssertionError, match="not close"):
+        bench.BENCHES[name](GOLDEN_CONFIG, **sizes, repeats=1)
 
 
 def test_without_triton_everything_else_works():
@@ -493,8 +508,7 @@ def test_tokens_features_and_logits_are_the_official_ones_computed_whole_or_for_
     student, images, captions = official.eval().student, GOLDEN["eval.images"], golden_captions("eval")
     (tokens, hidden), firsts = student.image(images, return_hidden=True), captions.sequences.firsts.long()
     asked = captions.starting_with(student.text.enc_token if first == "enc" else 2)
-    joint = student.text(asked, tokens, GOLDEN["eval.pair_image"])
-    joint_alone = student.text(asked, tokens, GOLDEN["eval.pair_image"], first_only=True)
+    joint, joint_alone = (student.text(asked, tokens, first_only=first_only) for first_only in (False, True))
     for name, found in (
             ("image_tokens", tokens), *((f"hidden.layer_{k}", hidden[k]) for k in range(3)),
             ("image_feat", student.encode_image(images)[1]), ("image_feat", student.image_features(images)),
@@ -644,7 +658,7 @@ def test_forward_changes_nothing_and_the_temperature_is_clamped_by_the_loop(offi
 def test_the_model_compiles_into_one_graph_forward_and_backward(backend, dropout):
     """ITC of a batch, and judging its captions with its images."""
     def loss_of(images, captions, identity):
-        judged = model.matching_logits(model.encode_image(images)[0], captions, identity.flip(0))
+        judged = model.matching_logits(model.encode_image(images)[0].flip(0), captions)
         return model(images, captions, identity, Knobs(with_itm=False)).itc + judged.square().sum()
     model, results = small_flip(dropout=dropout), []
     trained = [p for p in model.parameters() if p.requires_grad]

@@ -408,7 +408,7 @@ def build_optimizers(module, weight_decay, beta2=0.999, temperature_lr=1.0, muon
     groups = [{"params": [p for p in rest if p.ndim > 1], "weight_decay": weight_decay, "scale": 1.0},
               {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0, "scale": 1.0},
               {"params": scaled, "weight_decay": 0.0, "scale": temperature_lr}]
-    adamw = torch.optim.AdamW(groups, betas=(0.9, beta2), eps=1e-8, fused=named[0][1].is_cuda or None)
+    adamw = torch.optim.AdamW(groups, betas=(0.9, beta2), eps=1e-8, fused=True)
     if not hidden:
         return [adamw]
     return [adamw, Muon([{"params": hidden, "weight_decay": weight_decay, "scale": muon_lr}])]

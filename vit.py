@@ -20,14 +20,15 @@ Files beyond this one add at most a letter or two, and say so.
 
 Inside the encoders tokens are packed: those of a batch lie in one list (N, D), beside `Sequences`,
 which say where each sequence begins (its `firsts`) and of which sequence, at which of its `places`,
-a token is; `Sequences.uniform(B, L)` are B images of L tokens. Attention stays inside a sequence,
-or goes to another: kv_of[p] names the one that sequence p reads, None its own. All this is
-kernels/attention.py, which may be read later.
+a token is; `Sequences.uniform(B, L)` are B images of L tokens. Attention goes from sequence i to
+sequence i of the same tokens or of others. All this is kernels/attention.py, which may be read
+later.
 
 Run `python vit.py photo.jpg` to see what an image becomes.
 """
 import argparse
 import contextlib
+import ctypes
 import os
 import textwrap
 from dataclasses import dataclass
@@ -95,13 +96,13 @@ class Attention(nn.Module):
         self.value = nn.Linear(key_width or width, width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x, x_sequences, context, context_sequences, kv_of=None):
-        """Tokens x (Nx, D) look at the tokens of `context` (Nc, Dc)."""
+    def forward(self, x, x_sequences, context, context_sequences):
+        """Tokens x (Nx, D) look at the tokens of `context` (Nc, Dc), sequence i at sequence i."""
         query = self.query(x).unflatten(-1, (self.heads, -1))               # (Nx, H, d)
         key = self.key(context).unflatten(-1, (self.heads, -1))             # (Nc, H, d)
         value = self.value(context).unflatten(-1, (self.heads, -1))
         dropout = self.dropout if self.training else 0.0
-        mixed = attention(query, key, value, x_sequences, context_sequences, kv_of, dropout)
+        mixed = attention(query, key, value, x_sequences, context_sequences, dropout)
         return self.out(mixed.flatten(1))                                   # (Nx, D)
 
 
@@ -189,8 +190,18 @@ class ViT(nn.Module):
 
 
 # ==== A first reading may stop here: running, files, pictures, foreign weights ===================
+def keep_memory():
+    """glibc returns large tensors to the system as soon as they are freed, and fetching and clearing
+    the pages anew costs a CPU several percent of a step. Let it keep what it has."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):       # there is no glibc
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-3, 32 * 2 ** 20)           # M_MMAP_THRESHOLD: smaller ones come from the heap
+        mallopt(-1, 2 ** 31 - 1)            # M_TRIM_THRESHOLD: how much of the heap may lie unused
+
+
 def run_script(main):
     """Run a script: what its user can mend ends in a sentence, not in a traceback."""
+    keep_memory()
     try:
         main()
     except (ValueError, OSError) as error:

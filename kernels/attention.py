@@ -6,17 +6,17 @@ starts. Linear layers and norms then spend nothing on padding. One function serv
 
     images attending to themselves      queries = keys = image tokens, every sequence equally long
     captions attending to themselves    queries = keys = text tokens, lengths differ
-    captions attending to images        `kv_of[p]` names the image that caption p looks at; an image
-                                        is projected to keys and values once for all its captions
+    captions attending to images        query sequence i: all captions that read image i, one after
+                                        the other, since it does not matter to a token who else
+                                        looks at the image; its keys and values are there once
 
 Two paths compute the same. On a GPU the Triton kernels, in the second half of this file, read the
-packed tokens where they lie. Elsewhere it is PyTorch's own attention, and that wants rectangles:
-`padded_attention` pads what comes in, copies an image's keys and values for every caption that
-reads it, and takes the padding out of the result.
+packed tokens where they lie. Elsewhere it is the formula as it stands, and that wants rectangles:
+`padded_attention` pads what comes in and takes the padding out of the result.
 
 Capital letters are sizes, here as in the whole project: B sequences, the samples of a batch, have
 N tokens in all and up to L each; H heads of d = D / H channels share the width D. Where queries and
-keys differ, P query sequences of up to Lq tokens look at M key sequences of up to Lk.
+keys differ, query sequences have up to Lq tokens and key sequences up to Lk.
 Run `python kernels/attention.py` to compare and time it.
 """
 import sys
@@ -55,6 +55,12 @@ class Sequences:
     def uniform(count, length, device="cpu"):
         starts = torch.arange(count + 1, dtype=torch.int32, device=device) * length
         return Sequences(torch.full((count,), length), starts, length, count * length)
+
+    def joined(self, counts):
+        """Neighbours made one: the first counts[0] sequences, the next counts[1], and so on; counts:
+        int64, on the CPU."""
+        ends = F.pad(self.lengths.cumsum(0), (1, 0))[F.pad(counts.cumsum(0), (1, 0))]
+        return Sequences.of(ends.diff(), self.starts.device)
 
     def to(self, device):
         return Sequences(self.lengths, self.starts.to(device, non_blocking=True), self.longest, self.tokens)
@@ -108,42 +114,53 @@ def unpad(padded, sequences):
 
 
 # ---- attention -----------------------------------------------------------------------------------
-def padded_attention(query, key, value, query_sequences, key_sequences, kv_of=None, dropout=0.0):
-    """Attention by PyTorch's own function, which takes sequences of one length only."""
-    query = pad(query, query_sequences)                                             # (P, H, Lq, d)
-    key, value = pad(key, key_sequences), pad(value, key_sequences)                 # (M, H, Lk, d)
-    mask = None if key_sequences.is_uniform else key_sequences.mask[:, None, None]  # (M, 1, 1, Lk)
-    if kv_of is not None:
-        key, value = key.index_select(0, kv_of), value.index_select(0, kv_of)       # (P, H, Lk, d)
-        mask = None if mask is None else mask.index_select(0, kv_of)
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
-    return unpad(out, query_sequences)                                              # (N, H, d)
+def kept(weights, dropout):
+    """1 for the weights that dropout leaves, 0 for the others. 16 random bits decide about each, since
+    drawing a number for every weight takes a CPU longer than all the rest of attention."""
+    count = weights.numel()
+    random = torch.randint(-2 ** 63, 2 ** 63 - 1, (-(-count // 4),), device=weights.device)     # 64 bits each
+    places = random.view(torch.int16)[:count].view(weights.shape)
+    return (places >= round(dropout * 2 ** 16) - 2 ** 15).to(weights.dtype)
 
 
-def attention(query, key, value, query_sequences, key_sequences, kv_of=None, dropout=0.0):
-    """softmax(q k^T / sqrt(d)) v inside sequences, for every head.
+def padded_attention(query, key, value, query_sequences, key_sequences, dropout=0.0):
+    """The formula as it stands, on sequences that are padded to one length."""
+    query = pad(query * query.shape[-1] ** -0.5, query_sequences)                   # (B, H, Lq, d)
+    key, value = pad(key, key_sequences), pad(value, key_sequences)                 # (B, H, Lk, d)
+    with torch.autocast(query.device.type, enabled=False):      # it would make the softmax float32
+        logits = query @ key.mT                                                     # (B, H, Lq, Lk)
+        if not key_sequences.is_uniform:
+            nothing = ~key_sequences.mask[:, None, None]
+            logits = logits.masked_fill(nothing, torch.finfo(logits.dtype).min)
+        weights = logits.softmax(-1)
+        if dropout > 0:
+            weights, value = weights * kept(weights, dropout), value / (1 - dropout)
+        return unpad(weights @ value, query_sequences)                              # (N, H, d)
+
+
+def attention(query, key, value, query_sequences, key_sequences, dropout=0.0):
+    """softmax(q k^T / sqrt(d)) v for every head, where query sequence i looks at key sequence i.
 
     query: (N, H, d), packed as query_sequences says; key, value: the same, as key_sequences says.
-    kv_of: (P,) which key sequence each query sequence looks at; None: sequence p at sequence p.
     dropout: the probability with which an attention weight is dropped. Returns the shape of query.
     Under autocast it computes in autocast's type.
     """
-    P = len(key_sequences if kv_of is None else kv_of)
-    if (query_sequences.tokens, key_sequences.tokens, len(query_sequences)) != (len(query), len(key), P):
+    found = len(query), len(key), len(key_sequences)
+    if (query_sequences.tokens, key_sequences.tokens, len(query_sequences)) != found:
         raise ValueError(
-            f"attention: {len(query)} queries, {len(key)} keys and {P} pairs of sequences, but the sequences "
-            f"say {query_sequences.tokens}, {key_sequences.tokens} and {len(query_sequences)}")
+            f"attention: {len(query)} queries for {len(query_sequences)} sequences of "
+            f"{query_sequences.tokens} tokens, {len(key)} keys for {len(key_sequences)} sequences of "
+            f"{key_sequences.tokens}; expected as many queries and keys as tokens, and a key sequence for each "
+            f"query sequence")
     device = query.device.type
     if torch.is_autocast_enabled(device):
         query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
     if not runs_kernel(query):
-        return padded_attention(query, key, value, query_sequences, key_sequences, kv_of, dropout)
-    if kv_of is None:
-        kv_of = torch.arange(P, device=query.device)
+        return padded_attention(query, key, value, query_sequences, key_sequences, dropout)
     seed = torch.randint(2 ** 62, ())       # on the CPU: the host need not wait for the GPU to read it
     out, _ = launch_forward(query.contiguous(), key.contiguous(), value.contiguous(), query_sequences.starts,
-                            key_sequences.starts, kv_of.int(), query_sequences.longest, key_sequences.longest,
-                            dropout, seed)
+                            key_sequences.starts, query_sequences.longest, key_sequences.longest, dropout,
+                            seed)
     return out
 
 
@@ -166,7 +183,7 @@ def attention(query, key, value, query_sequences, key_sequences, kv_of=None, dro
 #     dq = ds k / sqrt(d)      dk = ds^T q / sqrt(d)
 #
 # Two backward kernels: one program per block of queries gathers dq; one per block of keys gathers
-# dk and dv from every query sequence that reads them. Nobody adds to anyone else's sum, so there
+# dk and dv from every query that reads them. Nobody adds to anyone else's sum, so there
 # are no atomics, and equal runs give equal bits.
 #
 # 197 tokens are three blocks of 64 and 5 left over. The full blocks need no mask; what is left over
@@ -243,13 +260,13 @@ def attend(q, i, peak, mass, mixed, key, value, start, end, seed, d, dropout, BL
 
 
 @triton.jit(do_not_specialize=["seed"])
-def forward_kernel(query, key, value, out, lse, query_starts, key_starts, kv_of, seed,
+def forward_kernel(query, key, value, out, lse, query_starts, key_starts, seed,
                    d: tl.constexpr, dropout: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
                    WIDTH: tl.constexpr, TAIL: tl.constexpr):
-    """One program: BLOCK queries of sequence p, one head."""
-    p, m = tl.program_id(0), tl.load(kv_of + tl.program_id(0))
-    first_query, end_query = tl.load(query_starts + p), tl.load(query_starts + p + 1)
-    first_key, end_key = tl.load(key_starts + m), tl.load(key_starts + m + 1)
+    """One program: BLOCK queries of a sequence, one head."""
+    sequence = tl.program_id(0)
+    first_query, end_query = tl.load(query_starts + sequence), tl.load(query_starts + sequence + 1)
+    first_key, end_key = tl.load(key_starts + sequence), tl.load(key_starts + sequence + 1)
     begin = first_query + tl.program_id(1) * BLOCK
     if begin >= end_query:              # a sequence shorter than the longest has fewer blocks
         return
@@ -288,13 +305,13 @@ def gather_for_queries(q, do, i, lse, delta, dq, key, value, start, end, seed,
 
 
 @triton.jit(do_not_specialize=["seed"])
-def query_kernel(grad, query, key, value, out, lse, dq_out, delta_out, query_starts, key_starts, kv_of,
-                 seed, d: tl.constexpr, dropout: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
+def query_kernel(grad, query, key, value, out, lse, dq_out, delta_out, query_starts, key_starts, seed,
+                 d: tl.constexpr, dropout: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
                  WIDTH: tl.constexpr, TAIL: tl.constexpr):
-    """One program: dq and delta of BLOCK queries of sequence p, one head."""
-    p, m = tl.program_id(0), tl.load(kv_of + tl.program_id(0))
-    first_query, end_query = tl.load(query_starts + p), tl.load(query_starts + p + 1)
-    first_key, end_key = tl.load(key_starts + m), tl.load(key_starts + m + 1)
+    """One program: dq and delta of BLOCK queries of a sequence, one head."""
+    sequence = tl.program_id(0)
+    first_query, end_query = tl.load(query_starts + sequence), tl.load(query_starts + sequence + 1)
+    first_key, end_key = tl.load(key_starts + sequence), tl.load(key_starts + sequence + 1)
     begin = first_query + tl.program_id(1) * BLOCK
     if begin >= end_query:
         return
@@ -337,13 +354,13 @@ def gather_for_keys(k, v, j, dk, dv, grad, query, lse, delta, start, end, seed,
 
 
 @triton.jit(do_not_specialize=["seed"])
-def key_kernel(grad, query, key, value, lse, delta, dk_out, dv_out, query_starts, key_starts, readers,
-               reader_starts, seed, d: tl.constexpr, dropout: tl.constexpr, BLOCK_D: tl.constexpr,
-               BLOCK: tl.constexpr, WIDTH: tl.constexpr, TAIL: tl.constexpr):
-    """One program: dk and dv of BLOCK keys of sequence m, one head, from all query sequences that
-    read m: readers[reader_starts[m]:reader_starts[m + 1]]."""
-    m = tl.program_id(0)
-    first_key, end_key = tl.load(key_starts + m), tl.load(key_starts + m + 1)
+def key_kernel(grad, query, key, value, lse, delta, dk_out, dv_out, query_starts, key_starts, seed,
+               d: tl.constexpr, dropout: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
+               WIDTH: tl.constexpr, TAIL: tl.constexpr):
+    """One program: dk and dv of BLOCK keys of a sequence, one head."""
+    sequence = tl.program_id(0)
+    first_query, end_query = tl.load(query_starts + sequence), tl.load(query_starts + sequence + 1)
+    first_key, end_key = tl.load(key_starts + sequence), tl.load(key_starts + sequence + 1)
     begin = first_key + tl.program_id(1) * BLOCK
     if begin >= end_key:
         return
@@ -352,16 +369,13 @@ def key_kernel(grad, query, key, value, lse, delta, dk_out, dv_out, query_starts
     v = load(value, begin, end_key, BLOCK, d, BLOCK_D, True)
     dk = tl.zeros((BLOCK, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK, BLOCK_D), tl.float32)
-    for reader in range(tl.load(reader_starts + m), tl.load(reader_starts + m + 1)):
-        p = tl.load(readers + reader)
-        first_query, end_query = tl.load(query_starts + p), tl.load(query_starts + p + 1)
-        tail = end_query - (end_query - first_query) % WIDTH
-        for start in range(first_query, tail, WIDTH):
-            dk, dv = gather_for_keys(k, v, j, dk, dv, grad, query, lse, delta, start, end_query, seed,
-                                     d, dropout, BLOCK_D, WIDTH, False)
-        for start in range(tail, end_query, TAIL):
-            dk, dv = gather_for_keys(k, v, j, dk, dv, grad, query, lse, delta, start, end_query, seed,
-                                     d, dropout, BLOCK_D, TAIL, True)
+    tail = end_query - (end_query - first_query) % WIDTH
+    for start in range(first_query, tail, WIDTH):
+        dk, dv = gather_for_keys(k, v, j, dk, dv, grad, query, lse, delta, start, end_query, seed,
+                                 d, dropout, BLOCK_D, WIDTH, False)
+    for start in range(tail, end_query, TAIL):
+        dk, dv = gather_for_keys(k, v, j, dk, dv, grad, query, lse, delta, start, end_query, seed,
+                                 d, dropout, BLOCK_D, TAIL, True)
     store(dk_out, begin, end_key, dk * d ** -0.5, d)
     store(dv_out, begin, end_key, dv, d)
 
@@ -376,8 +390,8 @@ TILES = {("forward", 2): [(64, 64, 64, 4, 2), (128, 64, 64, 8, 2)],
          ("forward", 4): [(64, 32, 32, 8, 1), (128, 16, 32, 4, 1)],
          ("query", 2): [(64, 64, 64, 4, 2), (128, 64, 32, 8, 2)],
          ("query", 4): [(64, 32, 16, 8, 1), (128, 16, 32, 4, 1)],
-         ("key", 2): [(32, 64, 16, 4, 1), (64, 64, 32, 4, 1), (128, 32, 64, 8, 2)],
-         ("key", 4): [(16, 16, 32, 4, 1), (128, 16, 16, 4, 1)]}
+         ("key", 2): [(32, 64, 16, 4, 1), (64, 64, 32, 4, 1), (128, 32, 32, 8, 2)],
+         ("key", 4): [(32, 16, 32, 4, 1), (128, 16, 16, 4, 1)]}
 
 
 def runs_kernel(query):
@@ -394,36 +408,32 @@ def tiles(kernel, d, itemsize):
 # Two operators that PyTorch knows: torch.compile takes each as one step, autograd finds the second.
 @torch.library.custom_op("flip::attention", mutates_args=())
 def launch_forward(query: Tensor, key: Tensor, value: Tensor, query_starts: Tensor, key_starts: Tensor,
-                   kv_of: Tensor, longest_query: int, longest_key: int, dropout: float,
+                   longest_query: int, longest_key: int, dropout: float,
                    seed: Tensor) -> tuple[Tensor, Tensor]:
     """o and lse."""
     _, H, d = query.shape
     out, lse = torch.empty_like(query), query.new_empty(query.shape[:2], dtype=torch.float32)
     meta = tiles("forward", d, query.element_size())
-    forward_kernel[len(kv_of), triton.cdiv(longest_query, meta["BLOCK"]), H](
-        query, key, value, out, lse, query_starts, key_starts, kv_of, int(seed), dropout=dropout, **meta)
+    forward_kernel[len(key_starts) - 1, triton.cdiv(longest_query, meta["BLOCK"]), H](
+        query, key, value, out, lse, query_starts, key_starts, int(seed), dropout=dropout, **meta)
     return out, lse
 
 
 @torch.library.custom_op("flip::attention_backward", mutates_args=())
 def launch_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
-                    query_starts: Tensor, key_starts: Tensor, kv_of: Tensor, longest_query: int,
-                    longest_key: int, dropout: float, seed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+                    query_starts: Tensor, key_starts: Tensor, longest_query: int, longest_key: int,
+                    dropout: float, seed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv."""
-    (_, H, d), M = query.shape, len(key_starts) - 1
+    (_, H, d), B = query.shape, len(key_starts) - 1
     dq, dk, dv, delta = map(torch.empty_like, (query, key, value, lse))
     meta = tiles("query", d, query.element_size())
-    query_kernel[len(kv_of), triton.cdiv(longest_query, meta["BLOCK"]), H](
-        grad, query, key, value, out, lse, dq, delta, query_starts, key_starts, kv_of, int(seed),
-        dropout=dropout, **meta)
-    # Query sequences in the order of the key sequence that they read: kv_of [1, 0, 1] becomes
-    # readers [1, 0, 2] and reader_starts [0, 1, 3].
-    readers = kv_of.argsort(stable=True).int()
-    reader_starts = torch.searchsorted(kv_of[readers], torch.arange(M + 1, device=kv_of.device).int()).int()
+    query_kernel[B, triton.cdiv(longest_query, meta["BLOCK"]), H](
+        grad, query, key, value, out, lse, dq, delta, query_starts, key_starts, int(seed), dropout=dropout,
+        **meta)
     meta = tiles("key", d, query.element_size())
-    key_kernel[M, triton.cdiv(longest_key, meta["BLOCK"]), H](
-        grad, query, key, value, lse, delta, dk, dv, query_starts, key_starts, readers, reader_starts,
-        int(seed), dropout=dropout, **meta)
+    key_kernel[B, triton.cdiv(longest_key, meta["BLOCK"]), H](
+        grad, query, key, value, lse, delta, dk, dv, query_starts, key_starts, int(seed), dropout=dropout,
+        **meta)
     return dq, dk, dv
 
 
@@ -446,7 +456,7 @@ def save(ctx, inputs, output):
 def backward(ctx, grad, _):
     *tensors, seed = ctx.saved_tensors
     dq, dk, dv = launch_backward(grad.contiguous(), *tensors, *ctx.numbers, seed)
-    return dq, dk, dv, None, None, None, None, None, None, None
+    return dq, dk, dv, None, None, None, None, None, None
 
 
 launch_forward.register_autograd(backward, setup_context=save)

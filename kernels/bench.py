@@ -1,7 +1,9 @@
 """Compare and time the kernels: is it right, how long does it take, how much memory does it need?
 
-    python kernels/bench.py                   everything that runs here, as Markdown tables
+    python kernels/bench.py                   both kernels, as Markdown tables
     python kernels/bench.py attention         one of the two: attention or contrastive
+    python kernels/bench.py step              minutes on a CPU: a training step of the base model
+    python kernels/bench.py rerank            or re-ranking with it, ours and the straightforward way
     python kernels/bench.py --compile-only    registers and memory that every row of the kernels'
                                               tables takes on compute capability 8.0 (A100) and 9.0
                                               (H100); needs no GPU
@@ -22,6 +24,7 @@ import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -30,11 +33,16 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))      # a script sees its own folder, not the one above
 
+import vit
+from bert import MAX_TOKENS, Captions
+from flip import FLIP, FLIPConfig, Output, feature_of, rerank
 from kernels import attention as attention_file
 from kernels import contrastive as contrastive_file
 from kernels import triton
-from kernels.attention import Sequences, attention, padded_attention
+from kernels.attention import Sequences, attention, pad, padded_attention, unpad
 from kernels.contrastive import contrastive_loss, reference
+from losses import matching_cross_entropy
+from train import build_optimizers
 from vit import markdown, run_script
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -108,19 +116,18 @@ def relative_errors(ours, theirs, inputs):
 
 # ---- attention -----------------------------------------------------------------------------------
 def cases(images):
-    """The three uses of attention at base size: (name, (query sequences, key sequences, kv_of))."""
+    """The three uses of attention at base size: (name, (query sequences, key sequences))."""
     lengths = torch.randint(12, 66, (images,), generator=torch.Generator().manual_seed(0))
     pictures, captions = Sequences.uniform(images, 197, DEVICE), Sequences.of(lengths, DEVICE)
-    threefold = Sequences.of(lengths.repeat(3), DEVICE)
-    kv_of = torch.arange(3 * images, device=DEVICE) % images
-    return [(f"{images} images of 197 tokens", (pictures, pictures, None)),
-            (f"{images} captions of 12 to 65 tokens", (captions, captions, None)),
-            (f"{3 * images} captions reading {images} images", (threefold, pictures, kv_of))]
+    threefold = Sequences.of(lengths.repeat(3), DEVICE).joined(torch.full((images,), 3))
+    return [(f"{images} images of 197 tokens", (pictures, pictures)),
+            (f"{images} captions of 12 to 65 tokens", (captions, captions)),
+            (f"{3 * images} captions reading {images} images", (threefold, pictures))]
 
 
 def attention_inputs(sequences, dtype, heads=12, channels=64):
     torch.manual_seed(0)
-    queries, keys, _ = sequences
+    queries, keys = sequences
     return [torch.randn(n, heads, channels, device=DEVICE).to(dtype).requires_grad_()
             for n in (queries.tokens, keys.tokens, keys.tokens)]
 
@@ -132,6 +139,13 @@ def attention_errors(sequences, dtype):
                            attention_inputs(sequences, dtype))
 
 
+def torchs_attention(query, key, value, query_sequences, key_sequences):
+    """PyTorch's own function, which takes sequences of one length only."""
+    query, key, value = pad(query, query_sequences), pad(key, key_sequences), pad(value, key_sequences)
+    mask = None if key_sequences.is_uniform else key_sequences.mask[:, None, None]
+    return unpad(F.scaled_dot_product_attention(query, key, value, mask), query_sequences)
+
+
 def attention_rows(sequences, dtype):
     """Ours beside PyTorch's own attention, with padding where sequences differ in length."""
     inputs = attention_inputs(sequences, dtype)
@@ -139,7 +153,7 @@ def attention_rows(sequences, dtype):
     for name in ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION", "MATH"):
         with sdpa_kernel(getattr(SDPBackend, name)):
             yield measured(f"SDPA, {name.lower().removesuffix('_attention')}, padded",
-                           lambda: padded_attention(*inputs, *sequences), inputs)
+                           lambda: torchs_attention(*inputs, *sequences), inputs)
 
 
 def bench_attention():
@@ -198,13 +212,176 @@ def bench_contrastive(B=80, Q=61_440, E=256):
     print(markdown(MEASURED, rows))
 
 
+# ---- a step and re-ranking, the straightforward way ----------------------------------------------
+# Our modules and weights, used as the official code uses its own: captions are padded to MAX_TOKENS,
+# every token is computed in every layer, a pair of caption and image computes that image's keys and
+# values for itself, attention and contrastive loss are written out.
+def written_attention(query, key, value, query_sequences, key_sequences, dropout=0.0):
+    """In place of `attention`, for sequences that are all padded to one length."""
+    query, key, value = (tokens.unflatten(0, (len(sequences), -1)).transpose(1, 2) for tokens, sequences in (
+        (query, query_sequences), (key, key_sequences), (value, key_sequences)))            # (B, H, L, d)
+    logits = query @ key.mT / query.shape[-1] ** 0.5
+    length = key_sequences.lengths.to(query.device)
+    if (length < key_sequences.longest).any():
+        beyond = torch.arange(key_sequences.longest, device=query.device) >= length[:, None]
+        logits = logits + beyond[:, None, None] * torch.finfo(logits.dtype).min
+    return (F.dropout(logits.softmax(-1), dropout) @ value).transpose(1, 2).flatten(0, 1)
+
+
+def padded(captions):
+    """Captions of MAX_TOKENS tokens each; `lengths` are still the true ones."""
+    P, packed, device = len(captions), captions.sequences, captions.ids.device
+    slots = packed.sequence_of * MAX_TOKENS + packed.places
+    ids = captions.ids.new_zeros(P * MAX_TOKENS).index_copy(0, slots, captions.ids)
+    uniform = Sequences.uniform(P, MAX_TOKENS, device)
+    return Captions(ids, Sequences(packed.lengths, uniform.starts, MAX_TOKENS, len(ids)))
+
+
+def straightforward_logits(model, image_tokens, captions):
+    """ITM logits (P, 2) of caption p with the image tokens p."""
+    captions = padded(captions.starting_with(model.student.text.enc_token))
+    tokens = model.student.text(captions, image_tokens)                             # (P * MAX_TOKENS, D)
+    return model.matching_head(tokens[captions.sequences.firsts].float())
+
+
+def straightforward_losses(model, images, captions, identity, generator=None):
+    """As FLIP.forward, on one process and with the knobs' defaults."""
+    def text_feature(encoders):
+        tokens = encoders.text(padded(captions))
+        return feature_of(tokens[::MAX_TOKENS], encoders.text_projection)
+    image_tokens, image_feature = model.encode_image(images)
+    features = image_feature, text_feature(model.student)
+    with torch.no_grad():
+        keys = model.momentum_encoder.encode_image(images)[1], text_feature(model.momentum_encoder)
+    identities = identity, torch.cat([identity, model.queue_identity])
+    with torch.autocast(images.device.type, enabled=False):
+        pools = [torch.cat(pool) for pool in zip(keys, (model.image_queue, model.text_queue))]
+        itc = sum(reference(feature, key, pool, *identities, model.temperature, 0.4)
+                  for feature, key, pool in zip(features, keys, pools[::-1])) / 2
+    negative_image, negative_text = model.draw_negatives(*features, identity, generator=generator)
+    own = torch.arange(len(images))
+    logits = torch.cat([straightforward_logits(model, image_tokens, captions), straightforward_logits(
+        model, torch.cat([image_tokens[negative_image], image_tokens]),
+        captions.select(torch.cat([own, negative_text])))])
+    is_match = (torch.arange(len(logits), device=logits.device) < len(own)).long()
+    return Output(itc, matching_cross_entropy(logits, is_match, len(logits)), *keys, identity)
+
+
+@torch.no_grad()
+def straightforward_rerank(model, image_tokens, captions, similarity, k):
+    """As `rerank`: first every image with its k captions, then every caption with its k images."""
+    both_ways = similarity - 100, similarity.T - 100
+    for scores, cosines in zip(both_ways, (similarity, similarity.T)):
+        for query, best in enumerate(cosines.topk(k).indices.cpu()):
+            same = torch.full((k,), query)
+            image, text = (same, best) if scores is both_ways[0] else (best, same)
+            logits = straightforward_logits(model, image_tokens[image], captions.select(text))
+            scores[query, best] = model.matching_score(logits, cosines[query, best])
+    return both_ways
+
+
+def in_turn(ways, repeats):
+    """Seconds that each of {name: call} takes, the least of several; they take turns, so that all
+    of them meet the machine in the same state."""
+    times = {name: [] for name in ways}
+    for _ in tqdm(range(repeats), "rounds", leave=False):
+        for name, call in ways.items():
+            synchronize()
+            begin = time.perf_counter()
+            call()
+            synchronize()
+            times[name].append(time.perf_counter() - begin)
+    return {name: min(found) for name, found in times.items()}
+
+
+def print_seconds(ways, repeats):
+    """The table of `in_turn`, the first way as 1."""
+    seconds = in_turn(ways, repeats)
+    first = next(iter(seconds.values()))
+    print(markdown(["", "seconds", "times as fast"],
+                   [[name, f"{s:.2f}", f"{first / s:.2f}"] for name, s in seconds.items()]), "\n")
+
+
+def model_inputs(config, images, texts):
+    """A model with random weights, captions of random lengths, 35 on average."""
+    torch.manual_seed(0)
+    model = FLIP(config).to(DEVICE)
+    lengths = torch.normal(35.0, 12.0, (texts,)).clamp(10, MAX_TOKENS).long()
+    ids = torch.randint(config.bert.vocab_size - 2, (int(lengths.sum()),))
+    return model, Captions(ids, Sequences.of(lengths)).to(DEVICE)
+
+
+def straightforwardly():
+    """While this lasts, the model's attention is written out."""
+    return patch.object(vit, "attention", written_attention)
+
+
+def bench_step(config=FLIPConfig(), B=8, repeats=4):
+    model, captions = model_inputs(config, B, B)
+    images = torch.randn(B, 3, config.vit.image_size, config.vit.image_size, device=DEVICE)
+    identity = torch.arange(B, device=DEVICE)
+    trained = [p for p in model.parameters() if p.requires_grad]
+
+    def forward(straightforward):
+        inputs = images, captions, identity
+        generator = torch.Generator().manual_seed(0)
+        if not straightforward:
+            return model(*inputs, generator=generator)
+        with straightforwardly():
+            return straightforward_losses(model, *inputs, generator)
+
+    def step(straightforward, dtype):
+        optimizer = optimizers[straightforward]
+        if straightforward:
+            for kept, p in zip(model.momentum_encoder.parameters(), model.student.parameters()):
+                kept.data = kept.data * config.momentum + p.data * (1 - config.momentum)
+        else:
+            model.update_momentum()
+        with torch.autocast(DEVICE, dtype, enabled=dtype != torch.float32):
+            out = forward(straightforward)
+            (out.itc + out.itm).backward()
+        model.enqueue(out.image_keys, out.text_keys, out.identity)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    with torch.no_grad():
+        model.eval()                    # without dropout both ways must give the same
+        ours, theirs = (torch.stack(forward(way)[:2]) for way in (False, True))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+    model.train()
+    optimizers = build_optimizers(model, 0.05)[0], torch.optim.AdamW(trained, weight_decay=0.05)
+    for group in optimizers[0].param_groups + optimizers[1].param_groups:
+        group["lr"] = 1e-6
+    print(f"## A training step: {B} images, {B} captions of {captions.sequences.tokens} tokens\n")
+    print_seconds({f"{name}, {dtype}": lambda way=way, dtype=dtype: step(way, dtype)
+                   for name, way in (("straightforward", True), ("ours", False))
+                   for dtype in (torch.float32, torch.bfloat16)}, repeats)
+
+
+def bench_rerank(config=FLIPConfig(queue_size=1), images=48, texts=48, k=16, repeats=2):
+    model, captions = model_inputs(config, images, texts)
+    tokens = torch.randn(images, config.vit.patches + 1, config.vit.width, device=DEVICE)
+    case = model.eval(), tokens, captions, torch.rand(images, texts, device=DEVICE), k
+
+    def straightforward(*case):
+        with straightforwardly():
+            return straightforward_rerank(*case)
+
+    few = model, tokens[:5], captions.select(torch.arange(6)), case[3][:5, :6], 3
+    for ours, theirs in zip(rerank(*few), straightforward(*few)):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+    print(f"## Re-ranking: {images} images, {texts} captions of {captions.sequences.tokens} tokens, k {k}, "
+          f"float32\n")
+    print_seconds({"straightforward": lambda: straightforward(*case), "ours": lambda: rerank(*case)}, repeats)
+
+
 # ---- compiling without a GPU ---------------------------------------------------------------------
 KERNELS = {kernel.__name__: kernel for kernel in (
     attention_file.forward_kernel, attention_file.query_kernel, attention_file.key_kernel,
     contrastive_file.sums_kernel)}
 # Arguments that are not tensors of the kernel's own type.
 TYPES = {"*fp32": "lse delta delta_out queries temperature peak_out mass_out key_out",
-         "*i32": "query_starts key_starts kv_of readers reader_starts",
+         "*i32": "query_starts key_starts",
          "*i64": "identity key_identity", "i32": "B K stretch", "i64": "seed"}
 TYPE_OF = {name: kind for kind, names in TYPES.items() for name in names.split()}
 # Shared memory that one program can have, in bytes, by compute capability (CUDA C++ Programming
@@ -267,9 +444,13 @@ def compile_all():
         raise ValueError(f"{len(bad)} configurations spill or want too much shared memory: {bad}")
 
 
+BENCHES = {"attention": bench_attention, "contrastive": bench_contrastive, "step": bench_step,
+           "rerank": bench_rerank}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("which", nargs="?", choices=("attention", "contrastive"), help="default: both")
+    parser.add_argument("which", nargs="?", choices=list(BENCHES), help="default: the first two")
     parser.add_argument("--compile-only", action="store_true", help="compile for GPUs that need not be here")
     args = parser.parse_args()
     if args.compile_only:
@@ -278,11 +459,8 @@ def main():
         f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)")
     print(f"{device}, torch {torch.__version__}, Triton {getattr(triton, '__version__', 'none')}, "
           f"{datetime.date.today():%d %B %Y}\n")
-    if args.which != "contrastive":
-        bench_attention()
-        print()
-    if args.which != "attention":
-        bench_contrastive()
+    for name in [args.which] if args.which else ["attention", "contrastive"]:
+        BENCHES[name]()
 
 
 if __name__ == "__main__":
