@@ -51,7 +51,7 @@ from data import ATTRIBUTES
 from flip import FLIP, feature_of, write_checkpoint
 from kernels.contrastive import contrastive_loss
 from train import (Log, Validation, autocast, build_optimizers, check_flags, figure_of, flag, new_model,
-                   parse_flags, recalls, retrieval_sheet, set_learning_rate, warmup_cosine)
+                   parse_flags, recalls, retrieval_sheet, set_learning_rate, warmup_decay)
 from vit import contact_sheet, markdown, read_batches, run_script
 
 
@@ -115,7 +115,7 @@ def tune(task, learner, training, chosen, validation, log):
         order, losses = chosen[rng.permutation(len(chosen))], []
         for indices in order.tensor_split(per_epoch):                   # nearly equal batches
             step += 1
-            set_learning_rate([optimizer], warmup_cosine(step, epochs * per_epoch, warmup, config.lr))
+            set_learning_rate([optimizer], warmup_decay(step, epochs * per_epoch, warmup, config.lr))
             with autocast(config, device):
                 loss = task.loss(learner, training, indices, rng, step - 1)
             optimizer.zero_grad()

@@ -56,7 +56,7 @@ class FLIPConfig:
     embed_dim: int = 256
     queue_size: int = 61440
     momentum: float = 0.995         # the final one; a schedule may give update_momentum another
-    hardness: float | None = None   # of ITM's negatives, for the score that makes up for it; None: the paper's
+    hardness: float | None = None   # of ITM's negatives, if `matching_score` is to make up for it
 
     def __post_init__(self):
         check_sizes(self, embed_dim=20_000, queue_size=10 ** 8)

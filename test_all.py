@@ -77,7 +77,7 @@ def error_of(call, *args, **kwargs):
 
 
 # ---- kernels/attention.py ------------------------------------------------------------------------
-OWN = [1, 5, 16, 17, 64, 65, 0], [1, 5, 16, 17, 64, 65, 0]                          # the last: an empty caption
+OWN = [1, 5, 16, 17, 64, 65, 0], [1, 5, 16, 17, 64, 65, 0]                      # the last: an empty caption
 OTHERS = [17, 24, 0], [65, 10, 7]                                                   # nobody reads the third
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3}                              # half: w is rounded, too
 TOLERANCE |= {torch.bfloat16: 8e-3} if DEVICE == "cuda" else {}                     # interpreted, it errs
@@ -1439,12 +1439,14 @@ def test_two_micro_batches_give_the_gradient_of_their_mean(tmp_path, cache):
     close(gradients[2], (gradients[0] + gradients[1]) / 2, 1e-6)
 
 
-@pytest.mark.parametrize("muon_lr, hidden", [(0.0, 0), (3.0, 4 * 6 + 3 * 10)])
-def test_every_trained_parameter_is_in_one_optimiser_group_and_only_matrices_decay(muon_lr, hidden):
+@pytest.mark.parametrize("image, text", [(0, 0), (4, 0), (3, 2)])
+def test_every_trained_parameter_is_in_one_optimiser_group_and_only_matrices_decay(image, text):
     model = small_flip()
-    optimizers = train.build_optimizers(model, 0.05, temperature_lr=0.1, muon_lr=muon_lr)
+    optimizers = train.build_optimizers(model, 0.05, temperature_lr=0.1, muon_image=image, muon_text=text)
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    assert sum(len(group["params"]) for group in groups if group["scale"] == 3.0) == hidden
+    hidden = {image: 4 * 6, text: 3 * 10}                       # depth x matrices of a block or layer
+    for group in optimizers[1].param_groups if image else ():
+        assert len(group["params"]) == hidden[group["scale"]]
     grouped = [id(p) for group in groups for p in group["params"]]
     assert sorted(grouped) == sorted(id(p) for p in model.parameters() if p.requires_grad)
     assert all((p.ndim > 1) == (group["weight_decay"] > 0) for group in groups for p in group["params"])
@@ -1498,10 +1500,12 @@ def test_the_tiny_recipe_starts_gently_and_ends_with_everything_on():
     assert train.knobs_at(config.itm_from * config.steps, config).hardness == 0
 
 
-def test_the_learning_rate_rises_over_the_warmup_and_falls_along_a_cosine():
-    rate = lambda step: train.warmup_cosine(step, 1000, 20, 1.0, lr_start=0.1, lr_min=0.2)
+@pytest.mark.parametrize("decay, quarter", [("cosine", 0.6 + 0.4 * 0.5 ** 0.5), ("linear", 0.8)])
+def test_the_learning_rate_rises_over_the_warmup_and_falls_along_a_cosine_or_a_line(decay, quarter):
+    rate = lambda step: train.warmup_decay(step, 1000, 20, 1.0, lr_start=0.1, lr_min=0.2, decay=decay)
     assert rate(0) == 0.1 and rate(10) == pytest.approx(0.55) and rate(20) == 1
-    assert rate(510) == pytest.approx(0.6) and rate(1000) == pytest.approx(0.2)
+    assert rate(265) == pytest.approx(quarter) and rate(510) == pytest.approx(0.6)
+    assert rate(1000) == pytest.approx(0.2)
 
 
 def test_flags_are_the_configurations_fields_and_recipes_yield_to_them():

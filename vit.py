@@ -67,8 +67,9 @@ class ViTConfig:
 
 
 # CLIP's statistics of an RGB image in [0, 1]
-MEAN = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)
-STD = np.array([0.26862954, 0.26130258, 0.27577711], dtype=np.float32)
+MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])
+STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])
+SCALE, OFFSET = 1 / (255 * STD), MEAN / STD     # one multiplication and one subtraction a pixel
 
 
 def to_pixels(image, size):
@@ -80,7 +81,7 @@ def to_pixels(image, size):
 
 def to_tensor(pixels):
     """Pixels of B images, each uint8 (S, S, 3) -> float32 (B, 3, S, S), normalised."""
-    return torch.from_numpy(np.stack(pixels) * (1 / (255 * STD)) - MEAN / STD).permute(0, 3, 1, 2)
+    return torch.from_numpy(np.stack(pixels)).float().mul_(SCALE).sub_(OFFSET).permute(0, 3, 1, 2)
 
 
 # ---- the encoder -------------------------------------------------------------------------------

@@ -148,10 +148,9 @@ def attention(query, key, value, query_sequences, key_sequences, dropout=0.0):
     found = len(query), len(key), len(key_sequences)
     if (query_sequences.tokens, key_sequences.tokens, len(query_sequences)) != found:
         raise ValueError(
-            f"attention: {len(query)} queries for {len(query_sequences)} sequences of "
-            f"{query_sequences.tokens} tokens, {len(key)} keys for {len(key_sequences)} sequences of "
-            f"{key_sequences.tokens}; expected as many queries and keys as tokens, and a key sequence for each "
-            f"query sequence")
+            f"attention: {len(query)} queries for {len(query_sequences)} sequences of {query_sequences.tokens} "
+            f"tokens, {len(key)} keys for {len(key_sequences)} of {key_sequences.tokens}: expected as many "
+            f"queries and keys as tokens, and as many sequences of both")
     device = query.device.type
     if torch.is_autocast_enabled(device):
         query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
@@ -390,7 +389,7 @@ TILES = {("forward", 2): [(64, 64, 64, 4, 2), (128, 64, 64, 8, 2)],
          ("forward", 4): [(64, 32, 32, 8, 1), (128, 16, 32, 4, 1)],
          ("query", 2): [(64, 64, 64, 4, 2), (128, 64, 32, 8, 2)],
          ("query", 4): [(64, 32, 16, 8, 1), (128, 16, 32, 4, 1)],
-         ("key", 2): [(32, 64, 16, 4, 1), (64, 64, 32, 4, 1), (128, 32, 32, 8, 2)],
+         ("key", 2): [(32, 64, 16, 4, 1), (64, 64, 32, 4, 1), (128, 64, 32, 8, 2)],
          ("key", 4): [(32, 16, 32, 4, 1), (128, 16, 16, 4, 1)]}
 
 
