@@ -155,14 +155,11 @@ class FLIP(nn.Module):
     def matching_score(self, logits, cosine):
         """What candidates are ranked by: matching logits (..., 2) and cosines (...) -> (...).
 
-        The paper takes logit 1 + cosine. But what has the matching head learned? Of the pairs that
-        it is shown, true ones come with the probability p(image, text) and wrong ones with q, which
-        `negative_probabilities` makes proportional to exp(hardness * cosine / temperature). A head
-        without fault finds their log-odds, log p / q: with hard negatives it judges what ITC has
-        left open and keeps silent about the rest. So log p, by which candidates should be ranked,
-        is log-odds + hardness * cosine / temperature, but for a constant. That is the score where
-        the configuration knows the hardness.
-        """
+        The paper takes logit 1 + cosine. But what does the head learn? True pairs come to it with
+        the probability p, wrong ones with q, proportional to exp(hardness * cosine / temperature),
+        so its log-odds are at best log p / q: it judges what ITC has left open. Candidates should be
+        ranked by p, thus by log-odds + hardness * cosine / temperature; so they are where the
+        configuration knows the hardness."""
         if self.config.hardness is None:
             return logits[..., 1] + cosine
         return logits[..., 1] - logits[..., 0] + self.config.hardness * cosine / self.temperature.to(cosine)

@@ -136,7 +136,7 @@ RECIPES = {"tiny": dict(
     temperature_lr=0.1,
     # Asked about hard negatives from the start, the matching head never leaves its prior: even ones
     # first.
-    itm_from=0.4, itm_every=4, hard_ramp=(0.5, 0.9), score="posterior",
+    itm_from=0.4, itm_every=3, hard_ramp=(0.45, 0.7), score="posterior",
     # In a short run a slow teacher lags behind most of what was learned: it slows down, and is
     # listened to, late. So the queue, too, is used late, when its entries change slowly.
     momentum=0.95, momentum_from=0.7, alpha_ramp=(0.75, 0.95), queue_size=512, queue_from=0.75)}
@@ -358,21 +358,16 @@ def sample_captions(faces, count=3000):
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum made orthogonal (Keller Jordan, kellerjordan.github.io/posts/muon): a weight matrix
-    moves by its momentum U S V^T with all singular values set to about 1, U V^T. For matrices that
-    map one hidden vector to another.
+    """Momentum made orthogonal (kellerjordan.github.io/posts/muon), for matrices that map hidden
+    vectors to hidden vectors: of U S V^T, U V^T is taken, times a factor that makes it as large as
+    an update of AdamW (arXiv 2502.16982).
 
-    Why it helps a small model that starts from nothing: gradients of such matrices are nearly of
-    low rank. A few directions, what most captions say, are large from the first step, and Adam,
-    which scales entry by entry, follows these; the many small directions, one for a rare mark here
-    or there, must wait for them. Here every direction moves at the same pace.
-
-    Updates are as large as AdamW's, about 0.2 an entry times the learning rate (Liu et al., arXiv
-    2502.16982), so one rate and one weight decay suit both.
-    """
+    Why that helps a model that starts from nothing: its gradients are nearly of low rank. A few
+    directions, what most captions say, are large, and Adam, which scales entry by entry, follows
+    them; the many small ones, each a rare mark, must wait. Here all move at one pace."""
 
     def __init__(self, groups, momentum=0.95):
-        super().__init__(groups, dict(lr=0.0, weight_decay=0.0, momentum=momentum))
+        super().__init__(groups, dict(momentum=momentum))
 
     @torch.no_grad()
     def step(self):
@@ -383,20 +378,19 @@ class Muon(torch.optim.Optimizer):
                     momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
                     momentum.lerp_(p.grad, 1 - group["momentum"])
                     ahead = p.grad.lerp(momentum, group["momentum"])                # Nesterov's
-                    same_shape.setdefault(tuple(sorted(p.shape)), []).append((p, ahead))
+                    wide = (p, ahead) if len(p) <= p.shape[1] else (p.T, ahead.T)
+                    same_shape.setdefault(wide[0].shape, []).append(wide)
             for (_, longer), members in same_shape.items():
-                wide = [update if len(update) < longer else update.T for _, update in members]
-                for (p, _), update in zip(members, orthogonal(torch.stack(wide))):
+                for (p, _), update in zip(members, orthogonal(torch.stack([ahead for _, ahead in members]))):
                     p.mul_(1 - group["lr"] * group["weight_decay"])
-                    p.add_(update if len(p) < longer else update.T, alpha=-0.2 * longer ** 0.5 * group["lr"])
+                    p.add_(update, alpha=-0.2 * longer ** 0.5 * group["lr"])
 
 
 def orthogonal(X, steps=5):
-    """Matrices U S V^T (n, rows, columns >= rows) -> about U V^T, by Newton-Schulz iteration: each
-    step maps every singular value s to a s + b s^3 + c s^5, which brings those between 0.001 and 1
-    to between 0.7 and 1.2 in five steps. (Jordan's coefficients; in float32, since without hardware
-    for it bfloat16 is slow.)"""
-    a, b, c = 3.4445, -4.7750, 2.0315
+    """Matrices U S V^T (n, rows, columns >= rows) -> about U V^T, by Newton-Schulz iteration: a step
+    maps each singular value s to a s + b s^3 + c s^5, five of them bring it to between 0.7 and 1.2.
+    (In float32: few laptops have hardware for torch.optim.Muon's bfloat16.)"""
+    a, b, c = 3.4445, -4.7750, 2.0315           # Jordan's
     X = X / (X.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(steps):
         A = X @ X.mT
@@ -410,23 +404,17 @@ def build_optimizers(module, weight_decay, beta2=0.999, temperature_lr=1.0, muon
     rate, those inside the text encoder's layers at `muon_text` times it, unless that is 0. The
     rest: matrices, which are decayed, all else, and the temperature, at `temperature_lr` times the
     rate."""
-    groups = {}                                     # (optimiser, weight decay, scale of the rate): parameters
+    groups = {"adamw": {}, "muon": {}}                      # {optimiser: {(scale of the rate, decay): params}}
     for name, p in module.named_parameters():
         muon = muon_image if ".blocks." in name else muon_text if ".layers." in name else 0.0
-        if p.ndim == 2 and muon:
-            kind = "muon", weight_decay, muon
-        elif name == "temperature":
-            kind = "adamw", 0.0, temperature_lr
-        else:
-            kind = "adamw", weight_decay if p.ndim > 1 else 0.0, 1.0
+        optimizer, scale = ("muon", muon) if muon and p.ndim == 2 else ("adamw", 1.0)
+        kind = temperature_lr if name == "temperature" else scale, weight_decay if p.ndim > 1 else 0.0
         if p.requires_grad:
-            groups.setdefault(kind, []).append(p)
-
-    def groups_of(optimizer):
-        return [{"params": params, "weight_decay": decay, "scale": scale}
-                for (name, decay, scale), params in groups.items() if name == optimizer]
-    adamw = torch.optim.AdamW(groups_of("adamw"), betas=(0.9, beta2), eps=1e-8, fused=True)
-    return [adamw, Muon(groups_of("muon"))] if groups_of("muon") else [adamw]
+            groups[optimizer].setdefault(kind, []).append(p)
+    adamw, muon = ([{"params": params, "scale": scale, "weight_decay": decay}
+                    for (scale, decay), params in kinds.items()] for kinds in groups.values())
+    optimizers = [torch.optim.AdamW(adamw, betas=(0.9, beta2), eps=1e-8, fused=True)]
+    return optimizers + [Muon(muon)] if muon else optimizers
 
 
 def set_learning_rate(optimizers, lr):
