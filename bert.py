@@ -214,6 +214,7 @@ class Layer(nn.Module):
         x = self.norm_attention(x + self.dropout(self.attention(x, x_sequences, text, sequences)))
         if image_context is not None:
             image_tokens, image_sequences, readers = image_context
+            # captions that read one image, as one sequence
             by_image = x_sequences if readers is None else x_sequences.joined(readers)
             seen = self.cross_attention(x, by_image, image_tokens, image_sequences)
             x = self.norm_cross_attention(x + self.dropout(seen))

@@ -32,7 +32,7 @@ import dataclasses
 import itertools
 import math
 import shutil
-import time
+import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import SimpleNamespace as Encoded        # what the encoders say of `count` pictures, by name
@@ -121,7 +121,8 @@ def tune(task, learner, training, chosen, validation, log):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            task.after_step(learner)
+            if not task.is_new:                                         # then it is FLIP itself
+                learner.clamp_temperature()
             losses.append(loss.detach())
         if epoch in looks:
             found = task.metrics(learner, validation)
@@ -159,39 +160,27 @@ class Task:
         count, seed = parts[split]
         return data.drawn_faces(count, size, seed, config.cache, self.steps)
 
-    def after_step(self, learner):
-        """What changes beside the optimiser's step."""
-
     @torch.no_grad()
     def encode_pictures(self, compute, read, count, model, title):
-        """compute(pixels (B, 3, S, S)) of the pictures read(0) to read(count - 1), on the CPU."""
+        """compute(pixels (B, 3, S, S)) of the pictures read(0) to read(count - 1), in `storage`."""
         out, device = None, model.temperature.device
         with autocast(self.config, device):
             for numbers, pixels in read_batches(read, count, model.config.vit.image_size, title):
-                values = compute(pixels.to(device)).float().cpu()
+                values = compute(pixels.to(device)).cpu()
                 out = storage((count, *values.shape[1:]), self.config.out) if out is None else out
                 out[numbers] = values.to(out.dtype)
         return out
 
 
-MEMORY = 4e9        # bytes of memory for what the encoders say of one part
-
-
 def storage(shape, folder):
-    """An empty float32 tensor in memory, or, where that is too small, float16 in a file that is
-    gone when the run ends."""
-    size = math.prod(shape)
-    if 4 * size <= MEMORY:
-        return torch.empty(shape)
-    path = Path(folder) / f"tokens-{time.time_ns()}.f16"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(path.parent).free
-    if 2 * size > free:         # the file has holes at first: nothing else would complain in time
-        raise ValueError(f"{path.parent} has {free / 1e9:.0f} GB free, but {2 * size / 1e9:.0f} GB of image "
-                         f"tokens go there; choose another --out")
-    tensor = torch.from_file(str(path), shared=True, size=size, dtype=torch.float16).view(shape)
-    path.unlink()                                           # the mapping lives on; the name need not
-    return tensor
+    """An empty float16 tensor in a file without a name, which is gone when the run ends: what the
+    encoders say of a large set does not fit into memory."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    size, free = 2 * math.prod(shape), shutil.disk_usage(folder).free
+    if size > free:             # the file has holes at first: nothing else would complain in time
+        raise ValueError(f"{folder} has {free / 1e9:.0f} GB free, but {size / 1e9:.0f} GB go there for what "
+                         f"the encoders say; choose another --out")
+    return torch.from_numpy(np.memmap(tempfile.TemporaryFile(dir=folder), np.float16, "w+", shape=shape))
 
 
 # ---- attributes: pooled tokens of four depths, LayerNorm, weighted sum, linear ------------------
@@ -396,13 +385,11 @@ class Retrieval(Task):
         if step % self.config.itm_every:
             return itc
         generator = torch.Generator().manual_seed(int(rng.integers(2 ** 62)))
-        negatives = model.draw_negatives(image.detach(), text.detach(), identity, generator=generator)
+        hardness = 1.0 if model.config.hardness is None else model.config.hardness
+        negatives = model.draw_negatives(image.detach(), text.detach(), identity, hardness, generator)
         captions = samples.captions.select(chosen).to(image.device)
         tokens = samples.tokens[indices].to(image.device).float()
         return itc + model.itm_loss(tokens, captions, *negatives)
-
-    def after_step(self, model):
-        model.clamp_temperature()
 
     @torch.no_grad()
     def metrics(self, model, samples):

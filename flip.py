@@ -55,7 +55,6 @@ class FLIPConfig:
     bert: BertConfig = field(default_factory=BertConfig)
     embed_dim: int = 256
     queue_size: int = 61440
-    momentum: float = 0.995         # the final one; a schedule may give update_momentum another
     hardness: float | None = None   # of ITM's negatives, if `matching_score` is to make up for it
 
     def __post_init__(self):
@@ -63,8 +62,7 @@ class FLIPConfig:
 
 
 class Knobs(NamedTuple):
-    """What a schedule may set anew at each step; the defaults are where the paper's schedules
-    end."""
+    """What a schedule may set anew at each step; by default, where the paper's schedules end."""
     alpha: float = 0.4                  # share of the momentum encoder's opinion in ITC's targets
     momentum: float = 0.995             # 0: the momentum encoder is a copy of the student
     queue_length: int | None = None     # so many entries of the queue are keys, the first; None: all
@@ -136,14 +134,6 @@ class FLIP(nn.Module):
                              f"the model {self.config.bert.vocab_size}; give the one it was trained with")
         self.tokenizer = tokenizer
 
-    def encode_image(self, images):
-        """images (B, 3, S, S) -> tokens (B, L, D), features (B, E) of length 1."""
-        return self.student.encode_image(images)
-
-    def encode_text(self, captions):
-        """Packed captions -> features (B, E) of length 1."""
-        return self.student.encode_text(captions)
-
     def matching_logits(self, image_tokens, captions, readers=None):
         """ITM logits (P, 2), class 1 = match, of P captions with the images (I, L, D) that they read:
         the first readers[0] captions read image 0, and so on (a CPU tensor); None: one each."""
@@ -155,11 +145,11 @@ class FLIP(nn.Module):
     def matching_score(self, logits, cosine):
         """What candidates are ranked by: matching logits (..., 2) and cosines (...) -> (...).
 
-        The paper takes logit 1 + cosine. But what does the head learn? True pairs come to it with
-        the probability p, wrong ones with q, proportional to exp(hardness * cosine / temperature),
+        The paper takes logit 1 + cosine. But what does the head learn? Of its pairs, a true one has
+        the probability p, a wrong one q, about proportional to exp(hardness * cosine / temperature),
         so its log-odds are at best log p / q: it judges what ITC has left open. Candidates should be
-        ranked by p, thus by log-odds + hardness * cosine / temperature; so they are where the
-        configuration knows the hardness."""
+        ranked by p, thus by log-odds + hardness * cosine / temperature; so they are if the
+        configuration names the hardness, that with which training ends (train.py --posterior)."""
         if self.config.hardness is None:
             return logits[..., 1] + cosine
         return logits[..., 1] - logits[..., 0] + self.config.hardness * cosine / self.temperature.to(cosine)
@@ -168,10 +158,10 @@ class FLIP(nn.Module):
         """Both losses for B pairs: images (B, 3, S, S), packed captions, identity (B,), equal
         numbers meaning the same person; generator: a CPU generator for drawing negatives."""
         if knobs.with_itm:
-            image_tokens, image_features = self.encode_image(images)
+            image_tokens, image_features = self.student.encode_image(images)
         else:
             image_features = self.student.image_features(images)
-        text_features = self.encode_text(captions)
+        text_features = self.student.encode_text(captions)
         image_momentum, text_momentum = image_features.detach(), text_features.detach()
         if knobs.momentum > 0:          # else it is a copy: what the student said will do
             with torch.no_grad():
@@ -233,8 +223,8 @@ class FLIP(nn.Module):
         own = torch.arange(world * B)
         image_index = torch.cat([own, negative_image, own])                         # (3 A,)
         text_index = torch.cat([own, own, negative_text])
-        by_image = image_index.argsort(stable=True)         # captions that read one image lie side by side
-        mine = by_image[image_index[by_image] // B == rank]
+        mine = (image_index // B == rank).nonzero().squeeze(1)
+        mine = mine[image_index[mine].argsort(stable=True)]         # captions of an image side by side
         is_match = (mine < world * B).long().to(image_tokens.device, non_blocking=True)
         logits = self.matching_logits(image_tokens, gather_captions(captions).select(text_index[mine]),
                                       readers=(image_index[mine] - rank * B).bincount(minlength=B))
@@ -242,10 +232,10 @@ class FLIP(nn.Module):
 
     # ---- changes of state, called by the training loop ----
     @torch.no_grad()
-    def update_momentum(self, momentum=None):
-        """momentum encoder = m * momentum encoder + (1 - m) * student; so m = 0 makes it a copy."""
-        m = self.config.momentum if momentum is None else momentum
-        torch._foreach_lerp_(list(self.momentum_encoder.parameters()), list(self.student.parameters()), 1 - m)
+    def update_momentum(self, momentum):
+        """momentum encoder = momentum * itself + (1 - momentum) * student; so 0 makes it a copy."""
+        ours, theirs = list(self.momentum_encoder.parameters()), list(self.student.parameters())
+        torch._foreach_lerp_(ours, theirs, 1 - momentum)
 
     @torch.no_grad()
     def enqueue(self, image_keys, text_keys, identity):
@@ -315,8 +305,8 @@ def rerank(model, image_tokens, captions, similarity, k, progress=False):
     for_text.scatter_(0, similarity.topk(min(k, similarity.shape[0]), dim=0).indices, True)
     pairs = (for_image | for_text).nonzero().cpu()                                  # (P, 2), image by image
     scores = torch.zeros_like(similarity)
-    # The largest tensors of a chunk, inside BERT's MLP, stay in a CPU's cache, or fill a GPU.
-    bytes_a_pair = captions.sequences.tokens / len(captions) * 4 * model.config.bert.width * 4
+    # A chunk's largest tensors, float32 inside BERT's MLP, stay in a CPU's cache, or fill a GPU.
+    bytes_a_pair = 4 * captions.sequences.tokens / len(captions) * 4 * model.config.bert.width
     chunks = pairs.split(1 + int((2 ** 29 if device.type == "cuda" else 2 ** 23) / bytes_a_pair))[rank::world]
     for chunk in tqdm(chunks, "re-ranking", disable=not progress, leave=False):
         image, text = chunk.T
@@ -496,12 +486,12 @@ def search(model, features, query, top=8, k=32):
     by the matching head."""
     device, paths = model.temperature.device, list(features)
     captions = model.tokenizer([query]).to(device)
-    similarity = torch.stack(list(features.values())) @ model.encode_text(captions)[0].cpu()    # (I,)
+    similarity = torch.stack(list(features.values())) @ model.student.encode_text(captions)[0].cpu()    # (I,)
     best = similarity.topk(min(max(k, top), len(paths))).indices
     chosen = [paths[i] for i in best]
     (_, pixels), = read_batches(lambda i: open_picture(chosen[i]), len(chosen), model.config.vit.image_size,
                                 "judging", batch_size=len(chosen))
-    tokens, _ = model.encode_image(pixels.to(device))
+    tokens, _ = model.student.encode_image(pixels.to(device))
     each = captions.select(torch.zeros(len(chosen), dtype=torch.int64))
     logits = model.matching_logits(tokens, each).cpu()                              # (k, 2)
     order = model.matching_score(logits, similarity[best]).argsort(descending=True)[:top]

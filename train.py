@@ -116,27 +116,24 @@ class Config:
     eval_every: int = flag(5000, "steps between evaluations, each of which also saves the checkpoint", low=1)
     save_every: float = flag(30.0, "minutes after which a checkpoint is saved between evaluations, too")
     k_test: int = flag(256, "candidates per query that the matching head scores again", low=1)
-    score: str = flag("paper", "what it ranks them by: paper (matching logit + cosine) or posterior (what "
-                               "makes up for the hardness of the negatives: FLIP.matching_score)",
-                      choices=("paper", "posterior"))
+    posterior: bool = flag(False, "rank them by log-odds + hardness * cosine / temperature (why: see "
+                                  "FLIP.matching_score) instead of the paper's matching logit + cosine")
 
     def __post_init__(self):
         check_flags(self)
 
 
-# What learning from random weights needs, in a thousand steps, beyond the paper's recipe (which
-# starts from CLIP and BERT):
+# What learning from random weights needs in a short run; the paper's recipe starts from CLIP and BERT:
 RECIPES = {"tiny": dict(
     steps=1800, batch_size=128, workers=0, augment=False, log_every=20, eval_every=900, k_test=16,
     lr=1e-3, lr_start=1e-5, lr_min=0.0, lr_decay="linear", warmup=60, beta2=0.98, clip_grad=1.0,
-    # Sentences are learned sooner than faces. A text encoder that moves slowly is what an image
-    # encoder can follow.
+    # Sentences are learned sooner than faces, and a text encoder that moves more slowly than the
+    # image encoder is one that this can follow.
     muon_image=4.5, muon_text=1.5,
     # At the full rate the temperature falls to 0.01 before there is anything to tell apart.
     temperature_lr=0.1,
-    # Asked about hard negatives from the start, the matching head never leaves its prior: even ones
-    # first.
-    itm_from=0.4, itm_every=3, hard_ramp=(0.45, 0.7), score="posterior",
+    # Hard negatives from the start would leave the matching head at its prior: even ones first.
+    itm_from=0.4, itm_every=3, hard_ramp=(0.45, 0.7), posterior=True,
     # In a short run a slow teacher lags behind most of what was learned: it slows down, and is
     # listened to, late. So the queue, too, is used late, when its entries change slowly.
     momentum=0.95, momentum_from=0.7, alpha_ramp=(0.75, 0.95), queue_size=512, queue_from=0.75)}
@@ -159,8 +156,7 @@ def warmup_decay(step, steps, warmup, lr, lr_start=0.0, lr_min=0.0, decay="cosin
 
 
 def learning_rate(step, config, steps_per_epoch):
-    """The warm-up, then x 0.9 per epoch (the first is epoch 0), not below lr_min, or as
-    `warmup_decay` has it."""
+    """`warmup_decay`, or after the warm-up x 0.9 per epoch (the first is epoch 0)."""
     if config.lr_decay == "epoch" and step >= config.warmup:
         return max(config.lr_min, config.lr * 0.9 ** (step // steps_per_epoch))
     return warmup_decay(step, config.steps, config.warmup, config.lr, config.lr_start, config.lr_min,
@@ -317,8 +313,8 @@ def build_model(config, faces):
     vit, bert, embed_dim = MODELS[config.model]
     tokenizer = Tokenizer.load(config.bert) if config.bert else Tokenizer.train(sample_captions(faces))
     bert = dataclasses.replace(bert, vocab_size=tokenizer.vocab_size)
-    flip_config = FLIPConfig(vit, bert, embed_dim, config.queue_size, config.momentum,
-                             config.hardness if config.score == "posterior" else None)
+    hardness = config.hardness if config.posterior else None
+    flip_config = FLIPConfig(vit, bert, embed_dim, config.queue_size, hardness)
     model = new_model(flip_config, tokenizer)
     if config.clip:
         load_clip(model.student.image, config.clip)
@@ -351,8 +347,7 @@ def new_model(flip_config, tokenizer):
 
 
 def sample_captions(faces, count=3000):
-    """Captions to learn a vocabulary from: two for each of the first faces, the same for
-    everyone."""
+    """Two captions of each of the first faces, the same each time, to learn a vocabulary from."""
     return [faces.caption(i, np.random.default_rng((i, k)))
             for i in range(min(count, len(faces))) for k in range(2)]
 
@@ -378,18 +373,19 @@ class Muon(torch.optim.Optimizer):
                     momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
                     momentum.lerp_(p.grad, 1 - group["momentum"])
                     ahead = p.grad.lerp(momentum, group["momentum"])                # Nesterov's
-                    wide = (p, ahead) if len(p) <= p.shape[1] else (p.T, ahead.T)
-                    same_shape.setdefault(wide[0].shape, []).append(wide)
-            for (_, longer), members in same_shape.items():
+                    same_shape.setdefault(p.shape, []).append((p, ahead))
+            for shape, members in same_shape.items():
                 for (p, _), update in zip(members, orthogonal(torch.stack([ahead for _, ahead in members]))):
                     p.mul_(1 - group["lr"] * group["weight_decay"])
-                    p.add_(update, alpha=-0.2 * longer ** 0.5 * group["lr"])
+                    p.add_(update, alpha=-0.2 * max(shape) ** 0.5 * group["lr"])
 
 
 def orthogonal(X, steps=5):
-    """Matrices U S V^T (n, rows, columns >= rows) -> about U V^T, by Newton-Schulz iteration: a step
-    maps each singular value s to a s + b s^3 + c s^5, five of them bring it to between 0.7 and 1.2.
-    (In float32: few laptops have hardware for torch.optim.Muon's bfloat16.)"""
+    """Matrices U S V^T (n, rows, columns) -> about U V^T, by Newton-Schulz iteration: a step maps
+    each singular value s to a s + b s^3 + c s^5, and five bring all above a thousandth of the norm to
+    between 0.7 and 1.2. (In float32: few laptops have hardware for torch.optim.Muon's bfloat16.)"""
+    if X.shape[1] > X.shape[2]:                 # X X^T had better be the small one
+        return orthogonal(X.mT, steps).mT
     a, b, c = 3.4445, -4.7750, 2.0315           # Jordan's
     X = X / (X.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(steps):
@@ -399,18 +395,16 @@ def orthogonal(X, steps=5):
 
 
 def build_optimizers(module, weight_decay, beta2=0.999, temperature_lr=1.0, muon_image=0.0, muon_text=0.0):
-    """[AdamW], for finetune.py, too, or [AdamW, Muon]; every trained parameter in exactly one
-    group. Matrices inside the image encoder's blocks go to Muon at `muon_image` times the learning
-    rate, those inside the text encoder's layers at `muon_text` times it, unless that is 0. The
-    rest: matrices, which are decayed, all else, and the temperature, at `temperature_lr` times the
-    rate."""
-    groups = {"adamw": {}, "muon": {}}                      # {optimiser: {(scale of the rate, decay): params}}
+    """[AdamW], which is all that finetune.py needs, or [AdamW, Muon]; every trained parameter in
+    exactly one group. Only matrices decay. The temperature has `temperature_lr` times the learning
+    rate; the matrices that Muon is for have `muon_image` and `muon_text` times it, or, at 0, AdamW."""
+    groups = {"adamw": {}, "muon": {}}                      # {optimiser: {(scale, weight decay): parameters}}
     for name, p in module.named_parameters():
-        muon = muon_image if ".blocks." in name else muon_text if ".layers." in name else 0.0
-        optimizer, scale = ("muon", muon) if muon and p.ndim == 2 else ("adamw", 1.0)
-        kind = temperature_lr if name == "temperature" else scale, weight_decay if p.ndim > 1 else 0.0
+        muon_lr = muon_image if ".blocks." in name else muon_text if ".layers." in name else 0.0
+        optimizer, scale = ("muon", muon_lr) if muon_lr and p.ndim == 2 else ("adamw", 1.0)
+        scale, decay = temperature_lr if name == "temperature" else scale, (p.ndim > 1) * weight_decay
         if p.requires_grad:
-            groups[optimizer].setdefault(kind, []).append(p)
+            groups[optimizer].setdefault((scale, decay), []).append(p)
     adamw, muon = ([{"params": params, "scale": scale, "weight_decay": decay}
                     for (scale, decay), params in kinds.items()] for kinds in groups.values())
     optimizers = [torch.optim.AdamW(adamw, betas=(0.9, beta2), eps=1e-8, fused=True)]
@@ -423,7 +417,7 @@ def set_learning_rate(optimizers, lr):
 
 
 def open_data(config):
-    """Faces to train on and faces to validate on."""
+    """Faces to train on, faces to validate on."""
     size = MODELS[config.model][0].image_size
     if config.data:
         train, validation = data.open_faces(config.data, "train"), data.open_faces(config.data, "val")
@@ -446,7 +440,7 @@ def start_processes():
 
 
 def prepare(config):
-    """Data, model and optimiser, new or as the checkpoint in --out has them."""
+    """Data, model and optimisers, new or as the checkpoint in --out has them."""
     device, (rank, world) = start_processes(), rank_and_world()
     path = Path(config.out) / "flip.pt"
     if path.exists() and not config.resume:
@@ -491,8 +485,7 @@ class Validation(NamedTuple):
     faces: data.Faces
     texts: list                     # T captions
     image_of_text: torch.Tensor     # (T,)
-    references: dict                # recalls in percent of who knows every attribute, in the order of
-                                    # the table's columns; {} where captions are not the grammar's
+    references: dict                # for the table: recalls of who knows every attribute, or {}
 
     @staticmethod
     def of(faces):
@@ -519,12 +512,12 @@ def evaluate(model, validation, config):
     image_tokens, image_features = [], []
     with autocast(config, device):
         for _, pixels in read_batches(faces.picture, len(faces), size, "encoding faces", show=show):
-            tokens, features = model.encode_image(pixels.to(device))
+            tokens, features = model.student.encode_image(pixels.to(device))
             image_tokens.append(tokens.cpu())
             image_features.append(features)
         captions = model.tokenizer(validation.texts).to(device)
         parts = torch.arange(len(captions)).split(500)
-        text_features = torch.cat([model.encode_text(captions.select(part)) for part in parts])
+        text_features = torch.cat([model.student.encode_text(captions.select(part)) for part in parts])
     similarity = torch.cat(image_features) @ text_features.T                        # (I, T), in float32
     result = recalls(model, torch.cat(image_tokens), captions, similarity, validation.image_of_text, config)
     model.train(was_training)
@@ -639,7 +632,7 @@ def read_run(path):
     """The checkpoint of a run that can be resumed: under "training" is what `save` put there."""
     checkpoint = read_checkpoint(path)
     state = checkpoint.get("training")
-    if not isinstance(state, dict) or "log" not in state:
+    if not isinstance(state, dict) or "optimizers" not in state:
         raise ValueError(f"{path} holds a model but no training state of this version, so there is nothing "
                          f"to resume")
     return checkpoint
@@ -663,13 +656,9 @@ def stop_on_interrupt():
 
 
 # ---- flags -------------------------------------------------------------------------------------
-def flags_of(config):
-    return [f for f in dataclasses.fields(config) if f.metadata]
-
-
 def check_flags(config):
     """ValueError for the first field that is out of its range; a pair must not fall."""
-    for f in flags_of(config):
+    for f in filter(lambda f: f.metadata, dataclasses.fields(config)):
         value, rule = getattr(config, f.name), f.metadata
         values = value if isinstance(value, tuple) else (value,)
         if rule["choices"] and not set(values) <= set(rule["choices"]):
@@ -684,7 +673,7 @@ def check_flags(config):
 
 def parse_flags(parser, config, argv):
     """A flag for every field of a configuration; what was given, {name: value}."""
-    for f in flags_of(config):
+    for f in filter(lambda f: f.metadata, dataclasses.fields(config)):
         shown = f" ({f.default})" if f.default not in ("", ()) else ""
         options = {"default": argparse.SUPPRESS, "help": f.metadata["help"] + shown}
         if f.type is bool:

@@ -20,9 +20,9 @@ Files beyond this one add at most a letter or two, and say so.
 
 Inside the encoders tokens are packed: those of a batch lie in one list (N, D), beside `Sequences`,
 which say where each sequence begins (its `firsts`) and of which sequence, at which of its `places`,
-a token is; `Sequences.uniform(B, L)` are B images of L tokens. Attention goes from sequence i to
-sequence i of the same tokens or of others. All this is kernels/attention.py, which may be read
-later.
+a token is; `Sequences.uniform(B, L)` are B images of L tokens. Tokens of sequence i look at
+sequence i, of the same list or of another one with as many sequences. All this is
+kernels/attention.py, which may be read later.
 
 Run `python vit.py photo.jpg` to see what an image becomes.
 """
@@ -193,7 +193,8 @@ class ViT(nn.Module):
 # ==== A first reading may stop here: running, files, pictures, foreign weights ===================
 def keep_memory():
     """glibc returns large tensors to the system as soon as they are freed, and fetching and clearing
-    the pages anew costs a CPU several percent of a step. Let it keep what it has."""
+    the pages anew costs a CPU several percent of a step. Let it keep what it has, up to 32 MB a
+    tensor, which is the most that can be asked for."""
     with contextlib.suppress(OSError, AttributeError, TypeError):       # there is no glibc
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-3, 32 * 2 ** 20)           # M_MMAP_THRESHOLD: smaller ones come from the heap

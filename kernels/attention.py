@@ -11,7 +11,7 @@ starts. Linear layers and norms then spend nothing on padding. One function serv
                                         looks at the image; its keys and values are there once
 
 Two paths compute the same. On a GPU the Triton kernels, in the second half of this file, read the
-packed tokens where they lie. Elsewhere it is the formula as it stands, and that wants rectangles:
+packed tokens where they lie. Elsewhere it is softmax(q k^T / sqrt(d)) v as it stands, on rectangles:
 `padded_attention` pads what comes in and takes the padding out of the result.
 
 Capital letters are sizes, here as in the whole project: B sequences, the samples of a batch, have
@@ -119,8 +119,8 @@ def kept(weights, dropout):
     drawing a number for every weight takes a CPU longer than all the rest of attention."""
     count = weights.numel()
     random = torch.randint(-2 ** 63, 2 ** 63 - 1, (-(-count // 4),), device=weights.device)     # 64 bits each
-    places = random.view(torch.int16)[:count].view(weights.shape)
-    return (places >= round(dropout * 2 ** 16) - 2 ** 15).to(weights.dtype)
+    lots = random.view(torch.int16)[:count].view(weights.shape)
+    return (lots >= round(dropout * 2 ** 16) - 2 ** 15).to(weights.dtype)
 
 
 def padded_attention(query, key, value, query_sequences, key_sequences, dropout=0.0):
@@ -148,9 +148,9 @@ def attention(query, key, value, query_sequences, key_sequences, dropout=0.0):
     found = len(query), len(key), len(key_sequences)
     if (query_sequences.tokens, key_sequences.tokens, len(query_sequences)) != found:
         raise ValueError(
-            f"attention: {len(query)} queries for {len(query_sequences)} sequences of {query_sequences.tokens} "
-            f"tokens, {len(key)} keys for {len(key_sequences)} of {key_sequences.tokens}: expected as many "
-            f"queries and keys as tokens, and as many sequences of both")
+            f"attention: {len(query)} queries for {len(query_sequences)} sequences of "
+            f"{query_sequences.tokens} tokens, {len(key)} keys for {len(key_sequences)} of "
+            f"{key_sequences.tokens}: expected one for each token, and as many sequences of both")
     device = query.device.type
     if torch.is_autocast_enabled(device):
         query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))

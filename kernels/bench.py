@@ -9,8 +9,9 @@
                                               (H100); needs no GPU
 
 On a CUDA GPU "ours" is the Triton kernel, elsewhere the PyTorch path of the same function. Times
-are medians and include the launch, as a model sees it; memory is what is allocated beyond the
-inputs at its peak. All of a table is measured in one run: compare within it.
+are medians (of a step and of re-ranking: the least) and include the launch, as a model sees it;
+memory is what is allocated beyond the inputs at its peak. All of a table is measured in one run:
+compare within it.
 """
 import argparse
 import datetime
@@ -35,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))      # a script sees its own 
 
 import vit
 from bert import MAX_TOKENS, Captions
-from flip import FLIP, FLIPConfig, Output, feature_of, rerank
+from flip import FLIP, FLIPConfig, Knobs, Output, feature_of, rerank
 from kernels import attention as attention_file
 from kernels import contrastive as contrastive_file
 from kernels import triton
@@ -249,7 +250,7 @@ def straightforward_losses(model, images, captions, identity, generator=None):
     def text_feature(encoders):
         tokens = encoders.text(padded(captions))
         return feature_of(tokens[::MAX_TOKENS], encoders.text_projection)
-    image_tokens, image_feature = model.encode_image(images)
+    image_tokens, image_feature = model.student.encode_image(images)
     features = image_feature, text_feature(model.student)
     with torch.no_grad():
         keys = model.momentum_encoder.encode_image(images)[1], text_feature(model.momentum_encoder)
@@ -334,9 +335,9 @@ def bench_step(config=FLIPConfig(), B=8, repeats=4):
         optimizer = optimizers[straightforward]
         if straightforward:
             for kept, p in zip(model.momentum_encoder.parameters(), model.student.parameters()):
-                kept.data = kept.data * config.momentum + p.data * (1 - config.momentum)
+                kept.data = kept.data * Knobs().momentum + p.data * (1 - Knobs().momentum)
         else:
-            model.update_momentum()
+            model.update_momentum(Knobs().momentum)
         with torch.autocast(DEVICE, dtype, enabled=dtype != torch.float32):
             out = forward(straightforward)
             (out.itc + out.itm).backward()
