@@ -1680,7 +1680,7 @@ def test_a_task_leaves_the_encoders_as_they_were(tuned, tmp_path, monkeypatch, c
 
 
 def test_the_tuned_flip_is_a_checkpoint_that_gives_the_figures_of_the_table(tuned, uninterrupted, tmp_path):
-    config = tuned("retrieval", random=False, lr=0.02, faces=64, validation=32, test=32, k_test=4, epochs=9)
+    config = tuned("retrieval", random=False, lr=0.005, faces=64, validation=32, test=32, k_test=4, epochs=9)
     result, = finetune.finetune(config)
     path = tmp_path / "retrieval" / "flip.pt"
     saved, origin = torch.load(path)["model"], torch.load(uninterrupted / "flip.pt")["model"]
@@ -1988,12 +1988,12 @@ def default_run(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_the_default_run_finds_faces_at_least_85_percent_as_well_as_knowing_all_attributes_does(default_run):
-    """Text to image, at 5 and at 10, in the ten minutes that the README promises on two cores."""
+def test_the_default_run_finds_faces_more_often_than_knowing_all_attributes_does(default_run):
+    """Text to image; by as much as RESULTS.md says, but for three points."""
     config, metrics = default_run
-    consistency = train.Validation.of(train.open_data(config)[1]).references["consistency"]
-    assert 60 <= consistency[1] <= 80
-    assert metrics["img_r5"] >= 0.85 * consistency[1] and metrics["img_r10"] >= 0.85 * consistency[2]
+    references = train.Validation.of(train.open_data(config)[1]).references
+    assert 60 <= references["consistency"][1] <= 80 and references["ceiling"][0] > 65
+    assert all(metrics[name] >= least for name, least in (("img_r1", 48), ("img_r5", 78), ("img_r10", 86)))
 
 
 def in_the_middle(sketch):
