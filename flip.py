@@ -145,11 +145,11 @@ class FLIP(nn.Module):
     def matching_score(self, logits, cosine):
         """What candidates are ranked by: matching logits (..., 2) and cosines (...) -> (...).
 
-        The paper takes logit 1 + cosine. But what does the head learn? Of its pairs, a true one has
-        the probability p, a wrong one q, about proportional to exp(hardness * cosine / temperature),
-        so its log-odds are at best log p / q: it judges what ITC has left open. Candidates should be
-        ranked by p, thus by log-odds + hardness * cosine / temperature; so they are if the
-        configuration names the hardness, that with which training ends (train.py --posterior)."""
+        The paper takes logit 1 + cosine. But what does the head learn? Wrong pairs come to it with a
+        probability q about proportional to p(image) p(text) exp(hardness * cosine / temperature), so
+        its log-odds, at best log p(image, text) / q, judge only what ITC has left open. Candidates
+        should be ranked by p(image, text) / p(image) p(text), thus by log-odds + hardness * cosine /
+        temperature; so they are if the configuration names a hardness (train.py --posterior)."""
         if self.config.hardness is None:
             return logits[..., 1] + cosine
         return logits[..., 1] - logits[..., 0] + self.config.hardness * cosine / self.temperature.to(cosine)
