@@ -227,7 +227,7 @@ class FLIP(nn.Module):
         mine = mine[image_index[mine].argsort(stable=True)]         # captions of an image side by side
         is_match = (mine < world * B).long().to(image_tokens.device, non_blocking=True)
         logits = self.matching_logits(image_tokens, gather_captions(captions).select(text_index[mine]),
-                                      readers=(image_index[mine] - rank * B).bincount(minlength=B))
+                                      readers=(image_index[mine] - rank * B).bincount())
         return matching_cross_entropy(logits, is_match, pairs=3 * B)
 
     # ---- changes of state, called by the training loop ----
