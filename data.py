@@ -18,10 +18,11 @@ and the flags alone, so a run resumed at any step, with any number of workers, s
 uninterrupted one sees; bad input is named with file and record. (Capital letters are sizes, see
 vit.py.)
 
-    python data.py               # drawn faces with captions, sheet.png; what captions are like
-    python data.py --data DIR    # the same for faces of your own; LAYOUTS says what DIR may be
+    python data.py               # what the drawn faces and their captions are like: report.png
+    python data.py --data DIR    # the same of faces of your own; LAYOUTS says what DIR may be
 """
 import argparse
+import bisect
 import contextlib
 import functools
 import hashlib
@@ -29,12 +30,14 @@ import io
 import itertools
 import json
 import multiprocessing
+import operator
 import os
 import pickle
 import random
 import re
 import signal
 import tarfile
+import time
 from collections import Counter
 from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
@@ -54,14 +57,15 @@ from toyfaces import ATTRIBUTES
 
 @dataclass
 class Faces:
-    """I pictures of people, and what is known of them: any of the last three, or nothing."""
+    """I pictures of people, and what is known of them: any of the last three, or nothing. Of a set
+    on disk all this lies in a mapped index (see below), which costs a process no memory."""
     name: str                               # what to call them in errors: "CelebA train"
-    pictures: list | np.ndarray             # paths or Crops (see below), or uint8 (I, S, S, 3)
+    pictures: object                        # uint8 (I, S, S, 3), or Paths and Crops: where they lie
     identity: np.ndarray                    # int64 (I,): equal numbers, same person
     attributes: np.ndarray | None = None    # bool (I, 40), in the order of ATTRIBUTES
-    captions: list | None = None            # texts for each picture; without them, the grammar writes some
-    sketches: list | np.ndarray | None = None   # for each picture the paths of its sketch as it grows,
-                                                # or uint8 (I, steps, S, S), white on black
+    captions: object = None                 # texts for each picture; without them, the grammar writes some
+    sketches: object = None                 # for each picture the paths of its sketch as it grows,
+                                            # or uint8 (I, steps, S, S), white on black
 
     def __post_init__(self):
         if len(self) == 0:
@@ -74,15 +78,17 @@ class Faces:
     def __len__(self):
         return len(self.pictures)
 
-    def picture(self, i):
-        """Face i as a PIL RGB image; ValueError if its file is damaged or no picture."""
-        if isinstance(self.pictures, list):
-            return self.opened(i, self.pictures[i])
-        return Image.fromarray(self.pictures[i])
+    def picture(self, i, size=None):
+        """Face i as a PIL RGB image, whole or size x size; ValueError if its file is damaged or no
+        picture."""
+        picture = self.pictures[i]
+        if isinstance(picture, np.ndarray):
+            return Image.fromarray(picture)
+        return self.opened(i, picture, size)
 
-    def opened(self, i, picture):
+    def opened(self, i, picture, size=None):
         try:
-            return picture.open() if isinstance(picture, Crop) else vit.open_picture(picture)
+            return picture.open(size) if isinstance(picture, Crop) else vit.open_picture(picture, size=size)
         except ValueError as error:
             raise ValueError(f"{self.name}, record {i}: {error}") from None
 
@@ -99,7 +105,8 @@ class Faces:
         """One of the captions of face i, or a new one from the grammar."""
         self.check_text()
         if self.captions is not None:
-            return self.captions[i][rng.integers(len(self.captions[i]))]
+            captions = self.captions[i]
+            return captions[rng.integers(len(captions))]
         return caption(self.attributes[i], rng)[0]
 
     @property
@@ -113,27 +120,18 @@ class Faces:
         A file that is light on the whole has dark strokes on paper, as FS2K's finished sketches do,
         and is inverted.
         """
-        if not isinstance(self.sketches, list):
-            return Image.fromarray(self.sketches[i, t]).convert("RGB")
-        image = self.opened(i, self.sketches[i][t]).convert("L")
+        sketch = self.sketches[i][t]
+        if isinstance(sketch, np.ndarray):
+            return Image.fromarray(sketch).convert("RGB")
+        image = self.opened(i, sketch).convert("L")
         if np.asarray(image).mean() > 127:
             image = ImageOps.invert(image)
         return image.convert("RGB")
 
     def subset(self, indices):
-        indices = np.asarray(indices, dtype=np.int64)
-        return Faces(self.name, pick(self.pictures, indices), self.identity[indices],
-                     pick(self.attributes, indices), pick(self.captions, indices),
-                     pick(self.sketches, indices))
-
-
-def pick(values, indices):
-    """The entries of a list or an array; None stays None."""
-    if values is None:
-        return None
-    if isinstance(values, list):
-        return [values[i] for i in indices]
-    return values[indices]
+        fields = (self.pictures, self.identity, self.attributes, self.captions, self.sketches)
+        chosen = np.asarray(indices, dtype=np.int64)
+        return Faces(self.name, *(None if values is None else values[chosen] for values in fields))
 
 
 # ---- augmentation ------------------------------------------------------------------------------
@@ -177,14 +175,16 @@ class Batch(NamedTuple):
     images: torch.Tensor        # (B, 3, S, S) float32
     captions: bert.Captions     # B of them, packed
     identity: torch.Tensor      # (B,) int64
+    lost: dict                  # {number of a face: why it cannot be read}; others stand in their place
 
     def to(self, device):
         return Batch(self.images.to(device, non_blocking=True), self.captions.to(device),
-                     self.identity.to(device, non_blocking=True))
+                     self.identity.to(device, non_blocking=True), self.lost)
 
 
 class Samples(torch.utils.data.Dataset):
-    """What (epoch, index) shows: a pure function of it and the seed."""
+    """What (epoch, index) shows: a pure function of it and the seed (and of what can be read: for a
+    damaged picture the next face stands in)."""
 
     def __init__(self, faces, tokenizer, image_size, seed, augmented):
         self.faces, self.tokenizer, self.image_size = faces, tokenizer, image_size
@@ -193,16 +193,25 @@ class Samples(torch.utils.data.Dataset):
     def __getitem__(self, key):
         epoch, index = key
         rng = np.random.default_rng((self.seed, epoch, index + 1))  # index 0 would give the permutation's
-        image = self.faces.picture(index)
+        lost, image = {}, None
+        while image is None:
+            try:
+                image = self.faces.picture(index, self.image_size)
+            except ValueError as error:
+                lost[index] = str(error)
+                if len(lost) == 10:                                 # a disk is gone, not a picture
+                    raise
+                index = (index + 1) % len(self.faces)
         if self.augmented:
             image = image.resize((self.image_size, self.image_size), Image.Resampling.BICUBIC)
             image = augment(image, rng)
         text = self.faces.caption(index, rng)
-        return vit.to_pixels(image, self.image_size), text, self.faces.identity[index]
+        return vit.to_pixels(image, self.image_size), text, self.faces.identity[index], lost
 
     def collate(self, samples):
-        pixels, texts, identity = zip(*samples)
-        return Batch(vit.to_tensor(pixels), self.tokenizer(list(texts)), torch.tensor(np.array(identity)))
+        pixels, texts, identity, lost = zip(*samples)
+        return Batch(vit.to_tensor(pixels), self.tokenizer(list(texts)), torch.tensor(np.array(identity)),
+                     dict(itertools.chain.from_iterable(found.items() for found in lost)))
 
 
 class Batches:
@@ -214,9 +223,10 @@ class Batches:
     """
 
     def __init__(self, faces, tokenizer, image_size, batch_size, seed=0, augmented=True, rank=0, world=1,
-                 workers=0):
+                 workers=0, max_lost=0.0):
         faces.check_text()
         self.faces, self.seed, self.workers = faces, seed, workers
+        self.lost, self.max_lost = {}, max_lost             # met so far; at most how many, in percent
         self.batch_size, self.rank, self.global_size = batch_size, rank, batch_size * world
         self.samples = Samples(faces, tokenizer, image_size, seed, augmented)
         self.per_epoch = len(faces) // self.global_size   # what is left over waits for another order
@@ -227,14 +237,19 @@ class Batches:
     def from_batch(self, number):
         """Iterator over batches from this one (counted from 0 over all epochs) on, without end.
 
-        ValueError, in one sentence, for a picture that cannot be read.
+        ValueError, in one sentence, when more than max_lost percent of the faces cannot be read.
         """
         loader = torch.utils.data.DataLoader(
             self.samples, batch_sampler=self.keys(number), collate_fn=self.samples.collate,
             num_workers=self.workers, pin_memory=torch.cuda.is_available(),
             generator=torch.Generator())        # its own: it must not draw from the model's random numbers
         try:
-            yield from loader
+            for batch in loader:
+                for number in sorted(batch.lost.keys() - self.lost.keys()):
+                    self.lost[number] = batch.lost[number]
+                    check_lost(self.lost.values(), len(self.faces), self.max_lost)
+                    tqdm.write(f"{batch.lost[number]} (the next face stands in)")
+                yield batch
         except ValueError as error:             # a worker's comes with a traceback as text: keep the sentence
             raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
 
@@ -586,19 +601,30 @@ class Record(NamedTuple):
     """
     where: str                      # for errors: "list_attr_celeba.txt line 7"
     picture: object                 # its file's name below the set's pictures; or its Path, or a Crop
-    part: str                       # "train", "val" or "test"
+    part: str                       # one of SPLITS
     person: str = ""                # equal: the same person; "": nobody that another picture shows
-    values: dict | None = None      # of the attributes, as written: {"young": "-1"}
-    captions: list | None = None
-    sketches: dict | None = None    # {step: path}
+    values: tuple | None = None     # of the 40 attributes in CelebA's order, as written: "-1"
+    captions: dict | None = None    # {column: a text or a list of texts}
+    sketches: list | None = None    # Paths, as it grows
 
 
-def open_faces(path, split):
+SPLITS = ("train", "val", "test")
+COLUMNS = ("caption", "face_caption", "pcfg", "laion_caption")      # that FaceCaption-15M has for texts
+
+
+def open_faces(path, split, cache="cache", columns=COLUMNS[:2], max_lost=1.0):
     """The faces of a part ("train", "val", "test") of a set of one's own: in a folder, by what is
-    found there, or in a json list."""
-    path = Path(path)
-    if not path.exists():
+    found there, or in a json list.
+
+    All that the set's lists say is read and checked once, and kept in the folder `cache` as an
+    index which every process maps instead of having its own: index-*.npy has a row for each face,
+    part after part, index-*.txt a line, which the row points to. A record with which something is
+    wrong is left out, and listed in index-*.lost; more than max_lost percent of these are an error.
+    Captions are taken from all `columns` that a record has.
+    """
+    if not Path(path).exists():
         raise FileNotFoundError(f"{path}: no such folder or file")
+    path = Path(path).absolute()
     layouts = [layout for layout in LAYOUTS if any(path.glob(layout.sign))]
     if path.is_file() and path.suffix == ".json":
         layouts = LAYOUTS[-1:]
@@ -606,105 +632,206 @@ def open_faces(path, split):
         known = ", ".join(f"{layout.sign} ({layout.title})" for layout in LAYOUTS)
         raise ValueError(f"{path}: found none of {known}. (FaceCaption-15M's .parquet has the addresses of "
                          f"its pictures only: fetch them with img2dataset)")
-    layout, folder = layouts[0], path if path.is_dir() else path.parent
-    name = f"{layout.title} {split}"
+    layout, name, folder = layouts[0], f"{layouts[0].title} {split}", path if path.is_dir() else path.parent
+    index = Path(cache) / f"index-{state_of(path, cache, columns)}.npy"
     try:
-        return Faces(name, **chosen_part(layout.reader(path), split, layout, folder))
+        if not index.exists():
+            write_index(index, layout, path, folder, columns)
+        rows = np.load(index, mmap_mode="r")
+        lost = index.with_suffix(".lost").read_text(encoding="utf-8").splitlines()
+        check_lost(lost, len(rows) + len(lost), max_lost)
+        begin, end = (bisect.bisect_left(rows["part"], SPLITS.index(split) + n) for n in (0, 1))
+        if begin == end:
+            found = dict(zip(SPLITS, np.bincount(rows["part"], minlength=len(SPLITS)).tolist()))
+            raise ValueError(f"no faces, expected at least one in this part; found {found}")
     except (ValueError, FileNotFoundError) as error:
         raise ValueError(f"{name}: {error}") from error
+    rows, text = rows[begin:end], np.memmap(index.with_suffix(".txt"), np.uint8, "r")
+    known = {field: Lines(text, rows, folder, field) for field in Lines(text, rows, folder).line(0)}
+    return Faces(name, identity=rows["identity"],
+                 attributes=rows["attributes"] if rows["attributes"].size else None, **known)
 
 
-def chosen_part(records, split, layout, folder):
-    """Of the records of a whole set those of one part, as Faces has them. What may be wrong with a
-    record is said here; `open_faces` puts the name of the set before it."""
-    part_of, sizes, chosen = {}, Counter(), []
-    for record in records:
-        if not isinstance(record.picture, (str, Path, Crop)):
-            raise ValueError(f"{record.where} names no picture")
-        if layout.repeats != "anywhere":
-            before, part_of[record.picture] = part_of.get(record.picture), record.part
+class Lines:
+    """What the lines of an index say of one field, as a list that takes no memory."""
+
+    def __init__(self, text, rows, folder, field=""):
+        self.text, self.rows, self.folder, self.field = text, rows, folder, field
+
+    def __len__(self):
+        return len(self.rows)
+
+    def line(self, i):
+        begin, length = self.rows["start"][i], self.rows["length"][i]
+        return json.loads(self.text[begin:begin + length].tobytes())
+
+    def __getitem__(self, i):
+        if np.ndim(i):
+            return Lines(self.text, self.rows[i], self.folder, self.field)
+        found = self.line(i)[self.field]
+        if self.field == "sketches":
+            return [self.folder / path for path in found]
+        if self.field == "pictures":
+            return self.folder / found if isinstance(found, str) else Crop(self.folder / found[0], *found[1:])
+        return found
+
+
+def state_of(path, cache, columns):
+    """A digest of what an index depends on: this code, and of all files in the folder (or of the
+    json list) the names, sizes and times; of pictures the names only."""
+    state, cache = hashlib.sha256(Path(__file__).read_bytes() + repr(columns).encode()), Path(cache).resolve()
+    for root, folders, names in os.walk(path) if path.is_dir() else [(path.parent, [], [path.name])]:
+        folders[:] = sorted(name for name in folders if Path(root, name).resolve() != cache)
+        for name in sorted(names):
+            file = os.path.join(root, name)
+            state.update(os.fsencode(file))
+            if name.lower().endswith((".tar", ".json", ".txt", ".csv", ".mat", ".pickle")):
+                state.update(repr((os.stat(file).st_size, os.stat(file).st_mtime_ns)).encode())
+    return state.hexdigest()[:16]
+
+
+def write_index(index, layout, path, folder, columns):
+    """Read and check a whole set. The files appear when all are complete, the rows last."""
+    rows, size, kinds = [], 0, Counter()
+    with (vit.whole_file(index) as to_rows, vit.whole_file(index.with_suffix(".txt")) as to_text,
+          vit.whole_file(index.with_suffix(".lost")) as to_lost):
+        with open(to_text, "wb") as text, open(to_lost, "w", encoding="utf-8", errors="replace") as left_out:
+            for some, lines, lost in examined(layout.reader(path), layout, folder, columns):
+                some["start"] += size
+                size += text.write(lines)
+                rows.append(some)
+                left_out.writelines(" ".join(sentence.split()) + "\n" for sentence in lost)
+                kinds.update(sentence.split(":")[0] for sentence in lost)
+        rows = np.concatenate([some for some in rows if len(some)] or rows)
+        with open(to_rows, "wb") as file:
+            np.save(file, rows[rows["part"].argsort(kind="stable")])
+    if kinds:
+        found = ", ".join(f"{count:,} x {kind}" for kind, count in kinds.most_common())
+        print(f"{path}: {len(rows):,} faces; left out, and listed in {index.with_suffix('.lost')}: {found}")
+
+
+def examined(found, layout, folder, columns):
+    """What `examine` makes of a reader's records, or, on all cores, of functions that give some."""
+    if layout.apart:
+        with multiprocessing.Pool(None, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
+            work = pool.imap(functools.partial(examine, columns=columns), found)
+            yield from tqdm(work, "reading the set", len(found))
+    else:
+        records = tqdm(found, "reading the set", leave=False)
+        yield examine(functools.partial(whole_set, records, layout, folder), columns)
+
+
+def examine(read, columns):
+    """Check the records that read(lost) gives -> (rows, lines, lost), as they are to be written."""
+    kept, lines, lost = [], [], []
+    for record in read(lost):
+        with noting(lost):
+            *row, line = checked(record, columns)
+            kept.append(row)
+            lines.append(line)
+    parts, people, attributes = zip(*kept) if kept else ((), (), (b"",))
+    rows = np.zeros(len(kept), np.dtype([
+        ("identity", np.int64), ("start", np.int64), ("length", np.int32), ("part", np.uint8),
+        ("attributes", bool, len(attributes[0]))], align=True))
+    rows["identity"], rows["part"], rows["length"] = people, parts, [len(line) for line in lines]
+    rows["start"] = rows["length"].cumsum(dtype=np.int64) - rows["length"]
+    rows["attributes"] = np.frombuffer(b"".join(attributes), bool).reshape(rows["attributes"].shape)
+    return rows, b"".join(lines), lost
+
+
+@contextlib.contextmanager
+def noting(lost):
+    """What is wrong inside becomes an entry of `lost`, "kind: a sentence", and is passed over."""
+    try:
+        yield
+    except ValueError as error:
+        lost.append(str(error))
+
+
+def whole_set(records, layout, folder, lost):
+    """Records with what one alone does not tell: whether another has the same picture, and whether
+    that is there, below the first place that has one of the first of them."""
+    records, part_of, inside = iter(records), {}, os.path.join(folder, "")
+    first = list(itertools.islice(records, 10))
+    has_some = [place for place in layout.places
+                if any(os.path.isfile(os.path.join(folder, place, str(record.picture))) for record in first)]
+    place = [*has_some, *layout.places, ""][0]
+    below = lambda path: os.path.join(place, str(path).removeprefix(inside))
+    names_in = functools.cache(lambda path: set(os.listdir(path)) if os.path.isdir(path) else set())
+    for record in itertools.chain(first, records):
+        with noting(lost):
+            if not isinstance(record.picture, (str, Path)):
+                raise ValueError(f"no name: {record.where} names no picture")
+            picture, before = below(record.picture), part_of.get(record.picture)
+            if layout.repeats != "anywhere":
+                part_of[record.picture] = record.part
             if before and (layout.repeats == "never" or before != record.part):
-                raise ValueError(f"{record.where} lists {record.picture} a second time, in one part or two")
-        if record.part not in ("train", "val", "test"):
-            raise ValueError(f"{record.where} has {record.picture} in part {record.part!r}, expected train, "
-                             f"val or test")
-        sizes[record.part] += 1
-        if record.part == split:
-            person = digest(record.person or str(record.picture))
-            chosen.append((record.picture, person, truth(record), texts(record), record.sketches))
-    if not chosen:
-        raise ValueError(f"no faces, expected at least one in this part; found {dict(sizes)}")
-    pictures, people, attributes, captions, sketches = map(list, zip(*chosen))
-    return {"pictures": paths_of(pictures, folder, layout.places) if layout.places else pictures,
-            "identity": np.array(people, dtype=np.int64),
-            "attributes": None if attributes[0] is None else np.array(attributes),
-            "captions": None if captions[0] is None else captions,
-            "sketches": None if sketches[0] is None else in_steps(sketches, pictures)}
+                raise ValueError(f"listed twice: {record.where} lists {picture} a second time, in one part "
+                                 f"or two")
+            directory, name = os.path.split(os.path.join(folder, picture))
+            if name not in names_in(directory):
+                raise ValueError(f"no file: {record.where} lists {directory}/{name}, which is not there")
+            sketches = record.sketches and [below(path) for path in record.sketches]
+            yield record._replace(picture=picture, sketches=sketches)
+
+
+def checked(record, columns):
+    """(part, person, attributes, line) of a record in which nothing is wrong."""
+    line, where = {"pictures": record.picture}, f"{record.where} ({record.picture})"
+    if record.part not in SPLITS:
+        raise ValueError(f"part: {where} is in part {record.part!r}, expected train, val or test")
+    attributes = b""
+    if record.values is not None:
+        with expecting("1, 0 or -1 for every attribute", f"attributes: {where}"):
+            attributes = bytes([TRUTH[value] for value in record.values])
+    if record.captions is not None:
+        with expecting("captions that are text and not empty", f"captions: {where}"):
+            line["captions"] = texts(record.captions, columns)
+    if record.sketches is not None:
+        line["sketches"] = record.sketches
+    person = digest(record.person or str(record.picture))
+    return SPLITS.index(record.part), person, attributes, json.dumps(line).encode() + b"\n"
 
 
 LOWER_CASE = [name.lower() for name in ATTRIBUTES]
 TRUTH = {"1": True, "0": False, "-1": False}
 
 
-def truth(record):
-    """The attributes as bool (40,), in CelebA's order."""
-    if record.values is None:
-        return None
-    with expecting("1, 0 or -1 for every attribute", f"{record.where} ({record.picture})"):
-        return np.array([TRUTH[record.values[name]] for name in LOWER_CASE])
+def texts(captions, columns):
+    """The captions of these columns. Binary ones are refused, and half characters, which json can
+    write and no tokenizer reads."""
+    found = [captions[column] for column in columns if column in captions]
+    found = [text for some in found for text in (some if isinstance(some, list) else [some])]
+    for text in found or [""]:
+        if re.search("[\0\ud800-\udfff]", text) or not bert.clean_caption(text):
+            raise ValueError(f"found {ascii(text)[:100]}")
+    return found
 
 
-def texts(record):
-    """The captions. Binary ones are refused, and half characters, which json can write and no
-    tokenizer reads."""
-    if record.captions is None:
-        return None
-    with expecting("captions that are text and not empty", f"{record.where} ({record.picture})"):
-        for text in record.captions or [""]:
-            if re.search("[\0\ud800-\udfff]", text) or not bert.clean_caption(text):
-                raise ValueError(f"found {ascii(text)[:100]}")
-    return record.captions
+def readable(faces, max_lost, size=None):
+    """The faces whose pictures can be read at this size, or, without one, whose headers can."""
+    lost, kept = [], []
 
-
-def in_steps(sketches, pictures):
-    """{step: path} for each picture -> its paths in the order of the steps, which all have."""
-    counts = Counter(step for steps in sketches for step in steps)
-    usual = {step for step, count in counts.items() if 2 * count > len(sketches)}
-    for steps, picture in zip(sketches, pictures):
-        for step in sorted(usual ^ steps.keys()):
-            raise ValueError(f"{picture} has {'no' if step in usual else 'a'} step {step}, unlike most")
-    return [[steps[step] for step in sorted(steps)] for steps in sketches]
-
-
-def paths_of(names, folder, places):
-    """The paths of these pictures, below the first place that has one of the first of them."""
-    has_some = [place for place in places if any((folder / place / name).is_file() for name in names[:10])]
-    images = folder / (has_some or places)[0]
-    paths = [images / name for name in names]
-    listing = {parent: set(os.listdir(parent)) if parent.is_dir() else set()    # asking for each is slow
-               for parent in {path.parent for path in paths}}
-    missing = [path for path in paths if path.name not in listing[path.parent]]
-    if missing:
-        raise ValueError(f"{len(missing)} of {len(paths)} pictures are not there, the first is {missing[0]}")
-    return paths
-
-
-def check_pictures(faces):
-    """Read every picture and sketch once, before training; ValueError names the first bad ones."""
-    reads = [functools.partial(faces.picture, i) for i in range(len(faces))]
-    reads += [functools.partial(faces.sketch, i, t) for i in range(len(faces)) for t in range(faces.steps)]
-
-    def complaint(read):
-        try:
-            read()
-        except ValueError as error:
-            return str(error)
+    def check(i):
+        with noting(lost):
+            if size:
+                faces.picture(i, size)
+            elif isinstance(faces.pictures[i], Path):       # the header of a Crop is in the index
+                vit.picture_size(faces.pictures[i])
+            kept.append(i)
 
     with ThreadPool() as pool:
-        results = tqdm(pool.imap(complaint, reads), "checking pictures", len(reads), leave=False)
-        bad = [result for result in results if result]
-    if bad:
-        raise ValueError("\n".join([*bad[:10], f"{len(bad)} of {len(reads)} pictures are bad"]))
+        for _ in tqdm(pool.imap(check, range(len(faces)), 16), "checking pictures", len(faces), leave=False):
+            pass
+    check_lost(lost, len(faces), max_lost)
+    return faces.subset(sorted(kept)) if lost else faces
+
+
+def check_lost(lost, count, max_lost):
+    """ValueError where more than max_lost percent of `count` are lost."""
+    if len(lost) > count * max_lost / 100:
+        raise ValueError(f"{next(iter(lost))} ({len(lost):,} of {count:,} are lost, which is more than "
+                         f"--max_lost {max_lost:g} percent)")
 
 
 # ---- readers: what they share ------------------------------------------------------------------
@@ -759,9 +886,8 @@ def json_records(path):
 
 
 def captions_in(record):
-    """A text or a list of texts, under the two names that FaceCaption-15M has for it -> list."""
-    captions = record.get("caption", record.get("face_caption", []))
-    return captions if isinstance(captions, list) else [captions]
+    """{column: a text or a list of texts} of the columns that a record of json has."""
+    return {column: record[column] for column in COLUMNS if column in record}
 
 
 # ---- readers: faces with attributes ------------------------------------------------------------
@@ -773,7 +899,8 @@ def table(folder, stem):
     lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
     for number, line in enumerate(lines, 1):
         if line.strip():
-            yield f"{path.name} line {number}", [field.strip(' "') for field in line.split(separator)]
+            fields = line.replace('"', " ").split(separator)
+            yield f"{path.name} line {number}", [field.strip() for field in fields] if separator else fields
 
 
 def attribute_records(rows):
@@ -785,10 +912,11 @@ def attribute_records(rows):
     names = [name.strip().replace(" ", "_").lower() for name in header[-len(ATTRIBUTES):]]
     if sorted(names) != sorted(LOWER_CASE):
         raise ValueError(f"{where} should name the 40 attributes of CelebA, found {' '.join(header)[:1000]}")
+    in_order = operator.itemgetter(*(names.index(name) for name in LOWER_CASE))
     for found, (where, (picture, *values)) in enumerate(rows, 1):
         if len(values) != len(names):
             raise ValueError(f"{where} has {len(values)} values, expected {len(names)} ({picture})")
-        yield Record(where, picture.replace("\\", "/"), "", values=dict(zip(names, values)))
+        yield Record(where, picture.replace("\\", "/"), "", values=in_order(values))
     if count not in (None, str(found)):
         raise ValueError(f"{where}: the list announces {count} pictures, but {found} follow")
 
@@ -901,8 +1029,8 @@ def celeba_hq(folder, captions):
                     listed.append((int(Path(text).stem), part))
     else:
         listed = [(number, "train" if number < 24_000 else "test") for number in captions]
-    return hold_out([Record(f"face {number}", f"{number}.jpg", part, captions=captions.get(number, []))
-                     for number, part in sorted(listed)], 0.05)
+    return hold_out([Record(f"face {n}", f"{n}.jpg", part, captions={"caption": captions.get(n, [])})
+                     for n, part in sorted(listed)], 0.05)
 
 
 def mm_celeba(folder):
@@ -939,77 +1067,132 @@ class Crop(NamedTuple):
     tar: Path
     name: str           # of the picture in the tar
     offset: int         # in bytes, where its file begins there
-    size: int           # in bytes
-    box: tuple          # x1, y1, x2, y2 in pixels of the picture
+    length: int         # in bytes
+    box: tuple = ()     # x1, y1, x2, y2 in pixels of the picture; (): all of it
 
     def __str__(self):
         return f"{self.tar}: {self.name}"
 
-    def open(self):
-        """The face as a PIL RGB image; ValueError if the picture is damaged, or the box outside."""
+    def content(self, most=2**27):              # no photograph of a face has 128 MB
         with open(self.tar, "rb") as file:
             file.seek(self.offset)
-            content = io.BytesIO(file.read(self.size))
-        try:
-            picture = vit.open_picture(content)
-        except ValueError as error:
-            raise ValueError(str(error).replace(str(content), str(self))) from None
-        x1, y1, x2, y2 = self.box
-        x1, y1, x2, y2 = max(x1, 0), max(y1, 0), min(x2, picture.width), min(y2, picture.height)
-        if x1 >= x2 or y1 >= y2:
-            raise ValueError(f"{self} has {picture.width} x {picture.height} pixels, its box {self.box} is "
-                             f"outside")
-        return picture.crop((x1, y1, x2, y2))
+            return io.BytesIO(file.read(min(self.length, most)))
+
+    def open(self, size=None):
+        """The face as a PIL RGB image, whole or size x size; ValueError if the picture is damaged."""
+        return vit.open_picture(self.content(), self, self.box, size)
 
 
 def facecaption(folder):
-    """Tars of N.jpg and N.json, read in place: nothing is unpacked. Every record is a face of its
-    own, though several may be in one picture, from one address: the split goes by the address."""
-    for tar in tqdm(sorted(folder.glob("*.tar")), "listing tars", leave=False):
-        for entry in tar_entries(tar):
-            crop = Crop(tar, entry["name"], entry["offset"], entry["size"], tuple(entry["box"]))
-            yield Record(tar.name, crop, part_by_digest(entry["url"]), captions=entry["caption"])
+    """Tars of N.jpg and N.json, read in place: nothing is unpacked."""
+    return [functools.partial(list_tar, tar) for tar in sorted(folder.glob("*.tar"))]
 
 
-def tar_entries(tar):
-    """What list_tar finds, kept beside the tar as .index where that can be written."""
-    index, now = tar.with_suffix(".index"), [tar.stat().st_size, tar.stat().st_mtime_ns]
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        kept = json.loads(index.read_bytes())
-        if kept["size_and_time"] == now:    # of the tar, which may have been downloaded anew
-            return kept["records"]
-    entries = list_tar(tar)
-    with contextlib.suppress(OSError), vit.whole_file(index) as partial:
-        partial.write_text(json.dumps({"size_and_time": now, "records": entries}))
-    return entries
+def list_tar(tar, lost):
+    """Records of the faces in a tar. Every one is a face of its own, though several may be in one
+    picture, from one address: the split goes by the address."""
+    pictures, records, downloads = {}, {}, []
+    for member in members_of(tar, lost):
+        stem, suffix = os.path.splitext(member.name)
+        of_its_kind = pictures if suffix.lower() in vit.PICTURES else records if suffix == ".json" else {}
+        if of_its_kind.setdefault(stem, member) is not member:
+            lost.append(f"named twice: {member}")
+    for stem in pictures | records:
+        with noting(lost):
+            downloads.append(download(f"{tar}: {stem}", pictures.get(stem), records.get(stem)))
+    padded = are_padded(downloads)
+    for crop, record, stored, original in downloads:
+        with noting(lost):
+            box = box_within(crop, stored, original, padded)
+            part = part_by_digest(str(record.get("url", crop)))
+            yield Record(str(crop), crop._replace(tar=tar.name, box=box), part, captions=captions_in(record))
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):     # what img2dataset counted
+        count = json.loads(tar.with_name(f"{tar.stem}_stats.json").read_bytes())["successes"]
+        lost += [f"missing: a face of {tar}"] * min(count - len(pictures | records), 10**6)
 
 
-def list_tar(tar):
-    """The faces that were downloaded: [{"name", "offset", "size", "box", "caption", "url"}]."""
-    pictures, records, entries = {}, {}, []
-    with expecting("a complete tar; download it anew, or take it away", tar), tarfile.open(tar, "r:") as file:
-        for member in filter(tarfile.TarInfo.isfile, file):
-            stem, suffix = os.path.splitext(member.name)
-            if suffix.lower() in vit.PICTURES:
-                pictures[stem] = {"name": member.name, "offset": member.offset_data, "size": member.size}
-            elif suffix == ".json":
-                records[stem] = file.extractfile(member).read()
-        file.fileobj.seek(file.offset)      # tarfile ended here, but takes a damaged header for the end
-        if any(file.fileobj.read(tarfile.BLOCKSIZE)):
-            raise tarfile.ReadError(f"damaged at byte {file.offset}")
-    for stem, record in records.items():
-        where = f"{tar}: {stem}.json"
-        with expecting("a picture and img2dataset's json, with the columns box, caption and url kept", where):
-            record = read_json(record)
-            if record["status"] != "success":
+def members_of(tar, lost):
+    """The files in a tar, as Crops. (tarfile alone takes the first damaged header for the end; here
+    the next good one is looked for.)"""
+    at = expected = 0                           # where to look for a header, and where one should be
+    size, block = tar.stat().st_size, tarfile.BLOCKSIZE
+    with open(tar, "rb") as file:
+        while at + block <= size:
+            file.seek(at)
+            try:
+                member = tarfile.TarInfo.frombuf(file.read(block), "utf-8", "surrogateescape")
+                end = at + block + -(-member.size // block) * block
+                if not at < end <= size:
+                    raise tarfile.TruncatedHeaderError("more than there is")
+            except tarfile.HeaderError:
+                at += block
                 continue
-            box = json.loads(record["box"]) if isinstance(record["box"], str) else record["box"]
-            x1, y1, x2, y2 = [round(float(number)) for number in box]
-            if x1 >= x2 or y1 >= y2:
-                raise ValueError(f"the box {box} is empty")
-            entries.append(pictures[stem] | {"box": (x1, y1, x2, y2), "caption": captions_in(record),
-                                             "url": str(record.get("url", where))})
-    return entries
+            if at > expected:
+                lost.append(f"damaged tar: {tar}, bytes {expected} to {at}")
+            if member.isreg():
+                yield Crop(tar, member.name, at + block, member.size)
+            elif member.issym() or member.islnk():
+                lost.append(f"no file: {tar}: {member.name} is a link")
+            at = expected = end
+        file.seek(expected)
+        rest = file.read(2 * tarfile.RECORDSIZE)
+    if any(rest) or not 2 * block <= len(rest) < 2 * tarfile.RECORDSIZE:    # two empty ones are its end
+        lost.append(f"damaged tar: {tar}, bytes {expected} to {size}, or the end is missing")
+
+
+def download(where, picture, text):
+    """(crop, record, stored, original) of one face, from its picture and its json: the crop with a
+    box in pixels of the original, and the sizes of the picture as it is and as it was before."""
+    if not (picture and text):
+        raise ValueError(f"half a face: {where} has no {'json' if picture else 'picture'}")
+    with expecting("img2dataset's json, with the columns box, caption and url kept", f"json: {text}"):
+        record = read_json(text.content().read())
+        if record["status"] != "success":
+            raise ValueError(f"the status is {record['status']}")
+        box = json.loads(record["box"]) if isinstance(record["box"], str) else record["box"]
+        x1, y1, x2, y2 = box = tuple(map(float, box))
+        if not (x1 < x2 and y1 < y2):
+            raise ValueError(f"the box {box} is empty")
+        as_told, original = (tuple(int(record.get(before + name) or 0) for name in ("width", "height"))
+                             for before in ("", "original_"))
+    try:
+        stored = vit.picture_size(picture.content(2**16))           # most headers are short
+    except ValueError:
+        stored = vit.picture_size(picture.content(), f"picture: {picture}")
+    if as_told != stored and as_told == stored[::-1]:               # turned since, as its camera noted
+        original = original[::-1]
+    return picture._replace(box=box), record, stored, original if all(original) else stored
+
+
+def box_within(crop, stored, original, padded):
+    """The box of a download in pixels of the picture as it is stored; ValueError where less than half
+    of it is left.
+
+    img2dataset may have resized the picture as it was (--resize_mode keep_ratio), or to a square:
+    all of it, with white on both sides (border, its default), or the middle (center_crop)."""
+    scale, margin, box = np.divide(stored, original), 0, np.reshape(crop.box, (2, 2))   # (corner, x or y)
+    if abs(scale[0] - scale[1]) * max(original) > 1:            # more than rounding: a square was made
+        scale = scale.min() if padded else scale.max()
+        margin = np.fix((stored - np.round(np.multiply(original, scale))) / 2)
+    box = box * scale + margin
+    inside = box.clip(0, stored)
+    if not np.prod(inside[1] - inside[0]) >= np.prod(box[1] - box[0]) / 2:
+        raise ValueError(f"box: {crop} had {original} pixels and has {stored}; of the box {crop.box} less "
+                         f"than half is inside")
+    return inside.ravel().round(2).tolist()
+
+
+def are_padded(downloads):
+    """Do white margins make squares of these pictures? A vote of some that were none."""
+    votes = []
+    for crop, _, stored, original in downloads:
+        scale = min(np.divide(stored, original))
+        x, y = ((have - round(scale * had)) // 2 for have, had in zip(stored, original))
+        if max(x, y) >= 4 and len(votes) < 32:
+            with contextlib.suppress(ValueError):
+                pixels = np.asarray(crop._replace(box=()).open())
+                votes.append((pixels[:y - 1] if y > x else pixels[:, :x - 1]).mean() > 250)
+    return 2 * sum(votes) >= len(votes)
 
 
 # ---- readers: photos with sketches -------------------------------------------------------------
@@ -1046,7 +1229,7 @@ def fs2k(folder):
             with expecting('"image_name" such as "photo1/image0110", of a photo and a sketch', where):
                 name = record["image_name"].replace("/", "_")
                 sketch = sketches[name.replace("photo", "sketch").replace("image", "sketch")]
-                records.append(Record(where, photos[name], part, sketches={1: sketch}))
+                records.append(Record(where, photos[name], part, sketches=[sketch]))
     return with_captions(records, folder, photos)
 
 
@@ -1065,8 +1248,19 @@ def fs2k_sde(folder):
                 steps = growing.setdefault(photos[photo], {})
                 if steps.setdefault(int(step), sketch) != sketch:
                     raise ValueError(f"{steps[int(step)]} is the same step")
-        records += [Record(f"sketch/{part}", photo, part, sketches=steps) for photo, steps in growing.items()]
+        records += in_steps(growing, part)
     return with_captions(records, folder, photos)
+
+
+def in_steps(growing, part):
+    """{photo: {step: sketch}} -> records with the sketches in the order of the steps, of which all
+    photos of a part have the same."""
+    counts = Counter(step for steps in growing.values() for step in steps)
+    usual = {step for step, count in counts.items() if 2 * count > len(growing)}
+    for photo, steps in growing.items():
+        for step in sorted(usual ^ steps.keys()):
+            raise ValueError(f"{photo} has {'no' if step in usual else 'a'} step {step}, unlike most")
+        yield Record(f"sketch/{part}", photo, part, sketches=[steps[step] for step in sorted(steps)])
 
 
 def with_captions(records, folder, photos):
@@ -1078,7 +1272,7 @@ def with_captions(records, folder, photos):
         known = captions.get("test" if record.part == "test" else "train", captions.get("captions"))
         if known is not None:
             where = f"{record.where} and the captions beside photo/"
-            record = record._replace(where=where, captions=known.get(record.picture, []))
+            record = record._replace(where=where, captions={"caption": known.get(record.picture, [])})
         yield record
 
 
@@ -1093,7 +1287,8 @@ def photo_captions(path, photos):
         if meant.setdefault(photo, record.picture) != record.picture:
             raise ValueError(f"{record.where}: {meant[photo]} and {record.picture} may both mean {photo}; "
                              f"keep the folders photo1, photo2, ...")
-        captions.setdefault(photo, []).extend(record.captions)
+        for found in record.captions.values():
+            captions.setdefault(photo, []).extend(found if isinstance(found, list) else [found])
     return captions
 
 
@@ -1104,6 +1299,7 @@ class Layout(NamedTuple):
     reader: object          # folder -> records of all its parts
     places: tuple = ()      # where the pictures may be; (): the reader gives whole paths, or Crops
     repeats: str = "never"  # may a picture be listed several times? "in a part", or "anywhere"
+    apart: bool = False     # does the reader give functions that each give some of the records?
 
 
 LAYOUTS = (
@@ -1116,89 +1312,222 @@ LAYOUTS = (
     Layout("captions_hq.json", "CelebA-Dialog", celeba_dialog, ("images", "image", ".")),
     Layout("text/celeba-caption", "MM-CelebA-HQ", mm_celeba, ("images",)),
     Layout("train.json", "json lists", caption_lists, (".", "images"), repeats="in a part"),
-    Layout("*.tar", "FaceCaption", facecaption, repeats="anywhere"),
+    Layout("*.tar", "FaceCaption", facecaption, apart=True),
     Layout("*.json", "json list", caption_lists, (".", "images"), repeats="anywhere"),
 )
 
 
-# ---- a sheet of samples ------------------------------------------------------------------------
+# ---- a report of any set -----------------------------------------------------------------------
 GROUPS = {      # of attributes, and the share of FLIP's labels that they have, in percent (section 3)
+    "facial features": (34.0, ""),          # all that no other group has
+    "elementary": (26.5, "Male Young Attractive Smiling Chubby Pale_Skin"),
     "beard": (14.8, "5_o_Clock_Shadow Goatee Mustache No_Beard Sideburns"),
     "hairstyle": (14.0, "Bald Bangs Black_Hair Blond_Hair Brown_Hair Gray_Hair Receding_Hairline "
                         "Straight_Hair Wavy_Hair"),
     "accessories": (10.6, "Eyeglasses Wearing_Earrings Wearing_Hat Wearing_Lipstick Wearing_Necklace "
                           "Wearing_Necktie"),
-    "elementary": (26.5, "Male Young Attractive Smiling Chubby Pale_Skin"),
-}       # the others are facial features, 34.0
+}
 
 
-def print_statistics(faces, count=10_000):
-    """Words and phrases of `count` captions; for captions of the grammar also what they state."""
-    rng, chosen, stated = np.random.default_rng(0), [i % len(faces) for i in range(count)], None
-    if faces.captions is None:
-        faces.check_text()
-        written, stated = zip(*(caption(faces.attributes[i], rng) for i in chosen))
-    else:
-        written = [faces.caption(i, rng) for i in chosen]
-    words = [text.split() for text in written]
-    lengths = np.array([len(text) for text in words])
-    grams = {gram for text in words for gram in zip(text, text[1:], text[2:], text[3:])}
-    print(f"{count:,} captions of {len(faces):,} faces, {faces.name} "
-          f"(in brackets: FLIP's captions, from the paper)")
-    print(f"  words          mean {lengths.mean():.1f} (30), mode {np.bincount(lengths).argmax()} "
-          f"(20 to 22), range {lengths.min()} to {lengths.max()} (10 to 75)")
-    print(f"  4-grams        {len(grams):,} distinct")
-    if stated is not None:
-        print_stated(np.array(stated), faces.attributes)
+@functools.cache
+def patterns():
+    """For each fact a pattern of the ways to say it: the grammar read backwards."""
+    said_of, found = {}, []                 # {part of the face: what can be said of it}
+    for kind, words in itertools.chain(*PHRASES):
+        said_of.setdefault(kind, []).append(words)
+    for fact, phrases in zip(FACTS, PHRASES):
+        ways = {"Male": ["he", "his"], "not Male": ["she", "her"]}.get(fact, [])
+        for kind, words in phrases:
+            words, others = words.replace("{his}", "(?:his|her|their)"), "|".join(said_of[kind])
+            ways += [words] if kind not in PARTS else [rf"{words},? (?:(?:{others}),? )*{kind}",
+                                                       rf"{kind} (?:is|are) (?:(?:{others}) and )*{words}"]
+        found.append(re.compile(rf"\b(?:{'|'.join(ways)})\b"))
+    return found
 
 
-def print_stated(stated, attributes):
-    """The share of each group in the labels that captions state (T, 40), and the references."""
-    mentions = dict(zip(ATTRIBUTES, (stated != 0).mean(0)))
-    total = sum(mentions.values())
-    shares = {group: 100 * sum(mentions.pop(name) for name in names.split()) / total
+def facts_in(text):
+    """The facts that a text states in the grammar's words, bool (42,); what is said otherwise goes
+    unseen."""
+    return np.array([pattern.search(text.lower()) is not None for pattern in patterns()])
+
+
+def sharpness(picture):
+    """How much a face of 128 x 128 pixels differs from its neighbouring pixels, relative to its
+    contrast: low for what is blurred or was enlarged. It needs no download, and is worth as much:
+    noise counts as sharp, and nothing is said of the light or the pose."""
+    grey = np.asarray(picture.convert("L").resize((128, 128), Image.Resampling.BICUBIC), float)
+    steps = np.concatenate([np.diff(grey, axis=0).ravel(), np.diff(grey, axis=1).ravel()])
+    return steps.std() / max(grey.std(), 1.0)
+
+
+def outline(picture):
+    """256 bits: is a pixel of 17 x 16 lighter than the one to its left? Mostly equal for copies of
+    one picture, also at another size or quality."""
+    grey = np.asarray(picture.convert("L").resize((17, 16), Image.Resampling.BILINEAR))
+    return np.packbits(grey[:, 1:] > grey[:, :-1]).tobytes()
+
+
+def report(parts, count, rng):
+    """Figures of a set {split: Faces}, ready for json; all but its size are of `count` faces of the
+    first part, of whose pictures at most 2,000 are looked at."""
+    faces = next(iter(parts.values()))
+    chosen = rng.choice(len(faces), min(count, len(faces)), replace=False).tolist()
+    seen, sizes, sharp, outlines, lost = [], [], [], Counter(), []
+    for i in tqdm(sorted(chosen[:2000]), "looking at pictures", leave=False):
+        with noting(lost):
+            picture = faces.picture(i)
+            seen.append(i)
+            sizes.append(picture.size)
+            sharp.append(sharpness(picture))
+            outlines[outline(picture)] += 1
+    found = {"set": faces.name, "faces": {split: len(part) for split, part in parts.items()},
+             "captions looked at": len(chosen) * faces.has_text, "pictures looked at": len(sizes),
+             "unreadable": len(lost), "like another": len(sizes) - len(outlines),
+             "shown": seen[::len(seen) // 4 + 1], "sizes": sizes, "sharpness": np.round(sharp, 3).tolist()}
+    if not faces.has_text:
+        return found
+    texts = [faces.caption(i, rng) for i in tqdm(chosen, "reading captions", leave=False)]
+    words, grams, four_grams = [text.split() for text in texts], set(), []
+    for tenth in np.array_split(np.arange(len(words)), 10):
+        grams.update(gram for n in tenth for gram in zip(words[n], words[n][1:], words[n][2:], words[n][3:]))
+        four_grams.append(len(grams))
+    stated = np.mean([facts_in(text) for text in tqdm(texts, "reading facts", leave=False)], axis=0)
+    stated[NEGATED] += stated[len(ATTRIBUTES):]         # a label is stated where it is said not to hold, too
+    labels = dict(zip(ATTRIBUTES, stated.tolist()))
+    total = max(sum(labels.values()), 1e-9)
+    shares = {group: 100 * sum(labels[name] for name in names.split()) / total
               for group, (_, names) in GROUPS.items()}
-    print(f"  labels stated  {total:.1f} a caption, of which",
-          ", ".join(f"{group} {share:.1f} % ({GROUPS[group][0]})" for group, share in shares.items()),
-          f"and facial features {100 * sum(mentions.values()) / total:.1f} % (34.0)")
-    n = min(1000, len(attributes))
-    print(f"  finding the one among {n} faces or captions, for a reader who knows all attributes: "
-          f"recall at 1 / 5 / 10")
-    for name, recalls in reference_recalls(stated[:n], attributes[:n]).items():
+    shares["facial features"] = 100 - sum(shares.values())
+    own = len(faces.captions[chosen[0]]) if faces.captions is not None else "by the grammar"
+    return found | {"captions of the first face": own, "equal captions": len(texts) - len(set(texts)),
+                    "words": [len(text) for text in words], "four-grams": four_grams,
+                    "labels in a caption": total, "shares of groups": shares, "labels": labels}
+
+
+def summary(found):
+    """What a report says, in lines; FLIP's figures (section 3) in brackets."""
+    lines = [f"{split}: {count:,} faces" for split, count in found["faces"].items()]
+    lines += [f"{found['pictures looked at']:,} pictures seen: {found['like another']} look like another; "
+              f"{found['unreadable']} unreadable"]
+    if found["sizes"]:
+        width, height = np.mean(found["sizes"], axis=0)
+        lines += [f"size {width:.0f} x {height:.0f} in the mean (285 x 285)",
+                  f"sharpness {np.median(found['sharpness']):.2f} in the median"]
+    if found["captions looked at"]:
+        words = np.array(found["words"])
+        lines += [f"{found['captions looked at']:,} captions read: {found['equal captions']} equal another",
+                  f"captions of the first face: {found['captions of the first face']}",
+                  f"words: mean {words.mean():.1f} (30), mode {np.bincount(words).argmax()} (20 to 22), "
+                  f"{words.min()} to {words.max()} (10 to 75)",
+                  f"{found['four-grams'][-1]:,} distinct 4-grams",
+                  f"{found['labels in a caption']:.1f} labels in a caption, in the grammar's words"]
+    return lines
+
+
+def draw_report(found, faces, path):
+    """The summary, histograms and some faces on a page."""
+    from matplotlib.figure import Figure
+    page, rows = Figure(figsize=(15, 9), layout="constrained"), []
+    for i in found["shown"]:
+        rng, picture = np.random.default_rng(i), faces.picture(i, 128).resize((128, 128))
+        rows.append((faces.caption(i, rng) if faces.has_text else "", [(picture, "as it is", False), *(
+            (augment(picture, rng), "augmented", False) for _ in range(3))]))
+    plots = page.subplot_mosaic([["faces", "text", "words"], ["faces", "sizes", "grams"],
+                                 ["faces", "sharp", "groups"]], width_ratios=(1.3, 1, 1))
+    if rows:
+        plots["faces"].imshow(vit.contact_sheet(rows))
+        plots["sizes"].hist(np.prod(found["sizes"], axis=1) ** 0.5, 40)
+        plots["sharp"].hist(found["sharpness"], 40)
+    plots["sizes"].set(title="pixels of a face, root of width x height (285)")
+    plots["sharp"].set(title="sharpness (noise counts as sharp)")
+    plots["text"].text(0, 1, "\n".join(summary(found)), va="top", fontsize=9)
+    if found["captions looked at"]:
+        plots["words"].hist(found["words"], np.arange(80))
+        plots["words"].set(title="words in a caption (mode 20 to 22)")
+        plots["grams"].plot(range(10, 101, 10), found["four-grams"], "o-")
+        plots["grams"].set(title="distinct 4-grams over % of the captions", ylim=0)
+        places = np.arange(len(GROUPS))
+        plots["groups"].barh(places + 0.2, found["shares of groups"].values(), 0.4, label="here")
+        plots["groups"].barh(places - 0.2, [share for share, _ in GROUPS.values()], 0.4, label="FLIP",
+                             color="lightgrey")
+        plots["groups"].set(yticks=places, yticklabels=list(GROUPS), title="% of the labels stated")
+        plots["groups"].legend()
+    plots["faces"].axis("off")
+    plots["text"].axis("off")
+    page.suptitle(found["set"])
+    page.savefig(path, dpi=90)
+
+
+def print_references(attributes):
+    """How well an ideal reader finds one face, or caption, among these."""
+    rng = np.random.default_rng(0)
+    stated = np.stack([caption(row, rng)[1] for row in attributes])
+    print(f"recall at 1 / 5 / 10 among {len(attributes)}, for a reader who knows all attributes:")
+    for name, recalls in reference_recalls(stated, attributes).items():
         for direction, recall in recalls.items():
             numbers = " / ".join(f"{share:.3f}" for share in recall.values())
-            print(f"    {name:<11} {direction.replace('_', ' '):<13} {numbers}")
+            print(f"  {name:<11} {direction.replace('_', ' '):<13} {numbers}")
 
 
-def sample_sheet(faces, count, tile=128):
-    """Faces as they are and as training sees them, below a caption of each: a PIL image."""
-    rows = []
-    for n, i in enumerate(np.linspace(0, len(faces) - 1, count).astype(int)):
-        rng = np.random.default_rng(n)
-        picture = faces.picture(i).resize((tile, tile), Image.Resampling.BICUBIC)
-        seen = [(augment(picture, rng), "augmented", False) for _ in range(3)]
-        rows.append((faces.caption(i, rng), [(picture, "as it is", False), *seen]))
-    return vit.contact_sheet(rows, tile)
+def print_times(faces, tokenizer, size=224, count=300):
+    """Milliseconds that a picture takes on one core, stage by stage."""
+    clock, samples = Counter(), Samples(faces, tokenizer, size, 0, True)
+
+    def timed(stage, work):
+        begin = time.perf_counter()
+        result = work()
+        clock[stage] += 1000 * (time.perf_counter() - begin)
+        return result
+
+    for n in tqdm(range(count), "timing", leave=False):
+        i, rng = n * len(faces) // count, np.random.default_rng(n)
+        stored = faces.pictures[i]
+        with noting([]):
+            image = timed("read, decode, cut, resize", lambda: faces.picture(i, size)).resize((size, size))
+            if not isinstance(stored, np.ndarray):
+                timed("(of which: read)", stored.content if isinstance(stored, Crop) else stored.read_bytes)
+            timed("augment", lambda: augment(image, rng))
+            text = timed("choose or write a caption", lambda: faces.caption(i, rng))
+            timed("batch", lambda: samples.collate([(vit.to_pixels(image, size), text, 0, {})]))
+    for stage, total in clock.items():
+        print(f"  {stage:<26} {total / count:6.2f} ms")
+    whole = sum(clock.values()) - clock["(of which: read)"]
+    print(f"  {1000 * count / whole:.0f} pictures of {size} x {size} a second on one core")
 
 
 def main():
-    parser = argparse.ArgumentParser(description="A sheet of faces with captions; what captions are like.")
+    parser = argparse.ArgumentParser(description="What is in a set of faces: figures, a page of histograms.")
     parser.add_argument("--data", help="a folder of faces, or a json list of them (default: drawn faces)")
-    parser.add_argument("--split", default="train", choices=("train", "val", "test"),
-                        help="part of --data (%(default)s)")
-    parser.add_argument("--out", default="sheet.png", help="where the sheet goes (%(default)s)")
-    parser.add_argument("--count", type=int, default=12, help="faces on the sheet (%(default)s)")
-    parser.add_argument("--cache", default="cache", help="folder that keeps drawn faces (%(default)s)")
+    parser.add_argument("--out", default="report.png", help="the page; the figures go beside it as .json "
+                                                            "(%(default)s)")
+    parser.add_argument("--sample", type=int, default=10_000, help="how many captions to read (%(default)s)")
+    parser.add_argument("--cache", default="cache", help="folder for drawn faces, or the index (%(default)s)")
+    parser.add_argument("--columns", nargs="+", default=COLUMNS[:2], choices=COLUMNS,
+                        help="FaceCaption-15M's columns that the captions are from (caption, face_caption)")
+    parser.add_argument("--time", action="store_true", help="time reading a picture, stage by stage, instead")
     args = parser.parse_args()
-    if args.count < 1:
-        raise ValueError(f"--count {args.count}: expected 1 or more faces")
-    if args.data:
-        faces = open_faces(args.data, args.split)
-    else:
-        faces = drawn_faces(1000, 192, seed=0, folder=args.cache)
-    print_statistics(faces)
-    sample_sheet(faces, min(args.count, len(faces))).save(args.out)
-    print(f"wrote {args.out}: each face as it is, augmented, and a caption")
+    if args.sample < 10:
+        raise ValueError(f"--sample {args.sample}: expected 10 or more faces")
+    parts, missing = {}, ""
+    for split in SPLITS if args.data else ():
+        try:
+            parts[split] = open_faces(args.data, split, args.cache, tuple(args.columns), max_lost=100)
+        except ValueError as error:
+            missing = error
+    if missing and not parts:
+        raise missing
+    parts = parts or {"train": drawn_faces(1000, 192, seed=0, folder=args.cache)}
+    faces = next(iter(parts.values()))
+    if args.time:
+        captions = [faces.caption(i, np.random.default_rng(i)) for i in range(min(100, len(faces)))]
+        return print_times(faces, bert.Tokenizer.train(captions))
+    found = report(parts, args.sample, np.random.default_rng(0))
+    draw_report(found, faces, args.out)
+    Path(args.out).with_suffix(".json").write_text(json.dumps(found, indent=1))
+    print("\n".join([found["set"], *(f"  {line}" for line in summary(found))]))
+    if faces.attributes is not None and faces.captions is None:
+        print_references(np.array(faces.attributes[:1000]))
+    print(f"{args.out}: these figures beside FLIP's, and some faces")
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ from tqdm import tqdm
 
 import data
 from bert import Tokenizer
-from data import ATTRIBUTES
+from data import ATTRIBUTES, COLUMNS
 from flip import FLIP, feature_of, write_checkpoint
 from kernels.contrastive import contrastive_loss
 from train import (Log, Validation, autocast, build_optimizers, check_flags, figure_of, flag, new_model,
@@ -66,7 +66,11 @@ class Config:
     random: bool = flag(True, "tune on a frozen encoder of random weights as well, for comparison")
     data: str = flag("", "folder with your own faces; without it faces are drawn and kept in --cache")
     out: str = flag("out", "results go into a folder below it, named after the task")
-    cache: str = flag("cache", "folder for the drawn faces")
+    cache: str = flag("cache", "folder for drawn faces, and for the index of your own")
+    columns: tuple[str, ...] = flag(COLUMNS[:2], "which columns of FaceCaption-15M the captions are from",
+                                    choices=COLUMNS)
+    max_lost: float = flag(1.0, "percent of the faces whose record or picture may be damaged: they are "
+                                "counted and left out; 0 is strict", high=100)
     faces: int = flag(4000, "how many faces to draw for training", low=2)
     validation: int = flag(1000, "how many to draw for validation; of your own, at most how many", low=2)
     test: int = flag(1000, "how many faces to draw for the test part", low=2)
@@ -154,22 +158,39 @@ class Task:
         that the model sees."""
         config, size = self.config, model.config.vit.image_size
         if config.data:
-            faces = data.open_faces(config.data, split)
-            return faces.subset(range(min(config.validation, len(faces)))) if split == "val" else faces
+            faces = data.open_faces(config.data, split, config.cache, config.columns, config.max_lost)
+            faces = faces.subset(range(min(config.validation, len(faces)))) if split == "val" else faces
+            return data.readable(faces, config.max_lost)
         parts = {"train": (config.faces, 10), "val": (config.validation, 11), "test": (config.test, 12)}
         count, seed = parts[split]
         return data.drawn_faces(count, size, seed, config.cache, self.steps)
 
+    def encode_faces(self, compute, faces, model):
+        """compute(pixels (B, 3, S, S)) of the faces' pictures, and the faces; those whose pictures
+        turn out damaged are left out of both."""
+        lost, kept = [], []
+
+        def read(i, size):
+            with data.noting(lost):
+                picture = faces.picture(i, size)
+                kept.append(i)
+                return picture
+        values = self.encode_pictures(compute, read, len(faces), model, f"encoding {faces.name}")
+        data.check_lost(lost, len(faces), self.config.max_lost)
+        return values, faces.subset(sorted(kept)) if lost else faces
+
     @torch.no_grad()
     def encode_pictures(self, compute, read, count, model, title):
-        """compute(pixels (B, 3, S, S)) of the pictures read(0) to read(count - 1), in `storage`."""
-        out, device = None, model.temperature.device
+        """compute(pixels (B, 3, S, S)) of the pictures read(0, S) to read(count - 1, S) but for
+        those that are None, in `storage`."""
+        out, done, device = None, 0, model.temperature.device
         with autocast(self.config, device):
             for numbers, pixels in read_batches(read, count, model.config.vit.image_size, title):
                 values = compute(pixels.to(device)).cpu()
                 out = storage((count, *values.shape[1:]), self.config.out) if out is None else out
-                out[numbers] = values.to(out.dtype)
-        return out
+                out[done:done + len(numbers)] = values.to(out.dtype)
+                done += len(numbers)
+        return out[:done]
 
 
 def storage(shape, folder):
@@ -233,9 +254,10 @@ class Attributes(Task):
     def encode(self, model, faces, for_training):
         """vectors (I, V, D), labels (I, labels) float, 0 or 1"""
         compute = lambda images: pooled(model.student.image, images)
-        vectors = self.encode_pictures(compute, faces.picture, len(faces), model, f"encoding {faces.name}")
+        vectors, faces = self.encode_faces(compute, faces, model)
         labels = faces.attributes[:, [ATTRIBUTES.index(name) for name in self.names]]
-        return Encoded(count=len(faces), vectors=vectors, labels=torch.from_numpy(labels).float())
+        labels = torch.from_numpy(labels).float()
+        return Encoded(count=len(faces), faces=faces, vectors=vectors, labels=labels)
 
     def learner(self, model, samples):
         _, vectors, width = samples.vectors.shape
@@ -342,6 +364,7 @@ class Retrieval(Task):
         """tokens (I, L, D) of the pictures, captions (T of them), cls_tokens (T, D) of these,
         image_of_text (T,), identity (I,). To train on, the grammar writes several captions for each
         face; to evaluate, those of pre-training."""
+        tokens, faces = self.encode_faces(model.student.image, faces, model)
         if for_training and faces.captions is None:
             image_of_text = torch.arange(len(faces)).repeat_interleave(self.config.captions)
             texts = [faces.caption(i, np.random.default_rng((2, i, n % self.config.captions)))
@@ -349,12 +372,10 @@ class Retrieval(Task):
         else:
             shown = Validation.of(faces)
             texts, image_of_text = shown.texts, shown.image_of_text
-        tokens = self.encode_pictures(model.student.image, faces.picture, len(faces), model,
-                                      f"encoding {faces.name}")
         captions = model.tokenizer(texts)
-        return Encoded(count=len(faces), tokens=tokens, captions=captions, image_of_text=image_of_text,
-                       cls_tokens=self.encode_captions(model, captions),
-                       identity=torch.from_numpy(faces.identity))
+        return Encoded(count=len(faces), faces=faces, tokens=tokens, captions=captions,
+                       image_of_text=image_of_text, cls_tokens=self.encode_captions(model, captions),
+                       identity=torch.tensor(faces.identity))
 
     @torch.no_grad()
     def encode_captions(self, model, captions):
@@ -461,20 +482,21 @@ class Sketch(Retrieval):
         """Class tokens: photos (I, D) and sketches (I, steps, D), from the first stroke on;
         identity (I,); paired: for training, what retrieval asks of photos that have captions, else
         None."""
-        paired, count, steps = None, len(faces), faces.steps
+        paired = None
         class_token = lambda images: model.student.image(images, first_only=True)
         if for_training and faces.has_text:
             paired = super().encode(model, faces, for_training)
-            photos = paired.tokens[:, 0].float()
+            photos, faces = paired.tokens[:, 0].float(), paired.faces
         else:
-            photos = self.encode_pictures(class_token, faces.picture, count, model, f"encoding {faces.name}")
+            photos, faces = self.encode_faces(class_token, faces, model)
         # A sketch is white on black; an encoder of photographs tells more of dark lines on a light
         # ground.
-        read = lambda n: ImageOps.invert(faces.sketch(n // steps, n % steps))
+        count, steps = len(faces), faces.steps
+        read = lambda n, size: ImageOps.invert(faces.sketch(n // steps, n % steps))
         sketches = self.encode_pictures(class_token, read, count * steps, model,
                                         f"encoding the sketches of {faces.name}").unflatten(0, (count, steps))
-        return Encoded(count=count, photos=photos, sketches=sketches, paired=paired,
-                       identity=torch.from_numpy(faces.identity))
+        return Encoded(count=count, faces=faces, photos=photos, sketches=sketches, paired=paired,
+                       identity=torch.tensor(faces.identity))
 
     def loss(self, model, samples, indices, rng, step):
         """IIC, the contrastive loss between a step of the sketch and its photo, plus ITC + ITM of
@@ -560,7 +582,7 @@ class Result(NamedTuple):
 
 def evaluate_encoder(name, model, task, parts, log):
     """Tune on one frozen encoder, with each share of the training part, and test. Returns the
-    result and the learner of the largest share."""
+    result, the learner of the largest share, and the faces of the test."""
     training, validation, testing = (
         task.encode(model, parts[split], split == "train") for split in ("train", "val", "test"))
     result, order = Result(name, {}, {}), np.random.default_rng(task.config.seed).permutation(training.count)
@@ -573,7 +595,7 @@ def evaluate_encoder(name, model, task, parts, log):
         tune(task, learner, training, torch.from_numpy(chosen), validation, log)
         result.tuned[share] = task.metrics(learner, testing)
     log.write(encoder=name, **{f"test_{column}": result.final[column] for column in task.titles})
-    return result, learner
+    return result, learner, testing.faces
 
 
 def open_encoders(config):
@@ -592,14 +614,11 @@ def open_encoders(config):
 
 
 def open_parts(task, model):
-    """{split: Faces}. All pictures are looked at first: a damaged one in the test part would be met
-    after hours."""
+    """{split: Faces}."""
     parts = {split: task.open(split, model) for split in ("train", "val", "test")}
     for part in parts.values():
         if len(part) < 2:
             raise ValueError(f"{part.name}: {len(part)} pictures, expected at least 2")
-        if task.config.data:
-            data.check_pictures(part)
     return parts
 
 
@@ -617,12 +636,12 @@ def finetune(config):
     for name, model in encoders:
         print(f"{name} ...", flush=True)
         model.to(device).eval().requires_grad_(False)       # frozen; a learner thaws what is no encoder
-        result, learner = evaluate_encoder(name, model, task, parts, log)
+        result, learner, tested = evaluate_encoder(name, model, task, parts, log)
         results.append(result)
         (folder / "table.md").write_text(table(results, task) + "\n", encoding="utf-8")
         if len(results) == 1:
             task.save(model, learner, folder)
-        task.draw(results, parts["test"], folder)
+        task.draw(results, tested, folder)
         model.cpu()
     print(f"\n{table(results, task)}\n\n{folder}: log.jsonl, table.md, what was tuned, pictures")
     return results

@@ -464,9 +464,9 @@ def folder_features(model, folder, cache):
     keys = {path: f"{path.resolve()} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in paths}
     new = [path for path in paths if keys[path] not in known]
 
-    def read(i):
+    def read(i, size):
         try:
-            return open_picture(new[i])
+            return open_picture(new[i], size=size)
         except ValueError as error:
             tqdm.write(f"left out: {error}")
     for numbers, pixels in read_batches(read, len(new), model.config.vit.image_size, "reading pictures"):
@@ -489,8 +489,8 @@ def search(model, features, query, top=8, k=32):
     similarity = torch.stack(list(features.values())) @ model.student.encode_text(captions)[0].cpu()    # (I,)
     best = similarity.topk(min(max(k, top), len(paths))).indices
     chosen = [paths[i] for i in best]
-    (_, pixels), = read_batches(lambda i: open_picture(chosen[i]), len(chosen), model.config.vit.image_size,
-                                "judging", batch_size=len(chosen))
+    (_, pixels), = read_batches(lambda i, size: open_picture(chosen[i], size=size), len(chosen),
+                                model.config.vit.image_size, "judging", batch_size=len(chosen))
     tokens, _ = model.student.encode_image(pixels.to(device))
     each = captions.select(torch.zeros(len(chosen), dtype=torch.int64))
     logits = model.matching_logits(tokens, each).cpu()                              # (k, 2)

@@ -869,8 +869,14 @@ def test_drawn_captions_are_as_hard_as_planned():
 
 
 # ---- data.py: sets on disk ---------------------------------------------------------------------
+def open_faces(path, split="train", **options):
+    """data.open_faces, with an index beside the set."""
+    folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    return data.open_faces(path, split, cache=folder / "cache", **options)
+
+
 def parts_of(folder):
-    return [data.open_faces(folder, split) for split in ("train", "val", "test")]
+    return [open_faces(folder, split) for split in ("train", "val", "test")]
 
 
 def names_in(faces):
@@ -894,14 +900,14 @@ def write_captions(folder, records=None, name="train.json"):
 
 
 def test_a_caption_list_is_read_with_its_identities(tmp_path):
-    faces = data.open_faces(write_captions(tmp_path), "train")
+    faces = open_faces(write_captions(tmp_path))
     assert [path.name for path in faces.pictures] == ["0.png", "1.png", "2.png", "3.png"]
     assert len(set(faces.identity[:2])) == len(set(faces.identity[2:])) == 1 < len(set(faces.identity))
     assert faces.captions[3] == ["face 3", "the face 3"] and faces.picture(1).size == (50, 60)
     assert {faces.caption(1, np.random.default_rng(s)) for s in range(20)} == {"face 1", "the face 1"}
-    assert faces.subset([3, 1]).captions == [faces.captions[3], faces.captions[1]]
+    assert list(faces.subset([3, 1]).captions) == [faces.captions[3], faces.captions[1]]
     write_captions(tmp_path, [{"image": "0.png", "face_caption": "a face"}])        # the public card's word
-    assert data.open_faces(tmp_path, "train").captions == [["a face"]]
+    assert list(open_faces(tmp_path).captions) == [["a face"]]
 
 
 def test_one_caption_list_is_split_so_that_a_person_is_in_one_part(tmp_path):
@@ -954,7 +960,7 @@ def spoil_pictures(folder):
     (images / "000003.jpg").write_text("not a picture")
     postscript = "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n"
     (images / "000004.jpg").write_text(postscript)          # Pillow would start Ghostscript
-    return data.open_faces(folder, "train")
+    return open_faces(folder, "train")
 
 
 def test_a_damaged_picture_is_named_in_one_sentence_also_by_a_worker(tmp_path):
@@ -962,10 +968,14 @@ def test_a_damaged_picture_is_named_in_one_sentence_also_by_a_worker(tmp_path):
     truncated, other = error_of(faces.picture, 1), error_of(faces.picture, 2)
     assert re.match("CelebA train, record 1: .*000002.jpg cannot be read completely: image file ", truncated)
     assert re.fullmatch("CelebA train, record 2: .*000003.jpg is not a picture", other)
-    with pytest.raises(ValueError, match="000004.jpg is not a picture\n3 of 4 pictures are bad$"):
-        data.check_pictures(faces)
+    for size, bad in ((None, 2), (16, 3)):          # of the first of them the header is whole
+        with pytest.raises(ValueError, match=rf".jpg .* \({bad} of 4 are lost, .* 1 percent\)$"):
+            data.readable(faces, 1.0, size)
+        assert len(data.readable(faces, 75.0, size)) == 4 - bad
     error = error_of(take, data.Batches(faces, TOKENIZER, 16, 4, workers=1), 0, 1)
-    assert re.fullmatch("CelebA train, record .: .*00000..jpg (cannot be read .*|is not a picture)", error)
+    assert re.match("CelebA train, record .: .*00000..jpg (cannot be read|is not a picture).* .1 of 4", error)
+    batch, = take(data.Batches(faces, TOKENIZER, 16, 4, workers=1, max_lost=75.0), 0, 1)
+    assert batch.lost.keys() == {1, 2, 3} and batch.identity.unique() == faces.identity[0]
 
 
 def write_mm_celeba(folder, numbers=(*range(2, 42), 24000, 24001), pickles=False):
@@ -1001,7 +1011,8 @@ def test_celeba_dialog_is_read_without_the_picture_that_never_was(tmp_path, imag
     records["1.jpg"] = {"overall_caption": " ", "attribute_wise_captions": parts}
     train, val, test = parts_of(write_dialog(tmp_path, records, images))
     assert [len(train), names_in(val), names_in(test)] == [37, ["37", "38"], ["24000"]]
-    assert train.captions[:2] == [["face 0"], ["Short bangs.  No smile."]] and test.picture(0).size == (8, 8)
+    assert list(train.captions)[:2] == [["face 0"], ["Short bangs.  No smile."]]
+    assert test.picture(0).size == (8, 8)
 
 
 SHUFFLED = [ATTRIBUTES[i] for i in np.random.default_rng(5).permutation(40)]    # not in CelebA's order
@@ -1061,69 +1072,279 @@ def test_lfwa_is_read_from_lists_and_from_matlab_and_no_person_is_in_two_parts(t
 
 def test_an_lfwa_list_alone_keeps_persons_for_the_test(tmp_path):
     (write_lfwa_lists(tmp_path) / "list_attr_lfwa_test.csv").unlink()
-    train, test = (set(data.open_faces(tmp_path, split).identity) for split in ("train", "test"))
+    train, test = (set(open_faces(tmp_path, split).identity) for split in ("train", "test"))
     assert not train & test and len(test) > 8 and len(train) > 8
 
 
 NO_PICTURE = {"000000003.jpg": b""}
 
 
-def write_tar(folder, members={}, records=60, **changes):
+def png_of(image):
+    file = io.BytesIO()
+    image.save(file, "png")
+    return file.getvalue()
+
+
+def write_tar(folder, members={}, records=60, name="00000", **changes):
     """Records, two faces at each address; the changes are of record 3, `members` of the tar's."""
-    pixels, found = io.BytesIO(), {}
-    grey = np.add.outer(np.arange(40), np.arange(50)).astype(np.uint8)
-    Image.fromarray(grey).convert("RGB").save(pixels, "png")
+    grey, found = np.add.outer(np.arange(40), np.arange(50)).astype(np.uint8), {}
+    picture = png_of(Image.fromarray(grey).convert("RGB"))
     for i in range(records):
-        record = {"status": "success", "caption": [f"face {i}", f"the face {i}"],
+        record = {"status": "success", "caption": [f"face {i}", f"the face {i}"], "pcfg": f"a face, {i}",
                   "box": f"[0, {i % 4}, 30, 20]", "url": f"http://{i // 2}"} | (changes if i == 3 else {})
-        found |= {f"{i:09d}.jpg": pixels.getvalue(), f"{i:09d}.txt": b"x",
-                  f"{i:09d}.json": json.dumps(record).encode()}
-    with tarfile.open(folder / "00000.tar", "w") as tar:
-        for name, content in (found | members).items():
-            info = tarfile.TarInfo(name)
+        found |= {f"{i:09d}.jpg": picture, f"{i:09d}.txt": b"x", f"{i:09d}.json": json.dumps(record).encode()}
+    folder.mkdir(exist_ok=True)
+    with tarfile.open(folder / f"{name}.tar", "w") as tar:
+        for member, content in (found | members).items():
+            info = tarfile.TarInfo(member)
             info.size = len(content)
             if content:
                 tar.addfile(info, io.BytesIO(content))
-    (folder / "00000_stats.json").write_text("{}")          # img2dataset leaves one beside each tar
+    (folder / f"{name}_stats.json").write_text(json.dumps({"successes": records}))      # img2dataset's
     return folder
 
 
-def test_a_download_in_tars_is_read_in_place_cropped_and_split_by_address(tmp_path):
+def test_a_download_in_tars_is_read_in_place_cropped_and_split_by_address(tmp_path, capsys):
     parts = parts_of(write_tar(tmp_path, NO_PICTURE, 200, status="failed_to_download"))
     names = [picture.name for faces in parts for picture in faces.pictures]
     assert len(names) == len(set(names)) == 199 and "000000003.jpg" not in names
+    assert re.search("199 faces; left out, and listed in .*[.]lost: 1 x half a face", capsys.readouterr().out)
     addresses = [{int(texts[0].split()[1]) // 2 for texts in faces.captions} for faces in parts]
     assert len(set.union(*addresses)) == sum(map(len, addresses)) == 100
     i = next(i for i, texts in enumerate(parts[0].captions) if int(texts[0].split()[1]) % 4 == 2)
     cropped = np.add.outer(np.arange(2, 20), np.arange(30))
     assert (np.asarray(parts[0].picture(i))[..., 0] == cropped).all()
-    assert take(data.Batches(parts[0], TOKENIZER, 16, 4, workers=2), 0, 2)[1].images.shape == (4, 3, 16, 16)
+    assert list(open_faces(tmp_path, columns=("pcfg",)).captions)[0] == ["a face, 0"]
+    both = open_faces(tmp_path, columns=("caption", "pcfg"))
+    assert both.captions[0] == ["face 0", "the face 0", "a face, 0"]
 
 
-def test_a_tar_is_listed_once_until_it_changes(tmp_path, monkeypatch):
-    faces = data.open_faces(write_tar(tmp_path), "train")
-    assert {path.name for path in tmp_path.iterdir()} == {"00000.index", "00000.tar", "00000_stats.json"}
+def test_every_face_comes_once_an_epoch_for_any_number_of_workers_and_processes(tmp_path):
+    for name in "01":
+        write_tar(tmp_path, records=100, name=name)
+    faces = pickle.loads(pickle.dumps(open_faces(tmp_path)))        # as a worker that is not forked has it
+
+    def shown(start=0, rank=0, world=1, workers=0):
+        batches = data.Batches(faces, TOKENIZER, 8, 10 // world, 3, rank=rank, world=world, workers=workers)
+        seen = take(batches, start, batches.per_epoch - start)
+        return torch.cat([batch.identity for batch in seen]).tolist()
+    whole = shown()
+    assert len(set(whole)) == len(whole) == len(faces) // 10 * 10 > 160
+    assert all(shown(workers=workers) == whole for workers in (1, 2, 4)) and shown(7, workers=2) == whole[70:]
+    assert sorted(shown(rank=0, world=2, workers=1) + shown(rank=1, world=2)) == sorted(whole)
+
+
+def test_a_set_is_listed_once_until_it_changes_and_an_interrupted_listing_leaves_nothing(
+        tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        def interrupt(*_, **__):
+            raise KeyboardInterrupt
+        patch.setattr(data, "examine", interrupt)
+        open_faces(write_mm_celeba(tmp_path / "mm"))
+    assert not list((tmp_path / "mm/cache").iterdir())
+    faces = open_faces(write_tar(tmp_path / "tars"))
     with monkeypatch.context() as patch:
-        patch.setattr(data, "list_tar", lambda tar: pytest.fail("listed again"))
-        again = data.open_faces(tmp_path, "train")
-    assert again.captions == faces.captions and again.pictures == faces.pictures
-    content = (tmp_path / "00000.tar").read_bytes()
-    (tmp_path / "00000.tar").write_bytes(content.replace(b"face", b"dear"))         # of the same size
-    assert "dear" in data.open_faces(tmp_path, "train").captions[0][0]
+        patch.setattr(data, "list_tar", lambda tar, lost: pytest.fail("listed again"))
+        again = open_faces(tmp_path / "tars")
+    assert [*again.captions, *again.pictures] == [*faces.captions, *faces.pictures]
+    content = (tmp_path / "tars/00000.tar").read_bytes()
+    (tmp_path / "tars/00000.tar").write_bytes(content.replace(b"face", b"dear"))        # of the same size
+    assert "dear" in open_faces(tmp_path / "tars").captions[0][0]
 
 
-def test_a_damaged_tar_picture_or_box_is_named_when_it_is_met(tmp_path):
-    crop = data.open_faces(write_tar(tmp_path), "train").pictures[0]
-    assert "is outside" in error_of(crop._replace(box=(50, 0, 60, 9)).open)
-    assert crop._replace(box=(-9, -9, 99, 99)).open().size == (50, 40)
-    assert error_of(crop._replace(offset=0).open) == f"{crop} is not a picture"
+@pytest.mark.parametrize("mode", ["no", "keep_ratio", "border", "center_crop"])
+def test_a_box_is_where_it_was_in_the_original_however_img2dataset_resized(tmp_path, mode):
+    """Its arithmetic: the shorter side (keep_ratio, center_crop) or the longer one (border) becomes
+    256 pixels, then a square is padded with white or cut out."""
+    members, rng = {}, np.random.default_rng(0)
+    sizes = [(1024, 700), (640, 1000), (512, 512), (300, 280), (1600, 901), (200, 150)]
+    for i, (W, H) in enumerate(sizes * 5):
+        w, h = int(min(W, H) * rng.uniform(0.3, 0.5)), int(min(W, H) * rng.uniform(0.3, 0.5))
+        x, y = (W - w) // 2 + int(rng.integers(-20, 20)), (H - h) // 2 + int(rng.integers(-20, 20))
+        image = Image.new("RGB", (W, H), (0, 0, 200))
+        image.paste((200, 0, 0), (x, y, x + w, y + h))              # the face is red
+        scale = {"no": 1, "border": 256 / max(W, H)}.get(mode, 256 / min(W, H))
+        image = image.resize((round(W * scale), round(H * scale)), Image.Resampling.BOX)
+        if mode in ("border", "center_crop"):
+            stored = Image.new("RGB", (256, 256), "white")
+            stored.paste(image, (int((256 - image.width) / 2), int((256 - image.height) / 2)))
+            image = stored
+        record = {"status": "success", "caption": "a face", "url": f"http://{i}", "box": [x, y, x + w, y + h],
+                  "width": image.width, "height": image.height, "original_width": W, "original_height": H}
+        members |= {f"{i:09d}.jpg": png_of(image), f"{i:09d}.json": json.dumps(record).encode()}
+    write_tar(tmp_path, members, records=0)
+    for crop in open_faces(tmp_path).pictures:
+        whole = np.asarray(crop._replace(box=()).open()).astype(int)
+        rows, columns = np.nonzero((whole[..., 0] > 100) & (whole[..., 2] < 100))
+        true = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
+        assert np.abs(np.subtract(crop.box, true)).max() <= 1, (crop, true)
+
+
+def test_half_broken_downloads_are_counted_by_kind_and_the_rest_is_read(tmp_path):
+    bomb = png_of(Image.new("1", (20_000, 20_000)))                 # 50 KB that would take 1.2 GB
+    broken = {"000000001.jpg": b"no picture", "000000002.json": b"{", "000000005.jpg": bomb,
+              "000000006.json": b'{"status": "success", "box": [90, 0, 99, 9], "caption": "x", "width": 1}',
+              "000000007.json": b'{"status": "success", "box": [0, 0, 9, 9]}', "../8.jpg": b"x"}
+    write_tar(tmp_path, broken | NO_PICTURE, records=100)
     whole = (tmp_path / "00000.tar").read_bytes()
     with tarfile.open(tmp_path / "00000.tar") as tar:
-        header = tar.getmembers()[20].offset            # one bad header, and tarfile takes it for the end
-    for damaged in (whole[:3000], whole[:header] + b"x" * 512 + whole[header + 512:]):
-        (tmp_path / "00000.tar").write_bytes(damaged)
-        error = error_of(data.open_faces, tmp_path, "train")
-        assert "00000.tar: expected a complete tar; download it anew, or take it away (ReadError" in error
+        at = {member.name: member.offset for member in tar}
+    header, end = at["000000020.jpg"], at["000000090.json"] + 700
+    for damage in (bytes(512), b"x" * 512):
+        (tmp_path / "00000.tar").write_bytes(whole[:header] + damage + whole[header + 512:end])
+        assert "(19 of 102 are lost, which is more than --max_lost 1 perc" in error_of(open_faces, tmp_path)
+        assert len(open_faces(tmp_path, max_lost=20)) > 70
+        (rows,), (lost,) = ((tmp_path / "cache").glob(f"*.{suffix}") for suffix in ("npy", "lost"))
+        kinds = Counter(line.split(":")[0] for line in lost.read_text().splitlines())
+        assert len(np.load(rows)) == 83 and kinds == {
+            "damaged tar": 2, "half a face": 3, "json": 1, "picture": 2, "box": 1, "captions": 1,
+            "missing": 9}
+        shutil.rmtree(tmp_path / "cache")
+
+
+@pytest.mark.parametrize("cases", [60, pytest.param(2000, marks=pytest.mark.slow)])
+def test_no_face_of_a_damaged_tar_is_lost_without_being_counted(tmp_path, cases):
+    """Cut, zeroed, flipped and repeated bytes anywhere; pictures and json exchanged for odd ones;
+    names that point elsewhere."""
+    rng, before = np.random.default_rng(1), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    odd = [b"", b"{", b"[]", b"null", b"\xff" * 999, png_of(Image.new("1", (20_000, 20_000))), b"[" * 10**5,
+           b'{"status": "success", "box": "[0, 0, 1e999, 9]", "caption": "x", "url": 3, "width": "a"}']
+    names = ["000000003.jpg", "000000004.json", "../../x.jpg", "/x.json", "000000005.jpg/x.json", "x" * 99]
+    for case in range(cases):
+        members = {names[rng.integers(len(names))]: odd[rng.integers(len(odd))]} if case % 2 else {}
+        write_tar(tmp_path / "tars", members, records=12)
+        path = tmp_path / "tars/00000.tar"
+        if case % 3:
+            path.write_bytes(damaged(path.read_bytes(), rng))
+        begin = time.perf_counter()
+        rows, lines, lost = data.examine(lambda lost: data.list_tar(path, lost), data.COLUMNS[:1])
+        assert 12 - len(lost) <= len(rows) <= 12 + len(members), (case, lost)
+        for line in lines.splitlines():
+            try:
+                data.Crop(path, *json.loads(line)["pictures"][1:]).open(16)
+            except ValueError as error:
+                assert "\n" not in str(error)
+        assert time.perf_counter() - begin < 10, case
+    assert {item.name for item in tmp_path.iterdir()} == {"tars"}
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1e6, "KB"
+
+
+def test_a_reduced_decoding_shows_what_a_whole_one_shows(tmp_path):
+    for i in range(6):
+        toyfaces.face(i, 0, 900)[0].resize((1000, 900)).save(tmp_path / "face.jpg", quality=92)
+        for box in (None, (40.4, 100.0, 990.2, 871.5)):
+            whole = vit.open_picture(tmp_path / "face.jpg")
+            plain = whole.resize((224, 224), Image.Resampling.BICUBIC, box)
+            image = vit.open_picture(tmp_path / "face.jpg", box=box, size=224)
+            assert np.abs(np.asarray(image).astype(int) - np.asarray(plain)).mean() < 1
+    turned = Image.new("RGB", (400, 300), "white")
+    turned.paste("black", (0, 0, 100, 100))
+    exif = Image.Exif()
+    exif[0x0112] = 6                                                # to be turned by 90 degrees
+    turned.save(tmp_path / "face.jpg", exif=exif)
+    assert vit.picture_size(tmp_path / "face.jpg") == (300, 400)
+    corner = vit.open_picture(tmp_path / "face.jpg", box=(201, 1, 299, 99), size=16)
+    assert np.asarray(corner).max() < 9
+
+
+EPOCH = """
+import json, os, sys, time
+from pathlib import Path
+import numpy as np, torch
+import data, test_all
+
+def own_memory(pid):            # what no other process has, in MB; mapped files are shared
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith(("Private", "Swap:"))) // 1024
+
+torch.set_num_threads(1)
+rank, world, workers, start = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), *map(int, sys.argv[2:])
+begin = time.time()
+faces = data.open_faces(sys.argv[1], "train", cache=sys.argv[1] + "/cache")
+opened, seen, memory = time.time() - begin, [], []
+batches = data.Batches(faces, test_all.TOKENIZER, 16, 500 // world, augmented=False, rank=rank, world=world,
+                       workers=workers)
+for n, batch in zip(range(start, batches.per_epoch), batches.from_batch(start)):
+    seen.append(batch.identity)
+    if n in (start + 5, batches.per_epoch - 1):
+        children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
+        memory.append([own_memory(pid) for pid in (os.getpid(), *children)])
+np.save(f"{sys.argv[1]}/cache/seen-{rank}.npy", torch.cat(seen))
+print(f"opened in {opened:.3f} s; MB of its own, the loader's and its workers', at first and at last: "
+      f"{memory}; an epoch in {time.time() - begin:.0f} s", flush=True)
+"""
+
+
+def epoch_of(folder, world, workers, start=0):
+    """The identities that each process saw, and what they printed."""
+    script = folder / "cache/epoch.py"
+    script.parent.mkdir(exist_ok=True)
+    script.write_text(EPOCH)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world)]
+    done = subprocess.run([*torchrun, script, folder, str(workers), str(start)],
+                          env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    seen = [np.load(folder / f"cache/seen-{rank}.npy") for rank in range(world)]
+    return seen, [line for line in done.stdout.splitlines() if "opened" in line]
+
+
+@pytest.mark.slow
+def test_a_million_faces_are_indexed_once_and_cost_a_process_almost_nothing(tmp_path, capsys):
+    """100 tars of 10,000 pictures of 32 pixels, two captions each as long as real ones."""
+    rng, texts, jpegs = np.random.default_rng(0), [], []
+    for attributes in random_faces(2000):
+        file = io.BytesIO()
+        Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(file, "jpeg")
+        texts.append(data.caption(attributes, rng)[0])
+        jpegs.append(file.getvalue())
+    for t in range(100):
+        with tarfile.open(tmp_path / f"{t:05}.tar", "w") as tar:
+            for i in range(10_000 * t, 10_000 * (t + 1)):
+                record = {"status": "success", "url": f"http://{i}", "box": "[2, 3, 30, 31]",
+                          "caption": [texts[i % 2000], texts[7 * i % 2000]]}
+                for name, content in (("jpg", jpegs[i % 2000]), ("json", json.dumps(record).encode())):
+                    member = tarfile.TarInfo(f"{i:09}.{name}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+    begin = time.time()
+    faces = open_faces(tmp_path)
+    indexed, known = time.time() - begin, np.sort(faces.identity)
+    seen, lines = epoch_of(tmp_path, world=2, workers=2)
+    assert len(np.unique(np.concatenate(seen))) == len(faces) // 500 * 500
+    half = len(faces) // 500 // 2
+    again, _ = epoch_of(tmp_path, world=2, workers=2, start=half)
+    assert all((b == a[-len(b):]).all() for a, b in zip(seen, again))
+    for workers in (1, 4):
+        only, more = epoch_of(tmp_path, world=1, workers=workers)
+        lines += more
+        assert len(np.unique(only[0])) == len(only[0]) and np.isin(only[0], known).all()
+    for memory in (json.loads(re.search(r"\[\[.*\]\]", line)[0]) for line in lines):
+        assert max(np.subtract(memory[1], memory[0])) < 100, "MB, that grow over an epoch"
+    with capsys.disabled():
+        print(f"{len(faces):,} faces to train on, indexed in {indexed:.0f} s", *lines, sep="\n")
+
+
+@pytest.mark.slow
+def test_celeba_at_its_size_starts_in_seconds_and_takes_150_bytes_a_face(tmp_path, capsys):
+    count, file = 202_599, io.BytesIO()
+    Image.new("RGB", (4, 4)).save(file, "jpeg")
+    names = [f"{i + 1:06}.jpg" for i in range(count)]
+    (tmp_path / "img_align_celeba").mkdir()
+    for name in names:
+        (tmp_path / "img_align_celeba" / name).write_bytes(file.getvalue())
+    rows = zip(names, np.where(random_faces(count), " 1", "-1"))
+    (tmp_path / VALUES).write_text("\n".join([str(count), " ".join(ATTRIBUTES), *(
+        f"{name} {' '.join(row)}" for name, row in rows)]))
+    (tmp_path / PARTITION).write_text("\n".join(f"{name} {i % 3}" for i, name in enumerate(names)))
+    times = []
+    for _ in range(2):
+        begin = time.time()
+        faces = parts_of(tmp_path)
+        times.append(time.time() - begin)
+    size = sum(path.stat().st_size for path in (tmp_path / "cache").iterdir()) / count
+    assert sum(map(len, faces)) == count and size < 150 and times[1] < 3
+    with capsys.disabled():
+        print(f"all parts at first in {times[0]:.1f} s, then in {times[1]:.1f} s; {size:.0f} bytes a face")
 
 
 # ---- data.py: photos with sketches -------------------------------------------------------------
@@ -1171,7 +1392,7 @@ def test_growing_sketches_find_their_photo_and_are_in_the_order_of_their_numbers
     assert [path.stem[-9:] for path in val.pictures] == ["image0113", "image0114"]
     assert [train.sketch(2, t).getpixel((0, 0))[0] for t in range(12)] == list(range(1, 13))
     assert all(path.stem[-9:] in str(sketches[0]) for path, sketches in zip(test.pictures, test.sketches))
-    assert train.subset([4, 2]).sketches == [train.sketches[4], train.sketches[2]]
+    assert list(train.subset([4, 2]).sketches) == [train.sketches[4], train.sketches[2]]
 
 
 def test_photos_of_sketches_have_the_captions_of_a_list_beside_them(tmp_path):
@@ -1180,10 +1401,10 @@ def test_photos_of_sketches_have_the_captions_of_a_list_beside_them(tmp_path):
     records = [{"photo": f"photo/photo1/image01{n:02d}.jpg", "caption": [f"face {n}"] * 2} for n in range(15)]
     records += [{"image": f"{name}.jpg", "caption": "another"} for name in ("photo2/image0103", "x")]
     (tmp_path / "train.json").write_text(json.dumps(records))
-    assert data.open_faces(tmp_path, "train").captions == [[f"face {n}"] * 2 for n in range(13)]
-    assert data.open_faces(tmp_path, "test").captions is None
+    assert list(open_faces(tmp_path).captions) == [[f"face {n}"] * 2 for n in range(13)]
+    assert open_faces(tmp_path, "test").captions is None
     (tmp_path / "captions.json").write_text('[{"image": "image0115.jpg", "caption": "the last"}]')
-    assert data.open_faces(tmp_path, "test").captions == [["the last"]]
+    assert list(open_faces(tmp_path, "test").captions) == [["the last"]]
 
 
 pickled = lambda folder: write_mm_celeba(folder, pickles=True)
@@ -1194,17 +1415,17 @@ SKETCH, PICKLE = "sketch/train/photo1_image0104_7.png", "train/filenames.pickle"
 @pytest.mark.parametrize("write, name, change, sentence", [
     (lambda d: d, "faces.parquet", b"", "*.json (json list). (FaceCaption-15M's .parquet has the addr"),
     # what the validator refuses, whatever the layout
-    (write_captions, "train.json", b"[]", "no faces, expected at least one in this part; found {}"),
+    (write_captions, "train.json", b"[]", "no faces, expected at least one in this part; found {'train': 0"),
     (write_captions, "train.json", b'[{"caption": "a face"}]', "record 0 (counted from 0) names no picture"),
-    (write_captions, "images/3.png", None, "json lists train: 1 of 4 pictures are not there, the first is"),
-    (write_captions, "train.json", b'[{"image": "0.png"}]', "(0.png): expected captions that are text and "),
-    (write_captions, "train.json", (b'["face 0"', b'[7'), "(0.png): expected captions that are text"),
+    (write_captions, "images/3.png", None, "3.png, which is not there (1 of 4 are lost, which"),
+    (write_captions, "train.json", b'[{"image": "0.png"}]', "/0.png): expected captions that are text and "),
+    (write_captions, "train.json", (b'["face 0"', b'[7'), "/0.png): expected captions that are text"),
     (write_captions, "train.json", (b"the face 0", b" . !"), "(found ' . !')"),
     (write_captions, "train.json", (b"the face", rb"half a \ud800"), "(found 'half a \\ud800 0')"),
     (write_captions, "train.json", (b"the face", rb"binary \u0000"), "(found 'binary \\x00 0')"),
-    (write_celeba, VALUES, (b"02.jpg  -1", b"02.jpg  2"), "(000002.jpg): expected 1, 0 or -1 for every"),
-    (write_celeba, PARTITION, (b"3.jpg 0", b"2.jpg 2"), "has 000002.jpg in part '0 and 2 of list_ev"),
-    (pickled, "test/filenames.pickle", pickle.dumps(["2"]), "face 2 lists 2.jpg a second time, in"),
+    (write_celeba, VALUES, (b"02.jpg  -1", b"02.jpg  2"), "/000002.jpg): expected 1, 0 or -1 for every"),
+    (write_celeba, PARTITION, (b"3.jpg 0", b"2.jpg 2"), "/000002.jpg) is in part '0 and 2 of lis"),
+    (pickled, "test/filenames.pickle", pickle.dumps(["2"]), "face 2 lists images/2.jpg a second time, in"),
     (write_sde, SKETCH, None, "photo1/image0104.jpg has no step 7, unlike most"),
     (write_sde, SKETCH.replace("7", "13"), b"", "photo1/image0104.jpg has a step 13, unlike most"),
     # and what the readers do
@@ -1214,18 +1435,18 @@ SKETCH, PICKLE = "sketch/train/photo1_image0104_7.png", "train/filenames.pickle"
     (write_celeba, VALUES, (b"02.jpg  -1", b"02.jpg"), "CelebA train: list_attr_celeba.txt line 4 has 39"),
     (write_celeba, VALUES, (b"Bald", b"Bold"), "line 2 should name the 40 attributes of CelebA, found 5_"),
     (write_celeba, VALUES, (b"6\n", b"7\n"), "line 8: the list announces 7 pictures, but 6 follow"),
-    (write_celeba, PARTITION, (b"000006.jpg 2\n", b""), "000006.jpg in part 'none of list_eval_partition'"),
+    (write_celeba, PARTITION, (b"000006.jpg 2\n", b""), "000006.jpg) is in part 'none of list_eval_p"),
     (write_celeba, PARTITION, (b"6.jpg", b"6.jpg 2\n9.jpg"), "that list_attr_celeba does not have, the fi"),
     (write_celeba, PARTITION, None, "CelebA train: [Errno 2] No such file or directory: "),
     (pickled, PICKLE, MALICIOUS, "(UnpicklingError: it asks to run posix.mkdir)"),
-    (pickled, PICKLE, pickle.dumps(["2", "98", "99"]), "face 98 (98.jpg): expected captions that are"),
+    (pickled, PICKLE, pickle.dumps(["2", "98", "99"]), "/98.jpg, which is not there (2 of 4 are lost" ),
     (write_dialog, "captions_hq.json", b"[]", "captions_hq.json: expected a json dictionary"),
     (write_dialog, "captions_hq.json", b'{"0.jpg": "text"}', "record '0.jpg': expected \"0.jpg\": {\"ov"),
-    (lambda d: write_tar(d, box=None), "x", b"", "00000.tar: 000000003.json: expected a picture"),
-    (lambda d: write_tar(d, box="[9, 0, 9, 5]"), "x", b"", "(the box [9, 0, 9, 5] is empty)"),
+    (lambda d: write_tar(d, box=None), "x", b"", "00000.tar: 000000003.json: expected img2d"),
+    (lambda d: write_tar(d, box="[9, 0, 9, 5]"), "x", b"", "(the box (9.0, 0.0, 9.0, 5.0) is empty)"),
     (lambda d: write_tar(d, box="[" * 100_000), "x", b"", "(RecursionError"),
     (lambda d: write_tar(d, {"000000003.json": b"{}"}), "x", b"", "'status'"),
-    (lambda d: write_tar(d, NO_PICTURE), "x", b"", "'000000003')"),
+    (lambda d: write_tar(d, NO_PICTURE), "x", b"", "00000.tar: 000000003 has no picture (1 of"),
     (lambda d: write_lfwa_matlab(d, label=np.ones((50, 40))), "x", b"", "att_40.mat: expected a com"),
     (lambda d: write_lfwa_matlab(d, indices_img_train=np.arange(40)), "x", b"", "to 60 (KeyError: 0)"),
     (write_sde, "photo/photo1/image0104.jpg", None, "(photo1_image0104 is the name of no picture, or of sev"),
@@ -1246,8 +1467,41 @@ def test_a_faulty_set_is_refused_with_one_sentence_and_no_pickle_runs(
     else:
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(path.read_bytes().replace(*change, 1) if isinstance(change, tuple) else change)
-    assert sentence in error_of(data.open_faces, tmp_path, "train")
+    assert sentence in error_of(open_faces, tmp_path)
     assert not (tmp_path / "malicious-pickle-ran").exists()
+
+
+# ---- data.py: the report -----------------------------------------------------------------------
+def test_the_grammar_read_backwards_finds_all_that_a_caption_states_and_nothing_else():
+    rng = np.random.default_rng(0)
+    for attributes in random_faces(300):
+        text, stated = data.caption(attributes, rng)
+        assert (data.facts_in(text) == data.facts_said(stated[None])[0]).all(), text
+    officials = ("The man is chubby, with a slightly open mouth. He has a large nose, a goatee, a mustache, "
+                 "an oval-shaped face, and a receding hairline.")
+    assert {data.FACTS[n] for n in np.flatnonzero(data.facts_in(officials))} == {
+        "Male", "Chubby", "Mouth_Slightly_Open", "Big_Nose", "Goatee", "Mustache", "Oval_Face",
+        "Receding_Hairline"}
+
+
+def test_a_report_counts_copies_damage_and_words(tmp_path, monkeypatch, capsys):
+    pixels = np.random.default_rng(0).integers(0, 255, (30, 40, 40, 3), dtype=np.uint8)
+    records = [{"image": f"{i}.png", "caption": "a man with a hat and big eyes"[:20 + i]} for i in range(30)]
+    write_pictures(tmp_path / "images", [f"{i}.png" for i in range(30)],
+                   lambda i: Image.fromarray(pixels[max(i, 5)]).resize((60, 50)))
+    (tmp_path / "images/29.png").write_text("no picture")
+    (tmp_path / "train.json").write_text(json.dumps(records))
+    arguments = ["data.py", "--data", tmp_path, "--cache", tmp_path / "cache", "--out", tmp_path / "page.png"]
+    monkeypatch.setattr(sys, "argv", [*map(str, arguments)])
+    data.main()
+    found = json.loads((tmp_path / "page.json").read_text())
+    assert found["faces"] == {"train": 30} and found["pictures looked at"] == 29 and found["unreadable"] == 1
+    assert found["like another"] == 5 and found["sizes"] == [[60, 50]] * 29
+    assert found["equal captions"] == 20 and max(found["words"]) == 8 and found["labels"]["Wearing_Hat"] == 1
+    assert Image.open(tmp_path / "page.png").width > 1000 and "FLIP" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", [*map(str, arguments), "--time"])
+    data.main()
+    assert "pictures of 224 x 224 a second" in capsys.readouterr().out
 
 
 # ---- data.py: drawn faces ----------------------------------------------------------------------
@@ -1532,13 +1786,12 @@ def test_a_retrieval_table_stands_beside_chance_and_both_references(uninterrupte
 def test_a_damaged_picture_met_in_training_costs_nothing_that_was_learned(tmp_path):
     picture = write_celeba(tmp_path, count=40) / "img_align_celeba" / "000012.jpg"
     picture.write_bytes(b"not a picture")
-    config = quick(tmp_path / "out", "", data=str(tmp_path), batch_size=4, steps=30)
+    config = quick(tmp_path / "out", str(tmp_path / "cache"), data=str(tmp_path), batch_size=4, steps=30)
     assert "000012.jpg is not a picture" in error_of(train.train, config)
     saved = torch.load(tmp_path / "out" / "flip.pt")["training"]["step"]
     assert saved == max(line.get("step", 0) for line in log_of(tmp_path / "out")) > 0
-    Image.new("RGB", (178, 218)).save(picture)
-    train.train(dataclasses.replace(config, resume=True))
-    assert log_of(tmp_path / "out")[-1]["step"] == 30
+    train.train(dataclasses.replace(config, resume=True, max_lost=3.0))        # one of 38
+    assert [log_of(tmp_path / "out")[-2][name] for name in ("step", "lost")] == [30, 1]
 
 
 # ---- finetune.py: numbers ----------------------------------------------------------------------
@@ -1766,7 +2019,7 @@ def test_attributes_are_learned_from_celeba_with_the_columns_named(tuned, tmp_pa
     results = finetune.finetune(tuned("attributes", data=str(tmp_path), labels=columns))
     assert tuple(results[0].final["per_label"]) == columns
     assert torch.load(tmp_path / "attributes/head.pt")["attributes"] == list(columns)
-    attributes = data.open_faces(tmp_path, "test").attributes
+    attributes = open_faces(tmp_path, "test").attributes
     test = attributes[:, [ATTRIBUTES.index(name) for name in columns]].mean(0)
     assert results[0].final["majority"] == pytest.approx(100 * np.maximum(test, 1 - test).mean())
 
@@ -1808,7 +2061,7 @@ def test_sketches_are_shown_to_the_encoder_dark_on_light(tuned, uninterrupted, m
     task, model, shown = finetune.Sketch(tuned("sketch")), FLIP.from_pretrained(uninterrupted).eval(), []
 
     def watched(compute, read, count, model, title):
-        shown.append(np.mean([np.asarray(read(i)).mean() for i in range(count)]))
+        shown.append(np.mean([np.asarray(read(i, 48)).mean() for i in range(count)]))
         return torch.zeros(count, 1)
     monkeypatch.setattr(task, "encode_pictures", watched)
     task.encode(model, task.open("val", model), for_training=False)
@@ -1877,7 +2130,7 @@ def test_search_computes_features_of_new_pictures_only(uninterrupted, tmp_path, 
     folder, model, opened = write_celeba(tmp_path), FLIP.from_pretrained(uninterrupted).eval(), []
     before = flip_module.folder_features(model, folder, tmp_path / "features.pt")
     monkeypatch.setattr(flip_module, "open_picture",
-                        lambda path: opened.append(path) or vit.open_picture(path))
+                        lambda path, **size: opened.append(path) or vit.open_picture(path, **size))
     Image.new("RGB", (9, 9)).save(folder / "new.png")
     after = flip_module.folder_features(model, folder, tmp_path / "features.pt")
     assert opened == [folder / "new.png"] and len(after) == 7
@@ -1890,7 +2143,7 @@ def test_search_computes_features_of_new_pictures_only(uninterrupted, tmp_path, 
     ("losses.py", "cross-entropy"), ("losses.py --alpha 2", "error: expected"),
     ("flip.py --images nowhere query", "error: nowhere: no such folder"),
     ("toyfaces.py --out faces --count 3 --size 48", ""), ("toyfaces.py --sheet s.png --sketch k.png", ""),
-    ("data.py --count 2", "distinct"), ("data.py --data nowhere", "error: nowhere: no such folder or file"),
+    ("data.py --sample 20", "distinct"), ("data.py --data nowhere", "error: nowhere: no such folder or file"),
     ("train.py --lr -1", "error: --lr -1.0: expected at least 0"),
     ("finetune.py sketch --labels Male", "error: --labels is for attributes"),
     ("kernels/bench.py attention --help", "compile"), ("kernels/contrastive.py --help", "compile")])
@@ -1964,7 +2217,7 @@ def test_every_command_of_the_readme_works(tmp_path, monkeypatch):
     official_like = FLIP(FLIPConfig(ViTConfig(32, 8, 64, 1, 1), BertConfig(81, 64, 1, 1, 66), 16, 4))
     torch.save({"model": official_state(official_like)}, "FLIP-base.pth")
     Path("vocab.txt").write_text(str(RECORDED["vocab"]))
-    less = {"train.py": "--faces 64 --validation 20 --steps 4 --batch_size 8", "toyfaces.py": "--count 8",
+    less = {"train.py": "--faces 64 --validation 20 --steps 4 --batch_size 8", "toyfaces.py": "--count 60",
             "finetune.py": "--faces 16 --validation 3 --test 6 --epochs 1"}
     blocks, ran = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL), set()
     for command in "".join(blocks).replace("\\\n", " ").splitlines():
@@ -2120,11 +2373,11 @@ def test_what_would_be_misread_is_refused(tmp_path):
     assert "lists 'man' 2 times, expected every piece once" in error_of(Tokenizer.from_vocabulary, twice)
     write_captions(tmp_path, [{"image": "0.png", "caption": "a face"}], "train.json")
     write_captions(tmp_path, [{"image": "0.png", "caption": "a face"}], "test.json")
-    error = error_of(data.open_faces, tmp_path, "train")
-    assert "test.json record 0 (counted from 0) lists 0.png a second time, in one part or two" in error
+    error = error_of(open_faces, tmp_path)
+    assert "test.json record 0 (counted from 0) lists images/0.png a second time, in one part or two" in error
     write_mm_celeba(tmp_path / "mm")
     (tmp_path / "mm/text/celeba-caption/003.txt").write_text("face three")
-    assert "face three" in data.open_faces(tmp_path / "mm", "train").captions[1]
+    assert "face three" in open_faces(tmp_path / "mm").captions[1]
 
 
 def test_a_model_of_depth_5_is_pooled_at_four_depths_too():
@@ -2232,7 +2485,7 @@ def damaged(content, rng):
 
 
 def count_faces(folder):
-    return [len(data.open_faces(folder, split)) for split in ("train", "test")]
+    return [len(open_faces(folder, split)) for split in ("train", "test")]
 
 
 def weights_sum(folder):

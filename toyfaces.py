@@ -23,10 +23,14 @@ shows them, and knows no colour.
     python toyfaces.py --sheet sheet.png                # every attribute, without and with it
     python toyfaces.py --sketch sketch.png              # some faces, and sketches of them that grow
     python toyfaces.py --out faces --count 1000 --size 64
+    python toyfaces.py --tars tars --count 2000         # with captions, as a download of FaceCaption-15M
 """
 import argparse
 import csv
 import functools
+import io
+import json
+import tarfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -691,17 +695,46 @@ def write_faces(folder, count, size, seed):
             table.writerow([f"{index:06}.png", *np.where(attributes, 1, -1)])
 
 
+def write_tars(folder, count, size, seed, per_tar=1000):
+    """DIR/00000.tar ..., as img2dataset leaves FaceCaption-15M: for each face N.jpg, somewhere on
+    which it is, N.txt and N.json, which says where, with two captions; and 00000_stats.json."""
+    import data                                         # for its grammar; else data.py imports this file
+    folder.mkdir(parents=True, exist_ok=True)
+    for first in tqdm(range(0, count, per_tar), desc="tars"):
+        name, numbers = f"{first // per_tar:05}", range(first, min(first + per_tar, count))
+        with tarfile.open(folder / f"{name}.tar", "w") as tar:
+            for index in numbers:
+                image, attributes = face(index, seed, size)
+                rng = np.random.default_rng((seed, index, 1))
+                edge, (x, y) = size + size // 2, rng.integers(0, size // 2 + 1, 2).tolist()
+                ground = tuple(rng.integers(256, size=3).tolist())
+                photo, jpeg = Image.new("RGB", (edge, edge), ground), io.BytesIO()
+                photo.paste(image, (x, y))
+                photo.save(jpeg, "jpeg", quality=95)
+                captions = [data.caption(attributes, rng)[0] for _ in range(2)]
+                record = {"status": "success", "url": f"drawn://{seed}/{index}", "caption": captions,
+                          "box": str([x, y, x + size, y + size]), "width": edge, "height": edge,
+                          "original_width": edge, "original_height": edge}
+                for suffix, content in ((".jpg", jpeg.getvalue()), (".txt", captions[0].encode()),
+                                        (".json", json.dumps(record).encode())):
+                    member = tarfile.TarInfo(f"{index:09}{suffix}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+        (folder / f"{name}_stats.json").write_text(json.dumps({"successes": len(numbers)}))
+
+
 def main():
     parser = argparse.ArgumentParser(description="Draw faces with the 40 CelebA attributes.")
     parser.add_argument("--out", type=Path, help="folder for pictures and attributes.csv")
+    parser.add_argument("--tars", type=Path, help="folder for tars with captions, as img2dataset leaves them")
     parser.add_argument("--count", type=int, default=1000, help="how many faces (default %(default)s)")
     parser.add_argument("--size", type=int, default=64, help="pixels on a side (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="which set of faces (default %(default)s)")
     parser.add_argument("--sheet", type=Path, help="a file for every attribute, without and with it")
     parser.add_argument("--sketch", type=Path, help="a file for some faces and their growing sketches")
     args = parser.parse_args()
-    if not (args.out or args.sheet or args.sketch):
-        parser.error("nothing to do: give --out, --sheet, --sketch or several of them")
+    if not (args.out or args.tars or args.sheet or args.sketch):
+        parser.error("nothing to do: give --out, --tars, --sheet, --sketch or several of them")
     for flag, value, low in (("count", args.count, 1), ("size", args.size, 8), ("seed", args.seed, 0)):
         if value < low:
             raise ValueError(f"--{flag} {value}: expected at least {low}")
@@ -712,6 +745,8 @@ def main():
         contact_sheet(attribute_rows(96), tile=96).save(args.sheet)
     if args.sketch:
         contact_sheet(list(sketch_rows(args.seed, 160)), tile=160).save(args.sketch)
+    if args.tars:
+        write_tars(args.tars, args.count, args.size, args.seed)
     if args.out:
         write_faces(args.out, args.count, args.size, args.seed)
 

@@ -43,6 +43,7 @@ from tqdm import tqdm
 
 import data
 from bert import BertConfig, Tokenizer, load_bert
+from data import COLUMNS
 from flip import FLIP, FLIPConfig, Knobs, rank_and_world, read_checkpoint, rerank, write_checkpoint
 from losses import retrieval_metrics
 from vit import ViTConfig, contact_sheet, load_clip, markdown, read_batches, run_script
@@ -68,12 +69,16 @@ class Config:
                               "and BERT-base) or large (ViT-L/16)", choices=tuple(MODELS))
     data: str = flag("", "folder with your own faces; without it faces are drawn and kept in --cache")
     out: str = flag("out", "folder for checkpoint, log and pictures")
-    cache: str = flag("cache", "folder for the drawn faces")
+    cache: str = flag("cache", "folder for drawn faces, and for the index of your own")
+    columns: tuple[str, ...] = flag(COLUMNS[:2], "which columns of FaceCaption-15M the captions are from; "
+                                                    "of several a random one at a time", choices=COLUMNS)
+    max_lost: float = flag(1.0, "percent of the faces whose record or picture may be damaged: they are "
+                                "counted, and left out; more end the run, and 0 is strict", high=100)
     faces: int = flag(20_000, "how many faces to draw for training", low=1)
     validation: int = flag(1000, "at most how many faces to validate on", low=1)
     resume: bool = flag(False, "continue the run in --out, if it saved anything, else begin it; its flags "
-                               "are those it began with, but for --data, --cache, --workers, --log_every, "
-                               "--eval_every and --save_every, which may be new")
+                               "are those it began with, but for --data, --cache, --max_lost, --workers, "
+                               "--log_every, --eval_every and --save_every, which may be new")
     seed: int = flag(0, "of initial values, order, captions, negatives")
     clip: str = flag("", "start the image encoder from CLIP: file, folder or hub name")
     bert: str = flag("", "start the text encoder from BERT, with its vocabulary: folder or hub name")
@@ -236,7 +241,8 @@ def train(config):
             done = step + 1
             if done % config.log_every == 0 or done == config.steps:
                 line = summarise(recent, range(done - len(recent), done), run)
-                log.write(step=done, **line, seconds=(time.time() - begin) / len(recent))
+                log.write(step=done, **line, seconds=(time.time() - begin) / len(recent),
+                          lost=len(run.batches.lost))
                 bar.set_postfix(itc=line["itc"], itm=line["itm"])
                 recent, begin = [], time.time()
             if is_due(done) or time.time() - saved > 60 * config.save_every:
@@ -420,10 +426,11 @@ def open_data(config):
     """Faces to train on, faces to validate on."""
     size = MODELS[config.model][0].image_size
     if config.data:
-        train, validation = data.open_faces(config.data, "train"), data.open_faces(config.data, "val")
+        train, validation = (
+            data.open_faces(config.data, split, config.cache, config.columns, config.max_lost)
+            for split in ("train", "val"))
         validation = validation.subset(range(min(config.validation, len(validation))))
-        data.check_pictures(validation)             # a damaged one would stop every evaluation
-        return train, validation
+        return train, data.readable(validation, config.max_lost, size)  # or every evaluation would stop
     return (data.drawn_faces(config.faces, size, seed=0, folder=config.cache),
             data.drawn_faces(config.validation, size, seed=1, folder=config.cache))
 
@@ -460,7 +467,7 @@ def prepare(config):
     if rank == 0 and world > 1:
         dist.barrier()
     batches = data.Batches(faces, model.tokenizer, model.config.vit.image_size, config.batch_size,
-                           config.seed, config.augment, rank, world, config.workers)
+                           config.seed, config.augment, rank, world, config.workers, config.max_lost)
     steps_per_epoch = batches.per_epoch // config.accumulate
     if steps_per_epoch == 0:
         raise ValueError(f"an epoch has {batches.per_epoch} batches, fewer than --accumulate "
@@ -687,7 +694,8 @@ def parse_flags(parser, config, argv):
     return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
 
 
-FREE_TO_CHANGE = ("resume", "out", "data", "cache", "workers", "log_every", "eval_every", "save_every")
+FREE_TO_CHANGE = ("resume", "out", "data", "cache", "max_lost", "workers", "log_every", "eval_every",
+                  "save_every")
 
 
 def parse_arguments(argv=None):

@@ -275,35 +275,73 @@ PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 
 
-def open_picture(path):
-    """A complete RGB image, upright as its camera noted; ValueError with a sentence when the file
-    is damaged or none."""
+MOST_PIXELS = 2 ** 26       # larger pictures are refused: some are made to fill the memory
+
+
+@contextlib.contextmanager
+def opening(file, name):
+    """A picture of which only the header has been read; ValueError with a sentence when the file is
+    none, or turns out damaged."""
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with Image.open(file, formats=FORMATS) as image:
+            if image.width * image.height > MOST_PIXELS:
+                raise ValueError(f"{image.width} x {image.height} pixels are more than {MOST_PIXELS:,}")
             if image.mode in ("I", "F") or image.mode.startswith("I;"):     # conversion would clip to white
                 raise ValueError(f"its pixels are of kind {image.mode}; save it with 8 bits per channel")
-            return ImageOps.exif_transpose(image).convert("RGB")
+            yield image
     except UnidentifiedImageError:
-        raise ValueError(f"{path} is not a picture") from None
+        raise ValueError(f"{name} is not a picture") from None
     except Exception as error:                      # Pillow raises OSError, SyntaxError and others
-        raise ValueError(f"{path} cannot be read completely: {error}") from None
+        raise ValueError(f"{name} cannot be read completely: {error}") from None
+
+
+def picture_size(file, name=None):
+    """Width and height, upright, from the header alone."""
+    with opening(file, name or file) as image:
+        return image.size[::-1] if image.getexif().get(0x0112, 1) > 4 else image.size   # turned by 90 degrees
+
+
+def open_picture(file, name=None, box=None, size=None):
+    """An RGB image, upright as its camera noted: the whole, or what is in the box (x1, y1, x2, y2).
+
+    With a size, exactly size x size pixels. Then a JPEG that has at least twice as many each way is
+    decoded at a half, a quarter or an eighth, which its blocks of frequencies allow: several times
+    as fast.
+    """
+    with opening(file, name or file) as image:
+        before = image.width
+        if size:
+            x1, y1, x2, y2 = box or (0, 0, *image.size)
+            spare = max(1, int(min(x2 - x1, y2 - y1) / size))
+            image.draft(None, (image.width // spare, image.height // spare))
+        reduced = round(before / image.width)                                               # 1, 2, 4 or 8
+        ImageOps.exif_transpose(image, in_place=True)
+        if image.mode != "RGB":
+            image = image.convert("RGB")
+        if size:
+            box = [min(edge / reduced, most) for edge, most in zip(box, image.size * 2)] if box else None
+            return image.resize((size, size), Image.Resampling.BICUBIC, box)
+        return image.crop([round(edge) for edge in box or (0, 0, *image.size)])
 
 
 def read_batches(read, count, size, title, batch_size=128, show=True):
-    """Yield (numbers, pixels (B, 3, S, S)) of the pictures read(0), ..., read(count - 1), which are
-    read on all cores. One for which `read` gives None is left out."""
+    """Yield (numbers, pixels (B, 3, S, S)) of the pictures read(0, size), ..., read(count - 1, size),
+    which are read on all cores while the batch before is used. One for which `read` gives None is
+    left out."""
     def pixels_of(i):
-        picture = read(i)
+        picture = read(i, size)
         return None if picture is None else to_pixels(picture, size)
 
     with ThreadPool() as pool:
-        for start in tqdm(range(0, count, batch_size), title, leave=False, disable=not show):
-            numbers = range(start, min(start + batch_size, count))
-            found = [(i, pixels) for i, pixels in zip(numbers, pool.map(pixels_of, numbers))
-                     if pixels is not None]
-            if found:
-                kept, pixels = zip(*found)
-                yield list(kept), to_tensor(pixels)
+        batches = [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
+        reading = [pool.map_async(pixels_of, numbers) for numbers in batches[:1]]
+        bar = tqdm(batches, title, leave=False, disable=not show)
+        for numbers, following in zip(bar, [*batches[1:], ()]):
+            found = reading.pop().get()
+            reading.append(pool.map_async(pixels_of, following))
+            kept = [i for i, pixels in zip(numbers, found) if pixels is not None]
+            if kept:
+                yield kept, to_tensor([pixels for pixels in found if pixels is not None])
 
 
 def contact_sheet(rows, tile=128):
