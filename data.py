@@ -36,6 +36,7 @@ import pickle
 import random
 import re
 import signal
+import sys
 import tarfile
 import time
 from collections import Counter
@@ -81,15 +82,15 @@ class Faces:
     def picture(self, i, size=None):
         """Face i as a PIL RGB image, whole or size x size; ValueError if its file is damaged or no
         picture."""
-        picture = self.pictures[i]
-        if isinstance(picture, np.ndarray):
-            return Image.fromarray(picture)
-        return self.opened(i, picture, size)
+        return self.opened(i, self.pictures[i], size)
 
     def opened(self, i, picture, size=None):
+        if isinstance(picture, np.ndarray):
+            image = Image.fromarray(picture).convert("RGB")
+            return image.resize((size, size), Image.Resampling.BICUBIC) if size else image
         try:
             return picture.open(size) if isinstance(picture, Crop) else vit.open_picture(picture, size=size)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             raise ValueError(f"{self.name}, record {i}: {error}") from None
 
     @property
@@ -120,10 +121,7 @@ class Faces:
         A file that is light on the whole has dark strokes on paper, as FS2K's finished sketches do,
         and is inverted.
         """
-        sketch = self.sketches[i][t]
-        if isinstance(sketch, np.ndarray):
-            return Image.fromarray(sketch).convert("RGB")
-        image = self.opened(i, sketch).convert("L")
+        image = self.opened(i, self.sketches[i][t]).convert("L")
         if np.asarray(image).mean() > 127:
             image = ImageOps.invert(image)
         return image.convert("RGB")
@@ -175,7 +173,7 @@ class Batch(NamedTuple):
     images: torch.Tensor        # (B, 3, S, S) float32
     captions: bert.Captions     # B of them, packed
     identity: torch.Tensor      # (B,) int64
-    lost: dict                  # {number of a face: why it cannot be read}; others stand in their place
+    lost: dict                  # {number of a face: why it cannot be read}; others stand in for these
 
     def to(self, device):
         return Batch(self.images.to(device, non_blocking=True), self.captions.to(device),
@@ -184,7 +182,7 @@ class Batch(NamedTuple):
 
 class Samples(torch.utils.data.Dataset):
     """What (epoch, index) shows: a pure function of it and the seed (and of what can be read: for a
-    damaged picture the next face stands in)."""
+    damaged picture another face stands in)."""
 
     def __init__(self, faces, tokenizer, image_size, seed, augmented):
         self.faces, self.tokenizer, self.image_size = faces, tokenizer, image_size
@@ -199,11 +197,10 @@ class Samples(torch.utils.data.Dataset):
                 image = self.faces.picture(index, self.image_size)
             except ValueError as error:
                 lost[index] = str(error)
-                if len(lost) == 10:                                 # a disk is gone, not a picture
-                    raise
-                index = (index + 1) % len(self.faces)
+                if len(lost) == min(100, len(self.faces)):
+                    raise ValueError(f"{error} (and {len(lost) - 1} others in its place)") from None
+                index = int(rng.integers(len(self.faces)))
         if self.augmented:
-            image = image.resize((self.image_size, self.image_size), Image.Resampling.BICUBIC)
             image = augment(image, rng)
         text = self.faces.caption(index, rng)
         return vit.to_pixels(image, self.image_size), text, self.faces.identity[index], lost
@@ -226,7 +223,7 @@ class Batches:
                  workers=0, max_lost=0.0):
         faces.check_text()
         self.faces, self.seed, self.workers = faces, seed, workers
-        self.lost, self.max_lost = {}, max_lost             # met so far; at most how many, in percent
+        self.lost, self.max_lost = {}, max_lost     # met in this epoch; at most how many, in percent
         self.batch_size, self.rank, self.global_size = batch_size, rank, batch_size * world
         self.samples = Samples(faces, tokenizer, image_size, seed, augmented)
         self.per_epoch = len(faces) // self.global_size   # what is left over waits for another order
@@ -237,18 +234,23 @@ class Batches:
     def from_batch(self, number):
         """Iterator over batches from this one (counted from 0 over all epochs) on, without end.
 
-        ValueError, in one sentence, when more than max_lost percent of the faces cannot be read.
+        ValueError, in one sentence, when more than max_lost percent of the faces of an epoch cannot be
+        read.
         """
         loader = torch.utils.data.DataLoader(
             self.samples, batch_sampler=self.keys(number), collate_fn=self.samples.collate,
             num_workers=self.workers, pin_memory=torch.cuda.is_available(),
+            # forked workers share what is mapped; others would be sent a copy
+            multiprocessing_context="fork" if self.workers and sys.platform == "linux" else None,
             generator=torch.Generator())        # its own: it must not draw from the model's random numbers
         try:
-            for batch in loader:
-                for number in sorted(batch.lost.keys() - self.lost.keys()):
-                    self.lost[number] = batch.lost[number]
-                    check_lost(self.lost.values(), len(self.faces), self.max_lost)
-                    tqdm.write(f"{batch.lost[number]} (the next face stands in)")
+            for number, batch in enumerate(loader, number):
+                if number % self.per_epoch == 0:
+                    self.lost = {}
+                for i in sorted(batch.lost.keys() - self.lost.keys()):
+                    self.lost[i] = batch.lost[i]
+                    check_lost(self.lost, self.per_epoch * self.batch_size, self.max_lost)
+                    tqdm.write(f"{batch.lost[i]} (another face stands in)")
                 yield batch
         except ValueError as error:             # a worker's comes with a traceback as text: keep the sentence
             raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
@@ -596,15 +598,16 @@ def draw_face(task):
 class Record(NamedTuple):
     """One face as the lists of a set tell of it; nothing of this has been checked.
 
-    A reader is a function from a folder to the records of all parts of the set in it. For a set
-    that lies otherwise, write one more, and a row of LAYOUTS.
+    A reader is a function from a folder to the records of all parts of the set in it (or, of a set
+    in many files, to a function for each, which gives some of the records and adds what it lost to
+    the list that it is handed). For a set that lies otherwise, write one more, and a row of LAYOUTS.
     """
     where: str                      # for errors: "list_attr_celeba.txt line 7"
     picture: object                 # its file's name below the set's pictures; or its Path, or a Crop
     part: str                       # one of SPLITS
     person: str = ""                # equal: the same person; "": nobody that another picture shows
     values: tuple | None = None     # of the 40 attributes in CelebA's order, as written: "-1"
-    captions: dict | None = None    # {column: a text or a list of texts}
+    captions: dict | None = None    # {column: a text or a list of texts}, and other columns
     sketches: list | None = None    # Paths, as it grows
 
 
@@ -619,8 +622,9 @@ def open_faces(path, split, cache="cache", columns=COLUMNS[:2], max_lost=1.0):
     All that the set's lists say is read and checked once, and kept in the folder `cache` as an
     index which every process maps instead of having its own: index-*.npy has a row for each face,
     part after part, index-*.txt a line, which the row points to. A record with which something is
-    wrong is left out, and listed in index-*.lost; more than max_lost percent of these are an error.
-    Captions are taken from all `columns` that a record has.
+    wrong is left out, and listed in index-*.lost; more than max_lost percent of these are an error,
+    and so is what makes a list doubtful as a whole. Captions are taken from all `columns` that a
+    record has.
     """
     if not Path(path).exists():
         raise FileNotFoundError(f"{path}: no such folder or file")
@@ -633,7 +637,7 @@ def open_faces(path, split, cache="cache", columns=COLUMNS[:2], max_lost=1.0):
         raise ValueError(f"{path}: found none of {known}. (FaceCaption-15M's .parquet has the addresses of "
                          f"its pictures only: fetch them with img2dataset)")
     layout, name, folder = layouts[0], f"{layouts[0].title} {split}", path if path.is_dir() else path.parent
-    index = Path(cache) / f"index-{state_of(path, cache, columns)}.npy"
+    index = Path(cache) / f"index-{state_of(folder, path, columns)}.npy"
     try:
         if not index.exists():
             write_index(index, layout, path, folder, columns)
@@ -647,9 +651,10 @@ def open_faces(path, split, cache="cache", columns=COLUMNS[:2], max_lost=1.0):
     except (ValueError, FileNotFoundError) as error:
         raise ValueError(f"{name}: {error}") from error
     rows, text = rows[begin:end], np.memmap(index.with_suffix(".txt"), np.uint8, "r")
-    known = {field: Lines(text, rows, folder, field) for field in Lines(text, rows, folder).line(0)}
+    first = Lines(text, rows, folder).line(0)
     return Faces(name, identity=rows["identity"],
-                 attributes=rows["attributes"] if rows["attributes"].size else None, **known)
+                 attributes=rows["attributes"] if rows["attributes"].size else None,
+                 **{field: Lines(text, rows, folder, field) for field in first})
 
 
 class Lines:
@@ -676,13 +681,13 @@ class Lines:
         return found
 
 
-def state_of(path, cache, columns):
-    """A digest of what an index depends on: this code, and of all files in the folder (or of the
-    json list) the names, sizes and times; of pictures the names only."""
-    state, cache = hashlib.sha256(Path(__file__).read_bytes() + repr(columns).encode()), Path(cache).resolve()
-    for root, folders, names in os.walk(path) if path.is_dir() else [(path.parent, [], [path.name])]:
-        folders[:] = sorted(name for name in folders if Path(root, name).resolve() != cache)
-        for name in sorted(names):
+def state_of(folder, path, columns):
+    """A digest of what an index depends on: what is asked for, this code, and of all files in the
+    folder the names, sizes and times; of pictures the names only."""
+    state = hashlib.sha256(Path(__file__).read_bytes() + repr((path, columns)).encode())
+    for root, folders, names in os.walk(folder, followlinks=True):
+        folders.sort()
+        for name in sorted(name for name in names if not name.startswith("index-")):
             file = os.path.join(root, name)
             state.update(os.fsencode(file))
             if name.lower().endswith((".tar", ".json", ".txt", ".csv", ".mat", ".pickle")):
@@ -702,7 +707,7 @@ def write_index(index, layout, path, folder, columns):
                 rows.append(some)
                 left_out.writelines(" ".join(sentence.split()) + "\n" for sentence in lost)
                 kinds.update(sentence.split(":")[0] for sentence in lost)
-        rows = np.concatenate([some for some in rows if len(some)] or rows)
+        rows = np.concatenate(rows)
         with open(to_rows, "wb") as file:
             np.save(file, rows[rows["part"].argsort(kind="stable")])
     if kinds:
@@ -763,11 +768,10 @@ def whole_set(records, layout, folder, lost):
             if not isinstance(record.picture, (str, Path)):
                 raise ValueError(f"no name: {record.where} names no picture")
             picture, before = below(record.picture), part_of.get(record.picture)
-            if layout.repeats != "anywhere":
-                part_of[record.picture] = record.part
-            if before and (layout.repeats == "never" or before != record.part):
+            if before and (before != record.part or not layout.repeats):
                 raise ValueError(f"listed twice: {record.where} lists {picture} a second time, in one part "
                                  f"or two")
+            part_of[record.picture] = record.part
             directory, name = os.path.split(os.path.join(folder, picture))
             if name not in names_in(directory):
                 raise ValueError(f"no file: {record.where} lists {directory}/{name}, which is not there")
@@ -786,7 +790,7 @@ def checked(record, columns):
             attributes = bytes([TRUTH[value] for value in record.values])
     if record.captions is not None:
         with expecting("captions that are text and not empty", f"captions: {where}"):
-            line["captions"] = texts(record.captions, columns)
+            line["captions"] = captions_in(record.captions, columns)
     if record.sketches is not None:
         line["sketches"] = record.sketches
     person = digest(record.person or str(record.picture))
@@ -797,10 +801,10 @@ LOWER_CASE = [name.lower() for name in ATTRIBUTES]
 TRUTH = {"1": True, "0": False, "-1": False}
 
 
-def texts(captions, columns):
-    """The captions of these columns. Binary ones are refused, and half characters, which json can
-    write and no tokenizer reads."""
-    found = [captions[column] for column in columns if column in captions]
+def captions_in(record, columns):
+    """The texts in these columns. Binary ones are refused, and half characters, which json can write
+    and no tokenizer reads."""
+    found = [record[column] for column in columns if record.get(column)]
     found = [text for some in found for text in (some if isinstance(some, list) else [some])]
     for text in found or [""]:
         if re.search("[\0\ud800-\udfff]", text) or not bert.clean_caption(text):
@@ -810,28 +814,37 @@ def texts(captions, columns):
 
 def readable(faces, max_lost, size=None):
     """The faces whose pictures can be read at this size, or, without one, whose headers can."""
-    lost, kept = [], []
+    lost = {}
 
     def check(i):
-        with noting(lost):
+        try:
             if size:
                 faces.picture(i, size)
             elif isinstance(faces.pictures[i], Path):       # the header of a Crop is in the index
                 vit.picture_size(faces.pictures[i])
-            kept.append(i)
+        except ValueError as error:
+            lost[i] = str(error)
 
     with ThreadPool() as pool:
         for _ in tqdm(pool.imap(check, range(len(faces)), 16), "checking pictures", len(faces), leave=False):
             pass
+    return without(faces, lost, max_lost)
+
+
+def without(faces, lost, max_lost):
+    """The faces but for {number: why it cannot be read}, which are told."""
     check_lost(lost, len(faces), max_lost)
-    return faces.subset(sorted(kept)) if lost else faces
+    for i in sorted(lost):
+        tqdm.write(f"left out: {lost[i]}")
+    return faces.subset([i for i in range(len(faces)) if i not in lost]) if lost else faces
 
 
 def check_lost(lost, count, max_lost):
-    """ValueError where more than max_lost percent of `count` are lost."""
+    """ValueError where more than max_lost percent of `count` are lost: {number: why}, or sentences."""
     if len(lost) > count * max_lost / 100:
-        raise ValueError(f"{next(iter(lost))} ({len(lost):,} of {count:,} are lost, which is more than "
-                         f"--max_lost {max_lost:g} percent)")
+        first = lost[min(lost)] if isinstance(lost, dict) else lost[0]
+        raise ValueError(f"{first} ({len(lost):,} of {count:,} are lost, which is more than --max_lost "
+                         f"{max_lost:g} percent)")
 
 
 # ---- readers: what they share ------------------------------------------------------------------
@@ -883,11 +896,6 @@ def json_records(path):
             raise ValueError(f"found a {type(records).__name__}")
     for number, record in enumerate(records):
         yield f"{path.name} record {number} (counted from 0)", record
-
-
-def captions_in(record):
-    """{column: a text or a list of texts} of the columns that a record of json has."""
-    return {column: record[column] for column in COLUMNS if column in record}
 
 
 # ---- readers: faces with attributes ------------------------------------------------------------
@@ -992,9 +1000,9 @@ def caption_list(path, part=None):
     for where, record in json_records(path):
         with expecting('{"image": path, "image_id": id, "caption": text or list of texts}', where):
             picture = record.get("image", record.get("photo"))          # "photo": FS2K-SDE's lists
-            identity, captions = record.get("image_id"), captions_in(record)
+            identity = record.get("image_id")
         person = str(picture if identity is None else identity)
-        yield Record(where, picture, part or part_by_digest(person), person, captions=captions)
+        yield Record(where, picture, part or part_by_digest(person), person, captions=record)
 
 
 def caption_lists(path):
@@ -1084,31 +1092,34 @@ class Crop(NamedTuple):
 
 
 def facecaption(folder):
-    """Tars of N.jpg and N.json, read in place: nothing is unpacked."""
-    return [functools.partial(list_tar, tar) for tar in sorted(folder.glob("*.tar"))]
+    """Tars of N.jpg and N.json, read in place: nothing is unpacked. Beside each lies a file that
+    tells how many faces it should have, also where the tar itself is missing."""
+    found = [*folder.glob("*.tar"), *folder.glob("*_stats.json")]
+    stems = sorted({path.stem.removesuffix("_stats") for path in found})
+    return [functools.partial(list_tar, folder / f"{stem}.tar") for stem in stems]
 
 
 def list_tar(tar, lost):
     """Records of the faces in a tar. Every one is a face of its own, though several may be in one
     picture, from one address: the split goes by the address."""
-    pictures, records, downloads = {}, {}, []
-    for member in members_of(tar, lost):
+    pictures, jsons, downloads = {}, {}, []
+    for member in members_of(tar, lost) if tar.exists() else ():
         stem, suffix = os.path.splitext(member.name)
-        of_its_kind = pictures if suffix.lower() in vit.PICTURES else records if suffix == ".json" else {}
+        of_its_kind = pictures if suffix.lower() in vit.PICTURES else jsons if suffix == ".json" else {}
         if of_its_kind.setdefault(stem, member) is not member:
             lost.append(f"named twice: {member}")
-    for stem in pictures | records:
+    for stem in pictures | jsons:
         with noting(lost):
-            downloads.append(download(f"{tar}: {stem}", pictures.get(stem), records.get(stem)))
+            downloads.append(download(f"{tar}: {stem}", pictures.get(stem), jsons.get(stem)))
     padded = are_padded(downloads)
     for crop, record, stored, original in downloads:
         with noting(lost):
             box = box_within(crop, stored, original, padded)
-            part = part_by_digest(str(record.get("url", crop)))
-            yield Record(str(crop), crop._replace(tar=tar.name, box=box), part, captions=captions_in(record))
+            yield Record(str(crop), crop._replace(tar=tar.name, box=box), part_by_digest(str(record["url"])),
+                         captions=record)
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):     # what img2dataset counted
         count = json.loads(tar.with_name(f"{tar.stem}_stats.json").read_bytes())["successes"]
-        lost += [f"missing: a face of {tar}"] * min(count - len(pictures | records), 10**6)
+        lost += [f"missing: a face of {tar}"] * min(count - len(pictures | jsons), 10**6)
 
 
 def members_of(tar, lost):
@@ -1131,8 +1142,6 @@ def members_of(tar, lost):
                 lost.append(f"damaged tar: {tar}, bytes {expected} to {at}")
             if member.isreg():
                 yield Crop(tar, member.name, at + block, member.size)
-            elif member.issym() or member.islnk():
-                lost.append(f"no file: {tar}: {member.name} is a link")
             at = expected = end
         file.seek(expected)
         rest = file.read(2 * tarfile.RECORDSIZE)
@@ -1151,16 +1160,13 @@ def download(where, picture, text):
             raise ValueError(f"the status is {record['status']}")
         box = json.loads(record["box"]) if isinstance(record["box"], str) else record["box"]
         x1, y1, x2, y2 = box = tuple(map(float, box))
-        if not (x1 < x2 and y1 < y2):
-            raise ValueError(f"the box {box} is empty")
-        as_told, original = (tuple(int(record.get(before + name) or 0) for name in ("width", "height"))
-                             for before in ("", "original_"))
+        if not (x1 < x2 and y1 < y2 and record["url"]):
+            raise ValueError(f"the box is {box} and the url {record['url']!r}")
+        original = [int(record.get(f"original_{side}") or 0) for side in ("width", "height")]
     try:
-        stored = vit.picture_size(picture.content(2**16))           # most headers are short
+        stored = vit.picture_size(picture.content(2**13))           # most headers are short
     except ValueError:
         stored = vit.picture_size(picture.content(), f"picture: {picture}")
-    if as_told != stored and as_told == stored[::-1]:               # turned since, as its camera noted
-        original = original[::-1]
     return picture._replace(box=box), record, stored, original if all(original) else stored
 
 
@@ -1168,8 +1174,9 @@ def box_within(crop, stored, original, padded):
     """The box of a download in pixels of the picture as it is stored; ValueError where less than half
     of it is left.
 
-    img2dataset may have resized the picture as it was (--resize_mode keep_ratio), or to a square:
-    all of it, with white on both sides (border, its default), or the middle (center_crop)."""
+    Boxes are of pictures as img2dataset reads them, not turned as the camera noted. It may have
+    resized the picture as it was (--resize_mode keep_ratio), or to a square: all of it, with white
+    on both sides (border, its default), or the middle (center_crop)."""
     scale, margin, box = np.divide(stored, original), 0, np.reshape(crop.box, (2, 2))   # (corner, x or y)
     if abs(scale[0] - scale[1]) * max(original) > 1:            # more than rounding: a square was made
         scale = scale.min() if padded else scale.max()
@@ -1287,7 +1294,8 @@ def photo_captions(path, photos):
         if meant.setdefault(photo, record.picture) != record.picture:
             raise ValueError(f"{record.where}: {meant[photo]} and {record.picture} may both mean {photo}; "
                              f"keep the folders photo1, photo2, ...")
-        for found in record.captions.values():
+        for column in COLUMNS[:2]:
+            found = record.captions.get(column, [])
             captions.setdefault(photo, []).extend(found if isinstance(found, list) else [found])
     return captions
 
@@ -1298,8 +1306,8 @@ class Layout(NamedTuple):
     title: str              # of the set
     reader: object          # folder -> records of all its parts
     places: tuple = ()      # where the pictures may be; (): the reader gives whole paths, or Crops
-    repeats: str = "never"  # may a picture be listed several times? "in a part", or "anywhere"
-    apart: bool = False     # does the reader give functions that each give some of the records?
+    repeats: bool = False   # may a picture be listed several times in a part?
+    apart: bool = False     # does the reader give a function for each file?
 
 
 LAYOUTS = (
@@ -1311,9 +1319,9 @@ LAYOUTS = (
     Layout("lfw_att_40.mat", "LFWA", lfwa_matlab, ("lfw", ".")),
     Layout("captions_hq.json", "CelebA-Dialog", celeba_dialog, ("images", "image", ".")),
     Layout("text/celeba-caption", "MM-CelebA-HQ", mm_celeba, ("images",)),
-    Layout("train.json", "json lists", caption_lists, (".", "images"), repeats="in a part"),
+    Layout("train.json", "json lists", caption_lists, (".", "images"), repeats=True),
     Layout("*.tar", "FaceCaption", facecaption, apart=True),
-    Layout("*.json", "json list", caption_lists, (".", "images"), repeats="anywhere"),
+    Layout("*.json", "json list", caption_lists, (".", "images"), repeats=True),
 )
 
 
@@ -1429,7 +1437,7 @@ def draw_report(found, faces, path):
     from matplotlib.figure import Figure
     page, rows = Figure(figsize=(15, 9), layout="constrained"), []
     for i in found["shown"]:
-        rng, picture = np.random.default_rng(i), faces.picture(i, 128).resize((128, 128))
+        rng, picture = np.random.default_rng(i), faces.picture(i, 128)
         rows.append((faces.caption(i, rng) if faces.has_text else "", [(picture, "as it is", False), *(
             (augment(picture, rng), "augmented", False) for _ in range(3))]))
     plots = page.subplot_mosaic([["faces", "text", "words"], ["faces", "sizes", "grams"],
@@ -1483,16 +1491,15 @@ def print_times(faces, tokenizer, size=224, count=300):
         i, rng = n * len(faces) // count, np.random.default_rng(n)
         stored = faces.pictures[i]
         with noting([]):
-            image = timed("read, decode, cut, resize", lambda: faces.picture(i, size)).resize((size, size))
             if not isinstance(stored, np.ndarray):
-                timed("(of which: read)", stored.content if isinstance(stored, Crop) else stored.read_bytes)
+                timed("read the file", stored.content if isinstance(stored, Crop) else stored.read_bytes)
+            image = timed("decode, cut, resize", lambda: faces.picture(i, size))
             timed("augment", lambda: augment(image, rng))
             text = timed("choose or write a caption", lambda: faces.caption(i, rng))
             timed("batch", lambda: samples.collate([(vit.to_pixels(image, size), text, 0, {})]))
     for stage, total in clock.items():
         print(f"  {stage:<26} {total / count:6.2f} ms")
-    whole = sum(clock.values()) - clock["(of which: read)"]
-    print(f"  {1000 * count / whole:.0f} pictures of {size} x {size} a second on one core")
+    print(f"  {1000 * count / sum(clock.values()):.0f} pictures of {size} x {size} a second on one core")
 
 
 def main():

@@ -168,16 +168,15 @@ class Task:
     def encode_faces(self, compute, faces, model):
         """compute(pixels (B, 3, S, S)) of the faces' pictures, and the faces; those whose pictures
         turn out damaged are left out of both."""
-        lost, kept = [], []
+        lost = {}
 
         def read(i, size):
-            with data.noting(lost):
-                picture = faces.picture(i, size)
-                kept.append(i)
-                return picture
+            try:
+                return faces.picture(i, size)
+            except ValueError as error:
+                lost[i] = str(error)
         values = self.encode_pictures(compute, read, len(faces), model, f"encoding {faces.name}")
-        data.check_lost(lost, len(faces), self.config.max_lost)
-        return values, faces.subset(sorted(kept)) if lost else faces
+        return values, data.without(faces, lost, self.config.max_lost)
 
     @torch.no_grad()
     def encode_pictures(self, compute, read, count, model, title):

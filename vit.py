@@ -231,7 +231,7 @@ def whole_file(path):
     """A name to write to; the file appears at `path` whole, or, after an error, not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f"{path.name}.{os.urandom(4).hex()}.partial")
     try:
         yield partial
         os.replace(partial, path)
@@ -296,17 +296,18 @@ def opening(file, name):
 
 
 def picture_size(file, name=None):
-    """Width and height, upright, from the header alone."""
+    """Width and height as stored, from the header alone."""
     with opening(file, name or file) as image:
-        return image.size[::-1] if image.getexif().get(0x0112, 1) > 4 else image.size   # turned by 90 degrees
+        return image.size
 
 
 def open_picture(file, name=None, box=None, size=None):
-    """An RGB image, upright as its camera noted: the whole, or what is in the box (x1, y1, x2, y2).
+    """An RGB image: the whole, upright as its camera noted, or what is in the box (x1, y1, x2, y2) of
+    the pixels as they are stored.
 
-    With a size, exactly size x size pixels. Then a JPEG that has at least twice as many each way is
-    decoded at a half, a quarter or an eighth, which its blocks of frequencies allow: several times
-    as fast.
+    With a size, it is resized to size x size pixels (of which the outermost take a little from
+    beyond the box). A JPEG that has at least twice as many each way is then decoded at a half, a
+    quarter or an eighth, which its blocks of frequencies allow: several times as fast.
     """
     with opening(file, name or file) as image:
         before = image.width
@@ -315,7 +316,8 @@ def open_picture(file, name=None, box=None, size=None):
             spare = max(1, int(min(x2 - x1, y2 - y1) / size))
             image.draft(None, (image.width // spare, image.height // spare))
         reduced = round(before / image.width)                                               # 1, 2, 4 or 8
-        ImageOps.exif_transpose(image, in_place=True)
+        if not box:
+            ImageOps.exif_transpose(image, in_place=True)
         if image.mode != "RGB":
             image = image.convert("RGB")
         if size:
