@@ -41,7 +41,6 @@ import tarfile
 import time
 from collections import Counter
 from dataclasses import dataclass
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import NamedTuple
 
@@ -812,22 +811,11 @@ def captions_in(record, columns):
     return found
 
 
-def readable(faces, max_lost, size=None):
-    """The faces whose pictures can be read at this size, or, without one, whose headers can."""
+def readable(faces, max_lost, size):
+    """The faces whose pictures can be read at this size."""
     lost = {}
-
-    def check(i):
-        try:
-            if size:
-                faces.picture(i, size)
-            elif isinstance(faces.pictures[i], Path):       # the header of a Crop is in the index
-                vit.picture_size(faces.pictures[i])
-        except ValueError as error:
-            lost[i] = str(error)
-
-    with ThreadPool() as pool:
-        for _ in tqdm(pool.imap(check, range(len(faces)), 16), "checking pictures", len(faces), leave=False):
-            pass
+    for _ in vit.read_batches(faces.picture, len(faces), size, "checking pictures", lost=lost):
+        pass
     return without(faces, lost, max_lost)
 
 

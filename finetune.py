@@ -47,7 +47,7 @@ from tqdm import tqdm
 
 import data
 from bert import Tokenizer
-from data import ATTRIBUTES, COLUMNS
+from data import ATTRIBUTES
 from flip import FLIP, feature_of, write_checkpoint
 from kernels.contrastive import contrastive_loss
 from train import (Log, Validation, autocast, build_optimizers, check_flags, figure_of, flag, new_model,
@@ -67,8 +67,6 @@ class Config:
     data: str = flag("", "folder with your own faces; without it faces are drawn and kept in --cache")
     out: str = flag("out", "results go into a folder below it, named after the task")
     cache: str = flag("cache", "folder for drawn faces, and for the index of your own")
-    columns: tuple[str, ...] = flag(COLUMNS[:2], "which columns of FaceCaption-15M the captions are from",
-                                    choices=COLUMNS)
     max_lost: float = flag(1.0, "percent of the faces whose record or picture may be damaged: they are "
                                 "counted and left out; 0 is strict", high=100)
     faces: int = flag(4000, "how many faces to draw for training", low=2)
@@ -158,9 +156,8 @@ class Task:
         that the model sees."""
         config, size = self.config, model.config.vit.image_size
         if config.data:
-            faces = data.open_faces(config.data, split, config.cache, config.columns, config.max_lost)
-            faces = faces.subset(range(min(config.validation, len(faces)))) if split == "val" else faces
-            return data.readable(faces, config.max_lost)
+            faces = data.open_faces(config.data, split, config.cache, max_lost=config.max_lost)
+            return faces.subset(range(min(config.validation, len(faces)))) if split == "val" else faces
         parts = {"train": (config.faces, 10), "val": (config.validation, 11), "test": (config.test, 12)}
         count, seed = parts[split]
         return data.drawn_faces(count, size, seed, config.cache, self.steps)
@@ -168,23 +165,16 @@ class Task:
     def encode_faces(self, compute, faces, model):
         """compute(pixels (B, 3, S, S)) of the faces' pictures, and the faces; those whose pictures
         turn out damaged are left out of both."""
-        lost = {}
-
-        def read(i, size):
-            try:
-                return faces.picture(i, size)
-            except ValueError as error:
-                lost[i] = str(error)
-        values = self.encode_pictures(compute, read, len(faces), model, f"encoding {faces.name}")
+        lost, title = {}, f"encoding {faces.name}"
+        values = self.encode_pictures(compute, faces.picture, len(faces), model, title, lost)
         return values, data.without(faces, lost, self.config.max_lost)
 
     @torch.no_grad()
-    def encode_pictures(self, compute, read, count, model, title):
-        """compute(pixels (B, 3, S, S)) of the pictures read(0, S) to read(count - 1, S) but for
-        those that are None, in `storage`."""
+    def encode_pictures(self, compute, read, count, model, title, lost=None):
+        """compute(pixels (B, 3, S, S)) of the pictures that `read_batches` reads, in `storage`."""
         out, done, device = None, 0, model.temperature.device
         with autocast(self.config, device):
-            for numbers, pixels in read_batches(read, count, model.config.vit.image_size, title):
+            for numbers, pixels in read_batches(read, count, model.config.vit.image_size, title, lost=lost):
                 values = compute(pixels.to(device)).cpu()
                 out = storage((count, *values.shape[1:]), self.config.out) if out is None else out
                 out[done:done + len(numbers)] = values.to(out.dtype)
@@ -612,15 +602,6 @@ def open_encoders(config):
     return encoders
 
 
-def open_parts(task, model):
-    """{split: Faces}."""
-    parts = {split: task.open(split, model) for split in ("train", "val", "test")}
-    for part in parts.values():
-        if len(part) < 2:
-            raise ValueError(f"{part.name}: {len(part)} pictures, expected at least 2")
-    return parts
-
-
 def finetune(config):
     """The whole run; returns the results, the first checkpoint's first. What is done lies in --out
     before the next begins."""
@@ -630,7 +611,10 @@ def finetune(config):
         raise ValueError(f"{folder} holds the results of an earlier run; take it away, or choose another "
                          f"--out")
     encoders = open_encoders(config)
-    parts = open_parts(task, encoders[0][1])
+    parts = {split: task.open(split, encoders[0][1]) for split in data.SPLITS}
+    for part in parts.values():
+        if len(part) < 2:
+            raise ValueError(f"{part.name}: {len(part)} pictures, expected at least 2")
     log, results = Log(folder / "log.jsonl", [{"config": asdict(config)}]), []
     for name, model in encoders:
         print(f"{name} ...", flush=True)

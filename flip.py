@@ -463,15 +463,13 @@ def folder_features(model, folder, cache):
     known = read_features(cache, model.config.embed_dim)
     keys = {path: f"{path.resolve()} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in paths}
     new = [path for path in paths if keys[path] not in known]
-
-    def read(i, size):
-        try:
-            return open_picture(new[i], size=size)
-        except ValueError as error:
-            tqdm.write(f"left out: {error}")
-    for numbers, pixels in read_batches(read, len(new), model.config.vit.image_size, "reading pictures"):
+    read, lost = lambda i, size: open_picture(new[i], size=size), {}
+    for numbers, pixels in read_batches(read, len(new), model.config.vit.image_size, "reading pictures",
+                                        lost=lost):
         features = model.student.image_features(pixels.to(model.temperature.device)).cpu()
         known |= {keys[new[i]]: feature.clone() for i, feature in zip(numbers, features)}
+    for why in lost.values():
+        tqdm.write(f"left out: {why}")
     if new:
         write_checkpoint(known, cache)
     found = {path: known[key] for path, key in keys.items() if key in known}

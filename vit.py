@@ -326,13 +326,17 @@ def open_picture(file, name=None, box=None, size=None):
         return image.crop([round(edge) for edge in box or (0, 0, *image.size)])
 
 
-def read_batches(read, count, size, title, batch_size=128, show=True):
+def read_batches(read, count, size, title, batch_size=128, show=True, lost=None):
     """Yield (numbers, pixels (B, 3, S, S)) of the pictures read(0, size), ..., read(count - 1, size),
-    which are read on all cores while the batch before is used. One for which `read` gives None is
-    left out."""
+    which are read on all cores while the batch before is used. With `lost`, a picture that cannot be
+    read becomes an entry of it, {number: why}, and is left out."""
     def pixels_of(i):
-        picture = read(i, size)
-        return None if picture is None else to_pixels(picture, size)
+        try:
+            return to_pixels(read(i, size), size)
+        except ValueError as error:
+            if lost is None:
+                raise
+            lost[i] = str(error)
 
     with ThreadPool() as pool:
         batches = [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
