@@ -248,7 +248,7 @@ class Batches:
                     self.lost = {}
                 for i in sorted(batch.lost.keys() - self.lost.keys()):
                     self.lost[i] = batch.lost[i]
-                    check_lost(self.lost, self.per_epoch * self.batch_size, self.max_lost)
+                    check_lost([*self.lost.values()], self.per_epoch * self.batch_size, self.max_lost)
                     tqdm.write(f"{batch.lost[i]} (another face stands in)")
                 yield batch
         except ValueError as error:             # a worker's comes with a traceback as text: keep the sentence
@@ -264,7 +264,7 @@ class Batches:
             number = 0                          # the epochs that follow begin at their beginning
 
 
-# ==== A first reading may stop here: the grammar, its ideal reader, the readers of sets, a sheet ==
+# ==== A first reading may stop here: the grammar, its ideal reader, the readers of sets, a report =
 # ---- the caption grammar -----------------------------------------------------------------------
 # A fact of a face is an attribute that is true, or "not Male", or "not Young". Its row: how often
 # it is stated, and the ways to say it, each opened by its kind: what one `is`, `has` or `wears`,
@@ -821,17 +821,18 @@ def readable(faces, max_lost, size):
 
 def without(faces, lost, max_lost):
     """The faces but for {number: why it cannot be read}, which are told."""
-    check_lost(lost, len(faces), max_lost)
-    for i in sorted(lost):
-        tqdm.write(f"left out: {lost[i]}")
+    sentences = [lost[i] for i in sorted(lost)]
+    check_lost(sentences, len(faces), max_lost)
+    for sentence in sentences:
+        tqdm.write(f"left out: {sentence}")
     return faces.subset([i for i in range(len(faces)) if i not in lost]) if lost else faces
 
 
 def check_lost(lost, count, max_lost):
-    """ValueError where more than max_lost percent of `count` are lost: {number: why}, or sentences."""
+    """ValueError where more than max_lost percent of `count` are lost, of which `lost` has a sentence
+    each."""
     if len(lost) > count * max_lost / 100:
-        first = lost[min(lost)] if isinstance(lost, dict) else lost[0]
-        raise ValueError(f"{first} ({len(lost):,} of {count:,} are lost, which is more than --max_lost "
+        raise ValueError(f"{lost[0]} ({len(lost):,} of {count:,} are lost, which is more than --max_lost "
                          f"{max_lost:g} percent)")
 
 
@@ -1466,7 +1467,8 @@ def print_references(attributes):
 
 
 def print_times(faces, tokenizer, size=224, count=300):
-    """Milliseconds that a picture takes on one core, stage by stage."""
+    """Milliseconds that a picture takes on one core, stage by stage. Decoding reads the file again,
+    by then from memory."""
     clock, samples = Counter(), Samples(faces, tokenizer, size, 0, True)
 
     def timed(stage, work):

@@ -179,7 +179,7 @@ class Task:
                 out = storage((count, *values.shape[1:]), self.config.out) if out is None else out
                 out[done:done + len(numbers)] = values.to(out.dtype)
                 done += len(numbers)
-        return out[:done]
+        return out[:done] if done else torch.empty(0)
 
 
 def storage(shape, folder):

@@ -463,9 +463,9 @@ def folder_features(model, folder, cache):
     known = read_features(cache, model.config.embed_dim)
     keys = {path: f"{path.resolve()} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in paths}
     new = [path for path in paths if keys[path] not in known]
-    read, lost = lambda i, size: open_picture(new[i], size=size), {}
-    for numbers, pixels in read_batches(read, len(new), model.config.vit.image_size, "reading pictures",
-                                        lost=lost):
+    lost = {}
+    for numbers, pixels in read_batches(lambda i, size: open_picture(new[i], size=size), len(new),
+                                        model.config.vit.image_size, "reading pictures", lost=lost):
         features = model.student.image_features(pixels.to(model.temperature.device)).cpu()
         known |= {keys[new[i]]: feature.clone() for i, feature in zip(numbers, features)}
     for why in lost.values():
