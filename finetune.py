@@ -46,7 +46,6 @@ from PIL import ImageOps
 from tqdm import tqdm
 
 import data
-from bert import Tokenizer
 from data import ATTRIBUTES
 from flip import FLIP, feature_of, write_checkpoint
 from kernels.contrastive import contrastive_loss
@@ -334,7 +333,7 @@ class Retrieval(Task):
         ones already, which leaves nothing to tune."""
         faces = super().open(split, model)
         faces.check_text()
-        self.check_vocabulary(model)
+        model.need_tokenizer()
         if split == "train" and (faces.identity == faces.identity[0]).all():
             raise ValueError(f"{faces.name} shows one person only, so nothing in it is a wrong answer; "
                              f"train on more people")
@@ -343,11 +342,6 @@ class Retrieval(Task):
         grey = np.asarray(faces.pictures) @ np.array([0.299, 0.587, 0.114])                 # (I, S, S)
         pictures = np.repeat(grey.round().astype(np.uint8)[..., None], 3, axis=-1)
         return dataclasses.replace(faces, name=f"{faces.name}, black and white", pictures=pictures)
-
-    def check_vocabulary(self, model):
-        if model.tokenizer is None:
-            raise ValueError(f"{self.config.checkpoint[0]} holds no vocabulary; give one with --vocabulary "
-                             f"bert-base-uncased or a file")
 
     def encode(self, model, faces, for_training):
         """tokens (I, L, D) of the pictures, captions (T of them), cls_tokens (T, D) of these,
@@ -464,7 +458,7 @@ class Sketch(Retrieval):
         if faces.sketches is None:
             raise ValueError(f"{faces.name}: photos are to be found from sketches, but these have none")
         if split == "train" and faces.has_text:
-            self.check_vocabulary(model)
+            model.need_tokenizer()
         return faces
 
     def encode(self, model, faces, for_training):
@@ -520,7 +514,7 @@ class Sketch(Retrieval):
             tiles = [(faces.picture(i), f"{similarity[n, t, i]:.2f}", i == n) for i in best]
             rows.append((f"step {t + 1} of {steps}: the true photo has rank {ranks[n, t]} of {len(ranks)}",
                          [(faces.sketch(n, t), "", False), *tiles]))
-        contact_sheet(rows, tile=112).save(folder / "sketch.png")
+        contact_sheet(rows, tile=112, legend="green: the true photo").save(folder / "sketch.png")
         figure, sides = figure_of(11, 4.2, columns=2)
         percent = 100 * np.arange(1, steps + 1) / steps
         titles = {"percentile": "mean rank percentile", "inverse": "mean of 1 / rank"}
@@ -590,14 +584,11 @@ def evaluate_encoder(name, model, task, parts, log):
 def open_encoders(config):
     """[(name, FLIP)]: the checkpoints, then one with random weights, initialised as train.py
     would."""
-    encoders = []
-    for path in config.checkpoint:
-        model = FLIP.from_pretrained(path)
-        if model.tokenizer is None and config.vocabulary:
-            model.use(Tokenizer.load(config.vocabulary))
-        encoders.append((path, model))
+    encoders = [(path, FLIP.from_pretrained(path, vocabulary=config.vocabulary))
+                for path in config.checkpoint]
     if config.random:
         torch.manual_seed(config.seed)
+        model = encoders[-1][1]
         encoders.append(("random weights", new_model(model.config, model.tokenizer)))
     return encoders
 

@@ -23,11 +23,16 @@ recorded numbers. The training loop changes state, one named call each: `update_
 
 Shapes: see vit.py; A pairs on all processes together (A = B on one).
 Run `python flip.py --checkpoint out/flip.pt --images DIR "a smiling woman with blond hair"` to
-search a folder.
+search a folder; from Python, `FLIP.from_pretrained`, `similarity` and `match_probability` are what
+one needs.
 """
 import argparse
+import contextlib
 import copy
 import hashlib
+import os
+import re
+import warnings
 import zipfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -45,7 +50,7 @@ from kernels.attention import Sequences
 from kernels.contrastive import contrastive_loss
 from losses import matching_cross_entropy, negative_probabilities
 from vit import (CLIP_NAMES, PICTURES, ViT, ViTConfig, check_sizes, check_weights, contact_sheet,
-                 copy_weights, find_file, first_line, open_picture, read_batches, rename,
+                 copy_weights, find_file, first_line, open_picture, printable, read_batches, rename,
                  resize_positions, run_script, whole_file)
 
 
@@ -103,6 +108,11 @@ class Encoders(nn.Module):
         """Packed captions -> features (B, E) of length 1."""
         return feature_of(self.text(captions, first_only=True), self.text_projection)
 
+    def text_features(self, captions):
+        """The same for any number of captions, a part at a time."""
+        parts = torch.arange(len(captions)).split(500)
+        return torch.cat([self.encode_text(captions.select(part)) for part in parts])
+
 
 def feature_of(first, projection):
     """First tokens (B, D) -> features (B, E) of length 1."""
@@ -112,9 +122,10 @@ def feature_of(first, projection):
 class FLIP(nn.Module):
     def __init__(self, config, tokenizer=None):
         super().__init__()
-        self.config, self.tokenizer = config, None
-        if tokenizer:
-            self.use(tokenizer)
+        self.config, self.tokenizer = config, tokenizer
+        if tokenizer and tokenizer.vocab_size != config.bert.vocab_size:
+            raise ValueError(f"the vocabulary has {tokenizer.vocab_size} entries, [DEC] and [ENC] included, "
+                             f"the model {config.bert.vocab_size}; give the one it was trained with")
         self.student = Encoders(config)
         self.matching_head = nn.Linear(config.bert.width, 2)
         self.temperature = nn.Parameter(torch.tensor(0.07))
@@ -127,13 +138,6 @@ class FLIP(nn.Module):
         self.register_buffer("queue_identity", torch.full((config.queue_size,), -100))
         self.register_buffer("queue_pointer", torch.zeros(1, dtype=torch.int64))
 
-    def use(self, tokenizer):
-        """Take this tokenizer, whose vocabulary must be as large as the model's word embeddings."""
-        if tokenizer.vocab_size != self.config.bert.vocab_size:
-            raise ValueError(f"the vocabulary has {tokenizer.vocab_size} entries, [DEC] and [ENC] included, "
-                             f"the model {self.config.bert.vocab_size}; give the one it was trained with")
-        self.tokenizer = tokenizer
-
     def matching_logits(self, image_tokens, captions, readers=None):
         """ITM logits (P, 2), class 1 = match, of P captions with the images (I, L, D) that they read:
         the first readers[0] captions read image 0, and so on (a CPU tensor); None: one each."""
@@ -141,6 +145,23 @@ class FLIP(nn.Module):
         first = self.student.text(captions, image_tokens, readers, first_only=True)         # (P, D)
         with torch.autocast(first.device.type, enabled=False):      # half is too coarse beside a cosine
             return self.matching_head(first.float())
+
+    def judge(self, image_tokens, captions, pairs=None, progress=False):
+        """The same for any `pairs` (P, 2) of an image and a caption, numbers on the CPU, those of an
+        image side by side (None: each with each); image_tokens may lie anywhere, in any precision."""
+        device = self.temperature.device
+        if pairs is None:
+            pairs = torch.ones(len(image_tokens), len(captions)).nonzero()
+        # A chunk's largest tensors, float32 inside BERT's MLP, stay in a CPU's cache, or fill a GPU.
+        bytes_a_pair = 4 * captions.sequences.tokens / len(captions) * 4 * self.config.bert.width
+        chunk = 1 + int((2 ** 29 if device.type == "cuda" else 2 ** 23) / bytes_a_pair)
+        logits = [torch.empty(0, 2, device=device)]
+        for image, text in tqdm([part.T for part in pairs.split(chunk) if len(part)], "re-ranking",
+                                disable=not progress, leave=False):
+            first, last = int(image[0]), int(image[-1])
+            tokens = image_tokens[first:last + 1].float().to(device)
+            logits.append(self.matching_logits(tokens, captions.select(text), (image - first).bincount()))
+        return torch.cat(logits)
 
     def matching_score(self, logits, cosine):
         """What candidates are ranked by: matching logits (..., 2) and cosines (...) -> (...).
@@ -251,6 +272,51 @@ class FLIP(nn.Module):
     def clamp_temperature(self):
         self.temperature.clamp_(0.001, 0.5)
 
+    # ---- for those who have pictures and sentences ----
+    def similarity(self, images, texts):
+        """Cosines (I, T), on the model's device, of pictures (paths or PIL images) and sentences: ITC's
+        measure, from -1 to 1. One of either may come without a list."""
+        with evaluating(self):
+            text_features = self.student.text_features(self.read_texts(texts))
+            return torch.cat([self.student.image_features(pixels) @ text_features.T
+                              for pixels in self.read_images(images)])
+
+    def match_probability(self, images, texts):
+        """(I, T), the same way: how likely, from 0 to 1, ITM's head finds it that the two belong
+        together. It reads each picture with each sentence, so ask `similarity` first where there are
+        many."""
+        with evaluating(self):
+            captions = self.read_texts(texts)
+            logits = [self.judge(tokens, captions)
+                      for tokens, _ in map(self.student.encode_image, self.read_images(images))]
+            return torch.cat(logits).softmax(1)[:, 1].unflatten(0, (-1, len(captions)))
+
+    def read_images(self, images):
+        """Yield batches of pixels (B, 3, S, S) of pictures (paths or PIL images)."""
+        images = listed(images, (str, Path, Image.Image), "paths or PIL images")
+        size, device = self.config.vit.image_size, self.temperature.device
+        for _, pixels in read_batches(lambda i, size: open_picture(images[i], size=size), len(images), size,
+                                      "reading pictures", show=len(images) > 128):
+            yield pixels.to(device)
+
+    def read_texts(self, texts):
+        """Sentences -> packed captions; a ValueError, or a warning, for words that say nothing."""
+        texts, tokenizer = listed(texts, str, "sentences"), self.need_tokenizer()
+        for text in texts:
+            unknown = tokenizer.unknown(text)
+            if len(unknown) == len(clean_caption(text).split()):
+                raise ValueError(f"the model's vocabulary knows no word of {text!r}: nothing can be found")
+            if unknown:
+                warnings.warn(f"not in the model's vocabulary, so they say nothing: {', '.join(unknown)}")
+        return tokenizer(texts).to(self.temperature.device)
+
+    def need_tokenizer(self):
+        """The tokenizer, which an official checkpoint does not bring."""
+        if self.tokenizer is None:
+            raise ValueError("the checkpoint holds no vocabulary; give one with --vocabulary (in Python "
+                             "from_pretrained(vocabulary=...)): bert-base-uncased or a vocab.txt")
+        return self.tokenizer
+
     # ---- checkpoints ----
     def checkpoint(self):
         """All that `from_pretrained` needs: plain tensors, numbers and text."""
@@ -258,14 +324,14 @@ class FLIP(nn.Module):
                 "tokenizer": self.tokenizer.to_json() if self.tokenizer else None}
 
     @staticmethod
-    def from_pretrained(path, config=None, saved=None):
+    def from_pretrained(path, config=None, saved=None, vocabulary=None):
         """A model, in evaluation mode, from one of our checkpoints or from the official
-        FLIP-base.pth.
+        FLIP-base.pth: a file, a folder that holds it, or a hub name.
 
         config: needed only where an official file's widths are not multiples of 64, since head
         counts are not in it. An image size other than the file's resizes the position tables. Our
-        checkpoints bring their tokenizer. saved: what `read_checkpoint` found, if it was asked
-        before. """
+        checkpoints bring their tokenizer; for others, vocabulary: file, folder or hub name. saved: what
+        `read_checkpoint` found, if it was asked before. """
         saved = saved or read_checkpoint(path)
         weights, ours = dict(saved["model"]), "flip" in saved
         name_of = str if ours else official_name
@@ -279,6 +345,8 @@ class FLIP(nn.Module):
             tokenizer = saved.get("tokenizer") and Tokenizer.from_json(saved["tokenizer"], str(path))
             if not all(tensor.isfinite().all() for tensor in weights.values()):
                 raise ValueError(f"{path}: some weights are not finite numbers: its training had diverged")
+            if tokenizer is None and vocabulary:
+                tokenizer = Tokenizer.load(vocabulary)
             with torch.device("meta"):          # costs no memory
                 check_weights(FLIP(config), weights, name_of, str(path))
         except (KeyError, TypeError, AttributeError) as error:
@@ -289,6 +357,30 @@ class FLIP(nn.Module):
         return model.eval()
 
 
+@contextlib.contextmanager
+def evaluating(model):
+    """In evaluation mode and without gradients; afterwards in the mode it was in."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def listed(things, kinds, expected):
+    """A list of what is of these kinds, or one such thing alone, as a list; TypeError for others."""
+    alone = isinstance(things, kinds) or not hasattr(things, "__iter__")
+    things = [things] if alone else list(things)
+    for i, thing in enumerate(things):
+        if not isinstance(thing, kinds):
+            raise TypeError(f"expected {expected}, found {type(thing).__name__} in place {i}")
+    if not things:
+        raise ValueError(f"expected {expected}, found an empty list")
+    return things
+
+
 @torch.no_grad()
 def rerank(model, image_tokens, captions, similarity, k, progress=False):
     """Score each query's k most similar candidates again with the matching head (BLIP's evaluation;
@@ -297,23 +389,16 @@ def rerank(model, image_tokens, captions, similarity, k, progress=False):
     image_tokens (I, L, D), T packed captions, similarity (I, T): cosines. Returns (image_to_text
     (I, T), text_to_image (T, I)): `matching_score` for the k candidates of a query; the others rank
     below them in order of cosine. A pair that both directions ask for is judged once. """
-    device = next(model.parameters()).device
     rank, world = rank_and_world()
     for_image = torch.zeros_like(similarity, dtype=torch.bool)
     for_text = for_image.clone()
     for_image.scatter_(1, similarity.topk(min(k, similarity.shape[1]), dim=1).indices, True)
     for_text.scatter_(0, similarity.topk(min(k, similarity.shape[0]), dim=0).indices, True)
-    pairs = (for_image | for_text).nonzero().cpu()                                  # (P, 2), image by image
+    pairs = (for_image | for_text).nonzero().cpu().tensor_split(world)[rank]        # (P, 2), image by image
+    image, text = pairs.T
     scores = torch.zeros_like(similarity)
-    # A chunk's largest tensors, float32 inside BERT's MLP, stay in a CPU's cache, or fill a GPU.
-    bytes_a_pair = 4 * captions.sequences.tokens / len(captions) * 4 * model.config.bert.width
-    chunks = pairs.split(1 + int((2 ** 29 if device.type == "cuda" else 2 ** 23) / bytes_a_pair))[rank::world]
-    for chunk in tqdm(chunks, "re-ranking", disable=not progress, leave=False):
-        image, text = chunk.T
-        first, last = int(image[0]), int(image[-1])
-        tokens = image_tokens[first:last + 1].float().to(device)
-        judged = model.matching_logits(tokens, captions.select(text), readers=(image - first).bincount())
-        scores[image, text] = model.matching_score(judged.to(scores), similarity[image, text])
+    logits = model.judge(image_tokens, captions, pairs, progress).to(scores)
+    scores[image, text] = model.matching_score(logits, similarity[image, text])
     if world > 1:
         dist.all_reduce(scores)
     return torch.where(for_image, scores, similarity - 100), torch.where(for_text, scores, similarity - 100).T
@@ -356,9 +441,12 @@ def load_whole(path):
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
+CHECKPOINTS = ("flip.pt", "FLIP-base.pth")
+
+
 def read_checkpoint(path):
     """What lies in a checkpoint, from its file or its folder, as a dictionary with "model"."""
-    path = find_file(path, ("flip.pt", "FLIP-base.pth"))
+    path = find_file(path, CHECKPOINTS)
     try:
         saved = load_whole(path)
     except Exception as error:
@@ -469,7 +557,7 @@ def folder_features(model, folder, cache):
         features = model.student.image_features(pixels.to(model.temperature.device)).cpu()
         known |= {keys[new[i]]: feature.clone() for i, feature in zip(numbers, features)}
     for why in lost.values():
-        tqdm.write(f"left out: {why}")
+        tqdm.write(f"left out: {printable(why)}")
     if new:
         write_checkpoint(known, cache)
     found = {path: known[key] for path, key in keys.items() if key in known}
@@ -478,28 +566,115 @@ def folder_features(model, folder, cache):
     return found
 
 
+class Found(NamedTuple):
+    """A picture that was found: what it is ranked by, and both parts of it."""
+    path: Path
+    score: float            # FLIP.matching_score
+    cosine: float
+    probability: float      # of a match, by ITM's head
+
+    def __str__(self):
+        return f"{self.score:6.2f} {self.cosine:7.3f} {100 * self.probability:6.1f} %  {printable(self.path)}"
+
+
 @torch.no_grad()
 def search(model, features, query, top=8, k=32):
-    """The `top` best (path, cosine, matching probability) for a sentence, the k most similar judged
-    by the matching head."""
-    device, paths = model.temperature.device, list(features)
-    captions = model.tokenizer([query]).to(device)
+    """The `top` best of folder_features for a sentence, the k most similar judged by the matching
+    head."""
+    captions, paths = model.read_texts(query), list(features)
     similarity = torch.stack(list(features.values())) @ model.student.encode_text(captions)[0].cpu()    # (I,)
-    best = similarity.topk(min(max(k, top), len(paths))).indices
-    chosen = [paths[i] for i in best]
-    (_, pixels), = read_batches(lambda i, size: open_picture(chosen[i], size=size), len(chosen),
-                                model.config.vit.image_size, "judging", batch_size=len(chosen))
-    tokens, _ = model.student.encode_image(pixels.to(device))
-    each = captions.select(torch.zeros(len(chosen), dtype=torch.int64))
-    logits = model.matching_logits(tokens, each).cpu()                              # (k, 2)
-    order = model.matching_score(logits, similarity[best]).argsort(descending=True)[:top]
-    probability = logits.softmax(1)[:, 1]
-    return [(chosen[i], similarity[best[i]].item(), probability[i].item()) for i in order]
+    cosines, best = similarity.topk(min(max(k, top), len(paths)))
+    tokens = torch.cat([model.student.encode_image(pixels)[0]
+                        for pixels in model.read_images([paths[i] for i in best])])
+    logits = model.judge(tokens, captions).cpu()                                                # (k, 2)
+    ranked = zip(best, model.matching_score(logits, cosines), cosines, logits.softmax(1)[:, 1])
+    found = [Found(paths[i], *(number.item() for number in numbers)) for i, *numbers in ranked]
+    return sorted(found, key=lambda one: -one.score)[:top]
+
+
+def phrases_of(query, tokenizer):
+    """The parts of a sentence that each say one thing, if in known words: "a man with a goatee and a
+    tie" -> a man, a goatee, a tie."""
+    parts = re.split(r"[,.;]|\b(?:and|with|who|has|have|is|are|wears|wearing)\b", query.lower())
+    return [part.strip() for part in parts if len(tokenizer.unknown(part)) < len(clean_caption(part).split())]
+
+
+def relevance(model, images, phrase, steps=8):
+    """Where on each picture a phrase was read: what each patch adds to ITM's log-odds, (I, rows,
+    columns), in all as much as the picture has more of them than one in plain grey.
+
+    Integrated gradients (arXiv 1703.01365): pixels times their gradient, averaged while the picture
+    emerges from grey. At the picture itself alone the gradient is small where the head is certain."""
+    captions, pixels = model.read_texts(phrase), torch.cat([*model.read_images(images)])
+    gradient, patch = torch.zeros_like(pixels), model.config.vit.patch_size
+    for step in range(steps):
+        with torch.enable_grad():
+            emerging = (pixels * (step + 0.5) / steps).requires_grad_()
+            tokens, _ = model.student.encode_image(emerging)
+            logits = model.judge(tokens, captions)
+            log_odds = logits[:, 1] - logits[:, 0]
+        gradient += torch.autograd.grad(log_odds.sum(), emerging)[0] / steps
+    return patch ** 2 * F.avg_pool2d((pixels * gradient).sum(1), patch).cpu()
+
+
+def spotlight(image, light):
+    """A picture, dark but where `light` (rows, columns), from 0 to 1, falls."""
+    light = Image.fromarray((255 * light).byte().numpy()).resize(image.size, Image.Resampling.BICUBIC)
+    return Image.composite(image, image.point(lambda value: value // 4), light)
+
+
+def found_rows(model, query, found, explain):
+    """For `contact_sheet`: the pictures in a row, or, to explain, a row for each: the picture, and
+    lit where on it every phrase of the sentence was read, brighter where it was read more."""
+    pictures = [open_picture(one.path) for one in found]
+    if not explain:
+        return [(query, [(picture, f"{one.score:.1f}  {one.cosine:.2f}  {100 * one.probability:.0f} %", False)
+                         for picture, one in zip(pictures, found)])]
+    rows = [(str(one), [(picture, "", False)]) for picture, one in zip(pictures, found)]
+    for phrase in phrases_of(query, model.tokenizer):
+        lights = relevance(model, pictures, phrase).clamp(min=0)
+        for (_, row), picture, light in zip(rows, pictures, lights / lights.max().clamp(min=1e-6)):
+            row.append((spotlight(picture, light), phrase, False))
+    return rows
+
+
+def serve(model, features, top):
+    """A page on this machine: a sentence in, faces out, and for the one that is clicked where each
+    phrase was read."""
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    try:
+        import gradio
+    except ImportError:
+        raise ValueError("--serve needs gradio for its page: pip install gradio") from None
+
+    def ask(query):
+        with warnings.catch_warnings(record=True) as caught:
+            try:
+                found = search(model, features, query, top)
+            except ValueError as error:
+                raise gradio.Error(str(error)) from None
+        for warning in caught:
+            gradio.Warning(str(warning.message))
+        return [(open_picture(one.path), str(one)) for one in found], (query, found), None
+
+    def show(asked, chosen: gradio.SelectData):
+        query, found = asked
+        return contact_sheet([found_rows(model, query, found, explain=True)[chosen.index]], tile=192)
+
+    with gradio.Blocks(title="FLIP") as page:
+        gradio.Markdown(f"# Search in {len(features)} faces\nScore, cosine, matching probability below each; "
+                        f"click one to see where each phrase was read.")
+        query, asked = gradio.Textbox(label="a sentence", autofocus=True), gradio.State()
+        gallery = gradio.Gallery(columns=4, object_fit="contain", allow_preview=False, show_label=False)
+        maps = gradio.Image(show_label=False)
+        query.submit(ask, query, [gallery, asked, maps])
+        gallery.select(show, asked, maps)
+    page.launch(server_name="127.0.0.1")
 
 
 def main():
     parser = argparse.ArgumentParser(description="Search a folder of face photographs with a sentence.")
-    parser.add_argument("query", help='for example "a smiling woman with blond hair"')
+    parser.add_argument("query", nargs="?", help='for example "a smiling woman with blond hair"')
     parser.add_argument("--checkpoint", default="out/flip.pt",
                         help="made by train.py, or the official FLIP-base.pth")
     parser.add_argument("--images", required=True, help="folder of pictures, searched with its subfolders")
@@ -507,38 +682,35 @@ def main():
                                              "checkpoint, which holds none, needs bert-base-uncased")
     parser.add_argument("--top", type=int, default=8, help="how many faces to show")
     parser.add_argument("--out", default="out/search.png", help="where to write the contact sheet")
+    parser.add_argument("--explain", action="store_true",
+                        help="show beside each face where on it every phrase of the sentence was read")
+    parser.add_argument("--serve", action="store_true",
+                        help="instead of one query, search on a page in the browser (pip install gradio)")
     args = parser.parse_args()
     out = Path(args.out)
-    if not clean_caption(args.query):
-        raise ValueError(f"the query {args.query!r} has no words")
+    if not args.serve and not clean_caption(args.query or ""):
+        raise ValueError(f"the query {args.query or ''!r} has no words")
     if args.top < 1:
         raise ValueError(f"--top {args.top}: expected at least 1")
     if out.suffix.lower() not in Image.registered_extensions():
         raise ValueError(f"--out {out}: expected the name of a picture, such as out/search.png")
     if not Path(args.images).is_dir():
         raise FileNotFoundError(f"{args.images}: no such folder")
-    model = FLIP.from_pretrained(args.checkpoint).eval().to("cuda" if torch.cuda.is_available() else "cpu")
-    if args.vocabulary:
-        model.use(Tokenizer.load(args.vocabulary))
-    if model.tokenizer is None:
-        raise ValueError(f"{args.checkpoint} holds no vocabulary; give one with --vocabulary "
-                         f"bert-base-uncased or a vocab.txt")
-    state = Path(args.checkpoint).stat()
-    version = f"{Path(args.checkpoint).resolve()} {state.st_size} {state.st_mtime_ns}"
+    path = find_file(args.checkpoint, CHECKPOINTS)
+    model = FLIP.from_pretrained(path, vocabulary=args.vocabulary)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    # What is wrong with words is said before pictures are read.
+    model.need_tokenizer() if args.serve else model.read_texts(args.query)
+    state = path.stat()
+    version = f"{path.resolve()} {state.st_size} {state.st_mtime_ns}"
     cache = out.parent / f"features-{hashlib.sha256(version.encode()).hexdigest()[:12]}.pt"
-    unknown = model.tokenizer.unknown(args.query)
-    if len(unknown) == len(clean_caption(args.query).split()):
-        raise ValueError(f"the model's vocabulary knows no word of {args.query!r}: nothing can be found")
-    if unknown:
-        print(f"not in the model's vocabulary, so that they say nothing: {', '.join(unknown)}")
     features = folder_features(model, args.images, cache)
+    if args.serve:
+        return serve(model, features, args.top)
     found = search(model, features, args.query, args.top)
-    print(f"{'ITC':>6} {'ITM':>6}  best of {len(features)} faces")
-    for path, cosine, probability in found:
-        print(f"{cosine:6.3f} {probability:6.3f}  {path}")
-    tiles = [(open_picture(path), f"{cosine:.2f}  {probability:.2f}", False)
-             for path, cosine, probability in found]
-    contact_sheet([(args.query, tiles)]).save(out)
+    print(f" score  cosine   match    best of {len(features)} faces")
+    print(*found, sep="\n")
+    contact_sheet(found_rows(model, args.query, found, args.explain)).save(out)
     print(f"contact sheet: {out}")
 
 

@@ -20,16 +20,18 @@ import subprocess
 import sys
 import tarfile
 import time
+import warnings
 import zipfile
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
@@ -1648,6 +1650,44 @@ def test_a_run_stopped_or_killed_and_resumed_has_the_log_of_one_never_stopped(
     assert logs[0] == logs[1]
 
 
+def test_a_run_goes_on_from_a_flip_ours_or_official_and_at_another_image_size(
+        uninterrupted, cache, tmp_path, capsys):
+    before = FLIP.from_pretrained(uninterrupted)
+    torch.save({"model": official_state(before)}, tmp_path / "official.pth")
+    (tmp_path / "tokenizer.json").write_text(before.tokenizer.to_json())
+    official = dict(init=f"{tmp_path}/official.pth", vocabulary=f"{tmp_path}/tokenizer.json")
+    for change in (dict(init=str(uninterrupted)), official):
+        config = quick(tmp_path / "out", cache, image_size=64, queue_size=7, **change)
+        model = train.build_model(config, None, train.open_initial(config))
+        learned, expected = model.student.state_dict(), before.student.state_dict()
+        grid, resized = expected.pop("image.positions"), learned["image.positions"]
+        torch.testing.assert_close(resized, vit.resize_positions(grid, 64))
+        for part, other in ((learned, expected),
+                            (model.momentum_encoder.state_dict(), model.student.state_dict()),
+                            (model.matching_head.state_dict(), before.matching_head.state_dict())):
+            assert all(torch.equal(part[name], other[name]) for name in other)
+        assert model.temperature == before.temperature and model.image_queue.shape == (7, 128)
+        assert model.tokenizer.to_json() == before.tokenizer.to_json()
+    folder = write_celeba(tmp_path / "mine", count=40)
+    given = ["--data", str(folder), "--init", str(uninterrupted), "--image_size", "64", "--batch_size", "8",
+             "--steps", "300", "--cache", cache, "--out", f"{tmp_path}/out"]
+    config = train.parse_arguments(given)
+    assert config.augment and not train.parse_arguments([]).augment
+    model, _ = train.train(dataclasses.replace(config, steps=2, eval_every=2))
+    assert model.config.vit.image_size == 64 and "2 steps are 0.5 passes over" in capsys.readouterr().out
+    _, faces = train.open_data(config, 64)
+    train.announce(config, faces, faces, 4, Tokenizer.train(["a face"]))
+    printed = capsys.readouterr().out
+    assert "words of the captions are not in the vocabulary of --init, and are spelled" in printed
+    assert "75.0 passes" in printed and "by heart: try --steps 120" in printed
+    assert f"among {len(faces)} faces chance alone reaches 100 % at R@10" in printed
+    for change, sentence in ((dict(init=official["init"]), "holds no vocabulary; give one with --vocabulary"),
+                             (dict(init=str(uninterrupted), model="base"), "128 wide, that of --model base")):
+        config = quick(tmp_path, cache, **change)
+        assert sentence in error_of(lambda: train.build_model(config, None, train.open_initial(config)))
+    assert "--init brings all weights" in error_of(quick, tmp_path, cache, init="a", bert="b")
+
+
 def test_resuming_takes_the_runs_flags_and_only_what_does_not_decide_it_may_be_new(uninterrupted, cache):
     out = ["--out", str(uninterrupted), "--resume"]
     resumed = train.parse_arguments(out + ["--workers", "2", "--batch_size", "8"])
@@ -1670,7 +1710,7 @@ def test_a_run_leaves_log_and_pictures_and_a_checkpoint_that_evaluates_the_same(
     for name in pictures:
         Image.open(uninterrupted / name).load()
     config = quick(uninterrupted, cache)
-    validation = train.Validation.of(train.open_data(config)[1])
+    validation = train.Validation.of(train.open_data(config, 48)[1])
     metrics, _ = train.evaluate(FLIP.from_pretrained(uninterrupted), validation, config)
     assert metrics == pytest.approx({name: log_of(uninterrupted)[-1][name] for name in metrics})
 
@@ -1695,8 +1735,8 @@ def test_two_micro_batches_give_the_gradient_of_their_mean(tmp_path, cache):
     """Up to the queue, which the second already sees filled by the first."""
     config = quick(tmp_path, cache, accumulate=2, queue_from=1.0, alpha_ramp=(1, 1), momentum_from=1.0,
                    clip_grad=0.0)
-    faces, _ = train.open_data(config)
-    model = train.build_model(config, faces).train()
+    faces, _ = train.open_data(config, 48)
+    model = train.build_model(config, faces, None).train()
     first, second = take(data.Batches(faces, model.tokenizer, 48, 8), 0, 2)
     gradients, optimizer = [], torch.optim.SGD([{"params": list(model.parameters()), "scale": 0.0}])
     optimizer.step = lambda: gradients.append(model.student.image.class_token.grad.clone())
@@ -1786,7 +1826,7 @@ def test_flags_are_the_configurations_fields_and_recipes_yield_to_them():
 
 
 def test_a_retrieval_table_stands_beside_chance_and_both_references(uninterrupted, cache):
-    validation = train.Validation.of(train.open_data(quick(uninterrupted, cache))[1])
+    validation = train.Validation.of(train.open_data(quick(uninterrupted, cache), 48)[1])
     metrics = {f"{way}_r{k}": 10.0 for way in ("img", "txt", "itc_img", "itc_txt") for k in (1, 5, 10)}
     lines = train.table(metrics, validation).splitlines()
     assert [line.split(" | ")[0][2:] for line in lines[2:]] == [
@@ -2120,6 +2160,7 @@ def test_search_shows_the_best_by_matching_logit_plus_cosine_and_names_what_it_c
         uninterrupted, tmp_path, monkeypatch, capsys):
     folder, query, out = write_celeba(tmp_path), "a smiling woman", tmp_path / "found.bmp"
     (folder / "notes.png").write_text("no picture")
+    (folder / "img_align_celeba/000001.jpg").rename(folder / "\x1b[31m.jpg")
     monkeypatch.setattr(sys, "argv", ["flip.py", "--checkpoint", f"{uninterrupted}/flip.pt", "--top", "4",
                                       "--images", str(folder), "--out", str(out), query])
     flip_module.main()
@@ -2133,10 +2174,119 @@ def test_search_shows_the_best_by_matching_logit_plus_cosine_and_names_what_it_c
             tokens, feature = model.student.encode_image(pixels)
             cosine = (feature @ model.student.encode_text(captions).T).item()
             logits = model.matching_logits(tokens, captions)
-            line = f"{cosine:6.3f} {logits.softmax(1)[0, 1]:6.3f}  {path}"
-            scores[line] = model.matching_score(logits, cosine).item()
+            score = model.matching_score(logits, torch.tensor([cosine])).item()
+            line = f"{score:6.2f} {cosine:7.3f} {100 * logits.softmax(1)[0, 1]:6.1f} %  {path}"
+            scores[line.replace("\x1b", "\\x1b")] = score
     assert printed.splitlines()[-5:-1] == sorted(scores, key=scores.get, reverse=True)[:4]
-    assert Image.open(out).width > 4 * 100
+    assert "\x1b" not in printed and Image.open(out).width > 4 * 100
+
+
+def test_ten_lines_of_python_compare_pictures_and_sentences_as_both_losses_do(uninterrupted, tmp_path):
+    model, names = FLIP.from_pretrained(uninterrupted).train(), [f"{i}.jpg" for i in range(130)]
+    write_pictures(tmp_path, names)                             # more than are read at once
+    paths, texts = [tmp_path / name for name in names], ["a smiling woman", "a man"]
+    cosines, matches = model.similarity(paths, texts), model.match_probability(paths[:3], texts)
+    assert model.training and not cosines.requires_grad and cosines.shape == (130, 2)
+    model.eval()
+    for i in (0, 2):
+        tokens, feature = model.student.encode_image(vit.to_tensor([vit.to_pixels(Image.open(paths[i]), 48)]))
+        expected = feature @ model.student.encode_text(model.tokenizer(texts)).T
+        torch.testing.assert_close(cosines[i], expected[0])
+        for t, text in enumerate(texts):
+            expected = model.matching_logits(tokens, model.tokenizer([text])).softmax(1)[0, 1]
+            torch.testing.assert_close(matches[i, t], expected)
+    turned = Image.open(paths[0]).rotate(90, expand=True)       # and its note says so, as a camera's would
+    turned.getexif()[274] = 6
+    turned.info["exif"] = turned.getexif().tobytes()
+    alone = model.similarity(turned, "a man")
+    torch.testing.assert_close(alone[0, 0], model.similarity([Image.open(paths[0])], ["a man"])[0, 0])
+    for images, sentences, said in ((3.5, "a man", "expected paths or PIL images, found float in place 0"),
+                                    ([paths[0], None], "a man", "found NoneType in place 1"),
+                                    (paths, [b"a man"], "expected sentences, found bytes in place 0"),
+                                    (paths, [], "expected sentences, found an empty list"),
+                                    (paths, "freckles", "knows no word of 'freckles'")):
+        with pytest.raises((TypeError, ValueError), match=re.escape(said)):
+            model.similarity(images, sentences)
+    with pytest.warns(UserWarning, match="so they say nothing: freckles"):
+        model.similarity(paths[0], "a man with freckles")
+
+
+def test_what_the_patches_add_is_in_all_what_the_picture_has_over_a_grey_one(uninterrupted):
+    model, pictures = FLIP.from_pretrained(uninterrupted), [Image.fromarray(x) for x in drawn(3, 48).pictures]
+    added = flip_module.relevance(model, pictures, "a man", steps=100)
+    assert added.shape == (3, 6, 6)
+    pixels = vit.to_tensor([vit.to_pixels(picture, 48) for picture in pictures])
+    with torch.no_grad():
+        logits = [model.matching_logits(model.student.encode_image(shown)[0], model.tokenizer(["a man"] * 3))
+                  for shown in (pixels, 0 * pixels)]
+    picture, grey = (each[:, 1] - each[:, 0] for each in logits)
+    torch.testing.assert_close(added.sum((1, 2)), picture - grey, atol=1e-3, rtol=1e-3)
+    # a patch that is grey itself adds nothing
+    grey = np.tile(vit.MEAN.numpy() * 255, (48, 48, 1)).round().astype(np.uint8)
+    grey[8:16, 40:] = 0
+    [added] = flip_module.relevance(model, Image.fromarray(grey), "a man")
+    assert added[1, 5].abs() > 0.9 * added.abs().sum()
+
+
+def test_a_sentence_is_explained_phrase_by_phrase_beside_each_face(uninterrupted, tmp_path, monkeypatch):
+    query = "A smiling woman with blond hair and freckles, who is wearing a hat and a tie."
+    assert flip_module.phrases_of(query, TOKENIZER) == ["a smiling woman", "blond hair", "a hat", "a tie"]
+    out = tmp_path / "found.png"
+    monkeypatch.setattr(sys, "argv", ["flip.py", "--checkpoint", f"{uninterrupted}/flip.pt", "--top", "2",
+                                      "--images", str(write_celeba(tmp_path)), "--out", str(out), "--explain",
+                                      "a man with a hat and a tie"])
+    flip_module.main()
+    width, height = Image.open(out).size
+    assert width > 4 * 128 and height > 2 * 128                 # two rows: the face, three phrases
+
+
+def test_the_page_answers_with_faces_and_says_where_a_phrase_was_read(uninterrupted, tmp_path, monkeypatch):
+    """Gradio's part is played by a stand-in, which takes the two functions that the page calls."""
+    class Part:
+        def __init__(self, *args, **kwargs):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def submit(self, ask, query, outputs):
+            calls["ask"] = ask
+
+        def select(self, show, asked, maps):
+            calls["show"] = show
+
+        def launch(self, **options):
+            calls["options"] = options
+    calls, names = {}, ("Blocks", "Markdown", "Textbox", "State", "Gallery", "Image", "SelectData")
+    page = SimpleNamespace(**dict.fromkeys(names, Part), Error=RuntimeError, Warning=warnings.warn)
+    model, folder = FLIP.from_pretrained(uninterrupted), write_celeba(tmp_path)
+    features = flip_module.folder_features(model, folder, tmp_path / "features.pt")
+    monkeypatch.setitem(sys.modules, "gradio", page)
+    flip_module.serve(model, features, 3)
+    assert calls["options"] == {"server_name": "127.0.0.1"}
+    gallery, asked, _ = calls["ask"]("a smiling woman")
+    found = flip_module.search(model, features, "a smiling woman", 3)
+    assert [label for _, label in gallery] == [*map(str, found)]
+    shown = calls["show"](asked, SimpleNamespace(index=2))
+    assert shown.width > 2 * 192 and shown.height < 2 * 192
+    with pytest.raises(RuntimeError, match="knows no word"):
+        calls["ask"]("freckles")
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    assert "pip install gradio" in error_of(flip_module.serve, model, features, 3)
+
+
+def test_pictures_keep_their_proportions_on_a_sheet_and_the_frame_has_a_legend():
+    wide = Image.new("RGB", (40, 20), "red")
+    sheet = np.asarray(vit.contact_sheet([("", [(wide, "", False), (wide, "", True)])], tile=100)).astype(int)
+    red = (sheet == (255, 0, 0)).all(2)
+    assert red.sum() == 2 * 100 * 50
+    green = (sheet == (40, 160, 70)).all(2)
+    assert green.sum() == 108 * 108 - 100 * 100
+    with_legend = vit.contact_sheet([("", [(wide, "", False)])], tile=100, legend="green: the true one")
+    assert with_legend.height > len(sheet) and (np.asarray(with_legend) == (40, 160, 70)).all(2).any()
 
 
 def test_search_computes_features_of_new_pictures_only(uninterrupted, tmp_path, monkeypatch):
@@ -2186,7 +2336,7 @@ def test_every_file_shows_what_it_is_about_and_a_wrong_argument_ends_in_a_senten
     (lambda: data.Batches(dataclasses.replace(drawn(), attributes=None), TOKENIZER, 8, 2),
      "drawn: expected captions, or attributes to write them from, found none"),
     (lambda: data.Batches(drawn(6), TOKENIZER, 16, 4, world=2), "drawn: 6 faces are fewer than a batch of 8"),
-    (lambda: small_flip().use(Tokenizer.train(["a smiling woman"])), "27 entries"),
+    (lambda: FLIP(small_flip().config, Tokenizer.train(["a smiling woman"])), "27 entries"),
     (lambda: small_flip().draw_negatives(unit(3, 12), unit(3, 12), torch.tensor([4, 4, 4])), "same person"),
     (lambda: small_flip().draw_negatives(unit(3, 12) * torch.nan, unit(3, 12), torch.arange(3)), "diverged"),
 ])
@@ -2257,9 +2407,48 @@ def default_run(tmp_path_factory):
 def test_the_default_run_finds_faces_more_often_than_knowing_all_attributes_does(default_run):
     """Text to image; by as much as RESULTS.md says, but for three points."""
     config, metrics = default_run
-    references = train.Validation.of(train.open_data(config)[1]).references
+    references = train.Validation.of(train.open_data(config, 48)[1]).references
     assert 60 <= references["consistency"][1] <= 80 and references["ceiling"][0] > 65
     assert all(metrics[name] >= least for name, least in (("img_r1", 48), ("img_r5", 78), ("img_r10", 86)))
+
+
+def patches_of(index, seed, parts, patch=8, fine=5):
+    """Which of the 6 x 6 patches of a drawn face have one of these parts on at least a tenth."""
+    rng = np.random.default_rng((seed, index))
+    look, shapes = toyfaces.describe(toyfaces.sample_attributes(rng), rng)
+    shown = Image.new("L", (48 * fine, 48 * fine))
+    pen = ImageDraw.Draw(shown)
+    for shape, line in zip(shapes, toyfaces.outlines(look, shapes, shown.width, 5)):
+        if shape.part in parts and shape.width:
+            pen.line(line.ravel().tolist(), 1, round(shape.width * look.scale * shown.width))
+        elif shape.part in parts:
+            pen.polygon(line.ravel().tolist(), 1)
+    return np.asarray(shown).reshape(6, patch * fine, 6, patch * fine).mean((1, 3)) >= 0.1
+
+
+@pytest.mark.slow
+def test_a_phrase_is_read_where_on_the_face_it_is(default_run):
+    """`pytest -m slow -k is_read_where -s` prints RESULTS.md's table."""
+    model = FLIP.from_pretrained(default_run[0].out)
+    torch.manual_seed(0)
+    untrained = train.new_model(model.config, model.tokenizer).eval()
+    told = {"Eyeglasses": ("glasses", ["glasses"]), "Wearing_Hat": ("a hat", ["hat"]),
+            "Mustache": ("a mustache", ["moustache"]), "Wearing_Earrings": ("earrings", ["earring"]),
+            "Wearing_Necktie": ("a tie", ["tie"]), "Smiling": ("smiling", ["lips", "mouth", "teeth"])}
+    faces, ratios = [toyfaces.face(i, 21, 48) for i in range(4000)], []
+    for name, (phrase, parts) in told.items():
+        chosen = [i for i, (_, has) in enumerate(faces) if has[ATTRIBUTES.index(name)]][:60]
+        inside = np.stack([patches_of(i, 21, parts) for i in chosen])
+        row = [100 * inside.mean()]
+        for each in (model, untrained):
+            added = flip_module.relevance(each, [faces[i][0] for i in chosen], phrase).clamp(min=0)
+            shares = (added / added.sum((1, 2), keepdim=True)).numpy()
+            row.append(100 * (shares * inside).sum((1, 2)).mean())
+        ratios.append([row[1] / row[0], row[2] / row[0]])
+        print(f"| {phrase} |", " | ".join(f"{value:.1f}" for value in (*row, *ratios[-1])), "|")
+    ours, random = np.mean(ratios, axis=0)
+    print(f"on average {ours:.1f} and {random:.1f} times the part's share of the patches")
+    assert ours >= 3 and 0.5 < random < 1.5
 
 
 def in_the_middle(sketch):
@@ -2529,7 +2718,7 @@ def what_can_break(tmp_path, uninterrupted):
     write_pictures(tmp_path / "search", ["0.png"])
 
     def use(path):
-        model.use(Tokenizer.load(path))
+        FLIP(model.config, Tokenizer.load(path))
 
     def features(path):
         found = flip_module.folder_features(model, tmp_path / "search", path)

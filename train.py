@@ -30,6 +30,7 @@ import signal
 import textwrap
 import time
 import typing
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -44,9 +45,10 @@ from tqdm import tqdm
 import data
 from bert import BertConfig, Tokenizer, load_bert
 from data import COLUMNS
-from flip import FLIP, FLIPConfig, Knobs, rank_and_world, read_checkpoint, rerank, write_checkpoint
+from flip import (FLIP, FLIPConfig, Knobs, evaluating, rank_and_world, read_checkpoint, rerank,
+                  write_checkpoint)
 from losses import retrieval_metrics
-from vit import ViTConfig, contact_sheet, load_clip, markdown, read_batches, run_script
+from vit import ViTConfig, contact_sheet, load_clip, markdown, read_batches, resize_positions, run_script
 
 
 # ---- configuration -----------------------------------------------------------------------------
@@ -80,6 +82,9 @@ class Config:
                                "are those it began with, but for --data, --cache, --max_lost, --workers, "
                                "--log_every, --eval_every and --save_every, which may be new")
     seed: int = flag(0, "of initial values, order, captions, negatives")
+    init: str = flag("", "go on from this FLIP, from train.py or the official one: file, folder or hub name")
+    vocabulary: str = flag("", "for an --init that holds none, as the official: file, folder, hub name")
+    image_size: int = flag(0, "pixels on a side that the model looks at; 0: as --init or --model has it")
     clip: str = flag("", "start the image encoder from CLIP: file, folder or hub name")
     bert: str = flag("", "start the text encoder from BERT, with its vocabulary: folder or hub name")
     epochs: int = flag(15, "passes over the data, unless --steps says how long", low=1)
@@ -126,11 +131,14 @@ class Config:
 
     def __post_init__(self):
         check_flags(self)
+        if self.init and (self.clip or self.bert):
+            raise ValueError("--init brings all weights: leave --clip and --bert out")
 
 
 # What learning from random weights needs in a short run; the paper's recipe starts from CLIP and BERT:
 RECIPES = {"tiny": dict(
-    steps=1800, batch_size=128, workers=0, augment=False, log_every=20, eval_every=900, k_test=16,
+    steps=1800, batch_size=128, workers=0, augment=False,       # but on for one's own faces, which are few
+    log_every=20, eval_every=900, k_test=16,
     lr=1e-3, lr_start=1e-5, lr_min=0.0, lr_decay="linear", warmup=60, beta2=0.98, clip_grad=1.0,
     # Sentences are learned sooner than faces, and a text encoder that moves more slowly than the
     # image encoder is one that this can follow.
@@ -253,7 +261,8 @@ def train(config):
                 metrics = evaluate_and_draw(run, done)
                 begin += time.time() - paused
     if rank == 0:
-        print(table(metrics, run.validation))
+        print(f"{table(metrics, run.validation)}\n"
+              f"{config.out}: flip.pt, log.jsonl, curves.png, retrieval.png")
     return run.model, metrics
 
 
@@ -312,22 +321,64 @@ def autocast(config, device):
 
 
 # ==== A first reading may stop here: building, evaluation, saving, flags ==========================
-def build_model(config, faces):
-    """FLIP as --model says, from random weights, CLIP's or BERT's; without BERT, with a vocabulary
-    from captions of `faces`."""
+@torch.no_grad()
+def build_model(config, faces, initial):
+    """FLIP as --init brought it (`initial`) or as --model says, from random weights, CLIP's or BERT's;
+    without any text encoder to start from, with a vocabulary from captions of `faces`."""
     torch.manual_seed(config.seed)
     vit, bert, embed_dim = MODELS[config.model]
-    tokenizer = Tokenizer.load(config.bert) if config.bert else Tokenizer.train(sample_captions(faces))
+    if initial:
+        vit, bert, embed_dim = initial.config.vit, initial.config.bert, initial.config.embed_dim
+        tokenizer = initial.need_tokenizer()
+    else:
+        tokenizer = Tokenizer.load(config.bert) if config.bert else Tokenizer.train(sample_captions(faces))
+    vit = dataclasses.replace(vit, image_size=config.image_size or vit.image_size)
     bert = dataclasses.replace(bert, vocab_size=tokenizer.vocab_size)
     hardness = config.hardness if config.posterior else None
     flip_config = FLIPConfig(vit, bert, embed_dim, config.queue_size, hardness)
     model = new_model(flip_config, tokenizer)
+    if initial:                     # all that is learned; queue and momentum encoder begin anew
+        positions = resize_positions(initial.student.image.positions, vit.patches)
+        initial.student.image.positions = nn.Parameter(positions)
+        model.student.load_state_dict(initial.student.state_dict())
+        model.matching_head.load_state_dict(initial.matching_head.state_dict())
+        model.temperature.copy_(initial.temperature)
     if config.clip:
         load_clip(model.student.image, config.clip)
     if config.bert:
         load_bert(model.student.text, config.bert)
     model.update_momentum(0)        # the momentum encoder starts as a copy of the student
     return model
+
+
+def open_initial(config):
+    """The model that --init names, or None."""
+    if not config.init:
+        return None
+    initial = FLIP.from_pretrained(config.init, vocabulary=config.vocabulary)
+    width, expected = initial.config.vit.width, MODELS[config.model][0].width
+    if width != expected:
+        raise ValueError(f"--init {config.init}: its image encoder is {width} wide, that of --model "
+                         f"{config.model} {expected}; give the --model whose size, and recipe, it has")
+    return initial
+
+
+def announce(config, faces, validation, per_epoch, tokenizer):
+    """Say how long the run is, and what about it will disappoint."""
+    passes, chance = config.steps / per_epoch, 100 * min(1, 10 / len(validation))
+    print(f"{len(faces):,} faces to train on, {len(validation):,} to validate on; {config.steps:,} steps are "
+          f"{passes:.1f} passes over the former")
+    if passes > 60:
+        print(f"so often seen, faces are learned by heart: try --steps {30 * per_epoch}, or more faces")
+    if chance > 4:
+        print(f"among {len(validation)} faces chance alone reaches {chance:.0f} % at R@10: have more to "
+              f"validate on, or a larger --validation than {config.validation}")
+    if config.init:
+        unknown = Counter(word for text in sample_captions(faces, 500) for word in tokenizer.unknown(text))
+        if unknown:
+            words = ", ".join(word for word, _ in unknown.most_common(10))
+            print(f"{len(unknown)} words of the captions are not in the vocabulary of --init, and are "
+                  f"spelled in letters: {words}{', ...' if len(unknown) > 10 else ''}")
 
 
 @torch.no_grad()
@@ -339,7 +390,7 @@ def new_model(flip_config, tokenizer):
     differ from the first step; the image encoder's positions as large as what the patches bring, so
     that it can tell an eyebrow from a moustache."""
     model = FLIP(flip_config, tokenizer)
-    if flip_config.vit != TINY[0]:
+    if flip_config.vit.width != TINY[0].width:
         return model
     nn.init.normal_(model.student.image.positions, std=0.3)
     nn.init.normal_(model.student.text.words.weight, std=0.1)
@@ -422,9 +473,8 @@ def set_learning_rate(optimizers, lr):
         group["lr"] = lr * group["scale"]
 
 
-def open_data(config):
-    """Faces to train on, faces to validate on."""
-    size = MODELS[config.model][0].image_size
+def open_data(config, size):
+    """Faces to train on, faces to validate on, in a size that suits size x size pixels."""
     if config.data:
         train, validation = (
             data.open_faces(config.data, split, config.cache, config.columns, config.max_lost)
@@ -458,11 +508,13 @@ def prepare(config):
         print(f"nothing was saved in {config.out} yet: the run begins")
     if rank > 0:
         dist.barrier()              # until the first process has drawn or listed data, and downloaded weights
-    faces, validation = open_data(config)
+    initial = FLIP.from_pretrained(path, saved=checkpoint) if saved else open_initial(config)
+    vit = initial.config.vit if initial else MODELS[config.model][0]
+    faces, validation = open_data(config, config.image_size or vit.image_size)
     if saved and (saved["processes"], saved["faces"]) != (world, len(faces)):
         raise ValueError(f"--resume: the run in {path} had {saved['processes']} processes and "
                          f"{saved['faces']} faces, now there are {world} and {len(faces)}; use the same")
-    model = FLIP.from_pretrained(path, saved=checkpoint) if saved else build_model(config, faces)
+    model = initial if saved else build_model(config, faces, initial)
     model.to(device).train()
     if rank == 0 and world > 1:
         dist.barrier()
@@ -473,6 +525,8 @@ def prepare(config):
         raise ValueError(f"an epoch has {batches.per_epoch} batches, fewer than --accumulate "
                          f"{config.accumulate}")
     config = dataclasses.replace(config, steps=config.steps or config.epochs * steps_per_epoch)
+    if rank == 0:
+        announce(config, faces, validation, steps_per_epoch, model.tokenizer)
     optimizers = build_optimizers(model, config.weight_decay, config.beta2, config.temperature_lr,
                                   config.muon_image, config.muon_text)
     for optimizer, state in zip(optimizers, saved["optimizers"] if saved else ()):
@@ -510,25 +564,20 @@ class Validation(NamedTuple):
         return Validation(faces, list(texts), images, references)
 
 
-@torch.no_grad()
 def evaluate(model, validation, config):
     """What `recalls` says of the validation faces."""
     device, size, faces = model.temperature.device, model.config.vit.image_size, validation.faces
-    show, was_training = rank_and_world()[0] == 0, model.training
-    model.eval()
-    image_tokens, image_features = [], []
-    with autocast(config, device):
-        for _, pixels in read_batches(faces.picture, len(faces), size, "encoding faces", show=show):
-            tokens, features = model.student.encode_image(pixels.to(device))
-            image_tokens.append(tokens.cpu())
-            image_features.append(features)
-        captions = model.tokenizer(validation.texts).to(device)
-        parts = torch.arange(len(captions)).split(500)
-        text_features = torch.cat([model.student.encode_text(captions.select(part)) for part in parts])
-    similarity = torch.cat(image_features) @ text_features.T                        # (I, T), in float32
-    result = recalls(model, torch.cat(image_tokens), captions, similarity, validation.image_of_text, config)
-    model.train(was_training)
-    return result
+    show, image_tokens, image_features = rank_and_world()[0] == 0, [], []
+    captions = model.tokenizer(validation.texts).to(device)
+    with evaluating(model):
+        with autocast(config, device):
+            for _, pixels in read_batches(faces.picture, len(faces), size, "encoding faces", show=show):
+                tokens, features = model.student.encode_image(pixels.to(device))
+                image_tokens.append(tokens.cpu())
+                image_features.append(features)
+            text_features = model.student.text_features(captions)
+        similarity = torch.cat(image_features) @ text_features.T                    # (I, T), in float32
+        return recalls(model, torch.cat(image_tokens), captions, similarity, validation.image_of_text, config)
 
 
 def recalls(model, image_tokens, captions, similarity, image_of_text, config):
@@ -565,7 +614,7 @@ def retrieval_sheet(validation, text_to_image, path, queries=6, top=5):
         own, scores = validation.image_of_text[t], text_to_image[t]
         rows.append((validation.texts[t], [(validation.faces.picture(i), f"score {scores[i]:.1f}", i == own)
                                            for i in scores.argsort(descending=True)[:top].tolist()]))
-    contact_sheet(rows).save(path)
+    contact_sheet(rows, legend="green: the face that the sentence was written for").save(path)
 
 
 def figure_of(width, height, columns=1):
@@ -718,6 +767,8 @@ def parse_arguments(argv=None):
     recipe = RECIPES.get(given.get("model", "tiny"), {})
     if "epochs" in given:
         recipe = recipe | {"steps": 0}              # or the tiny recipe's steps would decide
+    if "data" in given:
+        recipe = recipe | {"augment": True}
     return Config(**recipe | given)
 
 

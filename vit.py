@@ -31,6 +31,7 @@ import contextlib
 import ctypes
 import os
 import textwrap
+import warnings
 from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -204,12 +205,18 @@ def keep_memory():
 def run_script(main):
     """Run a script: what its user can mend ends in a sentence, not in a traceback."""
     keep_memory()
+    warnings.formatwarning = lambda message, *_: f"{message}\n"
     try:
         main()
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}")
     except KeyboardInterrupt:
         raise SystemExit("interrupted")
+
+
+def printable(text):
+    """A file's name, for example, whose odd characters cannot steer a terminal."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
 
 def first_line(error):
@@ -281,9 +288,9 @@ MOST_PIXELS = 2 ** 26       # larger pictures are refused: some are made to fill
 @contextlib.contextmanager
 def opening(file, name):
     """A picture of which only the header has been read; ValueError with a sentence when the file is
-    none, or turns out damaged."""
+    none, or turns out damaged. (Of a PIL image, which may be given, too, a copy.)"""
     try:
-        with Image.open(file, formats=FORMATS) as image:
+        with file.copy() if isinstance(file, Image.Image) else Image.open(file, formats=FORMATS) as image:
             if image.width * image.height > MOST_PIXELS:
                 raise ValueError(f"{image.width} x {image.height} pixels are more than {MOST_PIXELS:,}")
             if image.mode in ("I", "F") or image.mode.startswith("I;"):     # conversion would clip to white
@@ -350,15 +357,15 @@ def read_batches(read, count, size, title, batch_size=128, show=True, lost=None)
                 yield kept, to_tensor([pixels for pixels in found if pixels is not None])
 
 
-def contact_sheet(rows, tile=128):
+def contact_sheet(rows, tile=128, legend=""):
     """A picture of rows (title, [(image, label, framed)]): the title above, a label below each
-    image, a green frame around the framed ones."""
+    image, a green frame around the framed ones, and below all what it means."""
     margin, font = 8, ImageFont.load_default(max(11, tile // 9))
     line, width = font.size + 4, margin + max(len(tiles) for _, tiles in rows) * (tile + margin)
     letters = int((width - 2 * margin) / font.getlength("n"))                   # in a line of a title
     titles = [textwrap.wrap(title, letters) for title, _ in rows]
     heights = [len(lines) * line + tile + line + 2 * margin for lines in titles]
-    sheet = Image.new("RGB", (width, sum(heights) + margin), "white")
+    sheet = Image.new("RGB", (width, sum(heights) + margin + line * bool(legend)), "white")
     pen, bottom = ImageDraw.Draw(sheet), 0
     for lines, height, (_, tiles) in zip(titles, heights, rows):
         pen.text((margin, bottom + margin), "\n".join(lines), fill="black", font=font, spacing=4)
@@ -368,8 +375,11 @@ def contact_sheet(rows, tile=128):
             x = margin + column * (tile + margin)
             if framed:
                 pen.rectangle((x - 4, y - 4, x + tile + 3, y + tile + 3), fill=(40, 160, 70))
-            sheet.paste(image.convert("RGB").resize((tile, tile), Image.Resampling.LANCZOS), (x, y))
+                pen.rectangle((x, y, x + tile - 1, y + tile - 1), fill="white")
+            image = ImageOps.contain(image.convert("RGB"), (tile, tile), Image.Resampling.LANCZOS)
+            sheet.paste(image, (x + (tile - image.width) // 2, y + (tile - image.height) // 2))
             pen.text((x, y + tile + 4), label, fill=(90, 90, 90), font=font)
+    pen.text((margin, bottom), legend, fill=(40, 160, 70), font=font)
     return sheet
 
 
