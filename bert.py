@@ -115,12 +115,15 @@ class Tokenizer:
         """Number of embeddings that the model needs: the word pieces, then [DEC], then [ENC]."""
         return self.wordpiece.get_vocab_size() + 2
 
-    def unknown(self, text):
-        """The words of a text that the vocabulary lacks: spelled in letters, or not even that."""
-        words = [(word, self.wordpiece.encode(word, add_special_tokens=False).tokens)
-                 for word in re.findall(r"\w[\w'-]*", clean_caption(text))]
-        return [word for word, pieces in words
-                if "[UNK]" in pieces or len(word) > 1 and all(len(p.removeprefix("##")) == 1 for p in pieces)]
+    def words(self, text):
+        """The words of a text that the vocabulary has, and those that it lacks: they are spelled in
+        letters, or not even that."""
+        known, unknown = [], []
+        for word in re.findall(r"\w[\w'-]*", clean_caption(text)):
+            pieces = self.wordpiece.encode(word, add_special_tokens=False).tokens
+            spelled = len(word) > 1 and all(len(piece.removeprefix("##")) == 1 for piece in pieces)
+            (unknown if spelled or "[UNK]" in pieces else known).append(word)
+        return known, unknown
 
     def __call__(self, texts):
         if isinstance(texts, str):

@@ -1459,10 +1459,10 @@ def print_references(attributes):
     """How well an ideal reader finds one face, or caption, among these."""
     rng = np.random.default_rng(0)
     stated = np.stack([caption(row, rng)[1] for row in attributes])
-    print(f"recall at 1 / 5 / 10 among {len(attributes)}, for a reader who knows all attributes:")
+    print(f"recall at 1 / 5 / 10 among {len(attributes)} in %, for a reader who knows all attributes:")
     for name, recalls in reference_recalls(stated, attributes).items():
         for direction, recall in recalls.items():
-            numbers = " / ".join(f"{share:.3f}" for share in recall.values())
+            numbers = " / ".join(f"{100 * share:.1f}" for share in recall.values())
             print(f"  {name:<11} {direction.replace('_', ' '):<13} {numbers}")
 
 

@@ -45,7 +45,7 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from bert import Bert, BertConfig, Captions, Tokenizer, bert_name, clean_caption
+from bert import MAX_TOKENS, Bert, BertConfig, Captions, Tokenizer, bert_name
 from kernels.attention import Sequences
 from kernels.contrastive import contrastive_loss
 from losses import matching_cross_entropy, negative_probabilities
@@ -109,7 +109,7 @@ class Encoders(nn.Module):
         return feature_of(self.text(captions, first_only=True), self.text_projection)
 
     def text_features(self, captions):
-        """The same for any number of captions, a part at a time."""
+        """Any number of packed captions -> features (T, E) of length 1, a part at a time."""
         parts = torch.arange(len(captions)).split(500)
         return torch.cat([self.encode_text(captions.select(part)) for part in parts])
 
@@ -147,8 +147,8 @@ class FLIP(nn.Module):
             return self.matching_head(first.float())
 
     def judge(self, image_tokens, captions, pairs=None, progress=False):
-        """The same for any `pairs` (P, 2) of an image and a caption, numbers on the CPU, those of an
-        image side by side (None: each with each); image_tokens may lie anywhere, in any precision."""
+        """ITM logits (P, 2) for any `pairs` (P, 2) of an image and a caption, numbers on the CPU, in the
+        order of their images (None: each with each); image_tokens may lie anywhere, in any precision."""
         device = self.temperature.device
         if pairs is None:
             pairs = torch.ones(len(image_tokens), len(captions)).nonzero()
@@ -282,9 +282,9 @@ class FLIP(nn.Module):
                               for pixels in self.read_images(images)])
 
     def match_probability(self, images, texts):
-        """(I, T), the same way: how likely, from 0 to 1, ITM's head finds it that the two belong
-        together. It reads each picture with each sentence, so ask `similarity` first where there are
-        many."""
+        """(I, T): how likely, from 0 to 1, ITM's head finds it that picture and sentence belong together.
+        It reads every pair, so ask `similarity` first where there are many. It was taught to tell apart
+        what ITC finds similar: to rank, put the two together (`matching_score`)."""
         with evaluating(self):
             captions = self.read_texts(texts)
             logits = [self.judge(tokens, captions)
@@ -303,12 +303,15 @@ class FLIP(nn.Module):
         """Sentences -> packed captions; a ValueError, or a warning, for words that say nothing."""
         texts, tokenizer = listed(texts, str, "sentences"), self.need_tokenizer()
         for text in texts:
-            unknown = tokenizer.unknown(text)
-            if len(unknown) == len(clean_caption(text).split()):
+            known, unknown = tokenizer.words(text)
+            if not known:
                 raise ValueError(f"the model's vocabulary knows no word of {text!r}: nothing can be found")
             if unknown:
                 warnings.warn(f"not in the model's vocabulary, so they say nothing: {', '.join(unknown)}")
-        return tokenizer(texts).to(self.temperature.device)
+        captions = tokenizer(texts).to(self.temperature.device)
+        if captions.sequences.longest >= MAX_TOKENS:
+            warnings.warn(f"the longest of these sentences is read no further than {MAX_TOKENS} tokens")
+        return captions
 
     def need_tokenizer(self):
         """The tokenizer, which an official checkpoint does not bring."""
@@ -573,6 +576,12 @@ class Found(NamedTuple):
     cosine: float
     probability: float      # of a match, by ITM's head
 
+    def picture(self):
+        """In a size for looking at."""
+        picture = open_picture(self.path)
+        picture.thumbnail((512, 512))
+        return picture
+
     def __str__(self):
         return f"{self.score:6.2f} {self.cosine:7.3f} {100 * self.probability:6.1f} %  {printable(self.path)}"
 
@@ -595,26 +604,29 @@ def search(model, features, query, top=8, k=32):
 def phrases_of(query, tokenizer):
     """The parts of a sentence that each say one thing, if in known words: "a man with a goatee and a
     tie" -> a man, a goatee, a tie."""
-    parts = re.split(r"[,.;]|\b(?:and|with|who|has|have|is|are|wears|wearing)\b", query.lower())
-    return [part.strip() for part in parts if len(tokenizer.unknown(part)) < len(clean_caption(part).split())]
+    between = r"(?<![\w-])(?<!not )(?:he|she|and|with|who|has|have|is|are|wears|wearing)(?![\w-])"
+    parts = re.split(rf"[,.;]|{between}", query.lower())
+    return [part.strip() for part in parts if tokenizer.words(part)[0]]
 
 
 def relevance(model, images, phrase, steps=8):
     """Where on each picture a phrase was read: what each patch adds to ITM's log-odds, (I, rows,
-    columns), in all as much as the picture has more of them than one in plain grey.
+    columns), in all about as much as the picture has more of them than one in plain grey.
 
     Integrated gradients (arXiv 1703.01365): pixels times their gradient, averaged while the picture
-    emerges from grey. At the picture itself alone the gradient is small where the head is certain."""
-    captions, pixels = model.read_texts(phrase), torch.cat([*model.read_images(images)])
-    gradient, patch = torch.zeros_like(pixels), model.config.vit.patch_size
-    for step in range(steps):
-        with torch.enable_grad():
-            emerging = (pixels * (step + 0.5) / steps).requires_grad_()
-            tokens, _ = model.student.encode_image(emerging)
-            logits = model.judge(tokens, captions)
-            log_odds = logits[:, 1] - logits[:, 0]
-        gradient += torch.autograd.grad(log_odds.sum(), emerging)[0] / steps
-    return patch ** 2 * F.avg_pool2d((pixels * gradient).sum(1), patch).cpu()
+    emerges from grey, CLIP's mean colour. (At the picture itself the gradient is small where the head
+    is certain.)"""
+    captions, patch, added = model.read_texts(phrase), model.config.vit.patch_size, []
+    with evaluating(model), torch.enable_grad():
+        for pixels in torch.cat([*model.read_images(images)]).split(8):
+            gradient = torch.zeros_like(pixels)
+            for step in range(steps):
+                emerging = (pixels * (step + 0.5) / steps).requires_grad_()
+                logits = model.judge(model.student.encode_image(emerging)[0], captions)
+                log_odds = logits[:, 1] - logits[:, 0]
+                gradient += torch.autograd.grad(log_odds.sum(), emerging)[0] / steps
+            added.append(patch ** 2 * F.avg_pool2d((pixels * gradient).sum(1), patch).cpu())
+    return torch.cat(added)
 
 
 def spotlight(image, light):
@@ -626,7 +638,7 @@ def spotlight(image, light):
 def found_rows(model, query, found, explain):
     """For `contact_sheet`: the pictures in a row, or, to explain, a row for each: the picture, and
     lit where on it every phrase of the sentence was read, brighter where it was read more."""
-    pictures = [open_picture(one.path) for one in found]
+    pictures = [one.picture() for one in found]
     if not explain:
         return [(query, [(picture, f"{one.score:.1f}  {one.cosine:.2f}  {100 * one.probability:.0f} %", False)
                          for picture, one in zip(pictures, found)])]
@@ -638,7 +650,7 @@ def found_rows(model, query, found, explain):
     return rows
 
 
-def serve(model, features, top):
+def serve(model, folder, cache, top, sentence=""):
     """A page on this machine: a sentence in, faces out, and for the one that is clicked where each
     phrase was read."""
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
@@ -646,6 +658,7 @@ def serve(model, features, top):
         import gradio
     except ImportError:
         raise ValueError("--serve needs gradio for its page: pip install gradio") from None
+    features = folder_features(model, folder, cache)
 
     def ask(query):
         with warnings.catch_warnings(record=True) as caught:
@@ -655,21 +668,21 @@ def serve(model, features, top):
                 raise gradio.Error(str(error)) from None
         for warning in caught:
             gradio.Warning(str(warning.message))
-        return [(open_picture(one.path), str(one)) for one in found], (query, found), None
+        return [(one.picture(), str(one)) for one in found], (query, found), None
 
     def show(asked, chosen: gradio.SelectData):
         query, found = asked
-        return contact_sheet([found_rows(model, query, found, explain=True)[chosen.index]], tile=192)
+        return contact_sheet(found_rows(model, query, [found[chosen.index]], explain=True), tile=192)
 
-    with gradio.Blocks(title="FLIP") as page:
+    with gradio.Blocks(title="FLIP", delete_cache=(600, 600)) as page:      # its copies of faces do not stay
         gradio.Markdown(f"# Search in {len(features)} faces\nScore, cosine, matching probability below each; "
                         f"click one to see where each phrase was read.")
-        query, asked = gradio.Textbox(label="a sentence", autofocus=True), gradio.State()
+        query, asked = gradio.Textbox(sentence, label="a sentence", autofocus=True), gradio.State()
         gallery = gradio.Gallery(columns=4, object_fit="contain", allow_preview=False, show_label=False)
         maps = gradio.Image(show_label=False)
         query.submit(ask, query, [gallery, asked, maps])
         gallery.select(show, asked, maps)
-    page.launch(server_name="127.0.0.1")
+    page.launch(server_name="127.0.0.1", inbrowser=True)
 
 
 def main():
@@ -679,7 +692,7 @@ def main():
                         help="made by train.py, or the official FLIP-base.pth")
     parser.add_argument("--images", required=True, help="folder of pictures, searched with its subfolders")
     parser.add_argument("--vocabulary", help="vocab.txt, tokenizer.json, folder or hub name; the official "
-                                             "checkpoint, which holds none, needs bert-base-uncased")
+                                             "checkpoint needs bert-base-uncased, ours bring their own")
     parser.add_argument("--top", type=int, default=8, help="how many faces to show")
     parser.add_argument("--out", default="out/search.png", help="where to write the contact sheet")
     parser.add_argument("--explain", action="store_true",
@@ -688,8 +701,6 @@ def main():
                         help="instead of one query, search on a page in the browser (pip install gradio)")
     args = parser.parse_args()
     out = Path(args.out)
-    if not args.serve and not clean_caption(args.query or ""):
-        raise ValueError(f"the query {args.query or ''!r} has no words")
     if args.top < 1:
         raise ValueError(f"--top {args.top}: expected at least 1")
     if out.suffix.lower() not in Image.registered_extensions():
@@ -700,13 +711,13 @@ def main():
     model = FLIP.from_pretrained(path, vocabulary=args.vocabulary)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     # What is wrong with words is said before pictures are read.
-    model.need_tokenizer() if args.serve else model.read_texts(args.query)
+    model.need_tokenizer() if args.serve else model.read_texts(args.query or "")
     state = path.stat()
     version = f"{path.resolve()} {state.st_size} {state.st_mtime_ns}"
     cache = out.parent / f"features-{hashlib.sha256(version.encode()).hexdigest()[:12]}.pt"
-    features = folder_features(model, args.images, cache)
     if args.serve:
-        return serve(model, features, args.top)
+        return serve(model, args.images, cache, args.top, args.query or "")
+    features = folder_features(model, args.images, cache)
     found = search(model, features, args.query, args.top)
     print(f" score  cosine   match    best of {len(features)} faces")
     print(*found, sep="\n")

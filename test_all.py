@@ -1658,7 +1658,7 @@ def test_a_run_goes_on_from_a_flip_ours_or_official_and_at_another_image_size(
     official = dict(init=f"{tmp_path}/official.pth", vocabulary=f"{tmp_path}/tokenizer.json")
     for change in (dict(init=str(uninterrupted)), official):
         config = quick(tmp_path / "out", cache, image_size=64, queue_size=7, **change)
-        model = train.build_model(config, None, train.open_initial(config))
+        model = train.build_model(config, ViTConfig(64, 8, 128, 3, 4), None, train.open_initial(config))
         learned, expected = model.student.state_dict(), before.student.state_dict()
         grid, resized = expected.pop("image.positions"), learned["image.positions"]
         torch.testing.assert_close(resized, vit.resize_positions(grid, 64))
@@ -1674,18 +1674,20 @@ def test_a_run_goes_on_from_a_flip_ours_or_official_and_at_another_image_size(
     config = train.parse_arguments(given)
     assert config.augment and not train.parse_arguments([]).augment
     model, _ = train.train(dataclasses.replace(config, steps=2, eval_every=2))
-    assert model.config.vit.image_size == 64 and "2 steps are 0.5 passes over" in capsys.readouterr().out
-    _, faces = train.open_data(config, 64)
-    train.announce(config, faces, faces, 4, Tokenizer.train(["a face"]))
+    assert model.config.vit.image_size == 64 and "2 steps are 0.4 passes over" in capsys.readouterr().out
+    faces = train.open_data(config, 64)[0].subset(range(20))
+    train.announce(config, faces, faces, 1, Tokenizer.train(["a face"]))
     printed = capsys.readouterr().out
     assert "words of the captions are not in the vocabulary of --init, and are spelled" in printed
-    assert "75.0 passes" in printed and "by heart: try --steps 120" in printed
-    assert f"among {len(faces)} faces chance alone reaches 100 % at R@10" in printed
+    assert "120.0 passes" in printed and "by heart: try --steps 75, or" in printed
+    assert "among 20 faces chance alone reaches 50 % at R@10" in printed
     for change, sentence in ((dict(init=official["init"]), "holds no vocabulary; give one with --vocabulary"),
                              (dict(init=str(uninterrupted), model="base"), "128 wide, that of --model base")):
         config = quick(tmp_path, cache, **change)
-        assert sentence in error_of(lambda: train.build_model(config, None, train.open_initial(config)))
+        assert sentence in error_of(train.open_initial, config)
     assert "--init brings all weights" in error_of(quick, tmp_path, cache, init="a", bert="b")
+    assert "--vocabulary is for an --init" in error_of(quick, tmp_path, cache, vocabulary="a")
+    assert "is not a multiple of the patch" in error_of(train.train, quick(tmp_path, cache, image_size=50))
 
 
 def test_resuming_takes_the_runs_flags_and_only_what_does_not_decide_it_may_be_new(uninterrupted, cache):
@@ -1736,7 +1738,7 @@ def test_two_micro_batches_give_the_gradient_of_their_mean(tmp_path, cache):
     config = quick(tmp_path, cache, accumulate=2, queue_from=1.0, alpha_ramp=(1, 1), momentum_from=1.0,
                    clip_grad=0.0)
     faces, _ = train.open_data(config, 48)
-    model = train.build_model(config, faces, None).train()
+    model = train.build_model(config, train.TINY[0], faces, None).train()
     first, second = take(data.Batches(faces, model.tokenizer, 48, 8), 0, 2)
     gradients, optimizer = [], torch.optim.SGD([{"params": list(model.parameters()), "scale": 0.0}])
     optimizer.step = lambda: gradients.append(model.student.image.class_token.grad.clone())
@@ -2225,12 +2227,13 @@ def test_what_the_patches_add_is_in_all_what_the_picture_has_over_a_grey_one(uni
     grey = np.tile(vit.MEAN.numpy() * 255, (48, 48, 1)).round().astype(np.uint8)
     grey[8:16, 40:] = 0
     [added] = flip_module.relevance(model, Image.fromarray(grey), "a man")
-    assert added[1, 5].abs() > 0.9 * added.abs().sum()
+    assert added[1, 5].abs() > 0.8 * added.abs().sum()      # the rest: grey is rounded to 8 bits
 
 
 def test_a_sentence_is_explained_phrase_by_phrase_beside_each_face(uninterrupted, tmp_path, monkeypatch):
-    query = "A smiling woman with blond hair and freckles, who is wearing a hat and a tie."
-    assert flip_module.phrases_of(query, TOKENIZER) == ["a smiling woman", "blond hair", "a hat", "a tie"]
+    query = "She is a smiling woman with blond hair and freckles, who is not wearing a hat and a tie."
+    phrases = ["a smiling woman", "blond hair", "not wearing a hat", "a tie"]
+    assert flip_module.phrases_of(query, TOKENIZER) == phrases
     out = tmp_path / "found.png"
     monkeypatch.setattr(sys, "argv", ["flip.py", "--checkpoint", f"{uninterrupted}/flip.pt", "--top", "2",
                                       "--images", str(write_celeba(tmp_path)), "--out", str(out), "--explain",
@@ -2265,8 +2268,8 @@ def test_the_page_answers_with_faces_and_says_where_a_phrase_was_read(uninterrup
     model, folder = FLIP.from_pretrained(uninterrupted), write_celeba(tmp_path)
     features = flip_module.folder_features(model, folder, tmp_path / "features.pt")
     monkeypatch.setitem(sys.modules, "gradio", page)
-    flip_module.serve(model, features, 3)
-    assert calls["options"] == {"server_name": "127.0.0.1"}
+    flip_module.serve(model, folder, tmp_path / "features.pt", 3)
+    assert calls["options"] == {"server_name": "127.0.0.1", "inbrowser": True}
     gallery, asked, _ = calls["ask"]("a smiling woman")
     found = flip_module.search(model, features, "a smiling woman", 3)
     assert [label for _, label in gallery] == [*map(str, found)]
@@ -2275,7 +2278,7 @@ def test_the_page_answers_with_faces_and_says_where_a_phrase_was_read(uninterrup
     with pytest.raises(RuntimeError, match="knows no word"):
         calls["ask"]("freckles")
     monkeypatch.setitem(sys.modules, "gradio", None)
-    assert "pip install gradio" in error_of(flip_module.serve, model, features, 3)
+    assert "pip install gradio" in error_of(flip_module.serve, model, folder, "features.pt", 3)
 
 
 def test_pictures_keep_their_proportions_on_a_sheet_and_the_frame_has_a_legend():
@@ -2548,8 +2551,9 @@ def test_sizes_out_of_range_are_sentences_before_memory_is_taken(uninterrupted, 
 
 def test_words_that_the_vocabulary_lacks_are_named():
     tokenizer = Tokenizer.train(["a man with glasses, o'clock"])
-    assert tokenizer.unknown("A bald man with red glasses.") == ["bald", "red"]
-    assert tokenizer.unknown("a man, o'clock") == [] and tokenizer.unknown("Ω") == ["ω"]
+    assert tokenizer.words("A bald man with red glasses.")[1] == ["bald", "red"]
+    assert tokenizer.words("man/xyz Ω ?") == (["man"], ["xyz", "ω"]) and tokenizer.words("???") == ([], [])
+    assert tokenizer.words("a man, o'clock")[1] == []
 
 
 def test_a_search_for_words_of_which_none_is_known_says_so(uninterrupted, tmp_path, monkeypatch):

@@ -96,7 +96,7 @@ class Config:
     lr_min: float = flag(1e-6, "learning rate that the decay stops at")
     lr_decay: str = flag("epoch", "after the warm-up: epoch (x 0.9 each epoch), cosine or linear",
                          choices=("epoch", "cosine", "linear"))
-    warmup: int = flag(20_000, "steps from lr_start to lr")
+    warmup: int = flag(20_000, "steps from lr_start to lr, but at most a fifth of the run")
     temperature_lr: float = flag(1.0, "learning rate of the temperature, as a multiple of lr")
     muon_image: float = flag(0.0, "learning rate of Muon, as a multiple of lr, for the matrices inside the "
                                   "image encoder's blocks; 0: AdamW for them, too")
@@ -133,6 +133,8 @@ class Config:
         check_flags(self)
         if self.init and (self.clip or self.bert):
             raise ValueError("--init brings all weights: leave --clip and --bert out")
+        if self.vocabulary and not self.init:
+            raise ValueError("--vocabulary is for an --init that holds none; without --init, --bert has one")
 
 
 # What learning from random weights needs in a short run; the paper's recipe starts from CLIP and BERT:
@@ -170,9 +172,10 @@ def warmup_decay(step, steps, warmup, lr, lr_start=0.0, lr_min=0.0, decay="cosin
 
 def learning_rate(step, config, steps_per_epoch):
     """`warmup_decay`, or after the warm-up x 0.9 per epoch (the first is epoch 0)."""
-    if config.lr_decay == "epoch" and step >= config.warmup:
+    warmup = min(config.warmup, config.steps // 5)
+    if config.lr_decay == "epoch" and step >= warmup:
         return max(config.lr_min, config.lr * 0.9 ** (step // steps_per_epoch))
-    return warmup_decay(step, config.steps, config.warmup, config.lr, config.lr_start, config.lr_min,
+    return warmup_decay(step, config.steps, warmup, config.lr, config.lr_start, config.lr_min,
                         config.lr_decay)
 
 
@@ -322,25 +325,25 @@ def autocast(config, device):
 
 # ==== A first reading may stop here: building, evaluation, saving, flags ==========================
 @torch.no_grad()
-def build_model(config, faces, initial):
-    """FLIP as --init brought it (`initial`) or as --model says, from random weights, CLIP's or BERT's;
-    without any text encoder to start from, with a vocabulary from captions of `faces`."""
+def build_model(config, vit, faces, initial):
+    """FLIP with the ViTConfig `vit`, else as --init has it (`initial`) or --model says, from random
+    weights, CLIP's or BERT's; without any text encoder to start from, with a vocabulary from captions
+    of `faces`."""
     torch.manual_seed(config.seed)
-    vit, bert, embed_dim = MODELS[config.model]
+    _, bert, embed_dim = MODELS[config.model]
     if initial:
-        vit, bert, embed_dim = initial.config.vit, initial.config.bert, initial.config.embed_dim
-        tokenizer = initial.need_tokenizer()
+        bert, embed_dim, tokenizer = initial.config.bert, initial.config.embed_dim, initial.tokenizer
     else:
         tokenizer = Tokenizer.load(config.bert) if config.bert else Tokenizer.train(sample_captions(faces))
-    vit = dataclasses.replace(vit, image_size=config.image_size or vit.image_size)
     bert = dataclasses.replace(bert, vocab_size=tokenizer.vocab_size)
-    hardness = config.hardness if config.posterior else None
+    as_before = initial is not None and initial.config.hardness is not None
+    hardness = config.hardness if config.posterior or as_before else None
     flip_config = FLIPConfig(vit, bert, embed_dim, config.queue_size, hardness)
     model = new_model(flip_config, tokenizer)
     if initial:                     # all that is learned; queue and momentum encoder begin anew
-        positions = resize_positions(initial.student.image.positions, vit.patches)
-        initial.student.image.positions = nn.Parameter(positions)
-        model.student.load_state_dict(initial.student.state_dict())
+        learned = initial.student.state_dict()
+        learned["image.positions"] = resize_positions(learned["image.positions"], vit.patches)
+        model.student.load_state_dict(learned)
         model.matching_head.load_state_dict(initial.matching_head.state_dict())
         model.temperature.copy_(initial.temperature)
     if config.clip:
@@ -360,21 +363,25 @@ def open_initial(config):
     if width != expected:
         raise ValueError(f"--init {config.init}: its image encoder is {width} wide, that of --model "
                          f"{config.model} {expected}; give the --model whose size, and recipe, it has")
+    initial.need_tokenizer()
     return initial
 
 
-def announce(config, faces, validation, per_epoch, tokenizer):
+def announce(config, faces, validation, world, tokenizer):
     """Say how long the run is, and what about it will disappoint."""
-    passes, chance = config.steps / per_epoch, 100 * min(1, 10 / len(validation))
+    passes = config.steps * config.accumulate * config.batch_size * world / len(faces)
+    chance = 100 * min(1, 10 / len(validation))
     print(f"{len(faces):,} faces to train on, {len(validation):,} to validate on; {config.steps:,} steps are "
           f"{passes:.1f} passes over the former")
     if passes > 60:
-        print(f"so often seen, faces are learned by heart: try --steps {30 * per_epoch}, or more faces")
+        print(f"so often seen, faces are learned by heart: try --steps "
+              f"{round(30 * config.steps / passes)}, or more faces")
     if chance > 4:
-        print(f"among {len(validation)} faces chance alone reaches {chance:.0f} % at R@10: have more to "
-              f"validate on, or a larger --validation than {config.validation}")
+        larger = f" (--validation {config.validation})" if config.validation <= len(validation) else ""
+        print(f"among {len(validation)} faces chance alone reaches {chance:.0f} % at R@10: figures say more "
+              f"with more faces to validate on{larger}")
     if config.init:
-        unknown = Counter(word for text in sample_captions(faces, 500) for word in tokenizer.unknown(text))
+        unknown = Counter(word for text in sample_captions(faces, 500) for word in tokenizer.words(text)[1])
         if unknown:
             words = ", ".join(word for word, _ in unknown.most_common(10))
             print(f"{len(unknown)} words of the captions are not in the vocabulary of --init, and are "
@@ -508,13 +515,14 @@ def prepare(config):
         print(f"nothing was saved in {config.out} yet: the run begins")
     if rank > 0:
         dist.barrier()              # until the first process has drawn or listed data, and downloaded weights
-    initial = FLIP.from_pretrained(path, saved=checkpoint) if saved else open_initial(config)
-    vit = initial.config.vit if initial else MODELS[config.model][0]
-    faces, validation = open_data(config, config.image_size or vit.image_size)
+    model = FLIP.from_pretrained(path, saved=checkpoint) if saved else open_initial(config)
+    vit = model.config.vit if model else MODELS[config.model][0]
+    vit = dataclasses.replace(vit, image_size=config.image_size or vit.image_size)
+    faces, validation = open_data(config, vit.image_size)
     if saved and (saved["processes"], saved["faces"]) != (world, len(faces)):
         raise ValueError(f"--resume: the run in {path} had {saved['processes']} processes and "
                          f"{saved['faces']} faces, now there are {world} and {len(faces)}; use the same")
-    model = initial if saved else build_model(config, faces, initial)
+    model = model if saved else build_model(config, vit, faces, initial=model)
     model.to(device).train()
     if rank == 0 and world > 1:
         dist.barrier()
@@ -525,8 +533,8 @@ def prepare(config):
         raise ValueError(f"an epoch has {batches.per_epoch} batches, fewer than --accumulate "
                          f"{config.accumulate}")
     config = dataclasses.replace(config, steps=config.steps or config.epochs * steps_per_epoch)
-    if rank == 0:
-        announce(config, faces, validation, steps_per_epoch, model.tokenizer)
+    if rank == 0 and not saved:
+        announce(config, faces, validation, world, model.tokenizer)
     optimizers = build_optimizers(model, config.weight_decay, config.beta2, config.temperature_lr,
                                   config.muon_image, config.muon_text)
     for optimizer, state in zip(optimizers, saved["optimizers"] if saved else ()):
@@ -754,15 +762,15 @@ def parse_arguments(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=f"In brackets: the defaults of base and large. The tiny model, which runs without --model, "
-               f"has\n{textwrap.fill(tiny, 100)}")
+               f"has\n{textwrap.fill(tiny, 100)}\n(augment True with --data)")
     given = parse_flags(parser, Config, argv)
     path = Path(given.get("out", Config.out)) / "flip.pt"
     if given.get("resume") and path.exists():
         before = read_run(path)["training"]["config"]
         for name, value in given.items():
-            if name not in FREE_TO_CHANGE and value != before[name]:
-                raise ValueError(f"--resume: the run in {path} has --{name} {before[name]} and goes on with "
-                                 f"it; leave --{name} {value} out, or start a new run with another --out")
+            if name not in FREE_TO_CHANGE and value != before.get(name):
+                raise ValueError(f"--resume: the run in {path} has --{name} {before.get(name)} and goes on "
+                                 f"with it; leave --{name} {value} out, or start anew with another --out")
         return Config(**before | given)
     recipe = RECIPES.get(given.get("model", "tiny"), {})
     if "epochs" in given:

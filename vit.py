@@ -209,7 +209,7 @@ def run_script(main):
     try:
         main()
     except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}")
+        raise SystemExit(f"error: {printable(error)}")
     except KeyboardInterrupt:
         raise SystemExit("interrupted")
 
@@ -359,13 +359,13 @@ def read_batches(read, count, size, title, batch_size=128, show=True, lost=None)
 
 def contact_sheet(rows, tile=128, legend=""):
     """A picture of rows (title, [(image, label, framed)]): the title above, a label below each
-    image, a green frame around the framed ones, and below all what it means."""
+    image, as long as it fits, a green frame around the framed ones, and below all the legend."""
     margin, font = 8, ImageFont.load_default(max(11, tile // 9))
     line, width = font.size + 4, margin + max(len(tiles) for _, tiles in rows) * (tile + margin)
     letters = int((width - 2 * margin) / font.getlength("n"))                   # in a line of a title
-    titles = [textwrap.wrap(title, letters) for title, _ in rows]
+    titles, legend = [textwrap.wrap(title, letters) for title, _ in rows], textwrap.wrap(legend, letters)
     heights = [len(lines) * line + tile + line + 2 * margin for lines in titles]
-    sheet = Image.new("RGB", (width, sum(heights) + margin + line * bool(legend)), "white")
+    sheet = Image.new("RGB", (width, sum(heights) + margin + line * len(legend)), "white")
     pen, bottom = ImageDraw.Draw(sheet), 0
     for lines, height, (_, tiles) in zip(titles, heights, rows):
         pen.text((margin, bottom + margin), "\n".join(lines), fill="black", font=font, spacing=4)
@@ -378,8 +378,10 @@ def contact_sheet(rows, tile=128, legend=""):
                 pen.rectangle((x, y, x + tile - 1, y + tile - 1), fill="white")
             image = ImageOps.contain(image.convert("RGB"), (tile, tile), Image.Resampling.LANCZOS)
             sheet.paste(image, (x + (tile - image.width) // 2, y + (tile - image.height) // 2))
+            while font.getlength(label) > tile + margin:
+                label = label[:-2] + "…"
             pen.text((x, y + tile + 4), label, fill=(90, 90, 90), font=font)
-    pen.text((margin, bottom), legend, fill=(40, 160, 70), font=font)
+    pen.text((margin, bottom), "\n".join(legend), fill=(40, 160, 70), font=font, spacing=4)
     return sheet
 
 
