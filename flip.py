@@ -642,7 +642,7 @@ def found_rows(model, query, found, explain):
     if not explain:
         return [(query, [(picture, f"{one.score:.1f}  {one.cosine:.2f}  {100 * one.probability:.0f} %", False)
                          for picture, one in zip(pictures, found)])]
-    rows = [(str(one), [(picture, "", False)]) for picture, one in zip(pictures, found)]
+    rows = [(str(one).strip(), [(picture, "", False)]) for picture, one in zip(pictures, found)]
     for phrase in phrases_of(query, model.tokenizer):
         lights = relevance(model, pictures, phrase).clamp(min=0)
         for (_, row), picture, light in zip(rows, pictures, lights / lights.max().clamp(min=1e-6)):
