@@ -196,9 +196,9 @@ def spare_the_cpu():
     """What a CPU would waste its time on, and nobody would see why.
 
     Numbers below 1e-38: attention that has learned to look at few tokens gives the others such
-    weights, and each costs a hundred times what others cost; taken for 0, a step of a trained model
-    takes little more than half the time. (Threads inherit this, so it comes before there are any.)
-    And memory: glibc returns large tensors to the system as soon as they are freed, and fetching and
+    weights, and each costs a hundred times what others cost. In a long run steps came to take nearly
+    twice the time; so they are taken for 0. (Threads inherit this: it comes before there are any.) And
+    memory: glibc returns large tensors to the system as soon as they are freed, and fetching and
     clearing the pages anew costs several percent. Let it keep what it has, up to 32 MB a tensor,
     which is the most that can be asked for."""
     torch.set_flush_denormal(True)
