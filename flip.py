@@ -23,8 +23,7 @@ recorded numbers. The training loop changes state, one named call each: `update_
 
 Shapes: see vit.py; A pairs on all processes together (A = B on one).
 Run `python flip.py --checkpoint out/flip.pt --images DIR "a smiling woman with blond hair"` to
-search a folder; from Python, `FLIP.from_pretrained`, `similarity` and `match_probability` are what
-one needs.
+search a folder; from Python, call `FLIP.from_pretrained`, `similarity`, `match_probability`.
 """
 import argparse
 import contextlib
@@ -444,9 +443,6 @@ def load_whole(path):
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
-CHECKPOINTS = ("flip.pt", "FLIP-base.pth")
-
-
 def read_checkpoint(path):
     """What lies in a checkpoint, from its file or its folder, as a dictionary with "model"."""
     path = find_file(path, CHECKPOINTS)
@@ -471,6 +467,7 @@ def our_config(sizes):
     return FLIPConfig(**sizes | {"vit": ViTConfig(**sizes["vit"]), "bert": BertConfig(**sizes["bert"])})
 
 
+CHECKPOINTS = ("flip.pt", "FLIP-base.pth")      # in a folder, or in a repository of the hub
 OWN_NAMES = {"image_queue": "image_queue", "text_queue": "text_queue", "queue_identity": "idx_queue",
              "queue_pointer": "ptr_queue", "temperature": "temp", "matching_head.weight": "itm_head.weight",
              "matching_head.bias": "itm_head.bias"}

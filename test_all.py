@@ -2321,6 +2321,13 @@ def test_every_file_shows_what_it_is_about_and_a_wrong_argument_ends_in_a_senten
     assert (result.returncode == 0) == ("error" not in shows)
 
 
+def test_a_script_takes_numbers_that_slow_a_cpu_down_for_0_in_all_threads():
+    script = ("import torch, vit; vit.run_script(lambda: print("
+              "(torch.full((10 ** 7,), 1e-38) * 0.1).count_nonzero().item()))")
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "0\n"
+
+
 # ---- bad input ---------------------------------------------------------------------------------
 @pytest.mark.parametrize("call, sentence", [
     (lambda: train.Config(batch_size=0), "--batch_size 0: expected at least 1"),

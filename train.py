@@ -336,8 +336,8 @@ def build_model(config, vit, faces, initial):
     else:
         tokenizer = Tokenizer.load(config.bert) if config.bert else Tokenizer.train(sample_captions(faces))
     bert = dataclasses.replace(bert, vocab_size=tokenizer.vocab_size)
-    as_before = initial is not None and initial.config.hardness is not None
-    hardness = config.hardness if config.posterior or as_before else None
+    posterior = config.posterior or initial is not None and initial.config.hardness is not None
+    hardness = config.hardness if posterior else None
     flip_config = FLIPConfig(vit, bert, embed_dim, config.queue_size, hardness)
     model = new_model(flip_config, tokenizer)
     if initial:                     # all that is learned; queue and momentum encoder begin anew
@@ -377,9 +377,8 @@ def announce(config, faces, validation, world, tokenizer):
         print(f"so often seen, faces are learned by heart: try --steps "
               f"{round(30 * config.steps / passes)}, or more faces")
     if chance > 4:
-        larger = f" (--validation {config.validation})" if config.validation <= len(validation) else ""
         print(f"among {len(validation)} faces chance alone reaches {chance:.0f} % at R@10: figures say more "
-              f"with more faces to validate on{larger}")
+              f"with more faces to validate on (at most --validation {config.validation})")
     if config.init:
         unknown = Counter(word for text in sample_captions(faces, 500) for word in tokenizer.words(text)[1])
         if unknown:

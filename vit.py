@@ -193,14 +193,11 @@ class ViT(nn.Module):
 
 # ==== A first reading may stop here: running, files, pictures, foreign weights ===================
 def spare_the_cpu():
-    """What a CPU would waste its time on, and nobody would see why.
-
-    Numbers below 1e-38: attention that has learned to look at few tokens gives the others such
-    weights, and each costs a hundred times what others cost. In a long run steps came to take nearly
-    twice the time; so they are taken for 0. (Threads inherit this: it comes before there are any.) And
-    memory: glibc returns large tensors to the system as soon as they are freed, and fetching and
-    clearing the pages anew costs several percent. Let it keep what it has, up to 32 MB a tensor,
-    which is the most that can be asked for."""
+    """Two things on which a CPU wastes its time. Numbers below 1e-38, which attention that has learned
+    to look at few tokens gives to all others, cost it a hundred times as much; in a long run steps came
+    to take nearly twice the time, so they are taken for 0 (in threads, too, if said before there are
+    any). And large tensors, whose memory glibc returns to the system as soon as they are freed; to fetch
+    and clear it anew costs several percent. It may keep up to 32 MB a tensor, the most one can ask."""
     torch.set_flush_denormal(True)
     with contextlib.suppress(OSError, AttributeError, TypeError):       # there is no glibc
         mallopt = ctypes.CDLL(None).mallopt
