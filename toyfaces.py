@@ -749,6 +749,7 @@ def main():
         write_tars(args.tars, args.count, args.size, args.seed)
     if args.out:
         write_faces(args.out, args.count, args.size, args.seed)
+    print("written:", *filter(None, (args.sheet, args.sketch, args.tars, args.out)))
 
 
 if __name__ == "__main__":
