@@ -78,6 +78,20 @@ def error_of(call, *args, **kwargs):
     return str(caught.value)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compiling(request):
+    """What compiles all kernels, if the last test is to be run, beside the tests before it: in a
+    process of its own, since this one may be running Triton's interpreter."""
+    if not any("every_shipped_kernel" in item.name for item in request.session.items):
+        yield
+        return
+    command = [sys.executable, "-m", "kernels.bench", "--compile-only"]
+    with subprocess.Popen(command, cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "0"}, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        yield process
+        process.kill()
+
+
 # ---- kernels/attention.py ------------------------------------------------------------------------
 OWN = [1, 5, 16, 17, 64, 65, 0], [1, 5, 16, 17, 64, 65, 0]                      # the last: an empty caption
 OTHERS = [17, 24, 0], [65, 10, 7]                                                   # nobody reads the third
@@ -307,19 +321,6 @@ def test_without_triton_everything_else_works():
     code = "import sys; sys.modules['triton'] = None; import torch, train; print(train.FLIP.__name__)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "FLIP\n"
-
-
-def test_every_shipped_kernel_compiles_for_a100_and_h100_without_spilling():
-    """In a process of its own, since this one may be running Triton's interpreter."""
-    pytest.importorskip("triton", reason="Triton comes for Linux only")
-    done = subprocess.run([sys.executable, "-m", "kernels.bench", "--compile-only"], cwd=ROOT, text=True,
-                          env=os.environ | {"TRITON_INTERPRET": "0"}, capture_output=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines()[2:]]
-    kernels, dtypes, _, _, capabilities, _, spilled, _ = zip(*rows)
-    assert set(kernels) == {"forward_kernel", "query_kernel", "key_kernel", "sums_kernel"}
-    assert set(zip(dtypes, capabilities)) == set(itertools.product(("fp16", "bf16", "fp32"), ("8.0", "9.0")))
-    assert set(spilled) == {"0"}
 
 
 # ---- vit.py, bert.py ---------------------------------------------------------------------------
@@ -2771,3 +2772,15 @@ def test_damage_ends_in_a_sentence_or_changes_nothing(what_can_break, cases, cap
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1e6, "KB"
     with capsys.disabled():
         print(dict(outcomes), end=" ")
+
+
+# ---- kernels, compiled -------------------------------------------------------------------------
+def test_every_shipped_kernel_compiles_for_a100_and_h100_without_spilling(compiling):
+    pytest.importorskip("triton", reason="Triton comes for Linux only")
+    printed, errors = compiling.communicate()
+    assert compiling.returncode == 0, errors[-2000:]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines()[2:]]
+    kernels, dtypes, _, _, capabilities, _, spilled, _ = zip(*rows)
+    assert set(kernels) == {"forward_kernel", "query_kernel", "key_kernel", "sums_kernel"}
+    assert set(zip(dtypes, capabilities)) == set(itertools.product(("fp16", "bf16", "fp32"), ("8.0", "9.0")))
+    assert set(spilled) == {"0"}
