@@ -636,7 +636,7 @@ def open_faces(path, split, cache="cache", columns=COLUMNS[:2], max_lost=1.0):
         raise ValueError(f"{path}: found none of {known}. (FaceCaption-15M's .parquet has the addresses of "
                          f"its pictures only: fetch them with img2dataset)")
     layout, name, folder = layouts[0], f"{layouts[0].title} {split}", path if path.is_dir() else path.parent
-    index = Path(cache) / f"index-{state_of(folder, path, columns)}.npy"
+    index = Path(cache) / f"index-{state_of(folder, path, columns, Path(cache).resolve())}.npy"
     try:
         if not index.exists():
             write_index(index, layout, path, folder, columns)
@@ -680,12 +680,12 @@ class Lines:
         return found
 
 
-def state_of(folder, path, columns):
+def state_of(folder, path, columns, cache):
     """A digest of what an index depends on: what is asked for, this code, and of all files in the
-    folder the names, sizes and times; of pictures the names only."""
+    folder, but for a cache in it, the names, sizes and times; of pictures the names only."""
     state = hashlib.sha256(Path(__file__).read_bytes() + repr((path, columns)).encode())
     for root, folders, names in os.walk(folder, followlinks=True):
-        folders.sort()
+        folders[:] = sorted(name for name in folders if Path(root, name).resolve() != cache)
         for name in sorted(name for name in names if not name.startswith("index-")):
             file = os.path.join(root, name)
             state.update(os.fsencode(file))

@@ -1291,7 +1291,7 @@ print(f"opened in {opened:.3f} s; MB of its own, the loader's and its workers', 
 
 def epoch_of(folder, world, workers, start=0):
     """The identities that each process saw, and what they printed."""
-    script = folder / "cache/epoch.py"
+    script = folder / "cache/epoch.py"          # beside the index: what is no data does not make it anew
     script.parent.mkdir(exist_ok=True)
     script.write_text(EPOCH)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world)]
@@ -1300,6 +1300,16 @@ def epoch_of(folder, world, workers, start=0):
     assert done.returncode == 0, done.stderr
     seen = [np.load(folder / f"cache/seen-{rank}.npy") for rank in range(world)]
     return seen, [line for line in done.stdout.splitlines() if "opened" in line]
+
+
+def test_an_index_in_a_cache_within_the_set_stands_until_the_set_changes(tmp_path):
+    write_celeba(tmp_path)
+    for change, indexes in ((lambda: (tmp_path / "cache").mkdir(), 1),
+                            (lambda: (tmp_path / "cache/notes.txt").write_text("of no set"), 1),
+                            (lambda: (tmp_path / "img_align_celeba/new.jpg").write_text("a picture"), 2)):
+        change()
+        assert len(open_faces(tmp_path)) == 4
+        assert len([*(tmp_path / "cache").glob("index-*.npy")]) == indexes
 
 
 @pytest.mark.slow
