@@ -2,6 +2,7 @@
 
     python train.py                         drawn faces, a tiny model, ten minutes on two CPU cores
     python train.py --data DIR              your own faces (the layouts that data.py reads)
+    python train.py --data DIR --init FILE  the same, beginning with a trained FLIP, ours or official
     python train.py --resume                go on where the run in --out stopped
     torchrun --nproc_per_node 8 train.py --model base --data DIR \\
         --clip openai/clip-vit-base-patch16 --bert bert-base-uncased
