@@ -1267,9 +1267,9 @@ from pathlib import Path
 import numpy as np, torch
 import data, test_all
 
-def own_memory(pid):            # what no other process has, in MB; mapped files are shared
+def own_memory(pid):            # in MB, without the pages of a mapped file that only it has read
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    return sum(int(line.split()[1]) for line in lines if line.startswith(("Private", "Swap:"))) // 1024
+    return sum(int(line.split()[1]) for line in lines if line.startswith(("Private_Dirty", "Swap:"))) // 1024
 
 torch.set_num_threads(1)
 rank, world, workers, start = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), *map(int, sys.argv[2:])
