@@ -522,7 +522,8 @@ def prepare(config):
     if saved and (saved["processes"], saved["faces"]) != (world, len(faces)):
         raise ValueError(f"--resume: the run in {path} had {saved['processes']} processes and "
                          f"{saved['faces']} faces, now there are {world} and {len(faces)}; use the same")
-    model = model if saved else build_model(config, vit, faces, initial=model)
+    if not saved:
+        model = build_model(config, vit, faces, initial=model)
     model.to(device).train()
     if rank == 0 and world > 1:
         dist.barrier()

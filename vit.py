@@ -194,7 +194,7 @@ class ViT(nn.Module):
 # ==== A first reading may stop here: running, files, pictures, foreign weights ===================
 def spare_the_cpu():
     """Two things on which a CPU wastes its time. Numbers below 1e-38, which attention that has learned
-    to look at few tokens gives to all others, cost it a hundred times as much; in a long run steps came
+    to look at few tokens gives to all others, cost it far more than others do; in a long run steps came
     to take nearly twice the time, so they are taken for 0 (in threads, too, if said before there are
     any). And large tensors, whose memory glibc returns to the system as soon as they are freed; to fetch
     and clear it anew costs several percent. It may keep up to 32 MB a tensor, the most one can ask."""
