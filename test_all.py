@@ -2631,15 +2631,19 @@ def test_checkpoints_are_saved_by_time_as_well(tmp_path, cache, monkeypatch):
     assert saved == list(range(1, 9))
 
 
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
 def start(world, out, cache, *flags):
     """So many processes of `python train.py`, as torchrun would start them."""
     command = [sys.executable, str(ROOT / "train.py"), "--out", str(out), "--cache", cache, *flags]
     environments = [os.environ | {"OMP_NUM_THREADS": "1"}]
     if world > 1:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        group = environments[0] | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(world)}
+        group = environments[0] | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(),
+                                   "WORLD_SIZE": str(world)}
         environments = [group | {"RANK": rank, "LOCAL_RANK": rank} for rank in map(str, range(world))]
     return [subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=each) for each in environments]
 
@@ -2669,10 +2673,36 @@ def test_two_processes_that_are_told_to_stop_save_and_go_on_as_if_they_had_not_b
     processes = start(2, stopped, cache, *SHORT)
     wait_for(stopped / "log.jsonl", 6, processes)
     processes[1].terminate()                                # one of them hears of it, both end
-    well, errors = ended_well(processes)
-    assert not well and "stopped after step" in errors[0] and "stopped" not in errors[1]
+    _, errors = ended_well(processes)
+    assert [process.returncode for process in processes] == [1, 1]
+    assert "stopped after step" in errors[0] and "stopped" not in errors[1]
     assert ended_well(start(2, stopped, cache, "--resume"))[0]
     assert losses_of(stopped) == losses_of(whole)
+
+
+def test_no_thread_of_the_process_group_outlives_a_run(tmp_path, cache):
+    """One that frees a tensor while Python ends aborts the process: one run in thirty."""
+    code = f"""
+import atexit, os, sys
+def report(when):
+    threads = [open(f"/proc/self/task/{{n}}/comm").read().strip() for n in os.listdir("/proc/self/task")]
+    print(when, *threads)
+atexit.register(report, "after")                                           # this is called after train.py's
+sys.path.insert(0, {str(ROOT)!r})
+import train
+config = train.parse_arguments({["--out", str(tmp_path / "run"), "--cache", cache, *SHORT]})
+run = train.prepare(config)
+run = run._replace(wrapped=train.DistributedDataParallel(run.model, find_unused_parameters=True))
+report("during")
+train.train_step(run, [next(run.batches.from_batch(0))], 0)
+del run
+"""
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "1", "RANK": "0"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=os.environ | group, stdout=subprocess.PIPE, text=True)
+    assert done.returncode == 0
+    during, after = (line for line in done.stdout.splitlines() if line.startswith(("during", "after")))
+    assert "gloo" in during and "gloo" not in after
 
 
 @pytest.mark.slow

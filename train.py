@@ -20,6 +20,7 @@ retrieval.png.
 Shapes: see vit.py; B pairs per process and micro-batch.
 """
 import argparse
+import atexit
 import contextlib
 import dataclasses
 import datetime
@@ -39,6 +40,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.nn     # imported once a process group is there, it would keep that alive for good
 import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -500,6 +502,8 @@ def start_processes():
     if "RANK" in os.environ and not dist.is_initialized():
         # the others wait while the first process draws or checks the data
         dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=2))
+        if not cuda:        # a thread of gloo that frees a tensor while Python ends aborts the process
+            atexit.register(dist.destroy_process_group)
     return torch.device("cuda" if cuda else "cpu")
 
 
