@@ -727,13 +727,11 @@ def examined(found, layout, folder, columns):
 
 def examine(read, columns):
     """Check the records that read(lost) gives -> (rows, lines, lost), as they are to be written."""
-    kept, lines, lost = [], [], []
+    kept, lost = [], []
     for record in read(lost):
         with noting(lost):
-            *row, line = checked(record, columns)
-            kept.append(row)
-            lines.append(line)
-    parts, people, attributes = zip(*kept) if kept else ((), (), (b"",))
+            kept.append(checked(record, columns))
+    parts, people, attributes, lines = zip(*kept) if kept else ((), (), (b"",), ())
     rows = np.zeros(len(kept), np.dtype([
         ("identity", np.int64), ("start", np.int64), ("length", np.int32), ("part", np.uint8),
         ("attributes", bool, len(attributes[0]))], align=True))
@@ -743,13 +741,13 @@ def examine(read, columns):
     return rows, b"".join(lines), lost
 
 
-@contextlib.contextmanager
-def noting(lost):
-    """What is wrong inside becomes an entry of `lost`, "kind: a sentence", and is passed over."""
-    try:
-        yield
-    except ValueError as error:
-        lost.append(str(error))
+class noting(contextlib.nullcontext):
+    """What is wrong inside becomes an entry of a list, "kind: a sentence", and is passed over."""
+
+    def __exit__(self, kind, error, _):
+        if isinstance(error, ValueError):
+            self.enter_result.append(str(error))
+            return True
 
 
 def whole_set(records, layout, folder, lost):
@@ -761,7 +759,7 @@ def whole_set(records, layout, folder, lost):
                 if any(os.path.isfile(os.path.join(folder, place, str(record.picture))) for record in first)]
     place = [*has_some, *layout.places, ""][0]
     below = lambda path: os.path.join(place, str(path).removeprefix(inside))
-    names_in = functools.cache(lambda path: set(os.listdir(path)) if os.path.isdir(path) else set())
+    names_in = functools.cache(lambda at: set(os.listdir(folder / at) if os.path.isdir(folder / at) else ()))
     for record in itertools.chain(first, records):
         with noting(lost):
             if not isinstance(record.picture, (str, Path)):
@@ -771,9 +769,9 @@ def whole_set(records, layout, folder, lost):
                 raise ValueError(f"listed twice: {record.where} lists {picture} a second time, in one part "
                                  f"or two")
             part_of[record.picture] = record.part
-            directory, name = os.path.split(os.path.join(folder, picture))
+            directory, name = os.path.split(picture)
             if name not in names_in(directory):
-                raise ValueError(f"no file: {record.where} lists {directory}/{name}, which is not there")
+                raise ValueError(f"no file: {record.where} lists {folder / picture}, which is not there")
             sketches = record.sketches and [below(path) for path in record.sketches]
             yield record._replace(picture=picture, sketches=sketches)
 
@@ -786,7 +784,7 @@ def checked(record, columns):
     attributes = b""
     if record.values is not None:
         with expecting("1, 0 or -1 for every attribute", f"attributes: {where}"):
-            attributes = bytes([TRUTH[value] for value in record.values])
+            attributes = bytes(map(TRUTH.__getitem__, record.values))
     if record.captions is not None:
         with expecting("captions that are text and not empty", f"captions: {where}"):
             line["captions"] = captions_in(record.captions, columns)
@@ -922,10 +920,10 @@ def celeba(folder):
     """CelebA as it is distributed, or Kaggle's copy of it; every picture is a person of its own."""
     parts = {}                              # {picture: the numbers in its line, which should be one}
     for _, (picture, *numbers) in table(folder, "list_eval_partition"):
-        parts.setdefault(picture, []).extend(numbers)
+        parts[picture] = " and ".join([*filter(None, [parts.get(picture)]), *numbers])
     parts.pop("image_id", None)             # Kaggle's header
     for record in attribute_records(table(folder, "list_attr_celeba")):
-        number = " and ".join(parts.pop(record.picture, ["none"]))
+        number = parts.pop(record.picture, "none")
         part = {"0": "train", "1": "val", "2": "test"}.get(number, f"{number} of list_eval_partition")
         yield record._replace(part=part)
     if parts:
