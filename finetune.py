@@ -447,7 +447,7 @@ def chance_recalls(image_of_text):
 class Sketch(Retrieval):
     """The photo for a sketch that is still being drawn."""
     recipe = dict(epochs=100, lr=1e-4, warmup=200)
-    drawn = dict(epochs=150, batch_size=128, lr=1e-2, itm_every=10, faces=800, validation=100, test=200,
+    drawn = dict(epochs=600, batch_size=128, lr=1e-2, itm_every=40, faces=800, validation=100, test=200,
                  captions=8)
     steps = 70
     select = "m@B"
