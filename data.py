@@ -920,7 +920,8 @@ def celeba(folder):
     """CelebA as it is distributed, or Kaggle's copy of it; every picture is a person of its own."""
     parts = {}                              # {picture: the numbers in its line, which should be one}
     for _, (picture, *numbers) in table(folder, "list_eval_partition"):
-        parts[picture] = " and ".join([*filter(None, [parts.get(picture)]), *numbers])
+        number = " and ".join(numbers)
+        parts[picture] = f"{parts[picture]} and {number}" if picture in parts else number
     parts.pop("image_id", None)             # Kaggle's header
     for record in attribute_records(table(folder, "list_attr_celeba")):
         number = parts.pop(record.picture, "none")
