@@ -2422,8 +2422,10 @@ def test_every_command_of_the_readme_works(tmp_path, monkeypatch):
 def default_run(tmp_path_factory):
     """`python train.py`: its configuration and metrics."""
     folder = tmp_path_factory.mktemp("default")
-    config = train.parse_arguments(["--out", str(folder / "out"), "--cache", str(folder / "cache")])
-    return config, train.train(config)[1]
+    flags = ["--out", str(folder / "out"), "--cache", str(folder / "cache")]
+    subprocess.run([sys.executable, str(ROOT / "train.py"), *flags], check=True)
+    config = train.parse_arguments(flags)
+    return config, log_of(folder / "out")[-1]
 
 
 @pytest.mark.slow
