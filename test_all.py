@@ -2639,9 +2639,9 @@ def free_port():
         return str(free.getsockname()[1])
 
 
-def start(world, out, cache, *flags):
+def start(world, out, cache, *flags, script=(str(ROOT / "train.py"),)):
     """So many processes of `python train.py`, as torchrun would start them."""
-    command = [sys.executable, str(ROOT / "train.py"), "--out", str(out), "--cache", cache, *flags]
+    command = [sys.executable, *script, "--out", str(out), "--cache", cache, *flags]
     environments = [os.environ | {"OMP_NUM_THREADS": "1"}]
     if world > 1:
         group = environments[0] | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(),
@@ -2663,21 +2663,24 @@ def losses_of(out):
     return [(line["step"], line["itc"], line["itm"]) for line in log_of(out) if "itc" in line]
 
 
-def wait_for(path, lines, processes):
-    while not path.exists() or path.read_text().count("\n") < lines:
-        assert processes[0].poll() is None, processes[0].communicate()
-        time.sleep(0.05)
-
-
 def test_two_processes_that_are_told_to_stop_save_and_go_on_as_if_they_had_not_been(tmp_path, cache):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     assert ended_well(start(2, whole, cache, *SHORT))[0]
-    processes = start(2, stopped, cache, *SHORT)
-    wait_for(stopped / "log.jsonl", 6, processes)
-    processes[1].terminate()                                # one of them hears of it, both end
+    code = f"""
+import os, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+import train
+def step_and_stop(run, micro_batches, step, train_step=train.train_step):
+    if step == 4 and os.environ["RANK"] == "1":             # one of them hears of it, both end
+        signal.raise_signal(signal.SIGTERM)
+    return train_step(run, micro_batches, step)
+train.train_step = step_and_stop
+train.run_script(lambda: train.train(train.parse_arguments()))
+"""
+    processes = start(2, stopped, cache, *SHORT, script=("-c", code))
     _, errors = ended_well(processes)
     assert [process.returncode for process in processes] == [1, 1]
-    assert "stopped after step" in errors[0] and "stopped" not in errors[1]
+    assert "stopped after step 5" in errors[0] and "stopped" not in errors[1]
     assert ended_well(start(2, stopped, cache, "--resume"))[0]
     assert losses_of(stopped) == losses_of(whole)
 
@@ -2721,7 +2724,9 @@ def test_fifty_kills_each_are_resumed_bit_for_bit(tmp_path, cache, world):
         out = tmp_path / f"killed {kills}"
         for _ in range(5):
             processes = go_on(out)
-            wait_for(out / "log.jsonl", 1, processes)
+            while not (out / "log.jsonl").exists():
+                assert processes[0].poll() is None, processes[0].communicate()
+                time.sleep(0.05)
             time.sleep(rng.uniform(0, 2.5))
             kills += any(process.poll() is None for process in processes)
             for process in processes:
