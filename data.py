@@ -741,13 +741,13 @@ def examine(read, columns):
     return rows, b"".join(lines), lost
 
 
-class noting(contextlib.nullcontext):
-    """What is wrong inside becomes an entry of a list, "kind: a sentence", and is passed over."""
-
-    def __exit__(self, kind, error, _):
-        if isinstance(error, ValueError):
-            self.enter_result.append(str(error))
-            return True
+@contextlib.contextmanager
+def noting(lost):
+    """What is wrong inside becomes an entry of `lost`, "kind: a sentence", and is passed over."""
+    try:
+        yield
+    except ValueError as error:
+        lost.append(str(error))
 
 
 def whole_set(records, layout, folder, lost):

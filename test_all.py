@@ -2685,6 +2685,7 @@ train.run_script(lambda: train.train(train.parse_arguments()))
     assert losses_of(stopped) == losses_of(whole)
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="only Linux lists a process's threads there")
 def test_no_thread_of_the_process_group_outlives_a_run(tmp_path, cache):
     """One that frees a tensor while Python ends aborts the process: one run in thirty."""
     code = f"""
@@ -2692,7 +2693,7 @@ import atexit, os, sys
 def report(when):
     threads = [open(f"/proc/self/task/{{n}}/comm").read().strip() for n in os.listdir("/proc/self/task")]
     print(when, *threads)
-atexit.register(report, "after")                                           # this is called after train.py's
+atexit.register(report, "after")                # is called last: train.py registers its own later
 sys.path.insert(0, {str(ROOT)!r})
 import train
 config = train.parse_arguments({["--out", str(tmp_path / "run"), "--cache", cache, *SHORT]})
