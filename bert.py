@@ -36,9 +36,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from common.script import check_sizes, first_line, run_script
+from common.weights import find_file, load_bert
 from kernels.attention import Sequences
-from vit import (Attention, check_sizes, copy_weights, find_file, first_line, read_weights, rename,
-                 run_script)
+from vit import Attention
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class BertConfig:
             raise ValueError(f"BERT: width {self.width} is not a multiple of the {self.heads} heads")
 
 
-# ---- from text to tokens -----------------------------------------------------------------------
+# ---- from text to tokens -------------------------------------------------------------------------
 MAX_WORDS = 65
 MAX_TOKENS = 65     # with [CLS] and [SEP]
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -190,7 +191,7 @@ class Tokenizer:
         return Tokenizer.from_vocabulary(pieces + sorted(set(frequent) - set(letters)))
 
 
-# ---- the encoder -------------------------------------------------------------------------------
+# ---- the encoder ---------------------------------------------------------------------------------
 class Layer(nn.Module):
     """Self-attention, cross-attention when there are images, MLP; each added, then normalised."""
 
@@ -270,48 +271,6 @@ class Bert(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
-
-
-# ==== A first reading may stop here: weights from elsewhere =====================================
-# Our name -> BERT's name on Hugging Face; replaced in this order (a longer name before one that it
-# contains).
-BERT_NAMES = [
-    ("words.", "embeddings.word_embeddings."), ("positions", "embeddings.position_embeddings.weight"),
-    ("norm_attention", "attention.output.LayerNorm"),
-    ("norm_cross_attention", "crossattention.output.LayerNorm"),
-    ("norm_mlp", "output.LayerNorm"), ("layers.", "encoder.layer."),
-    (".cross_attention.out.", ".crossattention.output.dense."),
-    (".cross_attention.", ".crossattention.self."), (".attention.out.", ".attention.output.dense."),
-    (".attention.query", ".attention.self.query"), (".attention.key", ".attention.self.key"),
-    (".attention.value", ".attention.self.value"), (".up.", ".intermediate.dense."),
-    (".down.", ".output.dense.")]
-
-
-def bert_name(name):
-    """Our name of a weight of the text encoder -> BERT's."""
-    if name.startswith("norm."):                            # the one that follows the embeddings
-        return name.replace("norm.", "embeddings.LayerNorm.")
-    return rename(name, BERT_NAMES)
-
-
-def load_bert(bert, source):
-    """Fill `bert` with a BERT from Hugging Face (file, folder or hub name). What BERT does not have
-    stays at its initial value: cross-attention, the rows of [DEC] and [ENC]."""
-    weights = {}
-    for name, tensor in read_weights(source).items():
-        name = name.removeprefix("bert.").replace("LayerNorm.gamma", "LayerNorm.weight")
-        name = name.replace("LayerNorm.beta", "LayerNorm.bias")
-        if not name.startswith(("cls.", "pooler.")) and not name.endswith("position_ids"):
-            weights[name] = tensor
-    state = bert.state_dict()
-    words, positions = "embeddings.word_embeddings.weight", "embeddings.position_embeddings.weight"
-    types = weights.pop("embeddings.token_type_embeddings.weight", None)
-    if words in weights and len(weights[words]) + 2 == bert.config.vocab_size:
-        weights[words] = torch.cat([weights[words], state["words.weight"][-2:].cpu()])
-    if positions in weights and types is not None:
-        weights[positions] = weights[positions] + types[0]
-    own = {bert_name(name): tensor for name, tensor in state.items() if "cross_attention" in name}
-    copy_weights(bert, own | weights, bert_name, origin=str(source))
 
 
 def main():

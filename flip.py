@@ -25,14 +25,9 @@ Shapes: see vit.py; A pairs on all processes together (A = B on one).
 Run `python flip.py --checkpoint out/flip.pt --images DIR "a smiling woman with blond hair"` to
 search a folder; from Python, call `FLIP.from_pretrained`, `similarity`, `match_probability`.
 """
-import argparse
 import contextlib
 import copy
-import hashlib
-import os
-import re
 import warnings
-import zipfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -44,13 +39,24 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from bert import MAX_TOKENS, Bert, BertConfig, Captions, Tokenizer, bert_name
+from bert import MAX_TOKENS, Bert, BertConfig, Captions, Tokenizer
+from common.distributed import gather, gather_objects, rank_and_world
+from common.images import open_picture, read_batches
+from common.script import check_sizes
+from common.weights import (
+    check_weights,
+    copy_weights,
+    official_config,
+    official_name,
+    read_checkpoint,
+    read_official,
+    resize_positions,
+)
+from common.weights import official_state as official_state
 from kernels.attention import Sequences
 from kernels.contrastive import contrastive_loss
 from losses import matching_cross_entropy, negative_probabilities
-from vit import (CLIP_NAMES, PICTURES, ViT, ViTConfig, check_sizes, check_weights, contact_sheet,
-                 copy_weights, find_file, first_line, open_picture, printable, read_batches, rename,
-                 resize_positions, run_script, whole_file)
+from vit import ViT, ViTConfig
 
 
 @dataclass(frozen=True)
@@ -82,7 +88,7 @@ class Output(NamedTuple):
     identity: torch.Tensor              # (A,)
 
 
-# ---- the model ---------------------------------------------------------------------------------
+# ---- the model -----------------------------------------------------------------------------------
 class Encoders(nn.Module):
     """Image encoder, text encoder, their projections: the student is one, the momentum encoder
     another."""
@@ -340,7 +346,7 @@ class FLIP(nn.Module):
         try:
             if not ours:
                 weights = read_official(weights, path)
-            config = config or (our_config(saved["flip"]) if ours else official_config(weights, path))
+            config = config or our_config(saved["flip"] if ours else official_config(weights, path))
             for encoders in ("student", "momentum_encoder"):
                 table = name_of(f"{encoders}.image.positions")
                 weights[table] = resize_positions(weights[table], config.vit.patches)
@@ -406,321 +412,18 @@ def rerank(model, image_tokens, captions, similarity, k, progress=False):
     return torch.where(for_image, scores, similarity - 100), torch.where(for_text, scores, similarity - 100).T
 
 
-# ==== A first reading may stop here: several processes, checkpoints, search =======================
-def rank_and_world():
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def gather(x):
-    """x (B, ...) of every process in the order of their ranks, (A, ...); without gradient."""
-    _, world = rank_and_world()
-    if world == 1:
-        return x.detach()
-    parts = [torch.empty_like(x) for _ in range(world)]
-    dist.all_gather(parts, x.detach().contiguous())
-    return torch.cat(parts)
-
-
 def gather_captions(captions):
     """Captions of every process."""
     if rank_and_world()[1] == 1:
         return captions
-    everyone, device = [None] * rank_and_world()[1], captions.ids.device
-    dist.all_gather_object(everyone, (captions.ids.cpu(), captions.sequences.lengths))
-    ids, lengths = zip(*everyone)
+    device = captions.ids.device
+    ids, lengths = zip(*gather_objects((captions.ids.cpu(), captions.sequences.lengths)))
     return Captions(torch.cat(ids).to(device), Sequences.of(torch.cat(lengths), device))
-
-
-# ---- checkpoints, ours and the official one ----------------------------------------------------
-def load_whole(path):
-    """torch.load, of a file whose checksums, at which torch does not look, are right. No code from
-    it is run."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            changed = archive.testzip()
-        if changed:
-            raise ValueError(f"the bytes of {changed} have changed")
-    return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def read_checkpoint(path):
-    """What lies in a checkpoint, from its file or its folder, as a dictionary with "model"."""
-    path = find_file(path, CHECKPOINTS)
-    try:
-        saved = load_whole(path)
-    except Exception as error:
-        raise ValueError(f"{path}: not a checkpoint, or damaged ({first_line(error)})") from error
-    if not isinstance(saved, dict) or not isinstance(saved.get("model"), dict):
-        raise ValueError(f"{path}: expected a checkpoint with the weights under 'model', found none")
-    return saved
-
-
-def write_checkpoint(contents, path):
-    try:
-        with whole_file(path) as partial:
-            torch.save(contents, partial)
-    except RuntimeError as error:               # torch's word for a disk that is full
-        raise OSError(f"{path} could not be written, is the disk full? ({first_line(error)})") from error
 
 
 def our_config(sizes):
     return FLIPConfig(**sizes | {"vit": ViTConfig(**sizes["vit"]), "bert": BertConfig(**sizes["bert"])})
 
 
-CHECKPOINTS = ("flip.pt", "FLIP-base.pth")      # in a folder, or in a repository of the hub
-OWN_NAMES = {"image_queue": "image_queue", "text_queue": "text_queue", "queue_identity": "idx_queue",
-             "queue_pointer": "ptr_queue", "temperature": "temp", "matching_head.weight": "itm_head.weight",
-             "matching_head.bias": "itm_head.bias"}
-
-
-def official_name(name):
-    """Our name of an entry of the state -> its name in FLIP-base.pth."""
-    if name in OWN_NAMES:
-        return OWN_NAMES[name]
-    encoders, part, rest = name.split(".", 2)
-    m = "_m" if encoders == "momentum_encoder" else ""
-    if part == "image":
-        rest = rename(rest, CLIP_NAMES).replace("post_layernorm", "post_layrnorm")
-        return f"visual_encoder{m}.vision_model.{rest}"
-    if part == "text":
-        return f"text_encoder{m}.{bert_name(rest)}"
-    return f"{'vision_proj' if part == 'image_projection' else 'text_proj'}{m}.{rest}"
-
-
-def official_state(model):
-    """The state in the official layout: {name: tensor}, ready for torch.save({"model": ...})."""
-    state = {official_name(name): tensor for name, tensor in model.state_dict().items()}
-    for queue in ("image_queue", "text_queue"):
-        state[queue] = state[queue].T.contiguous()                                  # (E, Q)
-    state["idx_queue"] = state["idx_queue"][None]                                   # (1, Q)
-    for m in ("", "_m"):        # position_ids are 0, 1, 2, ...; nothing is learned in them
-        places = {f"visual_encoder{m}.vision_model": model.config.vit.patches + 1,
-                  f"text_encoder{m}": model.config.bert.positions}
-        state |= {f"{part}.embeddings.position_ids": torch.arange(n)[None] for part, n in places.items()}
-    return state
-
-
-def read_official(weights, path):
-    """The entries of the official file as `official_name` asks for them: of its 1,049, all but the
-    four position_ids, which are made anew on saving."""
-    if "visual_encoder.vision_model.embeddings.class_embedding" not in weights:
-        raise ValueError(f"{path} is neither one of our checkpoints nor an official one: it has no "
-                         f"visual_encoder.vision_model.embeddings.class_embedding")
-    weights = {name: tensor for name, tensor in weights.items() if not name.endswith("position_ids")}
-    queues = {name: weights[name].T for name in ("image_queue", "text_queue")}      # (Q, E)
-    return weights | queues | {"idx_queue": weights["idx_queue"][0]}
-
-
-def official_config(weights, path):
-    """The configuration that an official checkpoint's shapes tell; heads are 64 wide, as in every
-    ViT and BERT of note."""
-    def depth(prefix):
-        return len({name[len(prefix):].split(".")[0] for name in weights if name.startswith(prefix)})
-    image, text = "visual_encoder.vision_model.", "text_encoder."
-    width, _, patch, _ = weights[image + "embeddings.patch_embedding.weight"].shape
-    vocabulary, text_width = weights[text + "embeddings.word_embeddings.weight"].shape
-    if width % 64 or text_width % 64:
-        raise ValueError(f"{path}: the widths {width} and {text_width} are not multiples of 64, so the "
-                         f"number of heads cannot be read off the shapes; pass config=FLIPConfig(...)")
-    grid = round((len(weights[image + "embeddings.position_embedding.weight"]) - 1) ** 0.5)
-    vit = ViTConfig(grid * patch, patch, width, depth(image + "encoder.layers."), heads=width // 64)
-    bert = BertConfig(vocabulary, text_width, depth(text + "encoder.layer."), heads=text_width // 64,
-                      positions=len(weights[text + "embeddings.position_embeddings.weight"]))
-    queue_size, embed_dim = weights["image_queue"].shape
-    return FLIPConfig(vit, bert, embed_dim, queue_size)
-
-
-# ---- search: python flip.py --------------------------------------------------------------------
-def read_features(cache, embed_dim):
-    """{key: feature} kept from the last search; nothing where there is none, or a damaged one."""
-    try:
-        known = load_whole(cache)
-        fits = (feature.shape == (embed_dim,) and feature.isfinite().all() for feature in known.values())
-        return known if all(fits) else {}
-    except Exception:                               # whatever is wrong with it, it is computed again
-        return {}
-
-
-@torch.no_grad()
-def folder_features(model, folder, cache):
-    """{path: feature (E,)} for every picture below `folder`. Features of unchanged files come from
-    the file `cache`; a picture that cannot be read is named and left out."""
-    paths = [p for p in sorted(Path(folder).rglob("*")) if p.suffix.lower() in PICTURES and p.is_file()]
-    if not paths:
-        raise ValueError(f"{folder}: no pictures found ({', '.join(PICTURES)}, subfolders included)")
-    known = read_features(cache, model.config.embed_dim)
-    keys = {path: f"{path.resolve()} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in paths}
-    new = [path for path in paths if keys[path] not in known]
-    lost = {}
-    for numbers, pixels in read_batches(lambda i, size: open_picture(new[i], size=size), len(new),
-                                        model.config.vit.image_size, "reading pictures", lost=lost):
-        features = model.student.image_features(pixels.to(model.temperature.device)).cpu()
-        known |= {keys[new[i]]: feature.clone() for i, feature in zip(numbers, features)}
-    for why in lost.values():
-        tqdm.write(f"left out: {printable(why)}")
-    if new:
-        write_checkpoint(known, cache)
-    found = {path: known[key] for path, key in keys.items() if key in known}
-    if not found:
-        raise ValueError(f"{folder}: none of its {len(paths)} pictures can be read")
-    return found
-
-
-class Found(NamedTuple):
-    """A picture that was found: what it is ranked by, and both parts of it."""
-    path: Path
-    score: float            # FLIP.matching_score
-    cosine: float
-    probability: float      # of a match, by ITM's head
-
-    def picture(self):
-        """In a size for looking at."""
-        picture = open_picture(self.path)
-        picture.thumbnail((512, 512))
-        return picture
-
-    def __str__(self):
-        return f"{self.score:6.2f} {self.cosine:7.3f} {100 * self.probability:6.1f} %  {printable(self.path)}"
-
-
-@torch.no_grad()
-def search(model, features, query, top=8, k=32):
-    """The `top` best of folder_features for a sentence, the k most similar judged by the matching
-    head."""
-    captions, paths = model.read_texts(query), list(features)
-    similarity = torch.stack(list(features.values())) @ model.student.encode_text(captions)[0].cpu()    # (I,)
-    cosines, best = similarity.topk(min(max(k, top), len(paths)))
-    tokens = torch.cat([model.student.encode_image(pixels)[0]
-                        for pixels in model.read_images([paths[i] for i in best])])
-    logits = model.judge(tokens, captions).cpu()                                                # (k, 2)
-    ranked = zip(best, model.matching_score(logits, cosines), cosines, logits.softmax(1)[:, 1])
-    found = [Found(paths[i], *(number.item() for number in numbers)) for i, *numbers in ranked]
-    return sorted(found, key=lambda one: -one.score)[:top]
-
-
-def phrases_of(query, tokenizer):
-    """The parts of a sentence that each say one thing, if in known words: "a man with a goatee and a
-    tie" -> a man, a goatee, a tie."""
-    between = r"(?<![\w-])(?<!not )(?:he|she|and|with|who|has|have|is|are|wears|wearing)(?![\w-])"
-    parts = re.split(rf"[,.;]|{between}", query.lower())
-    return [part.strip() for part in parts if tokenizer.words(part)[0]]
-
-
-def relevance(model, images, phrase, steps=8):
-    """Where on each picture a phrase was read: what each patch adds to ITM's log-odds, (I, rows,
-    columns), in all about as much as the picture has more of them than one in plain grey.
-
-    Integrated gradients (arXiv 1703.01365): pixels times their gradient, averaged while the picture
-    emerges from grey, CLIP's mean colour. (At the picture itself the gradient is small where the head
-    is certain.)"""
-    captions, patch, added = model.read_texts(phrase), model.config.vit.patch_size, []
-    with evaluating(model), torch.enable_grad():
-        for pixels in torch.cat([*model.read_images(images)]).split(8):
-            gradient = torch.zeros_like(pixels)
-            for step in range(steps):
-                emerging = (pixels * (step + 0.5) / steps).requires_grad_()
-                logits = model.judge(model.student.encode_image(emerging)[0], captions)
-                log_odds = logits[:, 1] - logits[:, 0]
-                gradient += torch.autograd.grad(log_odds.sum(), emerging)[0] / steps
-            added.append(patch ** 2 * F.avg_pool2d((pixels * gradient).sum(1), patch).cpu())
-    return torch.cat(added)
-
-
-def spotlight(image, light):
-    """A picture, dark but where `light` (rows, columns), from 0 to 1, falls."""
-    light = Image.fromarray((255 * light).byte().numpy()).resize(image.size, Image.Resampling.BICUBIC)
-    return Image.composite(image, image.point(lambda value: value // 4), light)
-
-
-def found_rows(model, query, found, explain):
-    """For `contact_sheet`: the pictures in a row, or, to explain, a row for each: the picture, and
-    lit where on it every phrase of the sentence was read, brighter where it was read more."""
-    pictures = [one.picture() for one in found]
-    if not explain:
-        return [(query, [(picture, f"{one.score:.1f}  {one.cosine:.2f}  {100 * one.probability:.0f} %", False)
-                         for picture, one in zip(pictures, found)])]
-    rows = [(str(one).strip(), [(picture, "", False)]) for picture, one in zip(pictures, found)]
-    for phrase in phrases_of(query, model.tokenizer):
-        lights = relevance(model, pictures, phrase).clamp(min=0)
-        for (_, row), picture, light in zip(rows, pictures, lights / lights.max().clamp(min=1e-6)):
-            row.append((spotlight(picture, light), phrase, False))
-    return rows
-
-
-def serve(model, folder, cache, top, sentence=""):
-    """A page on this machine: a sentence in, faces out, and for the one that is clicked where each
-    phrase was read."""
-    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
-    try:
-        import gradio
-    except ImportError:
-        raise ValueError("--serve needs gradio for its page: pip install gradio") from None
-    features = folder_features(model, folder, cache)
-
-    def ask(query):
-        with warnings.catch_warnings(record=True) as caught:
-            try:
-                found = search(model, features, query, top)
-            except ValueError as error:
-                raise gradio.Error(str(error)) from None
-        for warning in caught:
-            gradio.Warning(str(warning.message))
-        return [(one.picture(), str(one)) for one in found], (query, found), None
-
-    def show(asked, chosen: gradio.SelectData):
-        query, found = asked
-        return contact_sheet(found_rows(model, query, [found[chosen.index]], explain=True), tile=192)
-
-    with gradio.Blocks(title="FLIP", delete_cache=(600, 600)) as page:      # its copies of faces do not stay
-        gradio.Markdown(f"# Search in {len(features)} faces\nScore, cosine, matching probability below each; "
-                        f"click one to see where each phrase was read.")
-        query, asked = gradio.Textbox(sentence, label="a sentence", autofocus=True), gradio.State()
-        gallery = gradio.Gallery(columns=4, object_fit="contain", allow_preview=False, show_label=False)
-        maps = gradio.Image(show_label=False)
-        query.submit(ask, query, [gallery, asked, maps])
-        gallery.select(show, asked, maps)
-    page.launch(server_name="127.0.0.1", inbrowser=True)
-
-
-def main():
-    parser = argparse.ArgumentParser(description="Search a folder of face photographs with a sentence.")
-    parser.add_argument("query", nargs="?", help='for example "a smiling woman with blond hair"')
-    parser.add_argument("--checkpoint", default="out/flip.pt",
-                        help="made by train.py, or the official FLIP-base.pth")
-    parser.add_argument("--images", required=True, help="folder of pictures, searched with its subfolders")
-    parser.add_argument("--vocabulary", help="vocab.txt, tokenizer.json, folder or hub name; the official "
-                                             "checkpoint needs bert-base-uncased, ours bring their own")
-    parser.add_argument("--top", type=int, default=8, help="how many faces to show")
-    parser.add_argument("--out", default="out/search.png", help="where to write the contact sheet")
-    parser.add_argument("--explain", action="store_true",
-                        help="show beside each face where on it every phrase of the sentence was read")
-    parser.add_argument("--serve", action="store_true",
-                        help="instead of one query, search on a page in the browser (pip install gradio)")
-    args = parser.parse_args()
-    out = Path(args.out)
-    if args.top < 1:
-        raise ValueError(f"--top {args.top}: expected at least 1")
-    if out.suffix.lower() not in Image.registered_extensions():
-        raise ValueError(f"--out {out}: expected the name of a picture, such as out/search.png")
-    if not Path(args.images).is_dir():
-        raise FileNotFoundError(f"{args.images}: no such folder")
-    path = find_file(args.checkpoint, CHECKPOINTS)
-    model = FLIP.from_pretrained(path, vocabulary=args.vocabulary)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    # What is wrong with words is said before pictures are read.
-    model.need_tokenizer() if args.serve else model.read_texts(args.query or "")
-    state = path.stat()
-    version = f"{path.resolve()} {state.st_size} {state.st_mtime_ns}"
-    cache = out.parent / f"features-{hashlib.sha256(version.encode()).hexdigest()[:12]}.pt"
-    if args.serve:
-        return serve(model, args.images, cache, args.top, args.query or "")
-    features = folder_features(model, args.images, cache)
-    found = search(model, features, args.query, args.top)
-    print(f" score  cosine   match    best of {len(features)} faces")
-    print(*found, sep="\n")
-    contact_sheet(found_rows(model, args.query, found, args.explain)).save(out)
-    print(f"contact sheet: {out}")
-
-
 if __name__ == "__main__":
-    run_script(main)
+    raise SystemExit("error: python flip.py --images ... is now python search.py --images ...")

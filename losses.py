@@ -21,11 +21,26 @@ import argparse
 import torch
 import torch.nn.functional as F
 
-from kernels import contrastive
-from vit import run_script
+from common.script import run_script
 
 
-# ---- image-text matching -----------------------------------------------------------------------
+# ---- image-text contrastive ----------------------------------------------------------------------
+@torch.no_grad()
+def targets(momentum_feature, keys, identity, key_identity, temperature, alpha):
+    """y (B, K): how much of a row's mass of 1 each key deserves."""
+    same = (identity[:, None] == key_identity[None, :]).to(momentum_feature.dtype)
+    soft = (momentum_feature @ keys.T / temperature).softmax(1)
+    return alpha * soft + (1 - alpha) * same / same.sum(1, keepdim=True)
+
+
+def reference(feature, momentum_feature, keys, identity, key_identity, temperature, alpha):
+    """The loss as the papers write it, with its logits: the rest of this file does without them."""
+    logits = feature @ keys.T / temperature                                         # (B, K)
+    y = targets(momentum_feature, keys, identity, key_identity, temperature, alpha)
+    return -(y * logits.log_softmax(1)).sum(1).mean()
+
+
+# ---- image-text matching -------------------------------------------------------------------------
 def negative_probabilities(similarity, identity, temperature, hardness=1.0):
     """For each row, the probability with which each column is drawn as its negative, (B, B); pair i
     is row i and column i.
@@ -47,36 +62,7 @@ def matching_cross_entropy(logits, is_match, pairs):
     return F.cross_entropy(logits, is_match, reduction="sum") / pairs
 
 
-# ---- retrieval metrics -------------------------------------------------------------------------
-def best_ranks(scores, is_match):
-    """Rank (0 = first) of each row's best-ranked match; scores, is_match (rows, gallery) ->
-    (rows,).
-
-    Ties count against us, and so does what is not a number: whatever does not score below the match
-    ranks above it.
-    """
-    best = scores.masked_fill(~is_match, -torch.inf).amax(1, keepdim=True)
-    return (~(scores < best) & ~is_match).sum(1)
-
-
-def retrieval_metrics(image_to_text, text_to_image, image_of_text):
-    """Recall at 1, 5 and 10 both ways in percent, and their means, by the official names: `txt_` is
-    finding the text for an image, `img_` finding the image for a text.
-
-    image_to_text (I, T) scores of every text for an image, text_to_image (T, I); image_of_text
-    (T,): which image each caption belongs to (an image may have several: its rank is the best of
-    them). """
-    images = torch.arange(len(image_to_text), device=image_of_text.device)
-    is_match = image_of_text[None, :] == images[:, None]                                    # (I, T)
-    ranks_of = {"txt": best_ranks(image_to_text, is_match), "img": best_ranks(text_to_image, is_match.T)}
-    metrics = {}
-    for way, ranks in ranks_of.items():
-        recalls = {f"{way}_r{k}": 100 * (ranks < k).double().mean().item() for k in (1, 5, 10)}
-        metrics |= recalls | {f"{way}_r_mean": sum(recalls.values()) / 3}
-    return metrics | {"r_mean": (metrics["txt_r_mean"] + metrics["img_r_mean"]) / 2}
-
-
-# ==== A first reading may stop here: an example worked by hand ====================================
+# ---- an example worked by hand -------------------------------------------------------------------
 def main():
     parser = argparse.ArgumentParser(description="Both losses of three faces and captions, step by step.")
     parser.add_argument("--temperature", type=float, default=0.07, help="divides cosines (%(default)s)")
@@ -89,8 +75,8 @@ def main():
     student = torch.tensor([[0.50, 0.30, 0.40], [0.20, 0.60, 0.25], [0.45, 0.10, 0.50]])
     momentum = torch.tensor([[0.48, 0.35, 0.38], [0.20, 0.55, 0.30], [0.40, 0.12, 0.52]])
     keys = torch.eye(3)         # one-hot: the rows above, taken for features, times these are the cosines
-    targets = contrastive.targets(momentum, keys, identity, identity, temperature, args.alpha)
-    itc = contrastive.reference(student, momentum, keys, identity, identity, temperature, args.alpha)
+    wanted = targets(momentum, keys, identity, identity, temperature, args.alpha)
+    itc = reference(student, momentum, keys, identity, identity, temperature, args.alpha)
     negatives = negative_probabilities(student, identity, temperature, args.hardness)
     logits = torch.tensor([[-1.0, 1.5], [-2.0, 1.0], [0.2, 0.1],            # of the three pairs
                            [1.0, -1.0], [2.0, -1.5], [0.5, 0.3],            # captions with a negative image
@@ -100,7 +86,7 @@ def main():
             ("Three photos (rows) and their captions (columns); the first and third show one person. "
              "Cosines of\nthe student:", student), ("of the momentum encoder:", momentum),
             (f"ITC: what a row should find, {1 - args.alpha:g} x an even share for its person's captions + "
-             f"{args.alpha:g} x softmax(\nmomentum encoder's cosines / temperature):", targets),
+             f"{args.alpha:g} x softmax(\nmomentum encoder's cosines / temperature):", wanted),
             ("and its cross-entropy with softmax(student's cosines / temperature) (chance: ln 3):", itc),
             ("ITM: how likely a caption is drawn as the row's negative, the same person's never:", negatives),
             ("P(match) that a head may give to the pairs, to captions with a negative image and to images\n"

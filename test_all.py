@@ -3,6 +3,7 @@
 Numbers are held against something that we did not write: golden.npz (recorded from the official
 code at a small size, with random weights and dropout 0), torch's own modules, closed forms. `pytest
 -m slow` runs the long ones. """
+import ast
 import copy
 import dataclasses
 import io
@@ -37,22 +38,35 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"    # before Triton is imported: its kernels take CPU tensors, slowly
 
+import bench
 import bert
+import captions as grammar
+import config as train_config
 import data
+import evaluation
 import finetune
-import flip as flip_module
 import losses
+import report
+import search
+import tasks
 import toyfaces
 import train
 import vit
 from bert import Bert, BertConfig, Captions, Tokenizer, clean_caption, load_bert
-from data import ATTRIBUTES, FACTS
+from captions import ATTRIBUTES, FACTS
+from common.images import MEAN, Crop, contact_sheet, open_picture, picture_size, to_pixels, to_tensor
+from common.optim import Muon, build_optimizers, orthogonal
+from common.resume import Log, save
+from common.script import run_script
+from common.weights import CLIP_NAMES, bert_name, rename, resize_positions, write_checkpoint
+from drawing import portrait
+from drawing import sketch as drawing_sketch
 from flip import FLIP, FLIPConfig, Knobs, official_name, official_state, rerank
 from kernels import attention as attention_file
-from kernels import bench
 from kernels import contrastive as contrastive_file
 from kernels.attention import Sequences, attention
 from kernels.contrastive import contrastive_loss
+from readers import index, tars
 from vit import ViT, ViTConfig, load_clip
 
 torch.backends.cudnn.allow_tf32 = False
@@ -85,7 +99,7 @@ def compiling(request):
     if not any("every_shipped_kernel" in item.name for item in request.session.items):
         yield
         return
-    command = [sys.executable, "-m", "kernels.bench", "--compile-only"]
+    command = [sys.executable, "bench.py", "--compile-only"]
     with subprocess.Popen(command, cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "0"}, text=True,
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         yield process
@@ -255,7 +269,7 @@ def test_the_contrastive_kernel_its_plain_twin_and_the_direct_form_equal_float64
     by_kernel = contrastive_file.kernel_sums(*case, programs)
     for sums in (by_kernel, contrastive_file.plain_sums(*case, chunk=16)):
         agree(contrastive_file.loss_and_gradients(sums, feature, tau, alpha), expected, 1e-5)
-    direct = contrastive_file.reference(feature, momentum, torch.cat(keys).float(), identity,
+    direct = losses.reference(feature, momentum, torch.cat(keys).float(), identity,
                                         torch.cat(key_identity), tau, alpha)
     agree([direct], expected[:1], 1e-5)
 
@@ -379,7 +393,7 @@ def test_initial_values_are_clips():
 
 def clip_weights(encoder):
     """As CLIP on Hugging Face spells them, among those of its text half."""
-    weights = {"vision_model." + vit.rename(name, vit.CLIP_NAMES): tensor
+    weights = {"vision_model." + rename(name, CLIP_NAMES): tensor
                for name, tensor in encoder.state_dict().items()}
     official = recorded("checkpoint.visual_encoder.").keys() - {"vision_model.embeddings.position_ids"}
     assert weights.keys() == {name.replace("post_layrnorm", "post_layernorm") for name in official}
@@ -410,7 +424,7 @@ def test_clip_weights_for_another_image_size_have_their_position_table_resized(t
 def test_bert_weights_load_with_token_type_zero_folded_in_and_new_parts_left_alone(tmp_path):
     encoder, source = (Bert(GOLDEN_CONFIG.bert, image_width=24) for _ in range(2))
     own, theirs = copy.deepcopy(encoder.state_dict()), source.state_dict()
-    weights = {bert.bert_name(name): x for name, x in theirs.items() if "cross_attention" not in name}
+    weights = {bert_name(name): x for name, x in theirs.items() if "cross_attention" not in name}
     official = {name for name in recorded("checkpoint.text_encoder.") if "crossattention" not in name}
     assert weights.keys() | {"embeddings.position_ids"} == official
     types = torch.randn(2, 20)
@@ -418,7 +432,7 @@ def test_bert_weights_load_with_token_type_zero_folded_in_and_new_parts_left_alo
                 "embeddings.token_type_embeddings.weight": types, "pooler.dense.weight": torch.ones(20, 20),
                 "embeddings.position_ids": torch.arange(66)[None]}
     old = [("LayerNorm.weight", "LayerNorm.gamma"), ("LayerNorm.bias", "LayerNorm.beta")]
-    saved = {"bert." + vit.rename(name, old): x for name, x in weights.items()}
+    saved = {"bert." + rename(name, old): x for name, x in weights.items()}
     torch.save(saved | {"cls.predictions.bias": torch.ones(79)}, tmp_path / "pytorch_model.bin")
     load_bert(encoder, tmp_path)
     theirs["positions"] = theirs["positions"] + types[0]
@@ -450,7 +464,7 @@ def test_word_pieces_are_the_official_ones_from_either_file_and_from_a_folder(tm
 
 
 def test_a_trained_vocabulary_knows_its_words_and_is_the_same_every_time():
-    captions = [data.caption(a, np.random.default_rng(i))[0] for i, a in enumerate(random_faces(200))]
+    captions = [grammar.caption(a, np.random.default_rng(i))[0] for i, a in enumerate(random_faces(200))]
     assert Tokenizer.train(captions).to_json() == TOKENIZER.to_json()
     ids = TOKENIZER(captions).ids
     assert (ids != TOKENIZER.wordpiece.token_to_id("[UNK]")).all() and ids.max() < TOKENIZER.vocab_size - 2
@@ -480,7 +494,7 @@ def test_negatives_are_other_people_drawn_evenly_at_hardness_0_and_by_softmax_am
 def test_recall_counts_the_best_of_an_images_captions_and_ties_against_us():
     image_of_text = torch.tensor([0, 0, 1])
     image_to_text = torch.tensor([[0.1, 0.9, 0.5], [0.7, 0.7, 0.7]])
-    metrics = losses.retrieval_metrics(image_to_text, image_to_text.T, image_of_text)
+    metrics = evaluation.retrieval_metrics(image_to_text, image_to_text.T, image_of_text)
     assert [metrics[name] for name in ("txt_r1", "txt_r5", "img_r1")] == pytest.approx([50, 100, 200 / 3])
 
 
@@ -590,7 +604,7 @@ def test_reranked_scores_are_the_official_ones_when_read_from_cls_as_there_and_t
         close(found, torch.where(theirs == -100, cosine - 100, theirs))
     if not suffix:
         theirs = json.loads(str(RECORDED["retrieval_metrics"]))
-        assert losses.retrieval_metrics(*scores, torch.arange(8)) == pytest.approx(theirs)
+        assert evaluation.retrieval_metrics(*scores, torch.arange(8)) == pytest.approx(theirs)
 
 
 @pytest.mark.parametrize("hardness", [0.0, 0.5, 1.0])
@@ -623,7 +637,7 @@ def test_base_has_the_papers_223453187_parameters_and_all_1049_official_names_lo
 
 
 def test_the_large_model_has_the_large_vits_own_configuration():
-    image_config, _, _ = train.MODELS["large"]
+    image_config, _, _ = train_config.MODELS["large"]
     with torch.device("meta"):
         parameters = sum(p.numel() for p in ViT(image_config).parameters())
     assert (image_config.width, image_config.depth, image_config.heads) == (1024, 24, 16)
@@ -687,16 +701,16 @@ def test_negatives_are_drawn_with_their_probabilities():
 
 def test_our_checkpoint_brings_model_configuration_and_vocabulary(tmp_path):
     model = FLIP(small_flip().config, golden_tokenizer(tmp_path))
-    flip_module.write_checkpoint(model.checkpoint(), tmp_path / "flip.pt")
+    write_checkpoint(model.checkpoint(), tmp_path / "flip.pt")
     loaded = FLIP.from_pretrained(tmp_path / "flip.pt")
     assert loaded.config == model.config and loaded.tokenizer.to_json() == model.tokenizer.to_json()
     assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in model.state_dict().items())
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
-    flip_module.write_checkpoint({"model": 1}, tmp_path / "flip.pt")
+    write_checkpoint({"model": 1}, tmp_path / "flip.pt")
     with pytest.raises(Exception):
-        flip_module.write_checkpoint({"model": lambda: None}, tmp_path / "flip.pt")     # cannot be pickled
+        write_checkpoint({"model": lambda: None}, tmp_path / "flip.pt")     # cannot be pickled
     assert torch.load(tmp_path / "flip.pt") == {"model": 1} and len(list(tmp_path.iterdir())) == 1
 
 
@@ -741,7 +755,7 @@ def test_the_ink_of_a_sketch_lies_on_the_edges_of_its_picture_and_not_of_another
 def test_glasses_are_drawn_in_one_go_and_change_no_other_line():
     glasses = with_true("Eyeglasses")
     for i, attributes in enumerate(random_faces(10)):
-        without, wearing = (toyfaces.pen_path(*toyfaces.describe(chosen, np.random.default_rng(i)))[0]
+        without, wearing = (drawing_sketch.pen_path(*portrait.describe(chosen, np.random.default_rng(i)))[0]
                             for chosen in (attributes & ~glasses, attributes | glasses))
         differs = (without != wearing[:len(without)]).any(1)
         first = differs.argmax() if differs.any() else len(without)
@@ -751,9 +765,9 @@ def test_glasses_are_drawn_in_one_go_and_change_no_other_line():
 
 def test_every_part_of_a_portrait_is_drawn_by_some_face():
     parts = {shape.part for attributes in random_faces(300)
-             for shape in toyfaces.describe(attributes, np.random.default_rng(0))[1]}
+             for shape in portrait.describe(attributes, np.random.default_rng(0))[1]}
     unseen = {"shade", "shine", "cheek", "makeup", "iris", "glint", "lid", "teeth"}
-    assert set(toyfaces.TURN) <= parts and parts - set(toyfaces.TURN) == unseen
+    assert set(drawing_sketch.TURN) <= parts and parts - set(drawing_sketch.TURN) == unseen
 
 
 @pytest.mark.parametrize("arguments, sentence", [
@@ -766,7 +780,7 @@ def test_wrong_arguments_of_toyfaces_end_in_a_sentence(tmp_path, monkeypatch, ar
     Path("a_file").touch()
     monkeypatch.setattr(sys, "argv", ["toyfaces.py", *arguments.split()])
     with pytest.raises(SystemExit, match=f"^error: .*{sentence}"):
-        vit.run_script(toyfaces.main)
+        run_script(toyfaces.main)
 
 
 # ---- data.py: the caption grammar --------------------------------------------------------------
@@ -782,11 +796,11 @@ def with_true(*names):
 def facts_read_back(text):
     """The facts a reader finds in a text, by looking for every phrase of the grammar's table."""
     text, found = text.lower(), set()
-    for fact, phrases in zip(FACTS, data.PHRASES):
+    for fact, phrases in zip(FACTS, grammar.PHRASES):
         for kind, words in phrases:
             pattern = re.escape(words.lower()).replace(r"\{his\}", "(his|her|their)")
-            if kind in data.PARTS:      # "a big, pointy nose" or "her nose is pointy and big"
-                others = "|".join(re.escape(w) for p in data.PHRASES for k, w in p if k == kind)
+            if kind in grammar.PARTS:      # "a big, pointy nose" or "her nose is pointy and big"
+                others = "|".join(re.escape(w) for p in grammar.PHRASES for k, w in p if k == kind)
                 pattern = (rf"\b{pattern}(, ({others}))* {kind}\b|"
                            rf"\b(his|her|their) {kind} (is|are) (({others}) and )*{pattern}\b")
             if re.search(rf"\b({pattern})\b", text):
@@ -800,25 +814,25 @@ def facts_read_back(text):
 def test_a_caption_says_what_it_reports_and_nothing_else():
     rng = np.random.default_rng(1)
     for attributes in (*random_faces(3000), np.ones(40, dtype=bool)):       # even who has everything
-        text, stated = data.caption(attributes, rng)
-        assert facts_read_back(text) == {FACTS[i] for i in np.flatnonzero(data.facts_said(stated))}, text
-        assert data.consistent(stated[None], attributes[None]).all()
+        text, stated = grammar.caption(attributes, rng)
+        assert facts_read_back(text) == {FACTS[i] for i in np.flatnonzero(grammar.facts_said(stated))}, text
+        assert grammar.consistent(stated[None], attributes[None]).all()
 
 
 def test_every_phrase_of_the_grammar_reads_back_alone():
-    for fact, phrases in enumerate(data.PHRASES):
-        texts = [data.write([fact], data.random.Random(seed)) for seed in range(100)]
+    for fact, phrases in enumerate(grammar.PHRASES):
+        texts = [grammar.write([fact], grammar.random.Random(seed)) for seed in range(100)]
         assert all(facts_read_back(text) == {FACTS[fact]} for text in texts)
         for kind, words in phrases:         # each was there, in both forms where it has two
             forms = [words.split("{his}")[0]]
-            if kind in data.PARTS:
-                forms = [f"{words} {kind}", f"{kind} {data.PARTS[kind][1]} {words}"]
+            if kind in grammar.PARTS:
+                forms = [f"{words} {kind}", f"{kind} {grammar.PARTS[kind][1]} {words}"]
             assert all(form.lower() in " ".join(texts).lower() for form in forms), words
 
 
 def test_captions_have_the_lengths_and_the_variety_of_flips():
     rng = np.random.default_rng(2)
-    words = [data.caption(attributes, rng)[0].split() for attributes in random_faces(5000)]
+    words = [grammar.caption(attributes, rng)[0].split() for attributes in random_faces(5000)]
     lengths = np.array([len(text) for text in words])
     assert lengths.min() >= 10 and lengths.max() <= 75 and 26 < lengths.mean() < 32
     assert 20 <= np.bincount(lengths // 3 * 3).argmax() + 1 <= 27
@@ -830,9 +844,9 @@ def test_captions_have_the_lengths_and_the_variety_of_flips():
 def test_log_likelihood_is_what_simulation_finds(names):
     """For all that captions of a face can state: probabilities add to 1, and agree with draws."""
     attributes, draws, rng = with_true(*names), 20_000, np.random.default_rng(0)
-    seen = Counter(data.caption(attributes, rng)[1].tobytes() for _ in range(draws))
+    seen = Counter(grammar.caption(attributes, rng)[1].tobytes() for _ in range(draws))
     stated = np.array([np.frombuffer(key, dtype=np.int8) for key in seen])
-    expected = np.exp(data.log_likelihood(stated, attributes[None]))[:, 0]
+    expected = np.exp(grammar.log_likelihood(stated, attributes[None]))[:, 0]
     observed = np.array(list(seen.values())) / draws
     assert abs(expected.sum() - 1) < 1e-3
     assert (abs(observed - expected) < 4.5 * np.sqrt(expected / draws)).all()
@@ -840,15 +854,15 @@ def test_log_likelihood_is_what_simulation_finds(names):
 
 def test_log_likelihood_rules_out_faces_that_contradict_the_caption():
     faces = random_faces(300)
-    stated = np.stack([data.caption(attributes, np.random.default_rng(0))[1] for attributes in faces])
+    stated = np.stack([grammar.caption(attributes, np.random.default_rng(0))[1] for attributes in faces])
     fits = ((stated[:, None] == 0) | ((stated[:, None] > 0) == faces)).all(2)       # fact by fact
-    assert (data.consistent(stated, faces) == fits).all()
-    assert (np.isfinite(data.log_likelihood(stated, faces)) == fits).all()
+    assert (grammar.consistent(stated, faces) == fits).all()
+    assert (np.isfinite(grammar.log_likelihood(stated, faces)) == fits).all()
 
 
 def test_recall_shares_ties_by_chance():
     scores = np.array([[0., 0, 0, 0], [2, 1, 1, 0], [3, 2, 1, 3], [0, 0, 0, 1]])
-    recall = data.expected_recall(scores, k=(1, 2, 3))
+    recall = grammar.expected_recall(scores, k=(1, 2, 3))
     by_hand = {1: (1/4 + 0 + 0 + 1) / 4, 2: (2/4 + 1/2 + 0 + 1) / 4, 3: (3/4 + 1 + 0 + 1) / 4}
     assert recall == pytest.approx(by_hand)
 
@@ -856,15 +870,15 @@ def test_recall_shares_ties_by_chance():
 def test_references_on_captions_worked_by_hand():
     """Two men: 'a bald young man' fits one, 'a young man' both, but leaves baldness unsaid."""
     attributes = np.stack([with_true("Male", "Young", "Bald"), with_true("Male", "Young")])
-    references = data.reference_recalls(attributes.astype(np.int8), attributes, k=(1,))
+    references = grammar.reference_recalls(attributes.astype(np.int8), attributes, k=(1,))
     assert references == {"consistency": {"text_to_image": {1: (1 + 1 / 2) / 2}, "image_to_text": {1: 3 / 4}},
                           "ceiling": {"text_to_image": {1: 1.0}, "image_to_text": {1: 1.0}}}
 
 
 def test_drawn_captions_are_as_hard_as_planned():
     faces, rng = random_faces(1000), np.random.default_rng(0)
-    stated = np.stack([data.caption(attributes, rng)[1] for attributes in faces])
-    consistency, ceiling = data.reference_recalls(stated, faces).values()
+    stated = np.stack([grammar.caption(attributes, rng)[1] for attributes in faces])
+    consistency, ceiling = grammar.reference_recalls(stated, faces).values()
     for direction in ("text_to_image", "image_to_text"):
         assert all(ceiling[direction][k] > consistency[direction][k] for k in (1, 5, 10))
     assert 0.6 < consistency["text_to_image"][5] < 0.8
@@ -950,7 +964,7 @@ def test_celeba_is_read_in_its_own_and_in_kaggles_layout(tmp_path, kaggle):
     assert (train.attributes == attributes[:4]).all() and (test.attributes == attributes[5:]).all()
     assert len(val) == 1 and len(set(train.identity)) == 4
     assert val.picture(0).size == (178, 218) and val.pictures[0].name == "000005.jpg"
-    text, _ = data.caption(attributes[4], np.random.default_rng(0))
+    text, _ = grammar.caption(attributes[4], np.random.default_rng(0))
     assert val.caption(0, np.random.default_rng(0)) == text
 
 
@@ -1151,12 +1165,12 @@ def test_a_set_is_listed_once_until_it_changes_and_an_interrupted_listing_leaves
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         def interrupt(*_, **__):
             raise KeyboardInterrupt
-        patch.setattr(data, "examine", interrupt)
+        patch.setattr(index, "examine", interrupt)
         open_faces(write_mm_celeba(tmp_path / "mm"))
     assert not list((tmp_path / "mm/cache").iterdir())
     faces = open_faces(write_tar(tmp_path / "tars"))
     with monkeypatch.context() as patch:
-        patch.setattr(data, "list_tar", lambda tar, lost: pytest.fail("listed again"))
+        patch.setattr(tars, "list_tar", lambda tar, lost: pytest.fail("listed again"))
         again = open_faces(tmp_path / "tars")
     assert [*again.captions, *again.pictures] == [*faces.captions, *faces.pictures]
     content = (tmp_path / "tars/00000.tar").read_bytes()
@@ -1229,11 +1243,11 @@ def test_no_face_of_a_damaged_tar_is_lost_without_being_counted(tmp_path, cases)
         if case % 3:
             path.write_bytes(damaged(path.read_bytes(), rng))
         begin = time.perf_counter()
-        rows, lines, lost = data.examine(lambda lost: data.list_tar(path, lost), data.COLUMNS[:1])
+        rows, lines, lost = index.examine(lambda lost: tars.list_tar(path, lost), index.COLUMNS[:1])
         assert 12 - len(lost) <= len(rows) <= 12 + len(members), (case, lost)
         for line in lines.splitlines():
             try:
-                data.Crop(path, *json.loads(line)["pictures"][1:]).open(16)
+                Crop(path, *json.loads(line)["pictures"][1:]).open(16)
             except ValueError as error:
                 assert "\n" not in str(error)
         assert time.perf_counter() - begin < 10, case
@@ -1245,19 +1259,19 @@ def test_a_reduced_decoding_shows_what_a_whole_one_shows(tmp_path):
     for i in range(6):
         toyfaces.face(i, 0, 900)[0].resize((1000, 900)).save(tmp_path / "face.jpg", quality=92)
         for box in (None, (40.4, 100.0, 990.2, 871.5)):
-            whole = vit.open_picture(tmp_path / "face.jpg")
+            whole = open_picture(tmp_path / "face.jpg")
             plain = whole.resize((224, 224), Image.Resampling.BICUBIC, box)
-            image = vit.open_picture(tmp_path / "face.jpg", box=box, size=224)
+            image = open_picture(tmp_path / "face.jpg", box=box, size=224)
             assert np.abs(np.asarray(image).astype(int) - np.asarray(plain)).mean() < 1
     turned = Image.new("RGB", (400, 300), "white")
     turned.paste("black", (0, 0, 100, 100))
     exif = Image.Exif()
     exif[0x0112] = 6                                                # to be turned by 90 degrees
     turned.save(tmp_path / "face.jpg", exif=exif)
-    assert vit.picture_size(tmp_path / "face.jpg") == (400, 300)
-    upright = vit.open_picture(tmp_path / "face.jpg", size=30)
+    assert picture_size(tmp_path / "face.jpg") == (400, 300)
+    upright = open_picture(tmp_path / "face.jpg", size=30)
     assert upright.getpixel((25, 3)) < (9, 9, 9) and upright.getpixel((3, 3)) > (246, 246, 246)
-    as_stored = vit.open_picture(tmp_path / "face.jpg", box=(1, 1, 99, 99), size=16)
+    as_stored = open_picture(tmp_path / "face.jpg", box=(1, 1, 99, 99), size=16)
     assert np.asarray(as_stored).max() < 9
 
 
@@ -1319,7 +1333,7 @@ def test_a_million_faces_are_indexed_once_and_cost_a_process_almost_nothing(tmp_
     for attributes in random_faces(2000):
         file = io.BytesIO()
         Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(file, "jpeg")
-        texts.append(data.caption(attributes, rng)[0])
+        texts.append(grammar.caption(attributes, rng)[0])
         jpegs.append(file.getvalue())
     for t in range(100):
         with tarfile.open(tmp_path / f"{t:05}.tar", "w") as tar:
@@ -1499,11 +1513,11 @@ def test_a_faulty_set_is_refused_with_one_sentence_and_no_pickle_runs(
 def test_the_grammar_read_backwards_finds_all_that_a_caption_states_and_nothing_else():
     rng = np.random.default_rng(0)
     for attributes in random_faces(300):
-        text, stated = data.caption(attributes, rng)
-        assert (data.facts_in(text) == data.facts_said(stated[None])[0]).all(), text
+        text, stated = grammar.caption(attributes, rng)
+        assert (report.facts_in(text) == grammar.facts_said(stated[None])[0]).all(), text
     officials = ("The man is chubby, with a slightly open mouth. He has a large nose, a goatee, a mustache, "
                  "an oval-shaped face, and a receding hairline.")
-    assert {data.FACTS[n] for n in np.flatnonzero(data.facts_in(officials))} == {
+    assert {grammar.FACTS[n] for n in np.flatnonzero(report.facts_in(officials))} == {
         "Male", "Chubby", "Mouth_Slightly_Open", "Big_Nose", "Goatee", "Mustache", "Oval_Face",
         "Receding_Hairline"}
 
@@ -1515,16 +1529,16 @@ def test_a_report_counts_copies_damage_and_words(tmp_path, monkeypatch, capsys):
                    lambda i: Image.fromarray(pixels[max(i, 5)]).resize((60, 50)))
     (tmp_path / "images/29.png").write_text("no picture")
     (tmp_path / "train.json").write_text(json.dumps(records))
-    arguments = ["data.py", "--data", tmp_path, "--cache", tmp_path / "cache", "--out", tmp_path / "page.png"]
+    arguments = ["report.py", "--data", tmp_path, "--cache", tmp_path / "cache", "--out", tmp_path / "page.png"]
     monkeypatch.setattr(sys, "argv", [*map(str, arguments)])
-    data.main()
+    report.main()
     found = json.loads((tmp_path / "page.json").read_text())
     assert found["faces"] == {"train": 30} and found["pictures looked at"] == 29 and found["unreadable"] == 1
     assert found["like another"] == 5 and found["sizes"] == [[60, 50]] * 29
     assert found["equal captions"] == 20 and max(found["words"]) == 8 and found["labels"]["Wearing_Hat"] == 1
     assert Image.open(tmp_path / "page.png").width > 1000 and "FLIP" in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", [*map(str, arguments), "--time"])
-    data.main()
+    report.main()
     assert "pictures of 224 x 224 a second" in capsys.readouterr().out
 
 
@@ -1579,7 +1593,7 @@ def drawn(count=20, size=16):
 
 
 TOKENIZER = bert.Tokenizer.train(
-    [data.caption(a, np.random.default_rng(i))[0] for i, a in enumerate(random_faces(200))])
+    [grammar.caption(a, np.random.default_rng(i))[0] for i, a in enumerate(random_faces(200))])
 
 
 def take(batches, start, count):
@@ -1617,11 +1631,11 @@ def cache(tmp_path_factory):
 
 def quick(out, cache, **changes):
     """A run of a few steps on a few drawn faces, with every part of the recipe in use."""
-    settings = train.RECIPES["tiny"] | dict(
+    settings = train_config.RECIPES["tiny"] | dict(
         out=str(out), cache=cache, faces=48, validation=20, steps=8, batch_size=8,
         queue_size=20, queue_from=0.25, itm_from=0.1, itm_every=1, hard_ramp=(0.2, 0.6),
         alpha_ramp=(0.2, 0.8), momentum_from=0.2, warmup=2, log_every=1, eval_every=6)
-    return train.Config(**settings | changes)
+    return train_config.Config(**settings | changes)
 
 
 def log_of(out):
@@ -1654,7 +1668,7 @@ def test_a_run_stopped_or_killed_and_resumed_has_the_log_of_one_never_stopped(
             train.train(config)
         assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
         (tmp_path / "log.jsonl").write_text("torn")             # the log rides in the checkpoint
-        config = train.parse_arguments(["--out", str(tmp_path), "--resume"])
+        config = train_config.parse_arguments(["--out", str(tmp_path), "--resume"])
     train.train(config)
     logs = [[line | {"seconds": 0} for line in log_of(out)[1:]] for out in (tmp_path, uninterrupted)]
     assert logs[0] == logs[1]
@@ -1671,7 +1685,7 @@ def test_a_run_goes_on_from_a_flip_ours_or_official_and_at_another_image_size(
         model = train.build_model(config, ViTConfig(64, 8, 128, 3, 4), None, train.open_initial(config))
         learned, expected = model.student.state_dict(), before.student.state_dict()
         grid, resized = expected.pop("image.positions"), learned["image.positions"]
-        torch.testing.assert_close(resized, vit.resize_positions(grid, 64))
+        torch.testing.assert_close(resized, resize_positions(grid, 64))
         for part, other in ((learned, expected),
                             (model.momentum_encoder.state_dict(), model.student.state_dict()),
                             (model.matching_head.state_dict(), before.matching_head.state_dict())):
@@ -1681,8 +1695,8 @@ def test_a_run_goes_on_from_a_flip_ours_or_official_and_at_another_image_size(
     folder = write_celeba(tmp_path / "mine", count=40)
     given = ["--data", str(folder), "--init", str(uninterrupted), "--image_size", "64", "--batch_size", "8",
              "--steps", "300", "--cache", cache, "--out", f"{tmp_path}/out"]
-    config = train.parse_arguments(given)
-    assert config.augment and not train.parse_arguments([]).augment
+    config = train_config.parse_arguments(given)
+    assert config.augment and not train_config.parse_arguments([]).augment
     model, _ = train.train(dataclasses.replace(config, steps=2, eval_every=2))
     assert model.config.vit.image_size == 64 and "2 steps are 0.4 passes over" in capsys.readouterr().out
     faces = train.open_data(config, 64)[0].subset(range(20))
@@ -1702,9 +1716,9 @@ def test_a_run_goes_on_from_a_flip_ours_or_official_and_at_another_image_size(
 
 def test_resuming_takes_the_runs_flags_and_only_what_does_not_decide_it_may_be_new(uninterrupted, cache):
     out = ["--out", str(uninterrupted), "--resume"]
-    resumed = train.parse_arguments(out + ["--workers", "2", "--batch_size", "8"])
+    resumed = train_config.parse_arguments(out + ["--workers", "2", "--batch_size", "8"])
     assert resumed == dataclasses.replace(quick(uninterrupted, cache), resume=True, workers=2)
-    error = error_of(train.parse_arguments, out + ["--lr", "0.5"])
+    error = error_of(train_config.parse_arguments, out + ["--lr", "0.5"])
     assert "has --lr 0.001 and goes on with it; leave --lr 0.5 out" in error
     assert error_of(train.train, dataclasses.replace(resumed, faces=40)).startswith("--resume: the run in ")
     anew = dataclasses.replace(resumed, resume=False)
@@ -1712,8 +1726,8 @@ def test_resuming_takes_the_runs_flags_and_only_what_does_not_decide_it_may_be_n
 
 
 def test_resuming_where_nothing_was_saved_yet_begins(tmp_path):
-    assert train.parse_arguments(["--out", str(tmp_path), "--resume", "--steps", "7"]) == train.Config(
-        **train.RECIPES["tiny"] | dict(out=str(tmp_path), resume=True, steps=7))
+    assert train_config.parse_arguments(["--out", str(tmp_path), "--resume", "--steps", "7"]) == train_config.Config(
+        **train_config.RECIPES["tiny"] | dict(out=str(tmp_path), resume=True, steps=7))
 
 
 def test_a_run_leaves_log_and_pictures_and_a_checkpoint_that_evaluates_the_same(uninterrupted, cache):
@@ -1722,8 +1736,8 @@ def test_a_run_leaves_log_and_pictures_and_a_checkpoint_that_evaluates_the_same(
     for name in pictures:
         Image.open(uninterrupted / name).load()
     config = quick(uninterrupted, cache)
-    validation = train.Validation.of(train.open_data(config, 48)[1])
-    metrics, _ = train.evaluate(FLIP.from_pretrained(uninterrupted), validation, config)
+    validation = evaluation.Validation.of(train.open_data(config, 48)[1])
+    metrics, _ = evaluation.evaluate(FLIP.from_pretrained(uninterrupted), validation, config)
     assert metrics == pytest.approx({name: log_of(uninterrupted)[-1][name] for name in metrics})
 
 
@@ -1748,7 +1762,7 @@ def test_two_micro_batches_give_the_gradient_of_their_mean(tmp_path, cache):
     config = quick(tmp_path, cache, accumulate=2, queue_from=1.0, alpha_ramp=(1, 1), momentum_from=1.0,
                    clip_grad=0.0)
     faces, _ = train.open_data(config, 48)
-    model = train.build_model(config, train.TINY[0], faces, None).train()
+    model = train.build_model(config, train_config.TINY[0], faces, None).train()
     first, second = take(data.Batches(faces, model.tokenizer, 48, 8), 0, 2)
     gradients, optimizer = [], torch.optim.SGD([{"params": list(model.parameters()), "scale": 0.0}])
     optimizer.step = lambda: gradients.append(model.student.image.class_token.grad.clone())
@@ -1761,7 +1775,7 @@ def test_two_micro_batches_give_the_gradient_of_their_mean(tmp_path, cache):
 @pytest.mark.parametrize("image, text", [(0, 0), (4, 0), (3, 2)])
 def test_every_trained_parameter_is_in_one_optimiser_group_and_only_matrices_decay(image, text):
     model = small_flip()
-    optimizers = train.build_optimizers(model, 0.05, temperature_lr=0.1, muon_image=image, muon_text=text)
+    optimizers = build_optimizers(model, 0.05, temperature_lr=0.1, muon_image=image, muon_text=text)
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     hidden = {image: 4 * 6, text: 3 * 10}                       # depth x matrices of a block or layer
     for group in optimizers[1].param_groups if image else ():
@@ -1776,7 +1790,7 @@ def test_muon_steps_as_torchs_does_without_bfloat16(monkeypatch):
     torch.manual_seed(0)
     ours = [nn.Parameter(torch.randn(shape)) for shape in ((6, 6), (6, 24), (24, 6), (6, 6))]
     theirs = [nn.Parameter(p.detach().clone()) for p in ours]
-    muon = train.Muon([{"params": ours, "weight_decay": 0.1}])
+    muon = Muon([{"params": ours, "weight_decay": 0.1}])
     reference = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     muon.param_groups[0]["lr"] = 0.02
     monkeypatch.setattr(torch.Tensor, "bfloat16", lambda tensor: tensor)
@@ -1794,14 +1808,14 @@ def test_newton_schulz_brings_all_singular_values_to_about_one_and_keeps_the_vec
     torch.manual_seed(0)
     X = torch.randn(4, 8, 32) * torch.logspace(0, -2, 8)[:, None]
     U, S, V = torch.linalg.svd(X.double(), full_matrices=False)
-    inside = U.mT @ train.orthogonal(X).double() @ V.mT
+    inside = U.mT @ orthogonal(X).double() @ V.mT
     values = inside.diagonal(dim1=1, dim2=2)
     assert 0.65 < values.min() and values.max() < 1.25 and (S.amax(1) / S.amin(1)).min() > 50
     close(inside, torch.diag_embed(values), 1e-4)
 
 
 def test_the_base_recipe_is_the_papers():
-    config = train.Config(model="base", steps=15 * 23_925)
+    config = train_config.Config(model="base", steps=15 * 23_925)
     rate = lambda step: train.learning_rate(step, config, 23_925)
     assert rate(0) == pytest.approx(1e-6) and rate(10_000) == pytest.approx(1.55e-5) and rate(20_000) == 3e-5
     assert rate(23_924) == 3e-5 and rate(23_925 * 3) == pytest.approx(3e-5 * 0.9 ** 3)
@@ -1812,7 +1826,7 @@ def test_the_base_recipe_is_the_papers():
 
 
 def test_the_tiny_recipe_starts_gently_and_ends_with_everything_on():
-    config = train.parse_arguments([])
+    config = train_config.parse_arguments([])
     last = train.knobs_at(config.steps - config.steps % config.itm_every - config.itm_every, config)
     assert train.knobs_at(0, config) == Knobs(0.0, 0.0, 0, 0.0, with_itm=False)
     assert last == Knobs(config.alpha, config.momentum, config.queue_size, config.hardness, with_itm=True)
@@ -1828,19 +1842,19 @@ def test_the_learning_rate_rises_over_the_warmup_and_falls_along_a_cosine_or_a_l
 
 
 def test_flags_are_the_configurations_fields_and_recipes_yield_to_them():
-    found = train.parse_arguments(["--steps", "7", "--no-augment", "--hard_ramp", "0.1", "0.2"])
-    assert found == train.Config(
-        **train.RECIPES["tiny"] | dict(steps=7, augment=False, hard_ramp=(0.1, 0.2)))
-    assert train.parse_arguments(["--epochs", "2"]).steps == 0, "or the recipe's steps would decide"
-    assert train.parse_arguments(["--model", "base"]) == train.Config(model="base")
+    found = train_config.parse_arguments(["--steps", "7", "--no-augment", "--hard_ramp", "0.1", "0.2"])
+    assert found == train_config.Config(
+        **train_config.RECIPES["tiny"] | dict(steps=7, augment=False, hard_ramp=(0.1, 0.2)))
+    assert train_config.parse_arguments(["--epochs", "2"]).steps == 0, "or the recipe's steps would decide"
+    assert train_config.parse_arguments(["--model", "base"]) == train_config.Config(model="base")
     with pytest.raises(SystemExit):
-        train.parse_arguments(["--leanring_rate", "1"])
+        train_config.parse_arguments(["--leanring_rate", "1"])
 
 
 def test_a_retrieval_table_stands_beside_chance_and_both_references(uninterrupted, cache):
-    validation = train.Validation.of(train.open_data(quick(uninterrupted, cache), 48)[1])
+    validation = evaluation.Validation.of(train.open_data(quick(uninterrupted, cache), 48)[1])
     metrics = {f"{way}_r{k}": 10.0 for way in ("img", "txt", "itc_img", "itc_txt") for k in (1, 5, 10)}
-    lines = train.table(metrics, validation).splitlines()
+    lines = evaluation.table(metrics, validation).splitlines()
     assert [line.split(" | ")[0][2:] for line in lines[2:]] == [
         "chance", "consistency", "ceiling", "this model, ITC alone", "this model, re-ranked",
         "share of consistency", "share of ceiling"]
@@ -1861,15 +1875,15 @@ def test_a_damaged_picture_met_in_training_costs_nothing_that_was_learned(tmp_pa
 
 # ---- finetune.py: numbers ----------------------------------------------------------------------
 def test_attribute_logits_and_loss_are_the_official_ones(official):
-    vectors = finetune.pooled(official.eval().student.image, GOLDEN["eval.images"]).detach()
-    head = finetune.AttributeHead(vectors=12, width=24, labels=40)
+    vectors = tasks.pooled(official.eval().student.image, GOLDEN["eval.images"]).detach()
+    head = tasks.AttributeHead(vectors=12, width=24, labels=40)
     theirs = recorded("attr.")
     head.load_state_dict({"weights": theirs["layer_weights"].flatten(),
                           **{f"norm.{name}": theirs[f"ln.{name}"] for name in ("weight", "bias")},
                           **{f"linear.{name}": theirs[f"visual_proj.{name}"] for name in ("weight", "bias")}})
     close(head(vectors), theirs["logits"])
-    samples = finetune.Encoded(vectors=vectors, labels=theirs["target"].float())
-    task = finetune.Attributes(finetune.Config(task="attributes"))
+    samples = tasks.Encoded(vectors=vectors, labels=theirs["target"].float())
+    task = tasks.Attributes(finetune.Config(task="attributes"))
     close(task.loss(head, samples, torch.arange(8), None, 0), theirs["loss"])
 
 
@@ -1880,11 +1894,11 @@ def test_the_base_model_is_pooled_after_blocks_4_6_and_8_and_at_the_end():
         def __call__(self, images, return_hidden):
             hidden = [torch.full((1, 3, 2), float(block)) for block in range(1, 13)]
             return torch.full((1, 3, 2), 99.0), hidden
-    assert finetune.pooled(Image(), None)[0, :, 0].tolist() == [4, 4, 4, 6, 6, 6, 8, 8, 8, 99, 99, 99]
+    assert tasks.pooled(Image(), None)[0, :, 0].tolist() == [4, 4, 4, 6, 6, 6, 8, 8, 8, 99, 99, 99]
 
 
 def test_early_retrieval_is_the_official_one():
-    found = finetune.early_retrieval(GOLDEN["slfir.ranks"], photos=20)
+    found = tasks.early_retrieval(GOLDEN["slfir.ranks"], photos=20)
     for name in ("mA", "mB", "wA", "wB"):
         assert found[f"{name[0]}@{name[1]}"] == pytest.approx(GOLDEN[f"slfir.{name}"].item(), abs=1e-9)
     assert found["m@A"] == pytest.approx(np.mean(found["percentile"])) and len(found["inverse"]) == 50
@@ -1893,16 +1907,16 @@ def test_early_retrieval_is_the_official_one():
 def test_a_photo_as_similar_as_the_true_one_ranks_before_it_and_nan_is_never_a_hit():
     similarity = torch.tensor([[[0.5, 0.1, 0.5], [0.9, 0.1, 0.2]], [[0.2, 0.2, 0.2], [0.3, 0.1, 0.0]],
                                [[0.0, 0.0, torch.nan], [0.0, 0.1, 0.2]]])
-    assert finetune.sketch_ranks(similarity).tolist() == [[2, 1], [3, 2], [3, 1]]
+    assert tasks.sketch_ranks(similarity).tolist() == [[2, 1], [3, 2], [3, 1]]
 
 
 def test_average_precision_and_balanced_accuracy_are_their_definitions():
-    head = finetune.AttributeHead(1, 4, 3)
+    head = tasks.AttributeHead(1, 4, 3)
     head.forward = lambda vectors: vectors[:, 0, :3]
     logits = torch.tensor([[1.0, -1, 2], [2.0, -1, 1], [-1.0, -1, 1], [3.0, -1, 1]])
     labels = torch.tensor([[1.0, 0, 1], [1, 0, 1], [1, 1, 1], [0, 0, 1]])       # the third everyone has
-    samples = finetune.Encoded(vectors=F.pad(logits, (0, 1))[:, None], labels=labels)
-    task = finetune.Attributes(finetune.Config(task="attributes", labels=("Male", "Young", "Bald")))
+    samples = tasks.Encoded(vectors=F.pad(logits, (0, 1))[:, None], labels=labels)
+    task = tasks.Attributes(finetune.Config(task="attributes", labels=("Male", "Young", "Bald")))
     found = task.metrics(head, samples)
     for name, expected in {"Male": [50, 100 / 3, 100 * (1 / 2 + 2 / 3 + 3 / 4) / 3, 75],
                            "Young": [75, 50, 100 / 3, 75], "Bald": [100, np.nan, np.nan, 100]}.items():
@@ -1914,16 +1928,16 @@ def test_average_precision_and_balanced_accuracy_are_their_definitions():
 def test_chance_is_what_orders_by_chance_come_to():
     rng, image_of_text = np.random.default_rng(0), torch.tensor([0] * 3 + [1] + [2] * 2 + list(range(3, 20)))
     scores = [torch.from_numpy(rng.random((20, 23))) for _ in range(3000)]
-    found = [losses.retrieval_metrics(score, score.T, image_of_text) for score in scores]
-    expected = finetune.chance_recalls(image_of_text)
+    found = [evaluation.retrieval_metrics(score, score.T, image_of_text) for score in scores]
+    expected = tasks.chance_recalls(image_of_text)
     for name in ("img_r5", "img_r10", "txt_r5", "txt_r10"):
         assert np.mean([metrics[name] for metrics in found]) == pytest.approx(expected[name], abs=1)
-    few = finetune.chance_recalls(torch.arange(3))
+    few = tasks.chance_recalls(torch.arange(3))
     assert few["txt_r5"] == few["itc_img_r10"] == 100
     for positives in (1, 2, 4):                             # the mean over all orders of five samples
-        precisions = [finetune.average_precision(torch.tensor(order), torch.arange(5) < positives)
+        precisions = [tasks.average_precision(torch.tensor(order), torch.arange(5) < positives)
                       for order in itertools.permutations(range(5))]
-        expected = finetune.chance_precision(torch.tensor(positives).double(), 5)
+        expected = tasks.chance_precision(torch.tensor(positives).double(), 5)
         close(expected, torch.stack(precisions).mean(), 1e-12)
 
 
@@ -1935,7 +1949,7 @@ def test_the_loss_within_a_batch_is_the_symmetric_cross_entropy_with_positives_o
     targets /= targets.sum(1, keepdim=True)
     expected = (F.cross_entropy(rows @ keys.detach().T / temperature, targets)
                 + F.cross_entropy(keys @ rows.detach().T / temperature, targets)) / 2
-    found = finetune.contrast(rows, keys, identity, temperature)
+    found = tasks.contrast(rows, keys, identity, temperature)
     close(found, expected, 1e-9)
     ours, theirs = (torch.cat(torch.autograd.grad(loss, (rows, keys))) for loss in (found, expected))
     close(ours, theirs, 1e-9)
@@ -1944,7 +1958,7 @@ def test_the_loss_within_a_batch_is_the_symmetric_cross_entropy_with_positives_o
 def test_a_caption_is_one_of_its_pictures():
     image_of_text, indices = torch.tensor([0, 0, 1, 2, 2, 2]), torch.tensor([2, 0, 1])
     rng = np.random.default_rng(0)
-    drawn = torch.stack([finetune.caption_of(image_of_text, indices, rng) for _ in range(50)])
+    drawn = torch.stack([tasks.caption_of(image_of_text, indices, rng) for _ in range(50)])
     assert (image_of_text[drawn] == indices).all()
     assert [len(column.unique()) for column in drawn.T] == [3, 2, 1]
 
@@ -1954,7 +1968,7 @@ def test_a_caption_is_one_of_its_pictures():
 def tuned(uninterrupted, cache, tmp_path):
     """Makes the configuration of a run of a few steps on a few faces; the drawn ones' recipe."""
     def config(task, **changes):
-        settings = finetune.TASKS[task].recipe | finetune.TASKS[task].drawn | dict(
+        settings = tasks.TASKS[task].recipe | tasks.TASKS[task].drawn | dict(
             task=task, checkpoint=(f"{uninterrupted}/flip.pt",), out=str(tmp_path), cache=cache, faces=24,
             validation=4, test=8, epochs=3, batch_size=8, itm_every=1)
         return finetune.Config(**settings | changes)
@@ -1976,7 +1990,7 @@ def test_a_task_leaves_the_encoders_as_they_were(tuned, tmp_path, monkeypatch, c
         optimised.extend(p for group in groups for p in group["params"])
         return make(groups, **options)
     monkeypatch.setattr(torch.optim, "AdamW", optimizer)
-    monkeypatch.setattr(finetune.Sketch, "steps", 7)            # of 70: drawing them takes time
+    monkeypatch.setattr(tasks.Sketch, "steps", 7)            # of 70: drawing them takes time
     config = tuned(task)
     encoders = finetune.open_encoders(config)
     monkeypatch.setattr(finetune, "open_encoders", lambda config: encoders)
@@ -2015,7 +2029,7 @@ def test_a_run_repeats_itself_and_half_precision_tokens_on_disk_give_what_whole_
     def scores(out):
         return finetune.finetune(tuned("retrieval", out=str(tmp_path / out), random=False))[0].final["scores"]
     one, two = scores("a"), scores("b")
-    monkeypatch.setattr(finetune, "storage", lambda shape, folder: torch.empty(shape))
+    monkeypatch.setattr(tasks, "storage", lambda shape, folder: torch.empty(shape))
     three = scores("c")
     assert torch.equal(one, two) and not torch.equal(one, three)
     close(three, one, 0.02)
@@ -2036,14 +2050,14 @@ def test_a_share_of_the_training_part_is_drawn_by_the_seed_and_lies_in_every_lar
 @pytest.mark.parametrize("values, kept", [([5.0, 4, 3, 2], 0), ([1.0, 7, 9, 8], 2), ([1.0, 2, 3, 4], 3)])
 def test_what_was_best_on_the_validation_part_is_kept_even_if_that_is_what_tuning_began_with(
         tuned, tmp_path, values, kept):
-    task, head, weights = finetune.Attributes(tuned("attributes", evaluations=3)), nn.Linear(2, 1), []
+    task, head, weights = tasks.Attributes(tuned("attributes", evaluations=3)), nn.Linear(2, 1), []
 
     def metrics(head, samples):
         assert samples == "validation"
         weights.append(head.weight.detach().clone())
         return dict.fromkeys(task.titles, values[len(weights) - 1])
     task.metrics, task.loss = metrics, lambda *_: head(torch.ones(2)).sum()
-    log, training = train.Log(tmp_path / "log.jsonl", []), finetune.Encoded(count=4)
+    log, training = Log(tmp_path / "log.jsonl", []), tasks.Encoded(count=4)
     finetune.tune(task, head, training, torch.arange(4), "validation", log)
     assert len(weights) == 4 and not torch.equal(weights[0], weights[1])
     assert torch.equal(head.weight, weights[kept])
@@ -2051,9 +2065,9 @@ def test_what_was_best_on_the_validation_part_is_kept_even_if_that_is_what_tunin
 
 def test_the_test_part_decides_nothing(tuned, tmp_path, monkeypatch):
     """Whatever the metrics say of it, the head stays the same."""
-    heads, real = [], finetune.Attributes.metrics
+    heads, real = [], tasks.Attributes.metrics
     for said in ({}, {"accuracy": 0.0}):
-        monkeypatch.setattr(finetune.Attributes, "metrics", lambda task, head, samples: (
+        monkeypatch.setattr(tasks.Attributes, "metrics", lambda task, head, samples: (
             real(task, head, samples) | (said if samples.count == 8 else {})))
         out = tmp_path / f"out {len(heads)}"
         finetune.finetune(tuned("attributes", out=str(out), random=False, lr=0.1))
@@ -2064,7 +2078,7 @@ def test_the_test_part_decides_nothing(tuned, tmp_path, monkeypatch):
 def test_a_table_has_a_column_for_each_share_and_a_row_for_each_encoder_the_last_first():
     metrics = {"accuracy": 1.0, "balanced": 2.0, "average_precision": 3.0}
     shares = dict.fromkeys((0.02, 1.0), metrics | {"baseline": metrics})
-    task = finetune.Attributes(finetune.Config(task="attributes", shares=(1.0, 0.02)))
+    task = tasks.Attributes(finetune.Config(task="attributes", shares=(1.0, 0.02)))
     table = finetune.table([finetune.Result(name, {}, shares) for name in "ab"], task)
     header, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
     assert header[:3] == ["%", "accuracy, 2 %", "accuracy, 100 %"]
@@ -2112,7 +2126,7 @@ def test_sketches_are_tuned_with_captions_or_with_no_vocabulary(tuned, uninterru
     torch.save(saved if with_captions else saved | {"tokenizer": None}, tmp_path / "flip.pt")
     config = tuned("sketch", checkpoint=(f"{tmp_path}/flip.pt",), data=str(tmp_path), random=False)
     (_, model), = finetune.open_encoders(config)
-    task = finetune.Sketch(config)
+    task = tasks.Sketch(config)
     samples = task.encode(model.requires_grad_(False).eval(), task.open("train", model), for_training=True)
     task.learner(model, samples)
     task.loss(model, samples, torch.arange(8), np.random.default_rng(0), 0).backward()
@@ -2123,7 +2137,7 @@ def test_sketches_are_tuned_with_captions_or_with_no_vocabulary(tuned, uninterru
 
 
 def test_sketches_are_shown_to_the_encoder_dark_on_light(tuned, uninterrupted, monkeypatch):
-    task, model, shown = finetune.Sketch(tuned("sketch")), FLIP.from_pretrained(uninterrupted).eval(), []
+    task, model, shown = tasks.Sketch(tuned("sketch")), FLIP.from_pretrained(uninterrupted).eval(), []
 
     def watched(compute, read, count, model, title, lost=None):
         shown.append(np.mean([np.asarray(read(i, 48)).mean() for i in range(count)]))
@@ -2157,7 +2171,7 @@ def write_one_person(folder):
 def test_what_a_task_cannot_use_is_refused_with_one_sentence_before_anything_is_encoded(
         tuned, uninterrupted, tmp_path, monkeypatch, task, write, change, sentence):
     for name in ("encode_pictures", "encode_captions"):
-        monkeypatch.setattr(finetune.TASKS[task], name, lambda *_: pytest.fail("encoded"), raising=False)
+        monkeypatch.setattr(tasks.TASKS[task], name, lambda *_: pytest.fail("encoded"), raising=False)
     write(tmp_path)
     saved = torch.load(uninterrupted / "flip.pt")
     if change:
@@ -2173,16 +2187,16 @@ def test_search_shows_the_best_by_matching_logit_plus_cosine_and_names_what_it_c
     folder, query, out = write_celeba(tmp_path), "a smiling woman", tmp_path / "found.bmp"
     (folder / "notes.png").write_text("no picture")
     (folder / "img_align_celeba/000001.jpg").rename(folder / "\x1b[31m.jpg")
-    monkeypatch.setattr(sys, "argv", ["flip.py", "--checkpoint", f"{uninterrupted}/flip.pt", "--top", "4",
+    monkeypatch.setattr(sys, "argv", ["search.py", "--checkpoint", f"{uninterrupted}/flip.pt", "--top", "4",
                                       "--images", str(folder), "--out", str(out), query])
-    flip_module.main()
+    search.main()
     printed = capsys.readouterr().out
     assert "notes.png is not a picture" in printed and "best of 6 faces" in printed
     model, scores = FLIP.from_pretrained(uninterrupted).eval(), {}
     captions = model.tokenizer([query])
     with torch.no_grad():
         for path in folder.rglob("*.jpg"):
-            pixels = vit.to_tensor([vit.to_pixels(vit.open_picture(path), 48)])
+            pixels = to_tensor([to_pixels(open_picture(path), 48)])
             tokens, feature = model.student.encode_image(pixels)
             cosine = (feature @ model.student.encode_text(captions).T).item()
             logits = model.matching_logits(tokens, captions)
@@ -2201,7 +2215,7 @@ def test_ten_lines_of_python_compare_pictures_and_sentences_as_both_losses_do(un
     assert model.training and not cosines.requires_grad and cosines.shape == (130, 2)
     model.eval()
     for i in (0, 2):
-        tokens, feature = model.student.encode_image(vit.to_tensor([vit.to_pixels(Image.open(paths[i]), 48)]))
+        tokens, feature = model.student.encode_image(to_tensor([to_pixels(Image.open(paths[i]), 48)]))
         expected = feature @ model.student.encode_text(model.tokenizer(texts)).T
         torch.testing.assert_close(cosines[i], expected[0])
         for t, text in enumerate(texts):
@@ -2225,30 +2239,30 @@ def test_ten_lines_of_python_compare_pictures_and_sentences_as_both_losses_do(un
 
 def test_what_the_patches_add_is_in_all_what_the_picture_has_over_a_grey_one(uninterrupted):
     model, pictures = FLIP.from_pretrained(uninterrupted), [Image.fromarray(x) for x in drawn(3, 48).pictures]
-    added = flip_module.relevance(model, pictures, "a man", steps=100)
+    added = search.relevance(model, pictures, "a man", steps=100)
     assert added.shape == (3, 6, 6)
-    pixels = vit.to_tensor([vit.to_pixels(picture, 48) for picture in pictures])
+    pixels = to_tensor([to_pixels(picture, 48) for picture in pictures])
     with torch.no_grad():
         logits = [model.matching_logits(model.student.encode_image(shown)[0], model.tokenizer(["a man"] * 3))
                   for shown in (pixels, 0 * pixels)]
     picture, grey = (each[:, 1] - each[:, 0] for each in logits)
     torch.testing.assert_close(added.sum((1, 2)), picture - grey, atol=1e-3, rtol=1e-3)
     # a patch that is grey itself adds nothing
-    grey = np.tile(vit.MEAN.numpy() * 255, (48, 48, 1)).round().astype(np.uint8)
+    grey = np.tile(MEAN.numpy() * 255, (48, 48, 1)).round().astype(np.uint8)
     grey[8:16, 40:] = 0
-    [added] = flip_module.relevance(model, Image.fromarray(grey), "a man")
+    [added] = search.relevance(model, Image.fromarray(grey), "a man")
     assert added[1, 5].abs() > 0.8 * added.abs().sum()      # the rest: grey is rounded to 8 bits
 
 
 def test_a_sentence_is_explained_phrase_by_phrase_beside_each_face(uninterrupted, tmp_path, monkeypatch):
     query = "She is a smiling woman with blond hair and freckles, who is not wearing a hat and a tie."
     phrases = ["a smiling woman", "blond hair", "not wearing a hat", "a tie"]
-    assert flip_module.phrases_of(query, TOKENIZER) == phrases
+    assert search.phrases_of(query, TOKENIZER) == phrases
     out = tmp_path / "found.png"
-    monkeypatch.setattr(sys, "argv", ["flip.py", "--checkpoint", f"{uninterrupted}/flip.pt", "--top", "2",
+    monkeypatch.setattr(sys, "argv", ["search.py", "--checkpoint", f"{uninterrupted}/flip.pt", "--top", "2",
                                       "--images", str(write_celeba(tmp_path)), "--out", str(out), "--explain",
                                       "a man with a hat and a tie"])
-    flip_module.main()
+    search.main()
     width, height = Image.open(out).size
     assert width > 4 * 128 and height > 2 * 128                 # two rows: the face, three phrases
 
@@ -2276,39 +2290,39 @@ def test_the_page_answers_with_faces_and_says_where_a_phrase_was_read(uninterrup
     calls, names = {}, ("Blocks", "Markdown", "Textbox", "State", "Gallery", "Image", "SelectData")
     page = SimpleNamespace(**dict.fromkeys(names, Part), Error=RuntimeError, Warning=warnings.warn)
     model, folder = FLIP.from_pretrained(uninterrupted), write_celeba(tmp_path)
-    features = flip_module.folder_features(model, folder, tmp_path / "features.pt")
+    features = search.folder_features(model, folder, tmp_path / "features.pt")
     monkeypatch.setitem(sys.modules, "gradio", page)
-    flip_module.serve(model, folder, tmp_path / "features.pt", 3)
+    search.serve(model, folder, tmp_path / "features.pt", 3)
     assert calls["options"] == {"server_name": "127.0.0.1", "inbrowser": True}
     gallery, asked, _ = calls["ask"]("a smiling woman")
-    found = flip_module.search(model, features, "a smiling woman", 3)
+    found = search.search(model, features, "a smiling woman", 3)
     assert [label for _, label in gallery] == [*map(str, found)]
     shown = calls["show"](asked, SimpleNamespace(index=2))
     assert shown.width > 2 * 192 and shown.height < 2 * 192
     with pytest.raises(RuntimeError, match="knows no word"):
         calls["ask"]("freckles")
     monkeypatch.setitem(sys.modules, "gradio", None)
-    assert "pip install gradio" in error_of(flip_module.serve, model, folder, "features.pt", 3)
+    assert "pip install gradio" in error_of(search.serve, model, folder, "features.pt", 3)
 
 
 def test_pictures_keep_their_proportions_on_a_sheet_and_the_frame_has_a_legend():
     wide = Image.new("RGB", (40, 20), "red")
-    sheet = np.asarray(vit.contact_sheet([("", [(wide, "", False), (wide, "", True)])], tile=100)).astype(int)
+    sheet = np.asarray(contact_sheet([("", [(wide, "", False), (wide, "", True)])], tile=100)).astype(int)
     red = (sheet == (255, 0, 0)).all(2)
     assert red.sum() == 2 * 100 * 50
     green = (sheet == (40, 160, 70)).all(2)
     assert green.sum() == 108 * 108 - 100 * 100
-    with_legend = vit.contact_sheet([("", [(wide, "", False)])], tile=100, legend="green: the true one")
+    with_legend = contact_sheet([("", [(wide, "", False)])], tile=100, legend="green: the true one")
     assert with_legend.height > len(sheet) and (np.asarray(with_legend) == (40, 160, 70)).all(2).any()
 
 
 def test_search_computes_features_of_new_pictures_only(uninterrupted, tmp_path, monkeypatch):
     folder, model, opened = write_celeba(tmp_path), FLIP.from_pretrained(uninterrupted).eval(), []
-    before = flip_module.folder_features(model, folder, tmp_path / "features.pt")
-    monkeypatch.setattr(flip_module, "open_picture",
-                        lambda path, **size: opened.append(path) or vit.open_picture(path, **size))
+    before = search.folder_features(model, folder, tmp_path / "features.pt")
+    monkeypatch.setattr(search, "open_picture",
+                        lambda path, **size: opened.append(path) or open_picture(path, **size))
     Image.new("RGB", (9, 9)).save(folder / "new.png")
-    after = flip_module.folder_features(model, folder, tmp_path / "features.pt")
+    after = search.folder_features(model, folder, tmp_path / "features.pt")
     assert opened == [folder / "new.png"] and len(after) == 7
     assert all(torch.equal(after[path], before[path]) for path in before)
 
@@ -2317,13 +2331,14 @@ def test_search_computes_features_of_new_pictures_only(uninterrupted, tmp_path, 
     ("vit.py", "class token first"), ("vit.py absent.jpg", "error: absent.jpg cannot be read"),
     ("bert.py a-smiling-woman", "[CLS]"), ("bert.py --bert nowhere.txt", "error: nowhere.txt: no such file"),
     ("losses.py", "cross-entropy"), ("losses.py --alpha 2", "error: expected"),
-    ("flip.py --images nowhere query", "error: nowhere: no such folder"),
+    ("search.py --images nowhere query", "error: nowhere: no such folder"),
     ("toyfaces.py --out faces --count 3 --size 48", "written: faces"),
     ("toyfaces.py --sheet s.png --sketch k.png", "written: s.png k.png"),
-    ("data.py --sample 20", "distinct"), ("data.py --data nowhere", "error: nowhere: no such folder or file"),
+    ("report.py --sample 20", "distinct"), ("report.py --data nowhere", "error: nowhere: no such folder or file"),
     ("train.py --lr -1", "error: --lr -1.0: expected at least 0"),
     ("finetune.py sketch --labels Male", "error: --labels is for attributes"),
-    ("kernels/bench.py attention --help", "compile"), ("kernels/contrastive.py --help", "compile")])
+    ("bench.py attention --help", "compile"), ("flip.py --images DIR query", "error: python flip.py --images ... is now"),
+    ("data.py --data DIR", "error: python data.py --data ... is now")])
 def test_every_file_shows_what_it_is_about_and_a_wrong_argument_ends_in_a_sentence(
         tmp_path, arguments, shows):
     script, *arguments = arguments.split()
@@ -2334,24 +2349,54 @@ def test_every_file_shows_what_it_is_about_and_a_wrong_argument_ends_in_a_senten
 
 
 def test_a_script_takes_numbers_that_slow_a_cpu_down_for_0_in_all_threads():
-    script = ("import torch, vit; vit.run_script(lambda: print("
+    script = ("import torch; from common.script import run_script; run_script(lambda: print("
               "(torch.full((10 ** 7,), 1e-38) * 0.1).count_nonzero().item()))")
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "0\n"
 
 
+# ---- the layout ----------------------------------------------------------------------------------
+ORDER = """kernels/__init__ kernels/attention kernels/contrastive common/script common/images common/weights
+    common/distributed common/optim common/resume vit bert losses flip captions drawing/portrait drawing/sketch
+    toyfaces readers/index readers/tars readers/layouts data config evaluation train tasks finetune search
+    report bench test_all""".split()
+
+
+def imports_of(file):
+    """The files of this project that a file imports."""
+    names = set()
+    for node in ast.walk(ast.parse((ROOT / f"{file}.py").read_text())):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        if isinstance(node, ast.ImportFrom):
+            names.update({node.module, *(f"{node.module}.{alias.name}" for alias in node.names)})
+    names.update(name for name in ("kernels.__init__",) if "kernels" in names)
+    return {name.replace(".", "/") for name in names} & set(ORDER)
+
+
+def test_imports_run_down_only():
+    found = {str(path.relative_to(ROOT).with_suffix("")) for path in (*ROOT.glob("*.py"), *ROOT.glob("*/*.py"))}
+    assert found == set(ORDER)
+    for place, file in enumerate(ORDER):
+        assert imports_of(file) <= set(ORDER[:place]), file
+        if file.startswith("common/"):
+            assert all(name.startswith("common/") for name in imports_of(file)), file
+        if file != "test_all":
+            assert not imports_of(file) & {"finetune", "search", "report", "bench"}, file
+
+
 # ---- bad input ---------------------------------------------------------------------------------
 @pytest.mark.parametrize("call, sentence", [
-    (lambda: train.Config(batch_size=0), "--batch_size 0: expected at least 1"),
-    (lambda: train.Config(alpha=2.0), "--alpha 2.0: expected at least 0 and at most 1"),
-    (lambda: train.Config(hard_ramp=(0.9, 0.1)), "--hard_ramp (0.9, 0.1): expected two numbers, the smaller"),
-    (lambda: train.Config(model="huge"), "--model huge: expected one of tiny, base, large"),
-    (lambda: train.Config(lr=float("nan")), "--lr nan: expected at least 0"),
+    (lambda: train_config.Config(batch_size=0), "--batch_size 0: expected at least 1"),
+    (lambda: train_config.Config(alpha=2.0), "--alpha 2.0: expected at least 0 and at most 1"),
+    (lambda: train_config.Config(hard_ramp=(0.9, 0.1)), "--hard_ramp (0.9, 0.1): expected two numbers, the smaller"),
+    (lambda: train_config.Config(model="huge"), "--model huge: expected one of tiny, base, large"),
+    (lambda: train_config.Config(lr=float("nan")), "--lr nan: expected at least 0"),
     (lambda: finetune.Config(labels=("Smilling",)), "--labels ('Smilling',): expected one of 5_o_Clock_"),
     (lambda: finetune.Config(shares=(0.1, 2.0)), "--shares (0.1, 2.0): expected at least"),
     (lambda: finetune.Config("attributes", labels=("Male", "Male")), "('Male', 'Male'): expected each once"),
     (lambda: finetune.Config("sketch", labels=("Male",)), "--labels is for attributes, not for sketch"),
-    (lambda: finetune.storage((2 ** 30, 2 ** 30), "."), "GB free, but"),
+    (lambda: tasks.storage((2 ** 30, 2 ** 30), "."), "GB free, but"),
     (lambda: drawn(3).subset([]), "drawn: no faces, expected at least one in this part"),
     (lambda: dataclasses.replace(drawn(3), captions=[["a"]] * 2), "drawn: 3 pictures, but 2 entries in c"),
     (lambda: data.Batches(dataclasses.replace(drawn(), attributes=None), TOKENIZER, 8, 2),
@@ -2407,8 +2452,8 @@ def test_every_command_of_the_readme_works(tmp_path, monkeypatch):
     for command in "".join(blocks).replace("\\\n", " ").splitlines():
         program, *arguments = shlex.split(command.replace("bert-base-uncased", "vocab.txt"))
         if program == "torchrun":
-            train.parse_arguments(arguments[arguments.index("train.py") + 1:])
-        elif program == "python" and arguments[:2] != ["-m", "kernels.bench"]:          # has tests of its own
+            train_config.parse_arguments(arguments[arguments.index("train.py") + 1:])
+        elif program == "python" and arguments[0] != "bench.py":          # has tests of its own
             more = [] if "--resume" in arguments else less.get(arguments[0], "").split()
             monkeypatch.setattr(sys, "argv", [*arguments, *more])
             runpy.run_path(str(ROOT / arguments[0]), run_name="__main__")       # fails with SystemExit
@@ -2424,7 +2469,7 @@ def default_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("default")
     flags = ["--out", str(folder / "out"), "--cache", str(folder / "cache")]
     subprocess.run([sys.executable, str(ROOT / "train.py"), *flags], check=True)
-    config = train.parse_arguments(flags)
+    config = train_config.parse_arguments(flags)
     return config, log_of(folder / "out")[-1]
 
 
@@ -2432,7 +2477,7 @@ def default_run(tmp_path_factory):
 def test_the_default_run_finds_faces_more_often_than_knowing_all_attributes_does(default_run):
     """Text to image; by as much as RESULTS.md says, but for three points."""
     config, metrics = default_run
-    references = train.Validation.of(train.open_data(config, 48)[1]).references
+    references = evaluation.Validation.of(train.open_data(config, 48)[1]).references
     assert 60 <= references["consistency"][1] <= 80 and references["ceiling"][0] > 65
     assert all(metrics[name] >= least for name, least in (("img_r1", 48), ("img_r5", 78), ("img_r10", 86)))
 
@@ -2440,10 +2485,10 @@ def test_the_default_run_finds_faces_more_often_than_knowing_all_attributes_does
 def patches_of(index, seed, parts, patch=8, fine=5):
     """Which of the 6 x 6 patches of a drawn face have one of these parts on at least a tenth."""
     rng = np.random.default_rng((seed, index))
-    look, shapes = toyfaces.describe(toyfaces.sample_attributes(rng), rng)
+    look, shapes = portrait.describe(toyfaces.sample_attributes(rng), rng)
     shown = Image.new("L", (48 * fine, 48 * fine))
     pen = ImageDraw.Draw(shown)
-    for shape, line in zip(shapes, toyfaces.outlines(look, shapes, shown.width, 5)):
+    for shape, line in zip(shapes, portrait.outlines(look, shapes, shown.width, 5)):
         if shape.part in parts and shape.width:
             pen.line(line.ravel().tolist(), 1, round(shape.width * look.scale * shown.width))
         elif shape.part in parts:
@@ -2466,7 +2511,7 @@ def test_a_phrase_is_read_where_on_the_face_it_is(default_run):
         inside = np.stack([patches_of(i, 21, parts) for i in chosen])
         row = [100 * inside.mean()]
         for each in (model, untrained):
-            added = flip_module.relevance(each, [faces[i][0] for i in chosen], phrase).clamp(min=0)
+            added = search.relevance(each, [faces[i][0] for i in chosen], phrase).clamp(min=0)
             shares = (added / added.sum((1, 2), keepdim=True)).numpy()
             row.append(100 * (shares * inside).sum((1, 2)).mean())
         ratios.append([row[1] / row[0], row[2] / row[0]])
@@ -2490,7 +2535,7 @@ def test_a_sketch_gives_away_where_its_photo_has_the_head_and_else_only_what_it_
     config = finetune.parse_arguments(["sketch", "--checkpoint", f"{origin.out}/flip.pt", "--no-random",
                                        "--cache", origin.cache, "--out", str(tmp_path)])
     finetune.finetune(config)
-    task, model = finetune.Sketch(config), FLIP.from_pretrained(tmp_path / "sketch").eval()
+    task, model = tasks.Sketch(config), FLIP.from_pretrained(tmp_path / "sketch").eval()
     faces = task.open("test", model)
 
     def percentiles(title, sketches):
@@ -2533,13 +2578,13 @@ def test_a_loss_that_is_no_number_ends_the_run_with_its_step_though_itm_is_off(t
 
 def test_weights_that_are_no_numbers_never_replace_good_ones_and_are_refused_on_loading(tmp_path, cache):
     run = train.prepare(quick(tmp_path, cache))
-    train.save(run, 1)
+    save(run, 1)
     good = (tmp_path / "flip.pt").read_bytes()
     with torch.no_grad():
         run.model.student.text.words.weight[3, 4] = torch.nan
-    assert "after step 2 some weights are not finite numbers" in error_of(train.save, run, 2)
+    assert "after step 2 some weights are not finite numbers" in error_of(save, run, 2)
     assert (tmp_path / "flip.pt").read_bytes() == good
-    flip_module.write_checkpoint(run.model.checkpoint(), tmp_path / "flip.pt")
+    write_checkpoint(run.model.checkpoint(), tmp_path / "flip.pt")
     assert "some weights are not finite numbers" in error_of(FLIP.from_pretrained, tmp_path)
 
 
@@ -2580,18 +2625,18 @@ def test_words_that_the_vocabulary_lacks_are_named():
 
 def test_a_search_for_words_of_which_none_is_known_says_so(uninterrupted, tmp_path, monkeypatch):
     arguments = ["--checkpoint", str(uninterrupted), "--images", str(tmp_path), "freckles"]
-    monkeypatch.setattr(sys, "argv", ["flip.py", *arguments])
-    assert "knows no word of 'freckles'" in error_of(flip_module.main)
+    monkeypatch.setattr(sys, "argv", ["search.py", *arguments])
+    assert "knows no word of 'freckles'" in error_of(search.main)
 
 
 def test_a_named_pipe_and_an_odd_cache_are_passed_over(uninterrupted, tmp_path):
     model, cache = FLIP.from_pretrained(uninterrupted), tmp_path / "features.pt"
     os.mkfifo(write_pictures(tmp_path / "faces", ["0.png"]) / "pipe.png")
-    (picture, feature), = flip_module.folder_features(model, tmp_path / "faces", cache).items()
+    (picture, feature), = search.folder_features(model, tmp_path / "faces", cache).items()
     (key, _), = torch.load(cache).items()
     for odd in ([1, 2], {key: 3}, {key: feature * torch.nan}):
         torch.save(odd, cache)
-        found = flip_module.folder_features(model, tmp_path / "faces", cache)
+        found = search.folder_features(model, tmp_path / "faces", cache)
         assert found.keys() == {picture} and torch.equal(found[picture], feature)
 
 
@@ -2609,19 +2654,19 @@ def test_what_would_be_misread_is_refused(tmp_path):
 
 
 def test_a_model_of_depth_5_is_pooled_at_four_depths_too():
-    vectors = finetune.pooled(ViT(ViTConfig(32, 8, 24, 5, 3)), torch.zeros(1, 3, 32, 32))
+    vectors = tasks.pooled(ViT(ViTConfig(32, 8, 24, 5, 3)), torch.zeros(1, 3, 32, 32))
     assert vectors.shape == (1, 12, 24) and len(vectors[0].unique(dim=0)) == 12
 
 
 def test_a_full_disk_is_one_sentence_and_leaves_the_old_checkpoint_and_no_rest(tmp_path, monkeypatch):
-    flip_module.write_checkpoint({"model": 1}, tmp_path / "flip.pt")
+    write_checkpoint({"model": 1}, tmp_path / "flip.pt")
 
     def full(contents, path):
         Path(path).write_bytes(b"half")
         raise RuntimeError("[enforce fail at inline_container.cc:659] . unexpected pos 5684864 vs 5684752")
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(OSError, match="flip.pt could not be written, is the disk full?"):
-        flip_module.write_checkpoint({"model": 2}, tmp_path / "flip.pt")
+        write_checkpoint({"model": 2}, tmp_path / "flip.pt")
     monkeypatch.undo()
     assert torch.load(tmp_path / "flip.pt") == {"model": 1} and len(list(tmp_path.iterdir())) == 1
 
@@ -2783,7 +2828,7 @@ def what_can_break(tmp_path, uninterrupted):
         FLIP(model.config, Tokenizer.load(path))
 
     def features(path):
-        found = flip_module.folder_features(model, tmp_path / "search", path)
+        found = search.folder_features(model, tmp_path / "search", path)
         return {picture: feature.sum() for picture, feature in found.items()}
     features(tmp_path / "cache.pt")
     readers = {"vocab.txt": use, "tokenizer.json": use, "flip.pt": weights_sum, "cache.pt": features}

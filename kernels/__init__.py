@@ -1,5 +1,5 @@
 """The GPU hot path: the two places where time and memory go, each a file with the mathematics,
-plain PyTorch, the Triton kernels and the public function. `python kernels/bench.py` compares and
+plain PyTorch, the Triton kernels and the public function. `python bench.py` compares and
 times them, `--compile-only` compiles them without a GPU."""
 from types import SimpleNamespace
 

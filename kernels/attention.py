@@ -17,19 +17,13 @@ packed tokens where they lie. Elsewhere it is softmax(q k^T / sqrt(d)) v as it s
 Capital letters are sizes, here as in the whole project: B sequences, the samples of a batch, have
 N tokens in all and up to L each; H heads of d = D / H channels share the width D. Where queries and
 keys differ, query sequences have up to Lq tokens and key sequences up to Lk.
-Run `python kernels/attention.py` to compare and time it.
+Run `python bench.py attention` to compare and time it.
 """
-import sys
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-if __name__ == "__main__":              # the same as `python kernels/bench.py attention`
-    sys.argv.insert(1, "attention")
-    from bench import main, run_script         # it lies beside this file
-    sys.exit(run_script(main))
 
 from kernels import takes_kernels, tl, triton
 
@@ -384,7 +378,7 @@ TAIL = 16       # the narrowest block that a matrix product takes
 MAX_D = 128
 # (kernel, bytes per number): rows of (largest d, BLOCK, WIDTH, warps, stages). With Triton 3.6 to
 # 3.9 they compile for compute capability 8.0 and 9.0 without spilling registers, which
-# `python kernels/bench.py --compile-only` shows; none has been tuned on a card yet.
+# `python bench.py --compile-only` shows; none has been tuned on a card yet.
 TILES = {("forward", 2): [(64, 64, 64, 4, 2), (128, 64, 64, 8, 2)],
          ("forward", 4): [(64, 32, 32, 8, 1), (128, 16, 32, 4, 1)],
          ("query", 2): [(64, 64, 64, 4, 2), (128, 64, 32, 8, 2)],

@@ -28,36 +28,14 @@ Float32 throughout, under autocast too, since at tau 0.01 a cosine in half preci
 
 Sizes: B rows (3 B for the kernel, which takes the three averages of a row for three rows), K keys
 (C in a chunk, in any number of pieces), E feature size, G stretches of keys that are summed apart.
-Run `python kernels/contrastive.py` to compare and time it.
+losses.py has the definition, `reference`. Run `python bench.py contrastive` to compare and time it.
 """
-import sys
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-if __name__ == "__main__":              # the same as `python kernels/bench.py contrastive`
-    sys.argv.insert(1, "contrastive")
-    from bench import main, run_script         # it lies beside this file
-    sys.exit(run_script(main))
-
 from kernels import takes_kernels, tl, triton
-
-
-# ---- the definition ------------------------------------------------------------------------------
-@torch.no_grad()
-def targets(momentum_feature, keys, identity, key_identity, temperature, alpha):
-    """y (B, K): how much of a row's mass of 1 each key deserves."""
-    same = (identity[:, None] == key_identity[None, :]).to(momentum_feature.dtype)
-    soft = (momentum_feature @ keys.T / temperature).softmax(1)
-    return alpha * soft + (1 - alpha) * same / same.sum(1, keepdim=True)
-
-
-def reference(feature, momentum_feature, keys, identity, key_identity, temperature, alpha):
-    """The loss as the papers write it, with its logits: the rest of this file does without them."""
-    logits = feature @ keys.T / temperature                                         # (B, K)
-    y = targets(momentum_feature, keys, identity, key_identity, temperature, alpha)
-    return -(y * logits.log_softmax(1)).sum(1).mean()
 
 
 # ---- sums over keys ------------------------------------------------------------------------------
@@ -172,7 +150,7 @@ def sums_kernel(queries, keys, identity, key_identity, temperature, peak_out, ma
 
 # "tf32x3" computes float32 products nearly to float32's precision on tensor cores, in three steps.
 # With Triton 3.6 to 3.9 this tiling compiles for compute capability 8.0 and 9.0 without spilling
-# registers up to MAX_E (`python kernels/bench.py --compile-only`); not yet tuned on any card.
+# registers up to MAX_E (`python bench.py --compile-only`); not yet tuned on any card.
 TILES = dict(BLOCK_ROWS=32, BLOCK_KEYS=32, SLICE=32, num_warps=8, num_stages=1)
 MAX_E = 256
 

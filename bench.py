@@ -1,10 +1,10 @@
 """Compare and time the kernels: is it right, how long does it take, how much memory does it need?
 
-    python kernels/bench.py                   both kernels, as Markdown tables
-    python kernels/bench.py attention         one of the two: attention or contrastive
-    python kernels/bench.py step              minutes on a CPU: a training step of the base model
-    python kernels/bench.py rerank            or re-ranking with it, ours and the straightforward way
-    python kernels/bench.py --compile-only    registers and memory that every row of the kernels'
+    python bench.py                   both kernels, as Markdown tables
+    python bench.py attention         one of the two: attention or contrastive
+    python bench.py step              minutes on a CPU: a training step of the base model
+    python bench.py rerank            or re-ranking with it, ours and the straightforward way
+    python bench.py --compile-only    registers and memory that every row of the kernels'
                                               tables takes on compute capability 8.0 (A100) and 9.0
                                               (H100); needs no GPU
 
@@ -20,7 +20,6 @@ import os
 import platform
 import re
 import subprocess
-import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -32,19 +31,17 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parents[1]))      # a script sees its own folder, not the one above
-
 import vit
 from bert import MAX_TOKENS, Captions
+from common.optim import build_optimizers
+from common.script import markdown, run_script
 from flip import FLIP, FLIPConfig, Knobs, Output, feature_of, rerank
 from kernels import attention as attention_file
 from kernels import contrastive as contrastive_file
 from kernels import triton
 from kernels.attention import Sequences, attention, pad, padded_attention, unpad
-from kernels.contrastive import contrastive_loss, reference
-from losses import matching_cross_entropy
-from train import build_optimizers
-from vit import markdown, run_script
+from kernels.contrastive import contrastive_loss
+from losses import matching_cross_entropy, reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -1,0 +1,431 @@
+"""From attributes to shapes to pixels."""
+import functools
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from captions import ATTRIBUTES
+
+
+# ---- from attributes to pixels -------------------------------------------------------------------
+class Shape(NamedTuple):
+    """A filled outline, or a stroke where `width` > 0. Lengths are in face units: the chin is at
+    y = 1, the top of the skull at y = -1, x = 0 is the middle."""
+    part: str
+    points: list           # (x, y) control points
+    colour: tuple          # r, g, b or r, g, b, opacity
+    width: float = 0.0
+    smooth: bool = True    # a curve through the points rather than straight lines
+    depth: float = 1.0     # 1 lies on the face, more stands out (nose), 0 is in the plane of the ears
+
+
+BODY = {"neck", "clothes", "tie", "necklace"}  # the parts that do not move with the head
+
+
+def describe(attributes, rng):
+    """(look, shapes): the person behind the labels, and all that is to be painted, back to front.
+
+    All random numbers are taken at once, whatever the attributes, so one `rng` state is one person:
+    change a label and only that changes in the picture.
+    """
+    has = {name for name, value in zip(ATTRIBUTES, attributes) if value}
+    numbers = iter(rng.random(80).tolist())
+    between = lambda low, high: low + (high - low) * next(numbers)
+    pick = lambda options: options[int(next(numbers) * len(options))]
+    look = SimpleNamespace(**choose_colours(has, between, pick), **choose_proportions(has, between, pick))
+    return look, [shape for part in PARTS for shape in part(has, look)]
+
+
+@functools.lru_cache(maxsize=None)
+def spline(count, closed, steps):
+    """The matrix that takes `count` points to a Catmull-Rom curve through them: `steps` straight
+    lines from each to the next; steps = 1 gives the points themselves. A closed curve returns."""
+    t = np.arange(steps) / steps
+    basis = np.stack([-t + 2 * t**2 - t**3, 2 - 5 * t**2 + 3 * t**3, t + 4 * t**2 - 3 * t**3, t**3 - t**2], 1)
+    corners = np.arange(count + closed)
+    around = corners[:, None] + (-1, 0, 1, 2)  # the points that shape the curve up to the next corner
+    around = around % count if closed else around.clip(0, count - 1)
+    curve = (basis / 2) @ np.eye(count)[around]  # (corners, steps, count)
+    return curve.reshape(-1, count)[:steps * (len(corners) - 1) + 1]
+
+
+def outlines(look, shapes, canvas, steps):
+    """One (n, 2) array of pixels per shape: the head turned, nodding, tilted about the neck, and
+    put in the picture, with `steps` straight lines from point to point of a curve."""
+    counts = [len(shape.points) for shape in shapes]
+    x, y = np.array([point for shape in shapes for point in shape.points]).T
+    depth = np.repeat([shape.depth * (shape.part not in BODY) for shape in shapes], counts)
+    tilt = np.repeat([look.tilt * (shape.part not in BODY) for shape in shapes], counts)
+    z = 0.74 * depth * np.maximum(0, 1 - (x / look.width) ** 2 - (y / 1.15) ** 2)
+    x, y = x + z * look.turn, y + z * look.nod - 1.0
+    x, y = x * np.cos(tilt) - y * np.sin(tilt), x * np.sin(tilt) + y * np.cos(tilt) + 1.0
+    pixels = (np.stack([x, y], 1) * look.scale + look.centre) * canvas
+    return [spline(len(points), shape.width == 0, steps if shape.smooth else 1) @ points
+            for shape, points in zip(shapes, np.split(pixels, np.cumsum(counts)[:-1]))]
+
+
+def paint(look, shapes, canvas):
+    """The picture, canvas x canvas: a background between four colours, then shape over shape."""
+    corners = Image.frombytes("RGB", (2, 2), bytes(value for colour in look.backdrop for value in colour))
+    image = corners.resize((canvas, canvas), Image.BILINEAR, box=(0.5, 0.5, 1.5, 1.5))
+    pen = ImageDraw.Draw(image, "RGBA")
+    for shape, line in zip(shapes, outlines(look, shapes, canvas, 3 + canvas // 100)):
+        if shape.width:
+            pen.line(line.ravel().tolist(), shape.colour, max(1, round(shape.width * look.scale * canvas)))
+        else:
+            pen.polygon(line.ravel().tolist(), shape.colour)
+    return image
+
+
+# ---- colours, proportions, and one function per part ---------------------------------------------
+BEARDS = ("5_o_Clock_Shadow", "Goatee", "Mustache", "Sideburns")
+CIRCLE = [(float(np.cos(angle)), float(np.sin(angle))) for angle in np.arange(8) * np.pi / 4]
+
+
+def oval(x, y, half_width, half_height):
+    return [(x + half_width * c, y + half_height * s) for c, s in CIRCLE]
+
+
+def mix(a, b, amount):
+    """The colour `amount` of the way from a to b."""
+    return tuple(int(x + (y - x) * amount) for x, y in zip(a, b))
+
+
+def at(side, *points):
+    """Points given for the right half (x > 0), put on `side`: 1 as they are, -1 mirrored."""
+    return [(side * x, y) for x, y in points]
+
+
+def symmetric(right):
+    """The closed outline whose right half is given; points with x = 0 are not doubled."""
+    return [*right, *((-x, y) for x, y in right[::-1] if x)]
+
+
+BLACK, WHITE = (20, 16, 18), (255, 255, 255)
+SKINS = ((248, 212, 184), (236, 188, 152), (212, 158, 118), (170, 116, 82), (120, 78, 54))
+HAIRS = {"Bald": (112, 68, 40), "Black_Hair": (36, 30, 36), "Blond_Hair": (234, 196, 106),
+         "Gray_Hair": (176, 178, 184), "Brown_Hair": (112, 68, 40)}  # the first counts; of the bald: brows
+OTHER_HAIRS = ((196, 86, 36), (150, 46, 34), (210, 110, 62), (176, 70, 44), (170, 60, 110), (74, 110, 140))
+IRISES = ((82, 52, 32), (58, 104, 150), (74, 120, 74), (120, 84, 40))
+LIPSTICKS = ((200, 30, 58), (216, 62, 110), (156, 24, 66), (224, 70, 60))
+EYE_SHADOWS = ((110, 70, 150), (60, 110, 160), (150, 80, 50), (50, 130, 120))
+CLOTHES = ((52, 84, 136), (176, 64, 70), (64, 122, 104), (232, 196, 120), (96, 80, 130), (60, 64, 74),
+           (222, 132, 120), (226, 226, 220))
+BACKDROPS = ((188, 212, 226), (240, 214, 186), (200, 222, 196), (222, 206, 230), (116, 140, 160),
+             (158, 132, 120), (236, 232, 222), (90, 96, 112))
+METALS = ((246, 206, 84), (236, 240, 246))
+FRAMES = ((30, 30, 36), (120, 40, 40), (60, 44, 30))
+
+
+def choose_colours(has, between, pick):
+    """Every colour of the picture; what captions do not name comes from `between` and `pick`."""
+    skin = mix(*pick(tuple(zip(SKINS, SKINS[1:]))), between(0, 1))
+    if "Pale_Skin" in has:
+        skin = mix(skin, (255, 242, 238), 0.84)
+    hair = next((colour for name, colour in HAIRS.items() if name in has), pick(OTHER_HAIRS))
+    shade = between(-0.12, 0.12)
+    hair = mix(hair, WHITE if shade > 0 else BLACK, abs(shade))
+    lipstick, cloth, backdrop, second = pick(LIPSTICKS), pick(CLOTHES), pick(BACKDROPS), pick(BACKDROPS)
+    return dict(
+        skin=skin, skin_dark=mix(skin, (76, 24, 28), 0.28), skin_light=mix(skin, WHITE, 0.42),
+        hair=hair, hair_dark=mix(hair, BLACK, 0.36), hair_light=mix(hair, WHITE, 0.22),
+        lips=lipstick if "Wearing_Lipstick" in has else mix(skin, (160, 56, 60), 0.46),
+        cloth=cloth, cloth_dark=mix(cloth, BLACK, 0.25), line=mix(skin, (40, 10, 14), 0.58),
+        iris=pick(IRISES), eye_shadow=pick(EYE_SHADOWS), metal=pick(METALS), frame=pick(FRAMES),
+        accent=pick(CLOTHES[:5]), backdrop=[mix(backdrop, second, between(0, 0.6)) for _ in range(4)])
+
+
+def choose_proportions(has, between, pick):
+    """Where things are and how large: attributes set the range, `between` the person within it."""
+    male, oval_face, chubby, young = (name in has for name in ("Male", "Oval_Face", "Chubby", "Young"))
+    return dict(
+        skew=pick((-1, 1)) * between(0.05, 0.075) * ("Attractive" not in has),
+        width=between(0.73, 0.79) - 0.11 * oval_face + 0.13 * chubby,
+        jaw=between(0.58, 0.63) + 0.06 * male - 0.13 * oval_face + 0.18 * chubby + 0.03 * (not young),
+        chin=between(0.24, 0.29) + 0.07 * male - 0.06 * oval_face + 0.10 * chubby,
+        eye_x=between(0.32, 0.35), eye_y=between(-0.10, -0.04), eye_width=between(0.19, 0.215),
+        eye_height=between(0.125, 0.145) * (0.36 if "Narrow_Eyes" in has else 1), gaze=between(-0.03, 0.03),
+        brow_y=between(-0.35, -0.30), nose_y=between(0.27, 0.33),
+        mouth_y=between(0.60, 0.65), mouth_width=between(0.22, 0.26), neck=0.33 + 0.11 * male + 0.10 * chubby,
+        volume=between(0.12, 0.22), parting=between(-0.2, 0.2), length=between(0.95, 1.7),
+        hat_height=between(0.32, 0.5), brimmed=pick((False, True)), round_glasses=pick((False, True)),
+        spots=[(between(-0.5, 0.5), between(-0.5, 0.75), between(0.034, 0.05)) for _ in range(6)],
+        light=pick((-1, 1)), shading=int(between(30, 75)),
+        turn=between(-0.28, 0.28), nod=between(-0.10, 0.10), tilt=between(-0.10, 0.10),
+        scale=between(0.33, 0.36), centre=(between(0.475, 0.525), between(0.465, 0.495)))
+
+
+def face_outline(look, grow=0.0):
+    """The contour of the head, from the top of the skull clockwise."""
+    w, jaw, chin = look.width + grow, look.jaw + grow, look.chin + grow / 2
+    return symmetric([(0, -1.0), (w * 0.55, -0.92), (w * 0.93, -0.55), (w, -0.05), (w * 0.96, 0.28),
+                      (jaw, 0.60), (chin, 0.93 + grow), (0, 1.0 + grow)])
+
+
+def back_hair(has, look):
+    """What hangs behind the head, to the nape for men; a woman's other hair is put up."""
+    w, top, end = look.width, -1 - look.volume, 0.42 if "Male" in has else look.length
+    if "Wavy_Hair" in has:
+        heights = np.linspace(-0.5, end, 8).tolist()
+        side = [(w + 0.09 + 0.11 * (i % 2) + 0.06 * (y + 0.5), y) for i, y in enumerate(heights)]
+        outline = symmetric([(0, top), (0.6, top + 0.25), *side, (w * 0.6, end + 0.1)])
+        yield Shape("hair", outline, look.hair_dark, depth=0)
+    elif "Straight_Hair" in has:
+        outline = symmetric([(w * 0.8, -0.6), (w + 0.08, -0.1), (w + 0.15, end)])
+        yield Shape("hair", outline, look.hair_dark, smooth=False, depth=0)
+    elif not has & {"Bald", "Wearing_Hat", "Male"}:
+        yield Shape("hair", oval(look.parting / 2, top - 0.06, 0.34, 0.27), look.hair_dark, depth=0)
+
+
+def bust(has, look):
+    """Neck, shoulders and collar, with a necktie a dark jacket over a white shirt; a necklace."""
+    tie, w = "Wearing_Necktie" in has, look.neck
+    yield Shape("neck", symmetric([(w, 0.5), (w + 0.04, 1.3), (0, 1.75)]), look.skin, smooth=False)
+    shadow = [(x, y + 0.16) for x, y in face_outline(look, -0.1)]
+    yield Shape("shade", shadow, look.skin_dark, depth=0.4)
+    shoulder, dip = (1.42, 1.32) if "Male" in has else (1.2, 1.5)
+    outline = symmetric([(0, dip), (w + 0.02, 1.16), (shoulder * 0.8, 1.32),
+                         (shoulder, 1.5), (shoulder + 0.15, 2.2)])
+    yield Shape("clothes", outline, (40, 44, 58) if tie else look.cloth, smooth=False)
+    for side in (-1, 1):
+        collar = at(side, (w + 0.03, 1.12), (0.02, dip + 0.06), (0.26, dip + 0.2), (w + 0.16, 1.22))
+        yield Shape("clothes", collar, WHITE if tie else look.cloth_dark, smooth=False)
+    if tie:
+        yield Shape("tie", symmetric([(0.5, 1.2), (0.3, 2.2)]), (244, 244, 246), smooth=False)
+        yield Shape("tie", symmetric([(0.13, 1.2), (0.09, 1.36), (0.2, 2.2)]), look.accent, smooth=False)
+    if "Wearing_Necklace" in has:
+        chain = [(-w - 0.03, 1.08), (-0.22, 1.28), (0, 1.35), (0.22, 1.28), (w + 0.03, 1.08)]
+        yield Shape("necklace", chain, look.metal, 0.075)
+        yield Shape("necklace", oval(0, 1.40, 0.11, 0.12), look.metal)
+
+
+def head(has, look):
+    """Ears, the face, its side away from the light, and a second chin below the first."""
+    for x in (-look.width, look.width):
+        yield Shape("ear", oval(x, 0.02, 0.11, 0.19), mix(look.skin, look.skin_dark, 0.4), depth=0)
+        yield Shape("ear", oval(x * 1.04, 0.02, 0.05, 0.10), look.skin_dark, depth=0)
+    if "Double_Chin" in has:
+        below = oval(0, 0.9, look.chin + 0.2, 0.38)
+        yield Shape("chin", below, mix(look.skin, look.skin_dark, 0.35), depth=0.6)
+        yield Shape("chin", [(-0.36, 1.16), (0, 1.28), (0.36, 1.16)], look.line, 0.045, depth=0.6)
+    outline = face_outline(look)
+    yield Shape("face", outline, look.skin)
+    edge = at(-look.light, *outline[1:8])
+    inner = [(x * 0.74, y * 0.96) for x, y in edge[:-1]]
+    yield Shape("shade", edge + inner[::-1], (*look.skin_dark, look.shading))
+    if "Double_Chin" in has:
+        yield Shape("chin", [(-0.3, 0.93), (0, 1.0), (0.3, 0.93)], look.line, 0.045)
+
+
+def skin(has, look):
+    """High or rosy cheeks, blemishes, and lines of age on the forehead, beside mouth and eyes."""
+    for side in (-1, 1):
+        if "High_Cheekbones" in has:
+            hollow = at(side, (0.34, 0.42), (0.5, 0.29), (0.68, 0.1), (0.66, 0.3), (0.55, 0.46))
+            bone = at(side, (0.3, 0.22), (0.42, 0.1), (0.6, 0.0), (0.65, 0.08), (0.5, 0.23))
+            yield Shape("cheek", hollow, (*look.skin_dark, 180))
+            yield Shape("cheek", bone, (*look.skin_light, 150))
+        if "Rosy_Cheeks" in has:
+            yield Shape("cheek", oval(side * 0.45, 0.26, 0.19, 0.15), (236, 60, 84, 70))
+            yield Shape("cheek", oval(side * 0.45, 0.26, 0.13, 0.10), (236, 60, 84, 90))
+    if "Attractive" not in has:
+        for x, y, radius in look.spots:
+            yield Shape("blemish", oval(x, y, radius, radius), mix(look.skin, (150, 40, 40), 0.5))
+    if "Young" not in has:
+        for y in (-0.58, -0.48):
+            yield Shape("wrinkle", [(-0.28, y), (0, y - 0.03), (0.28, y)], look.line, 0.035)
+        for side in (-1, 1):
+            yield Shape("wrinkle", at(side, (0.2, 0.34), (0.34, 0.46), (0.37, 0.62)), look.line, 0.04)
+            for fan in (-0.04, 0.04):
+                crow_foot = at(side, (0.53, look.eye_y - fan / 2), (0.64, look.eye_y + 2 * fan))
+                yield Shape("wrinkle", crow_foot, look.line, 0.035)
+
+
+def beard(has, look):
+    """All facial hair but the moustache, which lies over the lips."""
+    full = not has & {"No_Beard", *BEARDS}
+    if full or "5_o_Clock_Shadow" in has:  # the cheeks below `top`, the chin and the upper lip
+        top, reach, colour = (0.05, 1.04, look.hair_dark) if full else (0.28, 0.97, (48, 50, 64, 90))
+        edge = [(look.width * 0.95 * reach, top), (look.jaw * reach, 0.60), (look.chin * reach, 0.93 * reach)]
+        inner = [(look.width * 0.82, top + 0.02), (look.jaw * 0.72, 0.45), (0.1, 0.45)]
+        outline = [*symmetric([*edge, (0, reach)]), *at(-1, *inner), *inner[::-1]]
+        yield Shape("beard", outline, colour)
+    if "Goatee" in has:
+        outline = symmetric([(0.10, 0.76), (0.22, 0.72), (0.24, 0.92), (0.12, 1.08), (0, 1.14)])
+        yield Shape("beard", outline, look.hair_dark)
+    if "Sideburns" in has:
+        w = look.width
+        for side in (-1, 1):
+            outline = at(side, (w + 0.02, -0.3), (w + 0.02, 0.25), (look.jaw + 0.02, 0.56), (w - 0.2, 0.42),
+                         (w - 0.13, 0.0), (w - 0.1, -0.3))
+            yield Shape("beard", outline, look.hair_dark)
+
+
+def nose(has, look):
+    x, y, w, light = look.skew, look.nose_y, 0.13, look.light
+    if "Big_Nose" in has:
+        y, w = y + 0.06, 0.26
+    if "Pointy_Nose" in has:
+        tip, wing, shadow = (x, y + 0.08), w * 0.85 * light, mix(look.skin_dark, look.line, 0.3)
+        yield Shape("nose", [(-0.04 * light, -0.1), (-wing, y - 0.02), tip], shadow, smooth=False, depth=1.25)
+        yield Shape("nose", [(-0.02 * light, -0.1), tip, (wing, y - 0.02)], look.line, 0.06, False, 1.25)
+    else:
+        base = [(x - w, y - 0.05), (x - w / 2, y + 0.03), (x, y + 0.015), (x + w / 2, y + 0.03),
+                (x + w, y - 0.05)]
+        yield Shape("shade", oval(x, y - 0.05, w * 0.95, w * 0.75), look.skin_dark, depth=1.2)
+        yield Shape("shade", oval(x + 0.02 * light, y - 0.08, w * 0.62, w * 0.62), look.skin, depth=1.25)
+        yield Shape("nose", base, look.line, 0.035, depth=1.2)
+
+
+def eyes(has, look):
+    makeup, w, h = "Heavy_Makeup" in has, look.eye_width, look.eye_height
+    for side in (-1, 1):
+        x, y = side * look.eye_x, look.eye_y + side * look.skew
+        # A point of the eye: x from the inner (-1) to the outer (1) corner, y in eye heights.
+        place = lambda *points: [(x + side * w * px, y + h * py) for px, py in points]
+        if makeup:
+            above = y - h - 0.12
+            shadow = [*place((-1, 0)), (x - side * w / 2, above), (x + side * w / 2, above),
+                      *place((1.5, -1.3), (1, 0))]
+            yield Shape("makeup", shadow, (*look.eye_shadow, 210))
+        if "Bags_Under_Eyes" in has:
+            bag = symmetric([(0, 0.05), (w, 0), (w * 0.6, 0.13), (0, 0.17)])
+            bag = [(x + px, y + h + py) for px, py in bag]
+            yield Shape("eye bag", bag, mix(look.skin, (52, 14, 64), 0.4))
+        lid = place((-1, 0.2), (-0.5, -0.8), (0.2, -1), (1, -0.2))
+        yield Shape("eye", lid + place((0.45, 0.8), (-0.35, 0.85)), (252, 250, 248))
+        centre = x + look.gaze
+        iris = [(px, min(max(py, y - h * 0.95), y + h * 0.8)) for px, py in oval(centre, y, 0.105, 0.115)]
+        yield Shape("iris", iris, look.iris)
+        yield Shape("pupil", oval(centre, y, 0.045, min(0.05, h * 0.8)), BLACK)
+        yield Shape("glint", oval(centre + 0.035 * look.light, y - h * 0.35, 0.024, 0.024), WHITE)
+        yield Shape("lid", lid, BLACK if makeup else mix(look.line, BLACK, 0.5), 0.075 if makeup else 0.04)
+        if "Male" not in has:
+            reach, thick = (0.14, 0.06) if makeup else (0.06, 0.03)
+            lash = [(x + side * w * 0.8, y - 0.03), (x + side * (w + reach), y - 0.03 - reach * 0.7)]
+            yield Shape("lash", lash, BLACK, thick)
+
+
+def brows(has, look):
+    thick = (0.17 if "Bushy_Eyebrows" in has else 0.05) + 0.02 * ("Male" in has)
+    rise = 0.16 if "Arched_Eyebrows" in has else 0.03
+    for side in (-1, 1):
+        y = look.brow_y - 1.2 * side * look.skew - thick / 2
+        upper = [(0.14, y - 0.01), (0.26, y - rise * 0.75), (0.40, y - rise), (0.50, y - rise * 0.5)]
+        lower = [(px, py + thick) for px, py in upper[::-1]]
+        yield Shape("brow", at(side, *upper, (0.57, y + 0.09), *lower), mix(look.hair_dark, BLACK, 0.35))
+
+
+def mouth(has, look):
+    """Lips, teeth and moustache. A smile raises the corners and lowers the middle."""
+    smile, gap = "Smiling" in has, 0.085 if "Mouth_Slightly_Open" in has else 0.0
+    lip = 0.125 if "Big_Lips" in has else 0.05
+    w, rise = look.mouth_width + 0.08 * smile, 0.12 if smile else 0.015
+    middle, corner = look.mouth_y + 0.06 * smile, look.mouth_y - rise
+    left, right = (-w, corner - look.skew), (w, corner + look.skew)
+    top, bottom = middle - gap, middle + gap
+    yield Shape("lips", [left, (-0.09, top - lip), (0, top - lip * 0.7), (0.09, top - lip), right,
+                         (w / 2, bottom + lip), (0, bottom + lip * 1.35), (-w / 2, bottom + lip)], look.lips)
+    if gap:
+        inside = [(-w * 0.86, left[1]), (0, middle - gap * 0.75), (w * 0.86, right[1])]
+        floor, bite = middle + gap * 0.9, middle + gap * 0.15
+        yield Shape("mouth", inside + [(w * 0.45, floor), (-w * 0.45, floor)], (88, 22, 30))
+        ends = look.mouth_y - rise * 0.45
+        yield Shape("teeth", symmetric([(0, middle - gap * 0.7), (w * 0.6, ends), (w * 0.35, bite)]), WHITE)
+    else:
+        y = middle + rise * 0.1
+        line = [left, (-w / 2, y), (0, middle + 0.01), (w / 2, y), right]
+        yield Shape("mouth", line, mix(look.lips, BLACK, 0.55), 0.035)
+    if "Mustache" in has:
+        y = look.mouth_y
+        right = [(0, y - 0.17), (0.08, y - 0.2), (0.24, y - 0.12), (0.32, y + 0.04), (0.14, y - 0.04),
+                 (0, y - 0.05)]
+        yield Shape("moustache", symmetric(right), look.hair_dark)
+
+
+def top_hair(has, look):
+    """The cap of hair: an outer arc over the skull, and the hairline as its inner edge."""
+    if "Bald" in has:
+        yield Shape("shine", oval(look.light * 0.3, -0.75, 0.16, 0.09), (*look.skin_light, 170))
+        return
+    w, wavy, receding = look.width, "Wavy_Hair" in has, "Receding_Hairline" in has
+    rise = 0.76 + (0.06 if receding else look.volume)
+    angles = np.linspace(np.pi, 2 * np.pi, 14 if wavy else 8)
+    bumps = 1 + 0.06 * wavy * (-1.0) ** np.arange(len(angles))
+    outer = np.stack([bumps * (w + 0.08) * np.cos(angles), bumps * rise * np.sin(angles) - 0.25], 1).tolist()
+    temple = -0.1 if receding else 0.02 if "Male" in has else 0.25
+    if receding:
+        right, middle = [(w - 0.03, temple), (w - 0.06, -0.5), (0.42, -0.97), (0.2, -0.88)], (0, -0.82)
+    else:
+        right, middle = [(w - 0.05, temple), (w - 0.1, -0.3), (0.45, -0.6)], (look.parting, -0.76)
+    line = [*right, middle, *at(-1, *right)[::-1]]
+    yield Shape("hair", [(-w - 0.06, temple), *outer, (w + 0.06, temple), *line], look.hair)
+
+
+def strands(has, look):
+    """How loose hair falls from the parting; a sheen on hair that is neither straight nor wavy."""
+    if has & {"Bald", "Receding_Hairline", "Wearing_Hat"}:
+        return
+    top = -0.97 - look.volume * 0.6
+    if not has & {"Straight_Hair", "Wavy_Hair"}:
+        sheen = at(look.light, (0.15, top + 0.03), (0.4, top + 0.14), (0.58, top + 0.36))
+        yield Shape("hair", sheen, look.hair_light, 0.05)
+        return
+    t = np.linspace(0, 1, 6)
+    ripple = 0.06 * np.sin(11 * t) * ("Wavy_Hair" in has)
+    for side in (-1, 1):
+        for low, colour in ((0.3, look.hair_light), (0.62, look.hair_dark)):
+            start, end = look.parting + side * 0.08, side * (look.width - 0.02)
+            drop = (0.48 * low - 0.75 - top) * t**2
+            path = np.stack([start + (end - start) * t, top + 0.12 * low + drop + ripple], 1).tolist()
+            yield Shape("hair", path, colour, 0.035)
+
+
+def locks(has, look):
+    """A woman's loose hair, in front of her shoulders."""
+    if "Male" not in has and has & {"Straight_Hair", "Wavy_Hair"}:
+        wavy = "Wavy_Hair" in has
+        heights = np.linspace(-0.3, look.length - 0.1, 7).tolist()
+        middle = [(look.width - 0.01 + 0.08 * wavy * (i % 2) + 0.008 * i, y) for i, y in enumerate(heights)]
+        outline = [(x + 0.08, y) for x, y in middle] + [(x - 0.07, y) for x, y in middle[::-1]]
+        for side in (-1, 1):
+            yield Shape("hair", at(side, *outline), look.hair, smooth=wavy, depth=0)
+
+
+def bangs(has, look):
+    if "Bangs" in has:
+        w = look.width * 0.88
+        fringe = [(x, -0.35 - 0.07 * (i % 2)) for i, x in enumerate(np.linspace(w, -w, 9).tolist())]
+        outline = [(-w, -0.55), (-0.4, -0.95), (0.4, -0.95), (w, -0.55), *fringe]
+        yield Shape("bangs", outline, look.hair, smooth=False)
+        for x, y in fringe[2:-1:2]:
+            yield Shape("bangs", [(x * 0.7, -0.9), (x, y - 0.06)], look.hair_dark, 0.03)
+
+
+def worn(has, look):
+    """Hat, glasses, earrings."""
+    if "Wearing_Hat" in has:
+        w, top = look.width + 0.1, -1.05 - look.hat_height
+        crown = symmetric([(0, top), (w * 0.6, top + 0.06), (w, -0.85), (w, -0.62)])
+        edge = w + (0.35 if look.brimmed else 0.02)
+        brim = symmetric([(0, -0.8), (w, -0.76), (edge, -0.6), (w * 0.8, -0.52), (0, -0.48)])
+        yield Shape("hat", crown, look.accent, depth=0.3)
+        yield Shape("hat", brim, mix(look.accent, BLACK, 0.3), depth=0.3)
+    if "Eyeglasses" in has:
+        x, y, w, h = look.eye_x, look.eye_y + 0.03, 0.25, 0.23 if look.round_glasses else 0.17
+        lens = oval(x, y, w, h) if look.round_glasses else [
+            (x - w, y - h), (x + w, y - h), (x + w * 0.9, y + h), (x - w * 0.9, y + h)]
+        for side in (-1, 1):
+            outline = at(side, *lens)
+            yield Shape("glasses", outline, (225, 240, 250, 60), smooth=look.round_glasses)
+            yield Shape("glasses", outline + outline[:1], look.frame, 0.06, look.round_glasses)
+            yield Shape("glasses", at(side, (x + w, y - 0.06), (look.width, y - 0.08)), look.frame, 0.06)
+        yield Shape("glasses", [(w - x, y - 0.04), (0, y - 0.08), (x - w, y - 0.04)], look.frame, 0.06)
+    if "Wearing_Earrings" in has:
+        for side in (-1, 1):
+            yield Shape("earring", oval(side * (look.width + 0.04), 0.34, 0.075, 0.11), look.metal, depth=0)
+
+
+PARTS = (back_hair, bust, head, skin, beard, nose, eyes, mouth, top_hair, strands, locks, bangs, brows, worn)
