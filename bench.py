@@ -10,7 +10,7 @@
 
 On a CUDA GPU "ours" is the Triton kernel, elsewhere the PyTorch path of the same function. Times
 are medians (of a step and of re-ranking: the least) and include the launch, as a model sees it;
-memory is what is allocated beyond the inputs at its peak. All of a table is measured in one run:
+memory is what is allocated beyond the inputs at its peak. All of a table is measure_row in one run:
 compare within it.
 """
 import argparse
@@ -34,14 +34,14 @@ from tqdm import tqdm
 import vit
 from bert import MAX_TOKENS, Captions
 from common.optim import build_optimizers
-from common.script import markdown, run_script
-from flip import FLIP, FLIPConfig, Knobs, Output, feature_of, rerank
+from common.script import markdown_table, run_script
+from flip import FLIP, FLIPConfig, FLIPOutput, StepParams, project, rerank
 from kernels import attention as attention_file
 from kernels import contrastive as contrastive_file
 from kernels import triton
 from kernels.attention import Sequences, attention, pad, padded_attention, unpad
 from kernels.contrastive import contrastive_loss
-from losses import matching_cross_entropy, reference
+from losses import contrastive_loss_reference, matching_loss
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -83,10 +83,10 @@ def megabytes(call):
     return max(levels, default=0) / 1e6
 
 
-MEASURED = ["", "forward, ms (range)", "forward and backward, ms (range)", "memory, MB"]
+MEASURE_HEADER = ["", "forward, ms (range)", "forward and backward, ms (range)", "memory, MB"]
 
 
-def measured(name, forward, inputs):
+def measure_row(name, forward, inputs):
     """A row of that table, with gradients by the inputs; or why it does not run here."""
     def both():
         out = forward()
@@ -113,11 +113,11 @@ def relative_errors(ours, theirs, inputs):
 
 
 # ---- attention -----------------------------------------------------------------------------------
-def cases(images):
+def attention_cases(images):
     """The three uses of attention at base size: (name, (query sequences, key sequences))."""
     lengths = torch.randint(12, 66, (images,), generator=torch.Generator().manual_seed(0))
-    pictures, captions = Sequences.uniform(images, 197, DEVICE), Sequences.of(lengths, DEVICE)
-    threefold = Sequences.of(lengths.repeat(3), DEVICE).joined(torch.full((images,), 3))
+    pictures, captions = Sequences.uniform(images, 197, DEVICE), Sequences.from_lengths(lengths, DEVICE)
+    threefold = Sequences.from_lengths(lengths.repeat(3), DEVICE).merge_groups(torch.full((images,), 3))
     return [(f"{images} images of 197 tokens", (pictures, pictures)),
             (f"{images} captions of 12 to 65 tokens", (captions, captions)),
             (f"{3 * images} captions reading {images} images", (threefold, pictures))]
@@ -127,7 +127,7 @@ def attention_inputs(sequences, dtype, heads=12, channels=64):
     torch.manual_seed(0)
     queries, keys = sequences
     return [torch.randn(n, heads, channels, device=DEVICE).to(dtype).requires_grad_()
-            for n in (queries.tokens, keys.tokens, keys.tokens)]
+            for n in (queries.num_tokens, keys.num_tokens, keys.num_tokens)]
 
 
 def attention_errors(sequences, dtype):
@@ -137,34 +137,34 @@ def attention_errors(sequences, dtype):
                            attention_inputs(sequences, dtype))
 
 
-def torchs_attention(query, key, value, query_sequences, key_sequences):
+def sdpa_padded(query, key, value, query_sequences, key_sequences):
     """PyTorch's own function, which takes sequences of one length only."""
     query, key, value = pad(query, query_sequences), pad(key, key_sequences), pad(value, key_sequences)
-    mask = None if key_sequences.is_uniform else key_sequences.mask[:, None, None]
+    mask = None if key_sequences.is_uniform else key_sequences.token_mask[:, None, None]
     return unpad(F.scaled_dot_product_attention(query, key, value, mask), query_sequences)
 
 
 def attention_rows(sequences, dtype):
     """Ours beside PyTorch's own attention, with padding where sequences differ in length."""
     inputs = attention_inputs(sequences, dtype)
-    yield measured("ours", lambda: attention(*inputs, *sequences), inputs)
+    yield measure_row("ours", lambda: attention(*inputs, *sequences), inputs)
     for name in ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION", "MATH"):
         with sdpa_kernel(getattr(SDPBackend, name)):
-            yield measured(f"SDPA, {name.lower().removesuffix('_attention')}, padded",
-                           lambda: torchs_attention(*inputs, *sequences), inputs)
+            yield measure_row(f"SDPA, {name.lower().removesuffix('_attention')}, padded",
+                              lambda: sdpa_padded(*inputs, *sequences), inputs)
 
 
 def bench_attention():
     dtypes = [torch.float16, torch.bfloat16, torch.float32] if DEVICE == "cuda" else [torch.float32]
     print("## Attention: relative error against float64\n")
-    print(markdown(["use", "type", "o", "dq", "dk", "dv"],
+    print(markdown_table(["use", "type", "o", "dq", "dk", "dv"],
                 [[name, dtype, *attention_errors(sequences, dtype)]
-                 for name, sequences in cases(4) for dtype in dtypes]))
+                 for name, sequences in attention_cases(4) for dtype in dtypes]))
     dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
-    for name, sequences in cases(80 if DEVICE == "cuda" else 8):
+    for name, sequences in attention_cases(80 if DEVICE == "cuda" else 8):
         rows = list(tqdm(attention_rows(sequences, dtype), name, total=5, leave=False))
         print(f"\n## Attention: {name}, 12 heads of 64, {dtype}\n")
-        print(markdown(MEASURED, rows))
+        print(markdown_table(MEASURE_HEADER, rows))
 
 
 # ---- contrastive loss ----------------------------------------------------------------------------
@@ -186,7 +186,7 @@ def contrastive_errors(B, Q, E, alpha=0.4):
     joined, joined_identity = torch.cat(keys).double(), torch.cat(key_identity)
     return relative_errors(
         lambda q, tau: contrastive_loss(q, momentum, keys, identity, key_identity, tau, alpha),
-        lambda q, tau: reference(q, momentum.double(), joined, identity, joined_identity, tau, alpha),
+        lambda q, tau: contrastive_loss_reference(q, momentum.double(), joined, identity, joined_identity, tau, alpha),
         [feature, temperature])
 
 
@@ -195,19 +195,19 @@ def contrastive_rows(B, Q, E, alpha=0.4):
     feature, momentum, keys, identity, key_identity, temperature = contrastive_inputs(B, Q, E)
     ours = feature, momentum, keys, identity, key_identity, temperature, alpha
     direct = feature, momentum, torch.cat(keys), identity, torch.cat(key_identity), temperature, alpha
-    compiled = torch.compile(reference)
-    yield measured("ours", lambda: contrastive_loss(*ours), [feature, temperature])
-    yield measured("direct", lambda: reference(*direct), [feature, temperature])
-    yield measured("direct, torch.compile", lambda: compiled(*direct), [feature, temperature])
+    compiled = torch.compile(contrastive_loss_reference)
+    yield measure_row("ours", lambda: contrastive_loss(*ours), [feature, temperature])
+    yield measure_row("direct", lambda: contrastive_loss_reference(*direct), [feature, temperature])
+    yield measure_row("direct, torch.compile", lambda: compiled(*direct), [feature, temperature])
 
 
 def bench_contrastive(B=80, Q=61_440, E=256):
     print("## Contrastive loss: relative error against float64\n")
-    print(markdown(["rows, queue, features", "loss", "dq", "dtau"],
+    print(markdown_table(["rows, queue, features", "loss", "dq", "dtau"],
                 [[f"{b}, {q}, {e}", *contrastive_errors(b, q, e)] for b, q, e in ((4, 100, 16), (B, Q, E))]))
     rows = list(tqdm(contrastive_rows(B, Q, E), "contrastive loss", total=3, leave=False))
     print(f"\n## Contrastive loss, one direction: {B} rows, a queue of {Q}, {E} features, float32\n")
-    print(markdown(MEASURED, rows))
+    print(markdown_table(MEASURE_HEADER, rows))
 
 
 # ---- a step and re-ranking, the straightforward way ----------------------------------------------
@@ -220,8 +220,8 @@ def written_attention(query, key, value, query_sequences, key_sequences, dropout
         (query, query_sequences), (key, key_sequences), (value, key_sequences)))            # (B, H, L, d)
     logits = query @ key.mT / query.shape[-1] ** 0.5
     length = key_sequences.lengths.to(query.device)
-    if (length < key_sequences.longest).any():
-        beyond = torch.arange(key_sequences.longest, device=query.device) >= length[:, None]
+    if (length < key_sequences.max_length).any():
+        beyond = torch.arange(key_sequences.max_length, device=query.device) >= length[:, None]
         logits = logits + beyond[:, None, None] * torch.finfo(logits.dtype).min
     return (F.dropout(logits.softmax(-1), dropout) @ value).transpose(1, 2).flatten(0, 1)
 
@@ -229,56 +229,56 @@ def written_attention(query, key, value, query_sequences, key_sequences, dropout
 def padded(captions):
     """Captions of MAX_TOKENS tokens each; `lengths` are still the true ones."""
     P, packed, device = len(captions), captions.sequences, captions.ids.device
-    slots = packed.sequence_of * MAX_TOKENS + packed.places
+    slots = packed.sequence_ids * MAX_TOKENS + packed.position_ids
     ids = captions.ids.new_zeros(P * MAX_TOKENS).index_copy(0, slots, captions.ids)
     uniform = Sequences.uniform(P, MAX_TOKENS, device)
-    return Captions(ids, Sequences(packed.lengths, uniform.starts, MAX_TOKENS, len(ids)))
+    return Captions(ids, Sequences(packed.lengths, uniform.offsets, MAX_TOKENS, len(ids)))
 
 
-def straightforward_logits(model, image_tokens, captions):
+def baseline_logits(model, image_tokens, captions):
     """ITM logits (P, 2) of caption p with the image tokens p."""
-    captions = padded(captions.starting_with(model.student.text.enc_token))
+    captions = padded(captions.with_first_token(model.student.text.enc_id))
     tokens = model.student.text(captions, image_tokens)                             # (P * MAX_TOKENS, D)
-    return model.matching_head(tokens[captions.sequences.firsts].float())
+    return model.matching_head(tokens[captions.sequences.first_index].float())
 
 
-def straightforward_losses(model, images, captions, identity, generator=None):
-    """As FLIP.forward, on one process and with the knobs' defaults."""
+def baseline_losses(model, images, captions, identity, generator=None):
+    """As FLIP.forward, on one process and with the schedules' final values."""
     def text_feature(encoders):
         tokens = encoders.text(padded(captions))
-        return feature_of(tokens[::MAX_TOKENS], encoders.text_projection)
-    image_tokens, image_feature = model.student.encode_image(images)
+        return project(tokens[::MAX_TOKENS], encoders.text_projection)
+    image_tokens, image_feature = model.student.image_tokens_and_features(images)
     features = image_feature, text_feature(model.student)
     with torch.no_grad():
-        keys = model.momentum_encoder.encode_image(images)[1], text_feature(model.momentum_encoder)
+        keys = model.momentum_encoder.image_tokens_and_features(images)[1], text_feature(model.momentum_encoder)
     identities = identity, torch.cat([identity, model.queue_identity])
     with torch.autocast(images.device.type, enabled=False):
         pools = [torch.cat(pool) for pool in zip(keys, (model.image_queue, model.text_queue))]
-        itc = sum(reference(feature, key, pool, *identities, model.temperature, 0.4)
+        itc = sum(contrastive_loss_reference(feature, key, pool, *identities, model.temperature, 0.4)
                   for feature, key, pool in zip(features, keys, pools[::-1])) / 2
-    negative_image, negative_text = model.draw_negatives(*features, identity, generator=generator)
+    negative_image, negative_text = model.sample_negatives(*features, identity, generator=generator)
     own = torch.arange(len(images))
-    logits = torch.cat([straightforward_logits(model, image_tokens, captions), straightforward_logits(
+    logits = torch.cat([baseline_logits(model, image_tokens, captions), baseline_logits(
         model, torch.cat([image_tokens[negative_image], image_tokens]),
         captions.select(torch.cat([own, negative_text])))])
     is_match = (torch.arange(len(logits), device=logits.device) < len(own)).long()
-    return Output(itc, matching_cross_entropy(logits, is_match, len(logits)), *keys, identity)
+    return FLIPOutput(itc, matching_loss(logits, is_match, len(logits)), *keys, identity)
 
 
 @torch.no_grad()
-def straightforward_rerank(model, image_tokens, captions, similarity, k):
+def baseline_rerank(model, image_tokens, captions, similarity, k):
     """As `rerank`: first every image with its k captions, then every caption with its k images."""
     both_ways = similarity - 100, similarity.T - 100
     for scores, cosines in zip(both_ways, (similarity, similarity.T)):
         for query, best in enumerate(cosines.topk(k).indices.cpu()):
             same = torch.full((k,), query)
             image, text = (same, best) if scores is both_ways[0] else (best, same)
-            logits = straightforward_logits(model, image_tokens[image], captions.select(text))
-            scores[query, best] = model.matching_score(logits, cosines[query, best])
+            logits = baseline_logits(model, image_tokens[image], captions.select(text))
+            scores[query, best] = model.rerank_score(logits, cosines[query, best])
     return both_ways
 
 
-def in_turn(ways, repeats):
+def time_interleaved(ways, repeats):
     """Seconds that each of {name: call} takes, the least of several; they take turns, so that all
     of them meet the machine in the same state."""
     times = {name: [] for name in ways}
@@ -293,11 +293,11 @@ def in_turn(ways, repeats):
 
 
 def print_seconds(ways, repeats):
-    """The table of `in_turn`, the first way as 1."""
-    seconds = in_turn(ways, repeats)
+    """The table of `time_interleaved`, the first way as 1."""
+    seconds = time_interleaved(ways, repeats)
     first = next(iter(seconds.values()))
-    print(markdown(["", "seconds", "times as fast"],
-                   [[name, f"{s:.2f}", f"{first / s:.2f}"] for name, s in seconds.items()]), "\n")
+    print(markdown_table(["", "seconds", "times as fast"],
+                         [[name, f"{s:.2f}", f"{first / s:.2f}"] for name, s in seconds.items()]), "\n")
 
 
 def model_inputs(config, images, texts):
@@ -306,10 +306,10 @@ def model_inputs(config, images, texts):
     model = FLIP(config).to(DEVICE)
     lengths = torch.normal(35.0, 12.0, (texts,)).clamp(10, MAX_TOKENS).long()
     ids = torch.randint(config.bert.vocab_size - 2, (int(lengths.sum()),))
-    return model, Captions(ids, Sequences.of(lengths)).to(DEVICE)
+    return model, Captions(ids, Sequences.from_lengths(lengths)).to(DEVICE)
 
 
-def straightforwardly():
+def using_baseline_attention():
     """While this lasts, the model's attention is written out."""
     return patch.object(vit, "attention", written_attention)
 
@@ -320,23 +320,23 @@ def bench_step(config=FLIPConfig(), B=8, repeats=4):
     identity = torch.arange(B, device=DEVICE)
     trained = [p for p in model.parameters() if p.requires_grad]
 
-    def forward(straightforward):
+    def forward(baseline):
         inputs = images, captions, identity
         generator = torch.Generator().manual_seed(0)
-        if not straightforward:
+        if not baseline:
             return model(*inputs, generator=generator)
-        with straightforwardly():
-            return straightforward_losses(model, *inputs, generator)
+        with using_baseline_attention():
+            return baseline_losses(model, *inputs, generator)
 
-    def step(straightforward, dtype):
-        optimizer = optimizers[straightforward]
-        if straightforward:
+    def step(baseline, dtype):
+        optimizer = optimizers[baseline]
+        if baseline:
             for kept, p in zip(model.momentum_encoder.parameters(), model.student.parameters()):
-                kept.data = kept.data * Knobs().momentum + p.data * (1 - Knobs().momentum)
+                kept.data = kept.data * StepParams().momentum + p.data * (1 - StepParams().momentum)
         else:
-            model.update_momentum(Knobs().momentum)
+            model.update_momentum(StepParams().momentum)
         with torch.autocast(DEVICE, dtype, enabled=dtype != torch.float32):
-            out = forward(straightforward)
+            out = forward(baseline)
             (out.itc + out.itm).backward()
         model.enqueue(out.image_keys, out.text_keys, out.identity)
         optimizer.step()
@@ -350,37 +350,37 @@ def bench_step(config=FLIPConfig(), B=8, repeats=4):
     optimizers = build_optimizers(model, 0.05)[0], torch.optim.AdamW(trained, weight_decay=0.05)
     for group in optimizers[0].param_groups + optimizers[1].param_groups:
         group["lr"] = 1e-6
-    print(f"## A training step: {B} images, {B} captions of {captions.sequences.tokens} tokens\n")
+    print(f"## A training step: {B} images, {B} captions of {captions.sequences.num_tokens} tokens\n")
     print_seconds({f"{name}, {dtype}": lambda way=way, dtype=dtype: step(way, dtype)
-                   for name, way in (("straightforward", True), ("ours", False))
+                   for name, way in (("baseline", True), ("ours", False))
                    for dtype in (torch.float32, torch.bfloat16)}, repeats)
 
 
 def bench_rerank(config=FLIPConfig(queue_size=1), images=48, texts=48, k=16, repeats=2):
     model, captions = model_inputs(config, images, texts)
-    tokens = torch.randn(images, config.vit.patches + 1, config.vit.width, device=DEVICE)
+    tokens = torch.randn(images, config.vit.num_patches + 1, config.vit.width, device=DEVICE)
     case = model.eval(), tokens, captions, torch.rand(images, texts, device=DEVICE), k
 
-    def straightforward(*case):
-        with straightforwardly():
-            return straightforward_rerank(*case)
+    def baseline(*case):
+        with using_baseline_attention():
+            return baseline_rerank(*case)
 
     few = model, tokens[:5], captions.select(torch.arange(6)), case[3][:5, :6], 3
-    for ours, theirs in zip(rerank(*few), straightforward(*few)):
+    for ours, theirs in zip(rerank(*few), baseline(*few)):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
-    print(f"## Re-ranking: {images} images, {texts} captions of {captions.sequences.tokens} tokens, k {k}, "
+    print(f"## Re-ranking: {images} images, {texts} captions of {captions.sequences.num_tokens} tokens, k {k}, "
           f"float32\n")
-    print_seconds({"straightforward": lambda: straightforward(*case), "ours": lambda: rerank(*case)}, repeats)
+    print_seconds({"baseline": lambda: baseline(*case), "ours": lambda: rerank(*case)}, repeats)
 
 
 # ---- compiling without a GPU ---------------------------------------------------------------------
 KERNELS = {kernel.__name__: kernel for kernel in (
-    attention_file.forward_kernel, attention_file.query_kernel, attention_file.key_kernel,
-    contrastive_file.sums_kernel)}
+    attention_file.fwd_kernel, attention_file.bwd_dq_kernel, attention_file.bwd_dkdv_kernel,
+    contrastive_file.triton_sums_kernel)}
 # Arguments that are not tensors of the kernel's own type.
-TYPES = {"*fp32": "lse delta delta_out queries temperature peak_out mass_out key_out",
-         "*i32": "query_starts key_starts",
-         "*i64": "identity key_identity", "i32": "B K stretch", "i64": "seed"}
+TYPES = {"*fp32": "lse delta delta_out queries temperature max_out denominator_out key_out",
+         "*i32": "query_offsets key_offsets",
+         "*i64": "identity key_identity", "i32": "B K keys_per_program", "i64": "seed"}
 TYPE_OF = {name: kind for kind, names in TYPES.items() for name in names.split()}
 # Shared memory that one program can have, in bytes, by compute capability (CUDA C++ Programming
 # Guide, technical specifications).
@@ -390,15 +390,15 @@ SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
 CHANNELS = {"bf16": (16, 32, 64, 80, 128), "fp16": (64,), "fp32": (16, 32, 64, 128)}
 
 
-def shipped():
+def launched_configs():
     """Every kernel as it is launched somewhere: name, type, compile-time values, capability."""
     for capability in SHARED_LIMIT:
         for dtype, channels in CHANNELS.items():
-            for name, d, dropout in itertools.product(("forward", "query", "key"), channels, (0.0, 0.1)):
-                meta = attention_file.tiles(name, d, 4 if dtype == "fp32" else 2)
+            for name, d, dropout in itertools.product(("fwd", "bwd_dq", "bwd_dkdv"), channels, (0.0, 0.1)):
+                meta = attention_file.launch_config(name, d, 4 if dtype == "fp32" else 2)
                 yield f"{name}_kernel", dtype, dict(dropout=dropout, **meta), capability
         for dtype, E in itertools.product(("fp32", "bf16"), (32, 64, 128, 256)):
-            yield "sums_kernel", dtype, dict(E=E, BLOCK_E=E, **contrastive_file.TILES), capability
+            yield "triton_sums_kernel", dtype, dict(E=E, BLOCK_E=E, **contrastive_file.LAUNCH_CONFIG), capability
 
 
 def compile_one(name, dtype, meta, capability):
@@ -428,7 +428,7 @@ def compile_all():
     """The table; an error where a kernel spills or wants more shared memory than there is."""
     if not hasattr(triton, "compile"):
         raise ValueError("Triton is not installed (it comes for Linux only): there is nothing to compile")
-    configs, rows, bad = list(shipped()), [], []
+    configs, rows, bad = list(launched_configs()), [], []
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         results = list(tqdm(pool.map(compile_one, *zip(*configs)), "compiling", total=len(configs)))
     for (name, dtype, meta, capability), (registers, stack, shared) in zip(configs, results):
@@ -436,7 +436,7 @@ def compile_all():
                      registers, stack, f"{shared / 1024:.1f}"])
         if stack or shared > SHARED_LIMIT[capability]:
             bad.append(rows[-1])
-    print(markdown(["kernel", "type", "d or E", "dropout", "capability", "registers", "spilled bytes",
+    print(markdown_table(["kernel", "type", "d or E", "dropout", "capability", "registers", "spilled bytes",
                  "shared KB"], rows))
     if bad:
         raise ValueError(f"{len(bad)} configurations spill or want too much shared memory: {bad}")

@@ -36,8 +36,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common.script import check_sizes, first_line, run_script
-from common.weights import find_file, load_bert
+from common.script import check_ranges, run_script, short_message
+from common.weights import load_bert, resolve_file
 from kernels.attention import Sequences
 from vit import Attention
 
@@ -52,7 +52,7 @@ class BertConfig:
     dropout: float = 0.1
 
     def __post_init__(self):
-        check_sizes(self, vocab_size=10 ** 7, width=20_000, depth=200, heads=1000, positions=10 ** 5)
+        check_ranges(self, vocab_size=10 ** 7, width=20_000, depth=200, heads=1000, positions=10 ** 5)
         if self.width % self.heads:
             raise ValueError(f"BERT: width {self.width} is not a multiple of the {self.heads} heads")
 
@@ -86,13 +86,13 @@ class Captions:
     def select(self, indices):
         """The captions numbered `indices` (a CPU tensor; repeats allowed), packed again."""
         device = self.ids.device
-        chosen = Sequences.of(self.sequences.lengths[indices], device)
-        begins = self.sequences.firsts[indices.to(device, non_blocking=True)]       # where they lie now
-        return Captions(self.ids[begins[chosen.sequence_of] + chosen.places], chosen)
+        chosen = Sequences.from_lengths(self.sequences.lengths[indices], device)
+        begins = self.sequences.first_index[indices.to(device, non_blocking=True)]  # where they lie now
+        return Captions(self.ids[begins[chosen.sequence_ids] + chosen.position_ids], chosen)
 
-    def starting_with(self, token):
+    def with_first_token(self, token):
         """The same captions with `token` for their first token."""
-        return Captions(self.ids.index_fill(0, self.sequences.firsts.long(), token), self.sequences)
+        return Captions(self.ids.index_fill(0, self.sequences.first_index.long(), token), self.sequences)
 
 
 class Tokenizer:
@@ -107,7 +107,7 @@ class Tokenizer:
             if wordpiece.token_to_id(token) is None:
                 raise ValueError(f"{source}: the vocabulary has no {token}; expected one like "
                                  f"bert-base-uncased's, with {', '.join(SPECIAL[:4])}")
-        self.cls, self.sep = wordpiece.token_to_id("[CLS]"), wordpiece.token_to_id("[SEP]")
+        self.cls_id, self.sep_id = wordpiece.token_to_id("[CLS]"), wordpiece.token_to_id("[SEP]")
         wordpiece.no_padding()              # a tokenizer.json may ask for both: here captions are packed,
         wordpiece.no_truncation()           # and cut below
 
@@ -116,7 +116,7 @@ class Tokenizer:
         """Number of embeddings that the model needs: the word pieces, then [DEC], then [ENC]."""
         return self.wordpiece.get_vocab_size() + 2
 
-    def words(self, text):
+    def split_known(self, text):
         """The words of a text that the vocabulary has, and those that it lacks: they are spelled in
         letters, or not even that."""
         known, unknown = [], []
@@ -131,10 +131,10 @@ class Tokenizer:
             raise ValueError(f"the tokenizer expects a list of captions, found a text: {texts[:60]!r}")
         cleaned = [clean_caption(text) for text in texts]
         encoded = self.wordpiece.encode_batch(cleaned, add_special_tokens=False)
-        ids = [[self.cls, *pieces.ids[:MAX_TOKENS - 2], self.sep] for pieces in encoded]
-        return Captions(torch.tensor(list(chain.from_iterable(ids))), Sequences.of([*map(len, ids)]))
+        ids = [[self.cls_id, *pieces.ids[:MAX_TOKENS - 2], self.sep_id] for pieces in encoded]
+        return Captions(torch.tensor(list(chain.from_iterable(ids))), Sequences.from_lengths([*map(len, ids)]))
 
-    def tokens(self, captions):
+    def pieces(self, captions):
         """The pieces of packed captions as text, for people to read."""
         return [self.wordpiece.id_to_token(i) for i in captions.ids.tolist()]
 
@@ -146,7 +146,7 @@ class Tokenizer:
         try:
             wordpiece = tokenizers.Tokenizer.from_str(text)
         except Exception as error:
-            raise ValueError(f"{source}: not a tokenizer.json: {first_line(error)}") from error
+            raise ValueError(f"{source}: not a tokenizer.json: {short_message(error)}") from error
         return Tokenizer(wordpiece, source)
 
     @staticmethod
@@ -165,7 +165,7 @@ class Tokenizer:
     @staticmethod
     def load(source):
         """From a vocab.txt, a tokenizer.json, a folder that holds one of them, or a hub name."""
-        path = find_file(source, ("vocab.txt", "tokenizer.json"))
+        path = resolve_file(source, ("vocab.txt", "tokenizer.json"))
         try:
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
@@ -192,7 +192,7 @@ class Tokenizer:
 
 
 # ---- the encoder ---------------------------------------------------------------------------------
-class Layer(nn.Module):
+class BertLayer(nn.Module):
     """Self-attention, cross-attention when there are images, MLP; each added, then normalised."""
 
     def __init__(self, config, image_width):
@@ -207,21 +207,21 @@ class Layer(nn.Module):
         self.norm_mlp = nn.LayerNorm(D, eps=1e-12)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, text, sequences, image_context=None, first_only=False):
-        """text (N, D) packed -> (N, D); with first_only -> (P, D), computed for the first token of
+    def forward(self, text, sequences, image_context=None, first_token_only=False):
+        """text (N, D) packed -> (N, D); with first_token_only -> (P, D), computed for the first token of
         each caption alone (it still looks at the whole caption). image_context: (packed image
         tokens, their Sequences, how many captions read each)."""
         x, x_sequences = text, sequences
-        if first_only:
-            x = text.index_select(0, sequences.firsts)                                      # (P, D)
+        if first_token_only:
+            x = text.index_select(0, sequences.first_index)                                 # (P, D)
             x_sequences = Sequences.uniform(len(x), 1, x.device)
         x = self.norm_attention(x + self.dropout(self.attention(x, x_sequences, text, sequences)))
         if image_context is not None:
-            image_tokens, image_sequences, readers = image_context
+            image_tokens, image_sequences, captions_per_image = image_context
             # captions that read one image, as one sequence
-            by_image = x_sequences if readers is None else x_sequences.joined(readers)
-            seen = self.cross_attention(x, by_image, image_tokens, image_sequences)
-            x = self.norm_cross_attention(x + self.dropout(seen))
+            grouped = x_sequences if captions_per_image is None else x_sequences.merge_groups(captions_per_image)
+            cross = self.cross_attention(x, grouped, image_tokens, image_sequences)
+            x = self.norm_cross_attention(x + self.dropout(cross))
         return self.norm_mlp(x + self.dropout(self.down(F.gelu(self.up(x)))))
 
 
@@ -233,11 +233,11 @@ class Bert(nn.Module):
         self.positions = nn.Parameter(torch.empty(config.positions, config.width))
         self.norm = nn.LayerNorm(config.width, eps=1e-12)
         self.dropout = nn.Dropout(config.dropout)
-        self.layers = nn.ModuleList(Layer(config, image_width) for _ in range(config.depth))
-        self.initialise()
+        self.layers = nn.ModuleList(BertLayer(config, image_width) for _ in range(config.depth))
+        self.init_weights()
 
-    def forward(self, captions, image_tokens=None, readers=None, first_only=False):
-        """Packed captions -> packed tokens (N, D), or (P, D) with first_only: each caption's first
+    def forward(self, captions, image_tokens=None, captions_per_image=None, first_token_only=False):
+        """Packed captions -> packed tokens (N, D), or (P, D) with first_token_only: each caption's first
         token, for which the last layer computes nothing else.
 
         image_tokens (I, L, image_width) switches to image-grounded mode: the first readers[0]
@@ -245,25 +245,25 @@ class Bert(nn.Module):
         CPU (None: one each).
         """
         sequences, image_context = captions.sequences, None
-        if sequences.longest > self.config.positions:
-            raise ValueError(f"BERT: a caption of {sequences.longest} tokens, but there are "
+        if sequences.max_length > self.config.positions:
+            raise ValueError(f"BERT: a caption of {sequences.max_length} tokens, but there are "
                              f"{self.config.positions} positions")
         if image_tokens is not None:
             I, L, _ = image_tokens.shape
-            image_context = image_tokens.flatten(0, 1), Sequences.uniform(I, L, image_tokens.device), readers
-        x = self.words(captions.ids) + self.positions[sequences.places]                     # (N, D)
+            image_context = image_tokens.flatten(0, 1), Sequences.uniform(I, L, image_tokens.device), captions_per_image
+        x = self.words(captions.ids) + self.positions[sequences.position_ids]               # (N, D)
         x = self.dropout(self.norm(x))
         for layer in self.layers[:-1]:
             x = layer(x, sequences, image_context)
-        return self.layers[-1](x, sequences, image_context, first_only)
+        return self.layers[-1](x, sequences, image_context, first_token_only)
 
     @property
-    def enc_token(self):
+    def enc_id(self):
         """Id of [ENC], the last one; [DEC], which only captioning would use, lies before it."""
         return self.config.vocab_size - 1
 
     @torch.no_grad()
-    def initialise(self):
+    def init_weights(self):
         """BERT's initial values."""
         nn.init.normal_(self.positions, std=0.02)
         for module in self.modules():
@@ -286,10 +286,10 @@ def main():
     captions = tokenizer([args.caption])
     with torch.no_grad():
         text = bert(captions)
-        joint = bert(captions.starting_with(bert.enc_token), image_tokens=torch.zeros(1, 197, 768))
+        joint = bert(captions.with_first_token(bert.enc_id), image_tokens=torch.zeros(1, 197, 768))
     print(f"caption      {args.caption}")
     print(f"cleaned      {clean_caption(args.caption)}")
-    print(f"pieces       {' '.join(tokenizer.tokens(captions))}")
+    print(f"pieces       {' '.join(tokenizer.pieces(captions))}")
     print(f"text tokens  {tuple(text.shape)}   the first, [CLS], speaks for the sentence")
     print(f"joint tokens {tuple(joint.shape)}   the first is now [ENC]; they have looked at a blank image")
     print(f"parameters   {sum(p.numel() for p in bert.parameters()):,}")

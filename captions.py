@@ -65,16 +65,16 @@ FACTS = ATTRIBUTES + ("not Male", "not Young")
 PROBABILITIES = np.array([GRAMMAR[fact][0] for fact in FACTS])      # (42,), of being stated
 PHRASES = [[phrase.split(" ", 1) for phrase in GRAMMAR[fact][1].split(" | ")]       # [kind, words]
            for fact in FACTS]
-MAN, WOMAN = FACTS.index("Male"), FACTS.index("not Male")
-NEGATED = [ATTRIBUTES.index("Male"), ATTRIBUTES.index("Young")]
+MAN_FACT, WOMAN_FACT = FACTS.index("Male"), FACTS.index("not Male")
+NEGATABLE = [ATTRIBUTES.index("Male"), ATTRIBUTES.index("Young")]
 MIN_FACTS = 3       # a caption states at least so many, where the face has them
 SHORTEST, LONGEST = 10, 75      # words of a caption; of the longest, the tokenizer cuts the end
-PARTS = {       # of the face: whether one says "a nose", and "the nose is" or "are"
+FACE_PARTS = {  # of the face: whether one says "a nose", and "the nose is" or "are"
     "cheekbones": (False, "are"), "cheeks": (False, "are"), "eyebrows": (False, "are"),
     "eyes": (False, "are"), "face": (True, "is"), "hair": (False, "is"), "hairline": (True, "is"),
     "lips": (False, "are"), "mouth": (True, "is"), "nose": (True, "is"), "skin": (False, "is"),
 }
-NOUNS = ("person", "person", "individual")              # when the sex is unsaid
+NEUTRAL_NOUNS = ("person", "person", "individual")      # when the sex is unsaid
 SINGULAR = {"is": "is", "has": "has", "wears": "wears"}
 PLURAL = {"is": "are", "has": "have", "wears": "wear"}  # for "they"
 PREDICATES = {
@@ -82,21 +82,21 @@ PREDICATES = {
     "has": ("{has} {x}", "{has} {x}", "{has} {x}", "can be seen with {x}", "{is} shown with {x}"),
     "wears": ("{is} wearing {x}", "{wears} {x}", "{is} seen wearing {x}"),
 }
-OPENINGS = ("This is a {photo} of {x}.", "The {photo} shows {x}.", "Here is a {photo} of {x}.",
-            "In this {photo} there is {x}.", "The {photo} shows the face of {x}.",
-            "{x} looks out of this {photo}.")
-LEADS = (("In this picture, ", "In the photo, ", "Here, ", "As can be seen, "), ("",),
-         ("In addition, ", "Also, ", "Moreover, ", "Besides, "))    # of the first sentence, second, others
+OPENING_TEMPLATES = ("This is a {photo} of {x}.", "The {photo} shows {x}.", "Here is a {photo} of {x}.",
+                     "In this {photo} there is {x}.", "The {photo} shows the face of {x}.",
+                     "{x} looks out of this {photo}.")
+CONNECTIVES = (("In this picture, ", "In the photo, ", "Here, ", "As can be seen, "), ("",),
+               ("In addition, ", "Also, ", "Moreover, ", "Besides, "))    # of the first sentence, second, others
 NEUTRAL = ("Only the face can be seen.", "The face fills most of the picture.",
            "Nothing else is shown here.")
 
 
 def facts_of(attributes):
     """Attributes bool (..., 40) -> which facts hold, bool (..., 42)."""
-    return np.concatenate([attributes, ~attributes[..., NEGATED]], axis=-1)
+    return np.concatenate([attributes, ~attributes[..., NEGATABLE]], axis=-1)
 
 
-def caption(attributes, rng):
+def sample_caption(attributes, rng):
     """A caption for a face: (text, stated).
 
     attributes bool (40,); rng a numpy Generator. stated int8 (40,): +1 the text says the attribute
@@ -111,50 +111,50 @@ def caption(attributes, rng):
     said = np.zeros(len(FACTS), dtype=np.int8)
     said[chosen] = 1
     stated = said[:len(ATTRIBUTES)]
-    stated[NEGATED] -= said[len(ATTRIBUTES):]
-    return write(chosen.tolist(), random.Random(int(rng.integers(2**62)))), stated
+    stated[NEGATABLE] -= said[len(ATTRIBUTES):]
+    return verbalize(chosen.tolist(), random.Random(int(rng.integers(2**62)))), stated
 
 
-def write(facts, dice):
+def verbalize(facts, rng):
     """The text that says these facts (numbers into FACTS) and no other, of SHORTEST to LONGEST
     words. Too long a text is written anew, never cut; only for a face with more facts than real
     ones have it may stay longer.
     """
     for _ in range(20):
-        sentences = compose(facts, dice)
+        sentences = compose_sentences(facts, rng)
         while sum(text.count(" ") + 1 for text in sentences) < SHORTEST:
-            sentences.append(dice.choice([text for text in NEUTRAL if text not in sentences]))
+            sentences.append(rng.choice([text for text in NEUTRAL if text not in sentences]))
         text = " ".join(sentences)
         if text.count(" ") < LONGEST:
             break
     return text
 
 
-def compose(facts, dice):
+def compose_sentences(facts, rng):
     """Facts -> list of sentences."""
     # 0: long lists in few sentences; 1: a sentence for everything. Most writers are brief and a few
     # are not, as in FLIP's captions; who has much to tell is brief.
-    talkative = dice.random()**1.5 * min(1, 10 / len(facts))
-    said = choose_words(facts, talkative, dice)
-    he, his = ("he", "his") if MAN in facts else ("she", "her") if WOMAN in facts else ("they", "their")
-    noun = dice.choice(said["noun"] or NOUNS)
+    verbosity = rng.random()**1.5 * min(1, 10 / len(facts))
+    said = choose_phrases(facts, verbosity, rng)
+    he, his = ("he", "his") if MAN_FACT in facts else ("she", "her") if WOMAN_FACT in facts else ("they", "their")
+    noun = rng.choice(said["noun"] or NEUTRAL_NOUNS)
 
     sentences = []
     nothing_to_tell = not any(said[kind] for kind in ("is", "has", "wears", "part"))
-    if nothing_to_tell or dice.random() < 0.4 + 0.4 * talkative:
-        sentences.append(opening(said, noun, dice))
+    if nothing_to_tell or rng.random() < 0.4 + 0.4 * verbosity:
+        sentences.append(opening_sentence(said, noun, rng))
     units = [(kind, chunk) for kind in ("is", "has", "wears", "part")
-             for chunk in chunks(said[kind], talkative, dice)]
-    dice.shuffle(units)
+             for chunk in chunks(said[kind], verbosity, rng)]
+    rng.shuffle(units)
     while units:
-        sentences.append(sentence(units, noun, he, talkative, len(sentences), dice))
+        sentences.append(next_sentence(units, noun, he, verbosity, len(sentences), rng))
     if said["photo"]:
-        sentences.append(f"The {dice.choice(('photo', 'picture', 'image'))} is {said['photo'][0]}.")
+        sentences.append(f"The {rng.choice(('photo', 'picture', 'image'))} is {said['photo'][0]}.")
     sentences = [text.replace("{his}", his) for text in sentences]
     return [text[0].upper() + text[1:] for text in sentences]
 
 
-def choose_words(facts, talkative, dice):
+def choose_phrases(facts, verbosity, rng):
     """Facts -> {kind: [phrase]} in random order.
 
     What is said of one part of the face becomes one phrase: either something that one has
@@ -163,69 +163,69 @@ def choose_words(facts, talkative, dice):
     """
     said = {kind: [] for kind in ("noun", "photo", "is", "has", "wears", "part")}
     parts = {}
-    for fact in dice.sample(facts, len(facts)):
-        kind, words = dice.choice(PHRASES[fact])
-        (parts if kind in PARTS else said).setdefault(kind, []).append(words)
+    for fact in rng.sample(facts, len(facts)):
+        kind, words = rng.choice(PHRASES[fact])
+        (parts if kind in FACE_PARTS else said).setdefault(kind, []).append(words)
     for part, words in parts.items():
-        article, verb = PARTS[part]
-        if dice.random() < 0.15 + 0.5 * talkative:
+        article, verb = FACE_PARTS[part]
+        if rng.random() < 0.15 + 0.5 * verbosity:
             said["part"].append(f"{{his}} {part} {verb} {' and '.join(words)}")
         else:
             thing = f"{', '.join(words)} {part}"
             said["has"].append(with_article(thing) if article else thing)
-    dice.shuffle(said["has"])
+    rng.shuffle(said["has"])
     return said
 
 
-def opening(said, noun, dice):
+def opening_sentence(said, noun, rng):
     """A first sentence, with up to two adjectives and some features that it takes out of `said`."""
-    adjectives = [said["is"].pop() for _ in range(min(dice.randrange(3), len(said["is"])))]
+    adjectives = [said["is"].pop() for _ in range(min(rng.randrange(3), len(said["is"])))]
     x = with_article(" ".join([", ".join(adjectives), noun]).strip())
-    if said["has"] and dice.random() < 0.4:
-        features = [said["has"].pop() for _ in range(min(dice.randrange(1, 4), len(said["has"])))]
-        x += " with " + listed(features, dice)
-    photo = dice.choice(("photo", "picture", "portrait", "photograph"))
-    if said["photo"] and dice.random() < 0.5:
+    if said["has"] and rng.random() < 0.4:
+        features = [said["has"].pop() for _ in range(min(rng.randrange(1, 4), len(said["has"])))]
+        x += " with " + join_phrases(features, rng)
+    photo = rng.choice(("photo", "picture", "portrait", "photograph"))
+    if said["photo"] and rng.random() < 0.5:
         photo = f"{said['photo'].pop()} {photo}"
-    return dice.choice(OPENINGS).format(photo=photo, x=x)
+    return rng.choice(OPENING_TEMPLATES).format(photo=photo, x=x)
 
 
-def sentence(units, noun, he, talkative, position, dice):
+def next_sentence(units, noun, he, verbosity, position, rng):
     """Sentence number `position`; it takes one or two units (kind, phrases) off the list's end."""
     kind, phrases = units.pop()
-    lead = dice.choice(LEADS[min(position, 2)]) if dice.random() < talkative else ""
+    lead = rng.choice(CONNECTIVES[min(position, 2)]) if rng.random() < verbosity else ""
     if kind == "part":
-        return f"{lead}{listed(phrases, dice)}."
-    named = dice.random() < (0.75 if position == 0 else 0.2)
-    subject = f"{dice.choice(('the', 'this'))} {noun}" if named else he
+        return f"{lead}{join_phrases(phrases, rng)}."
+    named = rng.random() < (0.75 if position == 0 else 0.2)
+    subject = f"{rng.choice(('the', 'this'))} {noun}" if named else he
     verbs = PLURAL if subject == "they" else SINGULAR
-    text = f"{subject} {predicate(kind, phrases, verbs, dice)}"
-    if units and units[-1][0] != "part" and dice.random() < 0.5:
+    text = f"{subject} {predicate(kind, phrases, verbs, rng)}"
+    if units and units[-1][0] != "part" and rng.random() < 0.5:
         kind, phrases = units.pop()
-        if kind == "has" and dice.random() < 0.5:
-            pattern = dice.choice(("{text}, with {x}", "with {x}, {text}"))
-            text = pattern.format(text=text, x=listed(phrases, dice))
+        if kind == "has" and rng.random() < 0.5:
+            pattern = rng.choice(("{text}, with {x}", "with {x}, {text}"))
+            text = pattern.format(text=text, x=join_phrases(phrases, rng))
         else:
-            text += dice.choice((" and ", ", and ")) + predicate(kind, phrases, verbs, dice)
+            text += rng.choice((" and ", ", and ")) + predicate(kind, phrases, verbs, rng)
     return f"{lead}{text}."
 
 
-def predicate(kind, phrases, verbs, dice):
-    return dice.choice(PREDICATES[kind]).format(x=listed(phrases, dice), **verbs)
+def predicate(kind, phrases, verbs, rng):
+    return rng.choice(PREDICATES[kind]).format(x=join_phrases(phrases, rng), **verbs)
 
 
-def chunks(phrases, talkative, dice):
+def chunks(phrases, verbosity, rng):
     """Cut a list into the runs that one sentence tells: single phrases, or two to four."""
     while phrases:
-        size = 1 if dice.random() < talkative else dice.choice((2, 3, 3, 4))
+        size = 1 if rng.random() < verbosity else rng.choice((2, 3, 3, 4))
         yield phrases[:size]
         phrases = phrases[size:]
 
 
-def listed(phrases, dice):
+def join_phrases(phrases, rng):
     if len(phrases) < 3:
         return " and ".join(phrases)
-    return ", ".join(phrases[:-1]) + dice.choice((", and ", " and ")) + phrases[-1]
+    return ", ".join(phrases[:-1]) + rng.choice((", and ", " and ")) + phrases[-1]
 
 
 def with_article(words):
@@ -233,14 +233,14 @@ def with_article(words):
 
 
 # ---- what a reader who knows every attribute could find ------------------------------------------
-def facts_said(stated):
+def stated_facts(stated):
     """stated int8 (T, 40) -> which facts each caption says, bool (T, 42)."""
-    return np.concatenate([stated > 0, stated[..., NEGATED] < 0], axis=-1)
+    return np.concatenate([stated > 0, stated[..., NEGATABLE] < 0], axis=-1)
 
 
-def consistent(stated, attributes):
+def satisfies(stated, attributes):
     """Which faces satisfy all that is said: int8 (T, 40), bool (I, 40) -> bool (T, I)."""
-    return facts_said(stated).astype(float) @ ~facts_of(attributes).T == 0
+    return stated_facts(stated).astype(float) @ ~facts_of(attributes).T == 0
 
 
 def log_likelihood(stated, attributes):
@@ -254,14 +254,14 @@ def log_likelihood(stated, attributes):
     or 0 if it is not within `facts`. A fact that goes unsaid counts against a face; so this knows
     more than `consistent`.
     """
-    said, facts = facts_said(stated).astype(float), facts_of(attributes)
+    said, facts = stated_facts(stated).astype(float), facts_of(attributes)
     said_instead = np.log(PROBABILITIES) - np.log1p(-PROBABILITIES)
     unsaid = facts @ np.log1p(-PROBABILITIES)                                               # (I,)
-    log_p = (said @ said_instead)[:, None] + unsaid - np.log(enough_facts(facts))           # (T, I)
-    return np.where(consistent(stated, attributes), log_p, -np.inf)
+    log_p = (said @ said_instead)[:, None] + unsaid - np.log(prob_min_facts(facts))         # (T, I)
+    return np.where(satisfies(stated, attributes), log_p, -np.inf)
 
 
-def enough_facts(facts):
+def prob_min_facts(facts):
     """P(one draw states at least min(MIN_FACTS, |facts|) of the facts), bool (I, 42) -> (I,)."""
     count = np.zeros((len(facts), MIN_FACTS))       # P(exactly k stated so far), k < MIN_FACTS
     count[:, 0] = 1
@@ -285,7 +285,7 @@ def expected_recall(scores, k):
     return {n: float(np.clip((n - better) / tied, 0, 1).mean()) for n in k}
 
 
-def reference_recalls(stated, attributes, k=(1, 5, 10)):
+def reference_recall(stated, attributes, k=(1, 5, 10)):
     """What a reader finds who knows every attribute: {reference: {direction: {n: recall}}}, the
     references being "consistency" and "ceiling", the directions "text_to_image" and
     "image_to_text".
@@ -299,7 +299,7 @@ def reference_recalls(stated, attributes, k=(1, 5, 10)):
     a short one that fits all. (It looks at one caption at a time; that each face has exactly one
     caption is not used, and neither can a model use it that scores pairs.)
     """
-    fits = np.where(consistent(stated, attributes), 0.0, -np.inf)
+    fits = np.where(satisfies(stated, attributes), 0.0, -np.inf)
     log_p = log_likelihood(stated, attributes)
     posterior = log_p - np.logaddexp.reduce(log_p, axis=1, keepdims=True)
     return {"consistency": {"text_to_image": expected_recall(fits, k),

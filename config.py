@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bert import BertConfig
-from common.resume import read_run
-from common.script import check_flags, flag, parse_flags
+from common.resume import load_run
+from common.script import check_flags, flag, parse_flags, renamed_flags
 from readers.index import COLUMNS
 from vit import ViTConfig
 
@@ -27,12 +27,13 @@ class Config:
     cache: str = flag("cache", "folder for drawn faces, and for the index of your own")
     columns: tuple[str, ...] = flag(COLUMNS[:2], "which columns of FaceCaption-15M the captions are from; "
                                                     "of several a random one at a time", choices=COLUMNS)
-    max_lost: float = flag(1.0, "percent of the faces whose record or picture may be damaged: they are "
-                                "counted, and left out; more end the run, and 0 is strict", high=100)
+    max_errors: float = flag(1.0, "percent of the faces whose record or picture may be damaged: they are "
+                                "counted, and left out; more end the run, and 0 is strict", high=100,
+                                was="max_lost")
     faces: int = flag(20_000, "how many faces to draw for training", low=1)
     validation: int = flag(1000, "at most how many faces to validate on", low=1)
     resume: bool = flag(False, "continue the run in --out, if it saved anything, else begin it; its flags "
-                               "are those it began with, but for --data, --cache, --max_lost, --workers, "
+                               "are those it began with, but for --data, --cache, --max_errors, --workers, "
                                "--log_every, --eval_every and --save_every, which may be new")
     seed: int = flag(0, "of initial values, order, captions, negatives")
     init: str = flag("", "go on from this FLIP, from train.py or the official one: file, folder or hub name")
@@ -51,12 +52,15 @@ class Config:
                          choices=("epoch", "cosine", "linear"))
     warmup: int = flag(20_000, "steps from lr_start to lr, but at most a fifth of the run")
     temperature_lr: float = flag(1.0, "learning rate of the temperature, as a multiple of lr")
-    muon_image: float = flag(0.0, "learning rate of Muon, as a multiple of lr, for the matrices inside the "
-                                  "image encoder's blocks; 0: AdamW for them, too")
-    muon_text: float = flag(0.0, "the same for the text encoder's layers")
+    muon_lr_image: float = flag(0.0, "learning rate of Muon, as a multiple of lr, for the matrices inside the "
+                                  "image encoder's blocks; 0: AdamW for them, too",
+                                was="muon_image")
+    muon_lr_text: float = flag(0.0, "the same for the text encoder's layers",
+                                was="muon_text")
     weight_decay: float = flag(0.05, "of weight matrices and embeddings")
     beta2: float = flag(0.999, "AdamW's second beta", high=1)
-    clip_grad: float = flag(0.0, "limit of the gradient's norm; 0: none")
+    grad_clip: float = flag(0.0, "limit of the gradient's norm; 0: none",
+                                was="clip_grad")
     alpha: float = flag(0.4, "final share of the momentum encoder's soft targets", high=1)
     alpha_ramp: tuple[float, float] = flag((0, 2 / 15), "shares of the run between which alpha rises from 0",
                                            high=1)
@@ -69,8 +73,9 @@ class Config:
     itm_every: int = flag(1, "train ITM at each n-th step", low=1)
     hardness: float = flag(1.0, "final hardness of the negatives: 1 draws them by similarity as the paper "
                                 "does, 0 evenly")
-    hard_ramp: tuple[float, float] = flag((0, 0), "shares of the run between which hardness rises from 0",
-                                          high=1)
+    hardness_ramp: tuple[float, float] = flag((0, 0), "shares of the run between which hardness rises from 0",
+                                              high=1,
+                                was="hard_ramp")
     augment: bool = flag(True, "flip and distort the pictures as the paper does")
     workers: int = flag(8, "processes that read pictures, for each training process")
     precision: str = flag("auto", "float32, bf16 (autocast), or auto: bf16 on CUDA",
@@ -80,7 +85,7 @@ class Config:
     save_every: float = flag(30.0, "minutes after which a checkpoint is saved between evaluations, too")
     k_test: int = flag(256, "candidates per query that the matching head scores again", low=1)
     posterior: bool = flag(False, "rank them by log-odds + hardness * cosine / temperature (why: see "
-                                  "FLIP.matching_score) instead of the paper's matching logit + cosine")
+                                  "FLIP.rerank_score) instead of the paper's matching logit + cosine")
 
     def __post_init__(self):
         check_flags(self)
@@ -94,22 +99,22 @@ class Config:
 RECIPES = {"tiny": dict(
     steps=1800, batch_size=128, workers=0, augment=False,       # but on for one's own faces, which are few
     log_every=20, eval_every=900, k_test=16,
-    lr=1e-3, lr_start=1e-5, lr_min=0.0, lr_decay="linear", warmup=60, beta2=0.98, clip_grad=1.0,
+    lr=1e-3, lr_start=1e-5, lr_min=0.0, lr_decay="linear", warmup=60, beta2=0.98, grad_clip=1.0,
     # Sentences are learned sooner than faces, and a text encoder that moves more slowly than the
     # image encoder is one that this can follow.
-    muon_image=4.5, muon_text=1.5,
+    muon_lr_image=4.5, muon_lr_text=1.5,
     # At the full rate the temperature falls to 0.01 before there is anything to tell apart.
     temperature_lr=0.1,
     # Hard negatives from the start would leave the matching head at its prior: even ones first.
-    itm_from=0.4, itm_every=3, hard_ramp=(0.45, 0.7), posterior=True,
+    itm_from=0.4, itm_every=3, hardness_ramp=(0.45, 0.7), posterior=True,
     # In a short run a slow teacher lags behind most of what was learned: it slows down, and is
     # listened to, late. So the queue, too, is used late, when its entries change slowly.
     momentum=0.95, momentum_from=0.7, alpha_ramp=(0.75, 0.95), queue_size=512, queue_from=0.75)}
 
 
 # ---- the command line ----------------------------------------------------------------------------
-FREE_TO_CHANGE = ("resume", "out", "data", "cache", "max_lost", "workers", "log_every", "eval_every",
-                  "save_every")
+CHANGEABLE_ON_RESUME = ("resume", "out", "data", "cache", "max_errors", "workers", "log_every", "eval_every",
+                        "save_every")
 
 
 def parse_arguments(argv=None):
@@ -123,9 +128,9 @@ def parse_arguments(argv=None):
     given = parse_flags(parser, Config, argv)
     path = Path(given.get("out", Config.out)) / "flip.pt"
     if given.get("resume") and path.exists():
-        before = read_run(path)["training"]["config"]
+        before = renamed_flags(Config, load_run(path)["training"]["config"])
         for name, value in given.items():
-            if name not in FREE_TO_CHANGE and value != before.get(name):
+            if name not in CHANGEABLE_ON_RESUME and value != before.get(name):
                 raise ValueError(f"--resume: the run in {path} has --{name} {before.get(name)} and goes on "
                                  f"with it; leave --{name} {value} out, or start anew with another --out")
         return Config(**before | given)

@@ -38,10 +38,10 @@ from tqdm import tqdm
 import toyfaces
 from bert import Captions
 from captions import ATTRIBUTES as ATTRIBUTES
-from captions import caption
-from common.images import Crop, open_picture, read_batches, to_pixels, to_tensor
-from common.script import expecting, whole_file
-from readers.index import COLUMNS, check_lost, open_split
+from captions import sample_caption
+from common.images import TarImage, iterate_images, load_image, normalize_batch, resize_to_array
+from common.script import atomic_write, error_context
+from readers.index import COLUMNS, check_error_rate, open_split
 from readers.layouts import LAYOUTS
 
 
@@ -50,7 +50,7 @@ class Faces:
     """I pictures of people, and what is known of them: any of the last three, or nothing. Of a set
     on disk all this lies in a mapped index (see below), which costs a process no memory."""
     name: str                               # what to call them in errors: "CelebA train"
-    pictures: object                        # uint8 (I, S, S, 3), or Paths and Crops: where they lie
+    images: object                          # uint8 (I, S, S, 3), or Paths and Crops: where they lie
     identity: np.ndarray                    # int64 (I,): equal numbers, same person
     attributes: np.ndarray | None = None    # bool (I, 40), in the order of ATTRIBUTES
     captions: object = None                 # texts for each picture; without them, the grammar writes some
@@ -66,19 +66,19 @@ class Faces:
                 raise ValueError(f"{self.name}: {len(self)} pictures, but {len(values)} entries in {field}")
 
     def __len__(self):
-        return len(self.pictures)
+        return len(self.images)
 
     def picture(self, i, size=None):
         """Face i as a PIL RGB image, whole or size x size; ValueError if its file is damaged or no
         picture."""
-        return self.opened(i, self.pictures[i], size)
+        return self._load(i, self.images[i], size)
 
-    def opened(self, i, picture, size=None):
+    def _load(self, i, picture, size=None):
         if isinstance(picture, np.ndarray):
             image = Image.fromarray(picture).convert("RGB")
             return image.resize((size, size), Image.Resampling.BICUBIC) if size else image
         try:
-            return picture.open(size) if isinstance(picture, Crop) else open_picture(picture, size=size)
+            return picture.open(size) if isinstance(picture, TarImage) else load_image(picture, size=size)
         except (ValueError, OSError) as error:
             raise ValueError(f"{self.name}, record {i}: {error}") from None
 
@@ -86,21 +86,21 @@ class Faces:
     def has_text(self):
         return self.captions is not None or self.attributes is not None
 
-    def check_text(self):
+    def require_text(self):
         """ValueError where nothing can be said of the faces: ask before the work begins."""
         if not self.has_text:
             raise ValueError(f"{self.name}: expected captions, or attributes to write them from, found none")
 
     def caption(self, i, rng):
         """One of the captions of face i, or a new one from the grammar."""
-        self.check_text()
+        self.require_text()
         if self.captions is not None:
             captions = self.captions[i]
             return captions[rng.integers(len(captions))]
-        return caption(self.attributes[i], rng)[0]
+        return sample_caption(self.attributes[i], rng)[0]
 
     @property
-    def steps(self):
+    def sketch_steps(self):
         """In how many steps a sketch grows; 0 without sketches."""
         return 0 if self.sketches is None else len(self.sketches[0])
 
@@ -110,38 +110,38 @@ class Faces:
         A file that is light on the whole has dark strokes on paper, as FS2K's finished sketches do,
         and is inverted.
         """
-        image = self.opened(i, self.sketches[i][t]).convert("L")
+        image = self._load(i, self.sketches[i][t]).convert("L")
         if np.asarray(image).mean() > 127:
             image = ImageOps.invert(image)
         return image.convert("RGB")
 
     def subset(self, indices):
-        fields = (self.pictures, self.identity, self.attributes, self.captions, self.sketches)
+        fields = (self.images, self.identity, self.attributes, self.captions, self.sketches)
         chosen = np.asarray(indices, dtype=np.int64)
         return Faces(self.name, *(None if values is None else values[chosen] for values in fields))
 
 
-def open_faces(path, split, cache="cache", columns=COLUMNS[:2], max_lost=1.0):
+def open_faces(path, split, cache="cache", columns=COLUMNS[:2], max_errors=1.0, max_lost=None):
     """The faces of a part ("train", "val", "test") of a set of one's own: in a folder, by what is
-    found there, or in a json list."""
-    return Faces(**open_split(path, split, LAYOUTS, cache, columns, max_lost))
+    found there, or in a json list. (max_lost: the old name of max_errors.)"""
+    return Faces(**open_split(path, split, LAYOUTS, cache, columns, max_errors if max_lost is None else max_lost))
 
 
-def readable(faces, max_lost, size):
+def drop_unreadable(faces, max_errors, size):
     """The faces whose pictures can be read at this size."""
-    lost = {}
-    for _ in read_batches(faces.picture, len(faces), size, "checking pictures", lost=lost):
+    errors = {}
+    for _ in iterate_images(faces.picture, len(faces), size, "checking pictures", errors=errors):
         pass
-    return without(faces, lost, max_lost)
+    return drop(faces, errors, max_errors)
 
 
-def without(faces, lost, max_lost):
+def drop(faces, errors, max_errors):
     """The faces but for {number: why it cannot be read}, which are told."""
-    sentences = [lost[i] for i in sorted(lost)]
-    check_lost(sentences, len(faces), max_lost)
+    sentences = [errors[i] for i in sorted(errors)]
+    check_error_rate(sentences, len(faces), max_errors)
     for sentence in sentences:
         tqdm.write(f"left out: {sentence}")
-    return faces.subset([i for i in range(len(faces)) if i not in lost]) if lost else faces
+    return faces.subset([i for i in range(len(faces)) if i not in errors]) if errors else faces
 
 
 # ---- augmentation --------------------------------------------------------------------------------
@@ -185,14 +185,14 @@ class Batch(NamedTuple):
     images: torch.Tensor        # (B, 3, S, S) float32
     captions: Captions     # B of them, packed
     identity: torch.Tensor      # (B,) int64
-    lost: dict                  # {number of a face: why it cannot be read}; others stand in for these
+    errors: dict                # {number of a face: why it cannot be read}; others stand in for these
 
     def to(self, device):
         return Batch(self.images.to(device, non_blocking=True), self.captions.to(device),
-                     self.identity.to(device, non_blocking=True), self.lost)
+                     self.identity.to(device, non_blocking=True), self.errors)
 
 
-class Samples(torch.utils.data.Dataset):
+class FaceDataset(torch.utils.data.Dataset):
     """What (epoch, index) shows: a pure function of it and the seed (and of what can be read: for a
     damaged picture another face stands in)."""
 
@@ -203,27 +203,27 @@ class Samples(torch.utils.data.Dataset):
     def __getitem__(self, key):
         epoch, index = key
         rng = np.random.default_rng((self.seed, epoch, index + 1))  # index 0 would give the permutation's
-        lost, image = {}, None
+        errors, image = {}, None
         while image is None:
             try:
                 image = self.faces.picture(index, self.image_size)
             except ValueError as error:
-                lost[index] = str(error)
-                if len(lost) == min(100, len(self.faces)):
-                    raise ValueError(f"{error} (and {len(lost) - 1} others in its place)") from None
+                errors[index] = str(error)
+                if len(errors) == min(100, len(self.faces)):
+                    raise ValueError(f"{error} (and {len(errors) - 1} others in its place)") from None
                 index = int(rng.integers(len(self.faces)))
         if self.augmented:
             image = augment(image, rng)
         text = self.faces.caption(index, rng)
-        return to_pixels(image, self.image_size), text, self.faces.identity[index], lost
+        return resize_to_array(image, self.image_size), text, self.faces.identity[index], errors
 
     def collate(self, samples):
-        pixels, texts, identity, lost = zip(*samples)
-        return Batch(to_tensor(pixels), self.tokenizer(list(texts)), torch.tensor(np.array(identity)),
-                     dict(itertools.chain.from_iterable(found.items() for found in lost)))
+        pixels, texts, identity, errors = zip(*samples)
+        return Batch(normalize_batch(pixels), self.tokenizer(list(texts)), torch.tensor(np.array(identity)),
+                     dict(itertools.chain.from_iterable(found.items() for found in errors)))
 
 
-class Batches:
+class BatchLoader:
     """Endless batches of `batch_size` for one of `world` processes; `per_epoch` are an epoch.
 
     Batch n of an epoch shows the n-th stretch of world * batch_size faces of the epoch's
@@ -231,54 +231,54 @@ class Batches:
     that a single process would see.
     """
 
-    def __init__(self, faces, tokenizer, image_size, batch_size, seed=0, augmented=True, rank=0, world=1,
-                 workers=0, max_lost=0.0):
-        faces.check_text()
+    def __init__(self, faces, tokenizer, image_size, batch_size, seed=0, augmented=True, rank=0, world_size=1,
+                 workers=0, max_errors=0.0):
+        faces.require_text()
         self.faces, self.seed, self.workers = faces, seed, workers
-        self.lost, self.max_lost = {}, max_lost     # met in this epoch; at most how many, in percent
-        self.batch_size, self.rank, self.global_size = batch_size, rank, batch_size * world
-        self.samples = Samples(faces, tokenizer, image_size, seed, augmented)
-        self.per_epoch = len(faces) // self.global_size   # what is left over waits for another order
-        if self.per_epoch == 0:
+        self.errors, self.max_errors = {}, max_errors  # met in this epoch; at most how many, in percent
+        self.batch_size, self.rank, self.global_size = batch_size, rank, batch_size * world_size
+        self.samples = FaceDataset(faces, tokenizer, image_size, seed, augmented)
+        self.batches_per_epoch = len(faces) // self.global_size  # what is left over waits for another order
+        if self.batches_per_epoch == 0:
             raise ValueError(f"{faces.name}: {len(faces)} faces are fewer than a batch of {self.global_size} "
-                             f"({world} processes x {batch_size}); use a smaller batch")
+                             f"({world_size} processes x {batch_size}); use a smaller batch")
 
-    def from_batch(self, number):
+    def iterate_from(self, number):
         """Iterator over batches from this one (counted from 0 over all epochs) on, without end.
 
         ValueError, in one sentence, when more than max_lost percent of the faces of an epoch cannot be
         read.
         """
         loader = torch.utils.data.DataLoader(
-            self.samples, batch_sampler=self.keys(number), collate_fn=self.samples.collate,
+            self.samples, batch_sampler=self.batch_indices(number), collate_fn=self.samples.collate,
             num_workers=self.workers, pin_memory=torch.cuda.is_available(),
             # forked workers share what is mapped; others would be sent a copy
             multiprocessing_context="fork" if self.workers and sys.platform == "linux" else None,
             generator=torch.Generator())        # its own: it must not draw from the model's random numbers
         try:
             for number, batch in enumerate(loader, number):
-                if number % self.per_epoch == 0:
-                    self.lost = {}
-                for i in sorted(batch.lost.keys() - self.lost.keys()):
-                    self.lost[i] = batch.lost[i]
-                    check_lost([*self.lost.values()], self.per_epoch * self.batch_size, self.max_lost)
-                    tqdm.write(f"{batch.lost[i]} (another face stands in)")
+                if number % self.batches_per_epoch == 0:
+                    self.errors = {}
+                for i in sorted(batch.errors.keys() - self.errors.keys()):
+                    self.errors[i] = batch.errors[i]
+                    check_error_rate([*self.errors.values()], self.batches_per_epoch * self.batch_size, self.max_errors)
+                    tqdm.write(f"{batch.errors[i]} (another face stands in)")
                 yield batch
         except ValueError as error:             # a worker's comes with a traceback as text: keep the sentence
             raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
 
-    def keys(self, number):
+    def batch_indices(self, number):
         """For each batch from this one on, the list of (epoch, index) that this process shows."""
-        for epoch in itertools.count(number // self.per_epoch):
+        for epoch in itertools.count(number // self.batches_per_epoch):
             order = np.random.default_rng((self.seed, epoch)).permutation(len(self.faces))
-            for n in range(number % self.per_epoch, self.per_epoch):
+            for n in range(number % self.batches_per_epoch, self.batches_per_epoch):
                 own = order[n * self.global_size + self.rank * self.batch_size:][:self.batch_size]
                 yield [(epoch, index) for index in own.tolist()]
             number = 0                          # the epochs that follow begin at their beginning
 
 
 # ---- drawn faces ---------------------------------------------------------------------------------
-def drawn_faces(count, size, seed, folder, steps=0):
+def load_toy_faces(count, size, seed, folder, steps=0):
     """`count` faces drawn by toyfaces.py at size x size pixels, with `steps` steps of a growing
     sketch each; kept in `folder` for the next time."""
     # A digest of the code that draws is in the name: a changed face never comes from an old file.
@@ -290,20 +290,20 @@ def drawn_faces(count, size, seed, folder, steps=0):
         kind = np.dtype([("attributes", bool, len(ATTRIBUTES)), ("picture", np.uint8, (size, size, 3)),
                          ("sketches", np.uint8, (steps, size, size))])
         tasks = [(index, seed, size, steps) for index in range(count)]
-        with whole_file(path) as partial:
+        with atomic_write(path) as partial:
             kept = np.lib.format.open_memmap(partial, "w+", kind, (count,))
             # All cores draw; Ctrl-C is for this process alone.
             with multiprocessing.Pool(None, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
-                for i, face in enumerate(tqdm(pool.imap(draw_face, tasks, 16), "drawing faces", count)):
+                for i, face in enumerate(tqdm(pool.imap(render_toy_face, tasks, 16), "drawing faces", count)):
                     kept[i] = face
             kept.flush()
-    with expecting("faces drawn here; delete it, and they are drawn again", path):
+    with error_context("faces drawn here; delete it, and they are drawn again", path):
         kept = np.load(path, mmap_mode="r")
     return Faces(f"drawn faces (seed {seed})", kept["picture"], np.arange(count),
                  np.array(kept["attributes"]), sketches=kept["sketches"] if steps else None)
 
 
-def draw_face(task):
+def render_toy_face(task):
     index, seed, size, steps = task
     image, attributes = toyfaces.face(index, seed, size)
     sketches = toyfaces.sketch(index, seed, size, steps) if steps else np.empty((0, size, size))

@@ -5,16 +5,16 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from captions import caption, reference_recalls
-from common.distributed import autocast, rank_and_world
-from common.images import contact_sheet, read_batches
-from common.script import markdown
+from captions import reference_recall, sample_caption
+from common.distributed import autocast, rank_and_world_size
+from common.images import contact_sheet, iterate_images
+from common.script import markdown_table
 from data import Faces
-from flip import evaluating, rerank
+from flip import eval_mode, rerank
 
 
 # ---- retrieval metrics ---------------------------------------------------------------------------
-def best_ranks(scores, is_match):
+def first_match_rank(scores, is_match):
     """Rank (0 = first) of each row's best-ranked match; scores, is_match (rows, gallery) ->
     (rows,).
 
@@ -34,15 +34,15 @@ def retrieval_metrics(image_to_text, text_to_image, image_of_text):
     them). """
     images = torch.arange(len(image_to_text), device=image_of_text.device)
     is_match = image_of_text[None, :] == images[:, None]                                    # (I, T)
-    ranks_of = {"txt": best_ranks(image_to_text, is_match), "img": best_ranks(text_to_image, is_match.T)}
+    ranks_of = {"txt": first_match_rank(image_to_text, is_match), "img": first_match_rank(text_to_image, is_match.T)}
     metrics = {}
     for way, ranks in ranks_of.items():
-        recalls = {f"{way}_r{k}": 100 * (ranks < k).double().mean().item() for k in (1, 5, 10)}
-        metrics |= recalls | {f"{way}_r_mean": sum(recalls.values()) / 3}
+        rerank_metrics = {f"{way}_r{k}": 100 * (ranks < k).double().mean().item() for k in (1, 5, 10)}
+        metrics |= rerank_metrics | {f"{way}_r_mean": sum(rerank_metrics.values()) / 3}
     return metrics | {"r_mean": (metrics["txt_r_mean"] + metrics["img_r_mean"]) / 2}
 
 
-# ---- evaluating a model --------------------------------------------------------------------------
+# ---- eval_mode a model --------------------------------------------------------------------------
 class Validation(NamedTuple):
     """Faces never trained on, one caption of the grammar each, or all captions that came with
     them."""
@@ -58,10 +58,10 @@ class Validation(NamedTuple):
             counts = torch.tensor([len(captions) for captions in faces.captions])
             texts = [text for captions in faces.captions for text in captions]
             return Validation(faces, texts, images.repeat_interleave(counts), {})
-        texts, stated = zip(*(caption(attributes, np.random.default_rng((1, i)))   # the same every time
+        texts, stated = zip(*(sample_caption(attributes, np.random.default_rng((1, i)))  # the same every time
                               for i, attributes in enumerate(faces.attributes)))
         references = {}
-        for name, ways in reference_recalls(np.stack(stated), faces.attributes).items():
+        for name, ways in reference_recall(np.stack(stated), faces.attributes).items():
             both = ways["text_to_image"], ways["image_to_text"]
             references[name] = [100 * way[k] for way in both for k in (1, 5, 10)]
         return Validation(faces, list(texts), images, references)
@@ -70,24 +70,24 @@ class Validation(NamedTuple):
 def evaluate(model, validation, config):
     """What `recalls` says of the validation faces."""
     device, size, faces = model.temperature.device, model.config.vit.image_size, validation.faces
-    show, image_tokens, image_features = rank_and_world()[0] == 0, [], []
+    show, image_tokens, image_features = rank_and_world_size()[0] == 0, [], []
     captions = model.tokenizer(validation.texts).to(device)
-    with evaluating(model):
+    with eval_mode(model):
         with autocast(config, device):
-            for _, pixels in read_batches(faces.picture, len(faces), size, "encoding faces", show=show):
-                tokens, features = model.student.encode_image(pixels.to(device))
+            for _, pixels in iterate_images(faces.picture, len(faces), size, "encoding faces", show=show):
+                tokens, features = model.student.image_tokens_and_features(pixels.to(device))
                 image_tokens.append(tokens.cpu())
                 image_features.append(features)
-            text_features = model.student.text_features(captions)
+            text_features = model.student.text_features_chunked(captions)
         similarity = torch.cat(image_features) @ text_features.T                    # (I, T), in float32
-        return recalls(model, torch.cat(image_tokens), captions, similarity, validation.image_of_text, config)
+        return rerank_metrics(model, torch.cat(image_tokens), captions, similarity, validation.image_of_text, config)
 
 
-def recalls(model, image_tokens, captions, similarity, image_of_text, config):
+def rerank_metrics(model, image_tokens, captions, similarity, image_of_text, config):
     """Recalls both ways, by cosine alone ("itc_...") and re-ranked, and the re-ranked text-to-image
     scores (T, I); from image tokens (I, L, D), T captions and the cosines (I, T) of their
     features."""
-    device, show = similarity.device, rank_and_world()[0] == 0
+    device, show = similarity.device, rank_and_world_size()[0] == 0
     with autocast(config, device):
         scores = rerank(model, image_tokens, captions.to(device), similarity, config.k_test, progress=show)
     itc = retrieval_metrics(similarity, similarity.T, image_of_text.to(device))
@@ -96,7 +96,7 @@ def recalls(model, image_tokens, captions, similarity, image_of_text, config):
 
 
 # ---- table and pictures --------------------------------------------------------------------------
-def table(metrics, validation):
+def recall_table(metrics, validation):
     """The final table: recalls in percent, both ways, beside chance and the references. A share
     above 100 % means more than that reference finds, which takes all captions that fit a face for
     equal."""
@@ -108,10 +108,10 @@ def table(metrics, validation):
     for name in validation.references:
         rows[f"share of {name}"] = [100 * a / b for a, b in zip(ours, validation.references[name])]
     header = ["recall in %", "text to image R@1", "R@5", "R@10", "image to text R@1", "R@5", "R@10"]
-    return markdown(header, [[name, *(f"{value:.1f}" for value in row)] for name, row in rows.items()])
+    return markdown_table(header, [[name, *(f"{value:.1f}" for value in row)] for name, row in rows.items()])
 
 
-def retrieval_sheet(validation, text_to_image, path, queries=6, top=5):
+def plot_retrieval(validation, text_to_image, path, queries=6, top=5):
     """For some captions the best faces with their scores; the caption's own face is framed."""
     rows = []
     for t in np.linspace(0, len(validation.texts) - 1, queries).astype(int):
@@ -121,7 +121,7 @@ def retrieval_sheet(validation, text_to_image, path, queries=6, top=5):
     contact_sheet(rows, legend="green: the face that the sentence was written for").save(path)
 
 
-def figure_of(width, height, columns=1):
+def new_figure(width, height, columns=1):
     from matplotlib.figure import Figure  # without pyplot: no window, nothing to close
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots(1, columns)
@@ -129,7 +129,7 @@ def figure_of(width, height, columns=1):
 
 def plot_curves(log, validation, path):
     """Losses and recalls over steps, with the references as dotted and dashed lines."""
-    figure, (left, right) = figure_of(12, 4.5, columns=2)
+    figure, (left, right) = new_figure(12, 4.5, columns=2)
     for name in ("itc", "itm"):
         shown = [(line["step"], line[name]) for line in log if line.get(name) is not None]
         left.plot(*zip(*shown) if shown else ([], []), label=name.upper())
@@ -151,7 +151,7 @@ def evaluate_and_draw(run, step):
     """Recalls on the validation faces, into the log and the two pictures."""
     metrics, text_to_image = evaluate(run.model, run.validation, run.config)
     run.log.write(step=step, **metrics)
-    if rank_and_world()[0] == 0:
+    if rank_and_world_size()[0] == 0:
         plot_curves(run.log.lines, run.validation, Path(run.config.out) / "curves.png")
-        retrieval_sheet(run.validation, text_to_image, Path(run.config.out) / "retrieval.png")
+        plot_retrieval(run.validation, text_to_image, Path(run.config.out) / "retrieval.png")
     return metrics

@@ -42,11 +42,11 @@ from captions import ATTRIBUTES
 from common.distributed import autocast
 from common.optim import build_optimizers, set_learning_rate
 from common.resume import Log
-from common.script import check_flags, flag, markdown, parse_flags, run_script
+from common.script import check_flags, flag, markdown_table, parse_flags, run_script
 from flip import FLIP
 from readers.index import SPLITS
 from tasks import TASKS
-from train import new_model, warmup_decay
+from train import init_model, warmup_decay
 
 
 # ---- configuration -------------------------------------------------------------------------------
@@ -61,8 +61,9 @@ class Config:
     data: str = flag("", "folder with your own faces; without it faces are drawn and kept in --cache")
     out: str = flag("out", "results go into a folder below it, named after the task")
     cache: str = flag("cache", "folder for drawn faces, and for the index of your own")
-    max_lost: float = flag(1.0, "percent of the faces whose record or picture may be damaged: they are "
-                                "counted and left out; 0 is strict", high=100)
+    max_errors: float = flag(1.0, "percent of the faces whose record or picture may be damaged: they are "
+                                "counted and left out; 0 is strict", high=100,
+                                was="max_lost")
     faces: int = flag(4000, "how many faces to draw for training", low=2)
     validation: int = flag(1000, "how many to draw for validation; of your own, at most how many", low=2)
     test: int = flag(1000, "how many faces to draw for the test part", low=2)
@@ -75,17 +76,19 @@ class Config:
     warmup: int = flag(2000, "steps in which the learning rate rises; at most a tenth of all")
     weight_decay: float = flag(0.05, "of AdamW, on matrices only")
     itm_every: int = flag(1, "train the matching head at each n-th step", low=1)
-    shares: tuple[float, ...] = flag((0.01, 0.1, 1.0), "attributes: shares of the training part to learn "
-                                        "from", low=1e-6, high=1)
+    fractions: tuple[float, ...] = flag((0.01, 0.1, 1.0), "attributes: shares of the training part to learn "
+                                        "from", low=1e-6, high=1,
+                                was="shares")
     labels: tuple[str, ...] = flag((), "attributes: which ones to learn (default: all)", choices=ATTRIBUTES)
-    evaluations: int = flag(5, "how often to look at the validation part; the best look decides", low=1)
+    num_evaluations: int = flag(5, "how often to look at the validation part; the best look decides", low=1,
+                                was="evaluations")
     k_test: int = flag(256, "candidates per query that the matching head scores again", low=1)
     precision: str = flag("auto", "float32, bf16 (autocast), or auto: bf16 on CUDA",
                           choices=("auto", "float32", "bf16"))
 
     def __post_init__(self):
         check_flags(self)
-        for name in ("shares", "labels"):
+        for name in ("fractions", "labels"):
             values = getattr(self, name)
             if len(set(values)) < len(values):
                 raise ValueError(f"--{name} {values}: expected each once")
@@ -94,44 +97,44 @@ class Config:
 
 
 # ---- tuning --------------------------------------------------------------------------------------
-def tune(task, learner, training, chosen, validation, log):
+def train_head(task, module, training, train_indices, validation, log):
     """Train what requires gradients of the module `learner` on the samples `chosen` of the training
-    part, and leave it as it was when the validation part liked it best, which may be before the
+    part, and leave it as it was when the validation part liked it best_weights, which may be before the
     first step."""
-    config, device = task.config, next(learner.parameters()).device
-    trained = {name: p for name, p in learner.named_parameters() if p.requires_grad}
-    [optimizer] = build_optimizers(learner, config.weight_decay)
-    epochs = round(config.epochs * training.count / len(chosen))        # so that shares differ in data only
-    per_epoch, step = math.ceil(len(chosen) / config.batch_size), 0
+    config, device = task.config, next(module.parameters()).device
+    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    [optimizer] = build_optimizers(module, config.weight_decay)
+    epochs = round(config.epochs * training.count / len(train_indices))  # so that shares differ in data only
+    per_epoch, step = math.ceil(len(train_indices) / config.batch_size), 0
     warmup = min(config.warmup, epochs * per_epoch // 10)
-    looks = {round(epochs * (n + 1) / config.evaluations) for n in range(config.evaluations)}
-    highest, best = task.metrics(learner, validation)[task.select], clone(trained)
+    eval_epochs = {round(epochs * (n + 1) / config.num_evaluations) for n in range(config.num_evaluations)}
+    best_metric, best_weights = task.metrics(module, validation)[task.selection_metric], copy_parameters(trained)
     for epoch in tqdm(range(1, epochs + 1), "tuning", leave=False):
         rng = np.random.default_rng((config.seed, epoch))
-        order, losses = chosen[rng.permutation(len(chosen))], []
+        order, losses = train_indices[rng.permutation(len(train_indices))], []
         for indices in order.tensor_split(per_epoch):                   # nearly equal batches
             step += 1
             set_learning_rate([optimizer], warmup_decay(step, epochs * per_epoch, warmup, config.lr))
             with autocast(config, device):
-                loss = task.loss(learner, training, indices, rng, step - 1)
+                loss = task.loss(module, training, indices, rng, step - 1)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            if not task.is_new:                                         # then it is FLIP itself
-                learner.clamp_temperature()
+            if not task.has_own_head:                                   # then it is FLIP itself
+                module.clamp_temperature()
             losses.append(loss.detach())
-        if epoch in looks:
-            found = task.metrics(learner, validation)
+        if epoch in eval_epochs:
+            found = task.metrics(module, validation)
             log.write(epoch=epoch, loss=torch.stack(losses).mean().item(),
-                      **{f"val_{column}": found[column] for column in task.titles})
-            if found[task.select] > highest:
-                highest, best = found[task.select], clone(trained)
+                      **{f"val_{column}": found[column] for column in task.columns})
+            if found[task.selection_metric] > best_metric:
+                best_metric, best_weights = found[task.selection_metric], copy_parameters(trained)
     with torch.no_grad():
         for name, p in trained.items():
-            p.copy_(best[name])
+            p.copy_(best_weights[name])
 
 
-def clone(parameters):
+def copy_parameters(parameters):
     return {name: p.detach().clone() for name, p in parameters.items()}
 
 
@@ -155,16 +158,16 @@ def evaluate_encoder(name, model, task, parts, log):
     training, validation, testing = (
         task.encode(model, parts[split], split == "train") for split in ("train", "val", "test"))
     result, order = Result(name, {}, {}), np.random.default_rng(task.config.seed).permutation(training.count)
-    for share in task.shares:
+    for share in task.fractions:
         torch.manual_seed(task.config.seed)
-        learner = task.learner(model, training)
+        module = task.trainable_module(model, training)
         log.write(encoder=name, share=share)
-        result.before[share] = task.metrics(learner, testing)       # to be reported, no more
-        chosen = order[:max(1, round(share * training.count))] if share < 1 else np.arange(training.count)
-        tune(task, learner, training, torch.from_numpy(chosen), validation, log)
-        result.tuned[share] = task.metrics(learner, testing)
-    log.write(encoder=name, **{f"test_{column}": result.final[column] for column in task.titles})
-    return result, learner, testing.faces
+        result.before[share] = task.metrics(module, testing)        # to be reported, no more
+        train_indices = order[:max(1, round(share * training.count))] if share < 1 else np.arange(training.count)
+        train_head(task, module, training, torch.from_numpy(train_indices), validation, log)
+        result.tuned[share] = task.metrics(module, testing)
+    log.write(encoder=name, **{f"test_{column}": result.final[column] for column in task.columns})
+    return result, module, testing.faces
 
 
 def open_encoders(config):
@@ -175,7 +178,7 @@ def open_encoders(config):
     if config.random:
         torch.manual_seed(config.seed)
         model = encoders[-1][1]
-        encoders.append(("random weights", new_model(model.config, model.tokenizer)))
+        encoders.append(("random weights", init_model(model.config, model.tokenizer)))
     return encoders
 
 
@@ -196,11 +199,11 @@ def finetune(config):
     for name, model in encoders:
         print(f"{name} ...", flush=True)
         model.to(device).eval().requires_grad_(False)       # frozen; a learner thaws what is no encoder
-        result, learner, tested = evaluate_encoder(name, model, task, parts, log)
+        result, module, tested = evaluate_encoder(name, model, task, parts, log)
         results.append(result)
         (folder / "table.md").write_text(table(results, task) + "\n", encoding="utf-8")
         if len(results) == 1:
-            task.save(model, learner, folder)
+            task.save(model, module, folder)
         task.draw(results, tested, folder)
         model.cpu()
     print(f"\n{table(results, task)}\n\n{folder}: log.jsonl, table.md, what was tuned, pictures")
@@ -209,27 +212,27 @@ def finetune(config):
 
 def table(results, task):
     """Markdown: who has learned nothing, then the encoders side by side, the last first."""
-    cells = list(itertools.product(task.titles, task.shares))
-    header = [task.titles[column] + (f", {100 * share:g} %" if len(task.shares) > 1 else "")
+    cells = list(itertools.product(task.columns, task.fractions))
+    header = [task.columns[column] + (f", {100 * share:g} %" if len(task.fractions) > 1 else "")
               for column, share in cells]
-    rows = [(task.ignorant, dict.fromkeys(task.shares, results[0].final["baseline"]))]
+    rows = [(task.baseline_name, dict.fromkeys(task.fractions, results[0].final["baseline"]))]
     for result in results[::-1]:
-        if not task.is_new:
+        if not task.has_own_head:
             rows.append((f"{result.name}, before tuning", result.before))
         rows.append((f"{result.name}, tuned", result.tuned))
-    return markdown(["%", *header], [[name, *(f"{metrics[share][column]:.1f}" for column, share in cells)]
-                                     for name, metrics in rows])
+    return markdown_table(["%", *header], [[name, *(f"{metrics[share][column]:.1f}" for column, share in cells)]
+                                           for name, metrics in rows])
 
 
 def parse_arguments(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="In brackets: the paper's values for retrieval on your own faces. Drawn faces have\n"
-               + "\n".join(f"{name}: {task.recipe | task.drawn}" for name, task in TASKS.items()))
+               + "\n".join(f"{name}: {task.recipe | task.toy_recipe}" for name, task in TASKS.items()))
     parser.add_argument("task", choices=tuple(TASKS))
     given = parse_flags(parser, Config, argv)
     task = TASKS[given["task"]]
-    return Config(**task.recipe | ({} if given.get("data") else task.drawn) | given)
+    return Config(**task.recipe | ({} if given.get("data") else task.toy_recipe) | given)
 
 
 if __name__ == "__main__":

@@ -26,22 +26,22 @@ from common.script import run_script
 
 # ---- image-text contrastive ----------------------------------------------------------------------
 @torch.no_grad()
-def targets(momentum_feature, keys, identity, key_identity, temperature, alpha):
+def soft_targets(momentum_feature, keys, identity, key_identity, temperature, alpha):
     """y (B, K): how much of a row's mass of 1 each key deserves."""
     same = (identity[:, None] == key_identity[None, :]).to(momentum_feature.dtype)
     soft = (momentum_feature @ keys.T / temperature).softmax(1)
     return alpha * soft + (1 - alpha) * same / same.sum(1, keepdim=True)
 
 
-def reference(feature, momentum_feature, keys, identity, key_identity, temperature, alpha):
+def contrastive_loss_reference(feature, momentum_feature, keys, identity, key_identity, temperature, alpha):
     """The loss as the papers write it, with its logits: the rest of this file does without them."""
     logits = feature @ keys.T / temperature                                         # (B, K)
-    y = targets(momentum_feature, keys, identity, key_identity, temperature, alpha)
+    y = soft_targets(momentum_feature, keys, identity, key_identity, temperature, alpha)
     return -(y * logits.log_softmax(1)).sum(1).mean()
 
 
 # ---- image-text matching -------------------------------------------------------------------------
-def negative_probabilities(similarity, identity, temperature, hardness=1.0):
+def hard_negative_probabilities(similarity, identity, temperature, hardness=1.0):
     """For each row, the probability with which each column is drawn as its negative, (B, B); pair i
     is row i and column i.
 
@@ -53,13 +53,13 @@ def negative_probabilities(similarity, identity, temperature, hardness=1.0):
     return logits.masked_fill(identity[:, None] == identity[None, :], -torch.inf).softmax(1)
 
 
-def matching_cross_entropy(logits, is_match, pairs):
+def matching_loss(logits, is_match, denominator):
     """Two-way cross-entropy of ITM logits (P, 2), class 1 = match; is_match (P,) of 0 and 1.
 
-    On one process P equals `pairs`, and this is the mean. Several processes share the pairs out
-    unevenly: each divides its own sum by their average number, `pairs`, so that the average over
+    On one process P equals `denominator`, and this is the mean. Several processes share the pairs out
+    unevenly: each divides its own sum by their average number, `denominator`, so that the average over
     the processes, which is what DistributedDataParallel takes, is the mean over all pairs. """
-    return F.cross_entropy(logits, is_match, reduction="sum") / pairs
+    return F.cross_entropy(logits, is_match, reduction="sum") / denominator
 
 
 # ---- an example worked by hand -------------------------------------------------------------------
@@ -75,9 +75,9 @@ def main():
     student = torch.tensor([[0.50, 0.30, 0.40], [0.20, 0.60, 0.25], [0.45, 0.10, 0.50]])
     momentum = torch.tensor([[0.48, 0.35, 0.38], [0.20, 0.55, 0.30], [0.40, 0.12, 0.52]])
     keys = torch.eye(3)         # one-hot: the rows above, taken for features, times these are the cosines
-    wanted = targets(momentum, keys, identity, identity, temperature, args.alpha)
-    itc = reference(student, momentum, keys, identity, identity, temperature, args.alpha)
-    negatives = negative_probabilities(student, identity, temperature, args.hardness)
+    wanted = soft_targets(momentum, keys, identity, identity, temperature, args.alpha)
+    itc = contrastive_loss_reference(student, momentum, keys, identity, identity, temperature, args.alpha)
+    negatives = hard_negative_probabilities(student, identity, temperature, args.hardness)
     logits = torch.tensor([[-1.0, 1.5], [-2.0, 1.0], [0.2, 0.1],            # of the three pairs
                            [1.0, -1.0], [2.0, -1.5], [0.5, 0.3],            # captions with a negative image
                            [0.8, -0.9], [1.1, -1.0], [0.1, 0.6]])           # images with a negative caption
@@ -91,7 +91,7 @@ def main():
             ("ITM: how likely a caption is drawn as the row's negative, the same person's never:", negatives),
             ("P(match) that a head may give to the pairs, to captions with a negative image and to images\n"
              "with a negative caption:", logits.softmax(1)[:, 1].unflatten(0, (3, 3))),
-            ("and the cross-entropy (0.6365 without looking):", matching_cross_entropy(logits, is_match, 9))):
+            ("and the cross-entropy (0.6365 without looking):", matching_loss(logits, is_match, 9))):
         print(f"{title}\n{shown.numpy().round(3) if shown.ndim else round(shown.item(), 3)}\n")
 
 

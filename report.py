@@ -13,11 +13,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from bert import Tokenizer
-from captions import ATTRIBUTES, FACTS, NEGATED, PARTS, PHRASES, caption, reference_recalls
-from common.images import Crop, contact_sheet, to_pixels
+from captions import ATTRIBUTES, FACE_PARTS, FACTS, NEGATABLE, PHRASES, reference_recall, sample_caption
+from common.images import TarImage, contact_sheet, resize_to_array
 from common.script import run_script
-from data import Samples, augment, drawn_faces, open_faces
-from readers.index import COLUMNS, SPLITS, noting
+from data import FaceDataset, augment, load_toy_faces, open_faces
+from readers.index import COLUMNS, SPLITS, collect_errors
 
 GROUPS = {      # of attributes, and the share of FLIP's labels that they have, in percent (section 3)
     "facial features": (34.0, ""),          # all that no other group has
@@ -31,25 +31,25 @@ GROUPS = {      # of attributes, and the share of FLIP's labels that they have, 
 
 
 @functools.cache
-def patterns():
+def fact_patterns():
     """For each fact a pattern of the ways to say it: the grammar read backwards."""
-    said_of, found = {}, []                 # {part of the face: what can be said of it}
+    said_of, stats = {}, []                 # {part of the face: what can be said of it}
     for kind, words in itertools.chain(*PHRASES):
         said_of.setdefault(kind, []).append(words)
     for fact, phrases in zip(FACTS, PHRASES):
         ways = {"Male": ["he", "his"], "not Male": ["she", "her"]}.get(fact, [])
         for kind, words in phrases:
             words, others = words.replace("{his}", "(?:his|her|their)"), "|".join(said_of[kind])
-            ways += [words] if kind not in PARTS else [rf"{words},? (?:(?:{others}),? )*{kind}",
-                                                       rf"{kind} (?:is|are) (?:(?:{others}) and )*{words}"]
-        found.append(re.compile(rf"\b(?:{'|'.join(ways)})\b"))
-    return found
+            ways += [words] if kind not in FACE_PARTS else [rf"{words},? (?:(?:{others}),? )*{kind}",
+                                                            rf"{kind} (?:is|are) (?:(?:{others}) and )*{words}"]
+        stats.append(re.compile(rf"\b(?:{'|'.join(ways)})\b"))
+    return stats
 
 
-def facts_in(text):
+def find_facts(text):
     """The facts that a text states in the grammar's words, bool (42,); what is said otherwise goes
     unseen."""
-    return np.array([pattern.search(text.lower()) is not None for pattern in patterns()])
+    return np.array([pattern.search(text.lower()) is not None for pattern in fact_patterns()])
 
 
 def sharpness(picture):
@@ -61,75 +61,75 @@ def sharpness(picture):
     return steps.std() / max(grey.std(), 1.0)
 
 
-def outline(picture):
+def difference_hash(picture):
     """256 bits: is a pixel of 17 x 16 lighter than the one to its left? Mostly equal for copies of
     one picture, also at another size or quality."""
     grey = np.asarray(picture.convert("L").resize((17, 16), Image.Resampling.BILINEAR))
     return np.packbits(grey[:, 1:] > grey[:, :-1]).tobytes()
 
 
-def report(parts, count, rng):
+def compute_stats(parts, count, rng):
     """Figures of a set {split: Faces}, ready for json; all but its size are of `count` faces of the
     first part, of whose pictures at most 2,000 are looked at."""
     faces = next(iter(parts.values()))
     chosen = rng.choice(len(faces), min(count, len(faces)), replace=False).tolist()
-    seen, sizes, sharp, outlines, lost = [], [], [], Counter(), []
+    seen, sizes, sharp, outlines, errors = [], [], [], Counter(), []
     for i in tqdm(sorted(chosen[:2000]), "looking at pictures", leave=False):
-        with noting(lost):
+        with collect_errors(errors):
             picture = faces.picture(i)
             seen.append(i)
             sizes.append(picture.size)
             sharp.append(sharpness(picture))
-            outlines[outline(picture)] += 1
-    found = {"set": faces.name, "faces": {split: len(part) for split, part in parts.items()},
+            outlines[difference_hash(picture)] += 1
+    stats = {"set": faces.name, "faces": {split: len(part) for split, part in parts.items()},
              "captions looked at": len(chosen) * faces.has_text, "pictures looked at": len(sizes),
-             "unreadable": len(lost), "like another": len(sizes) - len(outlines),
+             "unreadable": len(errors), "like another": len(sizes) - len(outlines),
              "shown": seen[::len(seen) // 4 + 1], "sizes": sizes, "sharpness": np.round(sharp, 3).tolist()}
     if not faces.has_text:
-        return found
+        return stats
     texts = [faces.caption(i, rng) for i in tqdm(chosen, "reading captions", leave=False)]
     words, grams, four_grams = [text.split() for text in texts], set(), []
     for tenth in np.array_split(np.arange(len(words)), 10):
         grams.update(gram for n in tenth for gram in zip(words[n], words[n][1:], words[n][2:], words[n][3:]))
         four_grams.append(len(grams))
-    stated = np.mean([facts_in(text) for text in tqdm(texts, "reading facts", leave=False)], axis=0)
-    stated[NEGATED] += stated[len(ATTRIBUTES):]         # a label is stated where it is said not to hold, too
+    stated = np.mean([find_facts(text) for text in tqdm(texts, "reading facts", leave=False)], axis=0)
+    stated[NEGATABLE] += stated[len(ATTRIBUTES):]       # a label is stated where it is said not to hold, too
     labels = dict(zip(ATTRIBUTES, stated.tolist()))
     total = max(sum(labels.values()), 1e-9)
     shares = {group: 100 * sum(labels[name] for name in names.split()) / total
               for group, (_, names) in GROUPS.items()}
     shares["facial features"] = 100 - sum(shares.values())
     own = len(faces.captions[chosen[0]]) if faces.captions is not None else "by the grammar"
-    return found | {"captions of the first face": own, "equal captions": len(texts) - len(set(texts)),
+    return stats | {"captions of the first face": own, "equal captions": len(texts) - len(set(texts)),
                     "words": [len(text) for text in words], "four-grams": four_grams,
                     "labels in a caption": total, "shares of groups": shares, "labels": labels}
 
 
-def summary(found):
+def format_stats(stats):
     """What a report says, in lines; FLIP's figures (section 3) in brackets."""
-    lines = [f"{split}: {count:,} faces" for split, count in found["faces"].items()]
-    lines += [f"{found['pictures looked at']:,} pictures seen: {found['like another']} look like another; "
-              f"{found['unreadable']} unreadable"]
-    if found["sizes"]:
-        width, height = np.mean(found["sizes"], axis=0)
+    lines = [f"{split}: {count:,} faces" for split, count in stats["faces"].items()]
+    lines += [f"{stats['pictures looked at']:,} pictures seen: {stats['like another']} look like another; "
+              f"{stats['unreadable']} unreadable"]
+    if stats["sizes"]:
+        width, height = np.mean(stats["sizes"], axis=0)
         lines += [f"size {width:.0f} x {height:.0f} in the mean (285 x 285)",
-                  f"sharpness {np.median(found['sharpness']):.2f} in the median"]
-    if found["captions looked at"]:
-        words = np.array(found["words"])
-        lines += [f"{found['captions looked at']:,} captions read: {found['equal captions']} equal another",
-                  f"captions of the first face: {found['captions of the first face']}",
+                  f"sharpness {np.median(stats['sharpness']):.2f} in the median"]
+    if stats["captions looked at"]:
+        words = np.array(stats["words"])
+        lines += [f"{stats['captions looked at']:,} captions read: {stats['equal captions']} equal another",
+                  f"captions of the first face: {stats['captions of the first face']}",
                   f"words: mean {words.mean():.1f} (30), mode {np.bincount(words).argmax()} (20 to 22), "
                   f"{words.min()} to {words.max()} (10 to 75)",
-                  f"{found['four-grams'][-1]:,} distinct 4-grams",
-                  f"{found['labels in a caption']:.1f} labels in a caption, in the grammar's words"]
+                  f"{stats['four-grams'][-1]:,} distinct 4-grams",
+                  f"{stats['labels in a caption']:.1f} labels in a caption, in the grammar's words"]
     return lines
 
 
-def draw_report(found, faces, path):
+def plot_stats(stats, faces, path):
     """The summary, histograms and some faces on a page."""
     from matplotlib.figure import Figure
     page, rows = Figure(figsize=(15, 9), layout="constrained"), []
-    for i in found["shown"]:
+    for i in stats["shown"]:
         rng, picture = np.random.default_rng(i), faces.picture(i, 128)
         rows.append((faces.caption(i, rng) if faces.has_text else "", [(picture, "as it is", False), *(
             (augment(picture, rng), "augmented", False) for _ in range(3))]))
@@ -137,34 +137,34 @@ def draw_report(found, faces, path):
                                  ["faces", "sharp", "groups"]], width_ratios=(1.3, 1, 1))
     if rows:
         plots["faces"].imshow(contact_sheet(rows))
-        plots["sizes"].hist(np.prod(found["sizes"], axis=1) ** 0.5, 40)
-        plots["sharp"].hist(found["sharpness"], 40)
+        plots["sizes"].hist(np.prod(stats["sizes"], axis=1) ** 0.5, 40)
+        plots["sharp"].hist(stats["sharpness"], 40)
     plots["sizes"].set(title="pixels of a face, root of width x height (285)")
     plots["sharp"].set(title="sharpness (noise counts as sharp)")
-    plots["text"].text(0, 1, "\n".join(summary(found)), va="top", fontsize=9)
-    if found["captions looked at"]:
-        plots["words"].hist(found["words"], np.arange(80))
+    plots["text"].text(0, 1, "\n".join(format_stats(stats)), va="top", fontsize=9)
+    if stats["captions looked at"]:
+        plots["words"].hist(stats["words"], np.arange(80))
         plots["words"].set(title="words in a caption (mode 20 to 22)")
-        plots["grams"].plot(range(10, 101, 10), found["four-grams"], "o-")
+        plots["grams"].plot(range(10, 101, 10), stats["four-grams"], "o-")
         plots["grams"].set(title="distinct 4-grams over % of the captions", ylim=0)
         places = np.arange(len(GROUPS))
-        plots["groups"].barh(places + 0.2, found["shares of groups"].values(), 0.4, label="here")
+        plots["groups"].barh(places + 0.2, stats["shares of groups"].values(), 0.4, label="here")
         plots["groups"].barh(places - 0.2, [share for share, _ in GROUPS.values()], 0.4, label="FLIP",
                              color="lightgrey")
         plots["groups"].set(yticks=places, yticklabels=list(GROUPS), title="% of the labels stated")
         plots["groups"].legend()
     plots["faces"].axis("off")
     plots["text"].axis("off")
-    page.suptitle(found["set"])
+    page.suptitle(stats["set"])
     page.savefig(path, dpi=90)
 
 
 def print_references(attributes):
     """How well an ideal reader finds one face, or caption, among these."""
     rng = np.random.default_rng(0)
-    stated = np.stack([caption(row, rng)[1] for row in attributes])
+    stated = np.stack([sample_caption(row, rng)[1] for row in attributes])
     print(f"recall at 1 / 5 / 10 among {len(attributes)} in %, for a reader who knows all attributes:")
-    for name, recalls in reference_recalls(stated, attributes).items():
+    for name, recalls in reference_recall(stated, attributes).items():
         for direction, recall in recalls.items():
             numbers = " / ".join(f"{100 * share:.1f}" for share in recall.values())
             print(f"  {name:<11} {direction.replace('_', ' '):<13} {numbers}")
@@ -173,7 +173,7 @@ def print_references(attributes):
 def print_times(faces, tokenizer, size=224, count=300):
     """Milliseconds that a picture takes on one core, stage by stage. Decoding reads the file again,
     by then from memory."""
-    clock, samples = Counter(), Samples(faces, tokenizer, size, 0, True)
+    clock, samples = Counter(), FaceDataset(faces, tokenizer, size, 0, True)
 
     def timed(stage, work):
         begin = time.perf_counter()
@@ -183,14 +183,14 @@ def print_times(faces, tokenizer, size=224, count=300):
 
     for n in tqdm(range(count), "timing", leave=False):
         i, rng = n * len(faces) // count, np.random.default_rng(n)
-        stored = faces.pictures[i]
-        with noting([]):
+        stored = faces.images[i]
+        with collect_errors([]):
             if not isinstance(stored, np.ndarray):
-                timed("read the file", stored.content if isinstance(stored, Crop) else stored.read_bytes)
+                timed("read the file", stored.content if isinstance(stored, TarImage) else stored.read_bytes)
             image = timed("decode, cut, resize", lambda: faces.picture(i, size))
             timed("augment", lambda: augment(image, rng))
             text = timed("choose or write a caption", lambda: faces.caption(i, rng))
-            timed("batch", lambda: samples.collate([(to_pixels(image, size), text, 0, {})]))
+            timed("batch", lambda: samples.collate([(resize_to_array(image, size), text, 0, {})]))
     for stage, total in clock.items():
         print(f"  {stage:<26} {total / count:6.2f} ms")
     print(f"  {1000 * count / sum(clock.values()):.0f} pictures of {size} x {size} a second on one core")
@@ -212,20 +212,20 @@ def main():
     parts, missing = {}, ""
     for split in SPLITS if args.data else ():
         try:
-            parts[split] = open_faces(args.data, split, args.cache, tuple(args.columns), max_lost=100)
+            parts[split] = open_faces(args.data, split, args.cache, tuple(args.columns), max_errors=100)
         except ValueError as error:
             missing = error
     if missing and not parts:
         raise missing
-    parts = parts or {"train": drawn_faces(1000, 192, seed=0, folder=args.cache)}
+    parts = parts or {"train": load_toy_faces(1000, 192, seed=0, folder=args.cache)}
     faces = next(iter(parts.values()))
     if args.time:
         captions = [faces.caption(i, np.random.default_rng(i)) for i in range(min(100, len(faces)))]
         return print_times(faces, Tokenizer.train(captions))
-    found = report(parts, args.sample, np.random.default_rng(0))
-    draw_report(found, faces, args.out)
-    Path(args.out).with_suffix(".json").write_text(json.dumps(found, indent=1))
-    print("\n".join([found["set"], *(f"  {line}" for line in summary(found))]))
+    stats = compute_stats(parts, args.sample, np.random.default_rng(0))
+    plot_stats(stats, faces, args.out)
+    Path(args.out).with_suffix(".json").write_text(json.dumps(stats, indent=1))
+    print("\n".join([stats["set"], *(f"  {line}" for line in format_stats(stats))]))
     if faces.attributes is not None and faces.captions is None:
         print_references(np.array(faces.attributes[:1000]))
     print(f"{args.out}: these figures beside FLIP's, and some faces")

@@ -12,16 +12,16 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from common.images import PICTURES, contact_sheet, open_picture, read_batches
-from common.script import printable, run_script
-from common.weights import CHECKPOINTS, find_file, load_whole, write_checkpoint
-from flip import FLIP, evaluating
+from common.images import IMAGE_SUFFIXES, contact_sheet, iterate_images, load_image
+from common.script import escape_control_chars, run_script
+from common.weights import CHECKPOINT_FILES, load_verified, resolve_file, write_checkpoint
+from flip import FLIP, eval_mode
 
 
-def read_features(cache, embed_dim):
+def load_feature_cache(cache, embed_dim):
     """{key: feature} kept from the last search; nothing where there is none, or a damaged one."""
     try:
-        known = load_whole(cache)
+        known = load_verified(cache)
         fits = (feature.shape == (embed_dim,) and feature.isfinite().all() for feature in known.values())
         return known if all(fits) else {}
     except Exception:                               # whatever is wrong with it, it is computed again
@@ -29,22 +29,22 @@ def read_features(cache, embed_dim):
 
 
 @torch.no_grad()
-def folder_features(model, folder, cache):
+def encode_folder(model, folder, cache):
     """{path: feature (E,)} for every picture below `folder`. Features of unchanged files come from
     the file `cache`; a picture that cannot be read is named and left out."""
-    paths = [p for p in sorted(Path(folder).rglob("*")) if p.suffix.lower() in PICTURES and p.is_file()]
+    paths = [p for p in sorted(Path(folder).rglob("*")) if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file()]
     if not paths:
-        raise ValueError(f"{folder}: no pictures found ({', '.join(PICTURES)}, subfolders included)")
-    known = read_features(cache, model.config.embed_dim)
+        raise ValueError(f"{folder}: no pictures found ({', '.join(IMAGE_SUFFIXES)}, subfolders included)")
+    known = load_feature_cache(cache, model.config.embed_dim)
     keys = {path: f"{path.resolve()} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in paths}
     new = [path for path in paths if keys[path] not in known]
-    lost = {}
-    for numbers, pixels in read_batches(lambda i, size: open_picture(new[i], size=size), len(new),
-                                        model.config.vit.image_size, "reading pictures", lost=lost):
+    errors = {}
+    for numbers, pixels in iterate_images(lambda i, size: load_image(new[i], size=size), len(new),
+                                          model.config.vit.image_size, "reading pictures", errors=errors):
         features = model.student.image_features(pixels.to(model.temperature.device)).cpu()
         known |= {keys[new[i]]: feature.clone() for i, feature in zip(numbers, features)}
-    for why in lost.values():
-        tqdm.write(f"left out: {printable(why)}")
+    for why in errors.values():
+        tqdm.write(f"left out: {escape_control_chars(why)}")
     if new:
         write_checkpoint(known, cache)
     found = {path: known[key] for path, key in keys.items() if key in known}
@@ -53,84 +53,84 @@ def folder_features(model, folder, cache):
     return found
 
 
-class Found(NamedTuple):
+class SearchResult(NamedTuple):
     """A picture that was found: what it is ranked by, and both parts of it."""
     path: Path
-    score: float            # FLIP.matching_score
+    score: float            # FLIP.rerank_score
     cosine: float
     probability: float      # of a match, by ITM's head
 
-    def picture(self):
+    def image(self):
         """In a size for looking at."""
-        picture = open_picture(self.path)
-        picture.thumbnail((512, 512))
-        return picture
+        image = load_image(self.path)
+        image.thumbnail((512, 512))
+        return image
 
     def __str__(self):
-        return f"{self.score:6.2f} {self.cosine:7.3f} {100 * self.probability:6.1f} %  {printable(self.path)}"
+        return f"{self.score:6.2f} {self.cosine:7.3f} {100 * self.probability:6.1f} %  {escape_control_chars(self.path)}"
 
 
 @torch.no_grad()
 def search(model, features, query, top=8, k=32):
     """The `top` best of folder_features for a sentence, the k most similar judged by the matching
     head."""
-    captions, paths = model.read_texts(query), list(features)
-    similarity = torch.stack(list(features.values())) @ model.student.encode_text(captions)[0].cpu()    # (I,)
+    captions, paths = model.tokenize(query), list(features)
+    similarity = torch.stack(list(features.values())) @ model.student.text_features(captions)[0].cpu()  # (I,)
     cosines, best = similarity.topk(min(max(k, top), len(paths)))
-    tokens = torch.cat([model.student.encode_image(pixels)[0]
-                        for pixels in model.read_images([paths[i] for i in best])])
-    logits = model.judge(tokens, captions).cpu()                                                # (k, 2)
-    ranked = zip(best, model.matching_score(logits, cosines), cosines, logits.softmax(1)[:, 1])
-    found = [Found(paths[i], *(number.item() for number in numbers)) for i, *numbers in ranked]
+    tokens = torch.cat([model.student.image_tokens_and_features(pixels)[0]
+                        for pixels in model.load_images([paths[i] for i in best])])
+    logits = model.score_pairs(tokens, captions).cpu()                                          # (k, 2)
+    ranked = zip(best, model.rerank_score(logits, cosines), cosines, logits.softmax(1)[:, 1])
+    found = [SearchResult(paths[i], *(number.item() for number in numbers)) for i, *numbers in ranked]
     return sorted(found, key=lambda one: -one.score)[:top]
 
 
-def phrases_of(query, tokenizer):
+def split_phrases(query, tokenizer):
     """The parts of a sentence that each say one thing, if in known words: "a man with a goatee and a
     tie" -> a man, a goatee, a tie."""
     between = r"(?<![\w-])(?<!not )(?:he|she|and|with|who|has|have|is|are|wears|wearing)(?![\w-])"
     parts = re.split(rf"[,.;]|{between}", query.lower())
-    return [part.strip() for part in parts if tokenizer.words(part)[0]]
+    return [part.strip() for part in parts if tokenizer.split_known(part)[0]]
 
 
-def relevance(model, images, phrase, steps=8):
+def attribute_patches(model, images, phrase, steps=8):
     """Where on each picture a phrase was read: what each patch adds to ITM's log-odds, (I, rows,
     columns), in all about as much as the picture has more of them than one in plain grey.
 
     Integrated gradients (arXiv 1703.01365): pixels times their gradient, averaged while the picture
     emerges from grey, CLIP's mean colour. (At the picture itself the gradient is small where the head
     is certain.)"""
-    captions, patch, added = model.read_texts(phrase), model.config.vit.patch_size, []
-    with evaluating(model), torch.enable_grad():
-        for pixels in torch.cat([*model.read_images(images)]).split(8):
+    captions, patch, attributions = model.tokenize(phrase), model.config.vit.patch_size, []
+    with eval_mode(model), torch.enable_grad():
+        for pixels in torch.cat([*model.load_images(images)]).split(8):
             gradient = torch.zeros_like(pixels)
             for step in range(steps):
-                emerging = (pixels * (step + 0.5) / steps).requires_grad_()
-                logits = model.judge(model.student.encode_image(emerging)[0], captions)
+                interpolated = (pixels * (step + 0.5) / steps).requires_grad_()
+                logits = model.score_pairs(model.student.image_tokens_and_features(interpolated)[0], captions)
                 log_odds = logits[:, 1] - logits[:, 0]
-                gradient += torch.autograd.grad(log_odds.sum(), emerging)[0] / steps
-            added.append(patch ** 2 * F.avg_pool2d((pixels * gradient).sum(1), patch).cpu())
-    return torch.cat(added)
+                gradient += torch.autograd.grad(log_odds.sum(), interpolated)[0] / steps
+            attributions.append(patch ** 2 * F.avg_pool2d((pixels * gradient).sum(1), patch).cpu())
+    return torch.cat(attributions)
 
 
-def spotlight(image, light):
+def overlay_heatmap(image, heatmap):
     """A picture, dark but where `light` (rows, columns), from 0 to 1, falls."""
-    light = Image.fromarray((255 * light).byte().numpy()).resize(image.size, Image.Resampling.BICUBIC)
-    return Image.composite(image, image.point(lambda value: value // 4), light)
+    heatmap = Image.fromarray((255 * heatmap).byte().numpy()).resize(image.size, Image.Resampling.BICUBIC)
+    return Image.composite(image, image.point(lambda value: value // 4), heatmap)
 
 
-def found_rows(model, query, found, explain):
+def result_rows(model, query, found, explain):
     """For `contact_sheet`: the pictures in a row, or, to explain, a row for each: the picture, and
     lit where on it every phrase of the sentence was read, brighter where it was read more."""
-    pictures = [one.picture() for one in found]
+    pictures = [one.image() for one in found]
     if not explain:
         return [(query, [(picture, f"{one.score:.1f}  {one.cosine:.2f}  {100 * one.probability:.0f} %", False)
                          for picture, one in zip(pictures, found)])]
     rows = [(str(one).strip(), [(picture, "", False)]) for picture, one in zip(pictures, found)]
-    for phrase in phrases_of(query, model.tokenizer):
-        lights = relevance(model, pictures, phrase).clamp(min=0)
+    for phrase in split_phrases(query, model.tokenizer):
+        lights = attribute_patches(model, pictures, phrase).clamp(min=0)
         for (_, row), picture, light in zip(rows, pictures, lights / lights.max().clamp(min=1e-6)):
-            row.append((spotlight(picture, light), phrase, False))
+            row.append((overlay_heatmap(picture, light), phrase, False))
     return rows
 
 
@@ -142,9 +142,9 @@ def serve(model, folder, cache, top, sentence=""):
         import gradio
     except ImportError:
         raise ValueError("--serve needs gradio for its page: pip install gradio") from None
-    features = folder_features(model, folder, cache)
+    features = encode_folder(model, folder, cache)
 
-    def ask(query):
+    def on_submit(query):
         with warnings.catch_warnings(record=True) as caught:
             try:
                 found = search(model, features, query, top)
@@ -152,11 +152,11 @@ def serve(model, folder, cache, top, sentence=""):
                 raise gradio.Error(str(error)) from None
         for warning in caught:
             gradio.Warning(str(warning.message))
-        return [(one.picture(), str(one)) for one in found], (query, found), None
+        return [(one.image(), str(one)) for one in found], (query, found), None
 
-    def show(asked, chosen: gradio.SelectData):
+    def on_select(asked, chosen: gradio.SelectData):
         query, found = asked
-        return contact_sheet(found_rows(model, query, [found[chosen.index]], explain=True), tile=192)
+        return contact_sheet(result_rows(model, query, [found[chosen.index]], explain=True), tile=192)
 
     with gradio.Blocks(title="FLIP", delete_cache=(600, 600)) as page:      # its copies of faces do not stay
         gradio.Markdown(f"# Search in {len(features)} faces\nScore, cosine, matching probability below each; "
@@ -164,8 +164,8 @@ def serve(model, folder, cache, top, sentence=""):
         query, asked = gradio.Textbox(sentence, label="a sentence", autofocus=True), gradio.State()
         gallery = gradio.Gallery(columns=4, object_fit="contain", allow_preview=False, show_label=False)
         maps = gradio.Image(show_label=False)
-        query.submit(ask, query, [gallery, asked, maps])
-        gallery.select(show, asked, maps)
+        query.submit(on_submit, query, [gallery, asked, maps])
+        gallery.select(on_select, asked, maps)
     page.launch(server_name="127.0.0.1", inbrowser=True)
 
 
@@ -191,21 +191,21 @@ def main():
         raise ValueError(f"--out {out}: expected the name of a picture, such as out/search.png")
     if not Path(args.images).is_dir():
         raise FileNotFoundError(f"{args.images}: no such folder")
-    path = find_file(args.checkpoint, CHECKPOINTS)
+    path = resolve_file(args.checkpoint, CHECKPOINT_FILES)
     model = FLIP.from_pretrained(path, vocabulary=args.vocabulary)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     # What is wrong with words is said before pictures are read.
-    model.need_tokenizer() if args.serve else model.read_texts(args.query or "")
-    state = path.stat()
-    version = f"{path.resolve()} {state.st_size} {state.st_mtime_ns}"
+    model.require_tokenizer() if args.serve else model.tokenize(args.query or "")
+    stat = path.stat()
+    version = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
     cache = out.parent / f"features-{hashlib.sha256(version.encode()).hexdigest()[:12]}.pt"
     if args.serve:
         return serve(model, args.images, cache, args.top, args.query or "")
-    features = folder_features(model, args.images, cache)
+    features = encode_folder(model, args.images, cache)
     found = search(model, features, args.query, args.top)
     print(f" score  cosine   match    best of {len(features)} faces")
     print(*found, sep="\n")
-    contact_sheet(found_rows(model, args.query, found, args.explain)).save(out)
+    contact_sheet(result_rows(model, args.query, found, args.explain)).save(out)
     print(f"contact sheet: {out}")
 
 

@@ -3,8 +3,8 @@ import dataclasses
 import math
 import shutil
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace as Encoded
 
 import numpy as np
 import torch
@@ -13,22 +13,40 @@ import torch.nn.functional as F
 from PIL import ImageOps
 from tqdm import tqdm
 
+from bert import Captions
 from captions import ATTRIBUTES
 from common.distributed import autocast
-from common.images import contact_sheet, read_batches
+from common.images import contact_sheet, iterate_images
 from common.weights import write_checkpoint
-from data import drawn_faces, open_faces, without
-from evaluation import Validation, figure_of, recalls, retrieval_sheet
-from flip import feature_of
+from data import Faces, drop, load_toy_faces, open_faces
+from evaluation import Validation, new_figure, plot_retrieval, rerank_metrics
+from flip import project
 from kernels.contrastive import contrastive_loss
+
+
+@dataclass
+class EncodedSplit:
+    """What the encoders say of `count` pictures; each task fills what it needs."""
+    count: int = 0
+    faces: Faces | None = None
+    vectors: torch.Tensor | None = None         # attributes: (I, V, D), and labels (I, labels)
+    labels: torch.Tensor | None = None
+    tokens: torch.Tensor | None = None          # retrieval: (I, L, D), T captions, their class tokens (T, D)
+    captions: Captions | None = None
+    cls_tokens: torch.Tensor | None = None
+    image_of_text: torch.Tensor | None = None   # (T,)
+    identity: torch.Tensor | None = None        # (I,)
+    photos: torch.Tensor | None = None          # sketch: (I, D)
+    sketches: torch.Tensor | None = None        # (I, steps, D)
+    captioned: "EncodedSplit | None" = None     # what retrieval asks of the photos, to train on
 
 
 class Task:
     """What the three tasks share. Each adds the metric on the validation part that decides
     (select), the titles of its table, and open, encode, learner, loss, metrics, draw, save."""
-    recipe, drawn, steps = {}, {}, 0            # steps: of the sketches to draw
-    shares = [1.0]                              # of the training part, each a run of its own
-    ignorant, is_new = "chance", False          # who has learned nothing; is the learner a new module?
+    recipe, toy_recipe, steps = {}, {}, 0       # steps: of the sketches to draw
+    fractions = [1.0]                           # of the training part, each a run of its own
+    baseline_name, has_own_head = "chance", False  # who has learned nothing; is the learner a new module?
 
     def __init__(self, config):
         self.config = config
@@ -38,33 +56,33 @@ class Task:
         that the model sees."""
         config, size = self.config, model.config.vit.image_size
         if config.data:
-            faces = open_faces(config.data, split, config.cache, max_lost=config.max_lost)
+            faces = open_faces(config.data, split, config.cache, max_errors=config.max_errors)
             return faces.subset(range(min(config.validation, len(faces)))) if split == "val" else faces
         parts = {"train": (config.faces, 10), "val": (config.validation, 11), "test": (config.test, 12)}
         count, seed = parts[split]
-        return drawn_faces(count, size, seed, config.cache, self.steps)
+        return load_toy_faces(count, size, seed, config.cache, self.steps)
 
     def encode_faces(self, compute, faces, model):
         """compute(pixels (B, 3, S, S)) of the faces' pictures, and the faces; those whose pictures
         turn out damaged are left out of both."""
-        lost, title = {}, f"encoding {faces.name}"
-        values = self.encode_pictures(compute, faces.picture, len(faces), model, title, lost)
-        return values, without(faces, lost, self.config.max_lost)
+        errors, title = {}, f"encoding {faces.name}"
+        values = self.encode_pictures(compute, faces.picture, len(faces), model, title, errors)
+        return values, drop(faces, errors, self.config.max_errors)
 
     @torch.no_grad()
-    def encode_pictures(self, compute, read, count, model, title, lost=None):
-        """compute(pixels (B, 3, S, S)) of the pictures that `read_batches` reads, in `storage`."""
+    def encode_pictures(self, compute, read, count, model, title, errors=None):
+        """compute(pixels (B, 3, S, S)) of the pictures that `iterate_images` reads, in `storage`."""
         out, done, device = None, 0, model.temperature.device
         with autocast(self.config, device):
-            for numbers, pixels in read_batches(read, count, model.config.vit.image_size, title, lost=lost):
+            for numbers, pixels in iterate_images(read, count, model.config.vit.image_size, title, errors=errors):
                 values = compute(pixels.to(device)).cpu()
-                out = storage((count, *values.shape[1:]), self.config.out) if out is None else out
+                out = temporary_memmap((count, *values.shape[1:]), self.config.out) if out is None else out
                 out[done:done + len(numbers)] = values.to(out.dtype)
                 done += len(numbers)
         return out[:done] if done else torch.empty(0)
 
 
-def storage(shape, folder):
+def temporary_memmap(shape, folder):
     """An empty float16 tensor in a file without a name, which is gone when the run ends: what the
     encoders say of a large set does not fit into memory."""
     Path(folder).mkdir(parents=True, exist_ok=True)
@@ -76,7 +94,7 @@ def storage(shape, folder):
 
 
 # ---- attributes: pooled tokens of four depths, LayerNorm, weighted sum, linear -------------------
-def pooled(vit, images):
+def pool_tokens(vit, images):
     """Images (B, 3, S, S) -> (B, V, D): after a third, half and two thirds of the blocks (4, 6 and
     8 of 12), before any final norm, and at the end, after it: the class token, and mean and maximum
     of the patch tokens."""
@@ -106,15 +124,15 @@ class Attributes(Task):
     """Which of the 40 does a face have? Learned from shares of the training part."""
     # The official learning rate is 0.3 on CelebA and 0.003 on LFWA, for plain gradient descent.
     recipe = dict(epochs=100, batch_size=256, lr=1e-3, warmup=0, weight_decay=0.0)
-    drawn = dict(epochs=60, lr=3e-3, validation=500)
-    select = "accuracy"
-    titles = {"accuracy": "accuracy", "balanced": "balanced accuracy",
+    toy_recipe = dict(epochs=60, lr=3e-3, validation=500)
+    selection_metric = "accuracy"
+    columns = {"accuracy": "accuracy", "balanced": "balanced accuracy",
                "average_precision": "average precision"}
-    ignorant, is_new = "always the majority", True
+    baseline_name, has_own_head = "always the majority", True
 
     def __init__(self, config):
         super().__init__(config)
-        self.names, self.shares = config.labels or ATTRIBUTES, sorted(config.shares)
+        self.names, self.fractions = config.labels or ATTRIBUTES, sorted(config.fractions)
 
     def open(self, split, model):
         faces = super().open(split, model)
@@ -124,13 +142,13 @@ class Attributes(Task):
 
     def encode(self, model, faces, for_training):
         """vectors (I, V, D), labels (I, labels) float, 0 or 1"""
-        compute = lambda images: pooled(model.student.image, images)
+        compute = lambda images: pool_tokens(model.student.image, images)
         vectors, faces = self.encode_faces(compute, faces, model)
         labels = faces.attributes[:, [ATTRIBUTES.index(name) for name in self.names]]
         labels = torch.from_numpy(labels).float()
-        return Encoded(count=len(faces), faces=faces, vectors=vectors, labels=labels)
+        return EncodedSplit(count=len(faces), faces=faces, vectors=vectors, labels=labels)
 
-    def learner(self, model, samples):
+    def trainable_module(self, model, samples):
         _, vectors, width = samples.vectors.shape
         return AttributeHead(vectors, width, len(self.names)).to(model.temperature.device)
 
@@ -171,7 +189,7 @@ class Attributes(Task):
         always says the more frequent answer."""
         per_label = results[0].final["per_label"]
         names = sorted(per_label, key=lambda name: per_label[name]["accuracy"] - per_label[name]["majority"])
-        figure, axes = figure_of(9, 1.5 + 0.28 * len(names))
+        figure, axes = new_figure(9, 1.5 + 0.28 * len(names))
         places = np.arange(len(names))
         for column, shift, label, color in (("accuracy", 0.2, results[0].name, "tab:blue"),
                                             ("majority", -0.2, "always the majority", "lightgrey")):
@@ -205,26 +223,26 @@ def chance_precision(positives, count):
 # ---- retrieval: FLIP's own projections, matching head and temperature ----------------------------
 class Retrieval(Task):
     """The face for a sentence and the sentence for a face."""
-    drawn = dict(epochs=30, batch_size=256, lr=3e-3, itm_every=5, evaluations=3, k_test=16, faces=2000,
-                 validation=300, captions=8)
-    select = "r_mean"
-    titles = {"img_r5": "T→I R@5", "img_r10": "T→I R@10", "txt_r5": "I→T R@5", "txt_r10": "I→T R@10"}
-    titles = titles | {f"itc_{name}": f"{title}, not re-ranked" for name, title in titles.items()}
+    toy_recipe = dict(epochs=30, batch_size=256, lr=3e-3, itm_every=5, num_evaluations=3, k_test=16, faces=2000,
+                      validation=300, captions=8)
+    selection_metric = "r_mean"
+    columns = {"img_r5": "T→I R@5", "img_r10": "T→I R@10", "txt_r5": "I→T R@5", "txt_r10": "I→T R@10"}
+    columns = columns | {f"itc_{name}": f"{title}, not re-ranked" for name, title in columns.items()}
 
     def open(self, split, model):
         """Drawn faces become black-and-white photographs: what train.py learned fits the coloured
         ones already, which leaves nothing to tune."""
         faces = super().open(split, model)
-        faces.check_text()
-        model.need_tokenizer()
+        faces.require_text()
+        model.require_tokenizer()
         if split == "train" and (faces.identity == faces.identity[0]).all():
             raise ValueError(f"{faces.name} shows one person only, so nothing in it is a wrong answer; "
                              f"train on more people")
         if self.config.data:
             return faces
-        grey = np.asarray(faces.pictures) @ np.array([0.299, 0.587, 0.114])                 # (I, S, S)
-        pictures = np.repeat(grey.round().astype(np.uint8)[..., None], 3, axis=-1)
-        return dataclasses.replace(faces, name=f"{faces.name}, black and white", pictures=pictures)
+        grey = np.asarray(faces.images) @ np.array([0.299, 0.587, 0.114])                   # (I, S, S)
+        images = np.repeat(grey.round().astype(np.uint8)[..., None], 3, axis=-1)
+        return dataclasses.replace(faces, name=f"{faces.name}, black and white", images=images)
 
     def encode(self, model, faces, for_training):
         """tokens (I, L, D) of the pictures, captions (T of them), cls_tokens (T, D) of these,
@@ -239,9 +257,9 @@ class Retrieval(Task):
             shown = Validation.of(faces)
             texts, image_of_text = shown.texts, shown.image_of_text
         captions = model.tokenizer(texts)
-        return Encoded(count=len(faces), faces=faces, tokens=tokens, captions=captions,
-                       image_of_text=image_of_text, cls_tokens=self.encode_captions(model, captions),
-                       identity=torch.tensor(faces.identity))
+        return EncodedSplit(count=len(faces), faces=faces, tokens=tokens, captions=captions,
+                            image_of_text=image_of_text, cls_tokens=self.encode_captions(model, captions),
+                            identity=torch.tensor(faces.identity))
 
     @torch.no_grad()
     def encode_captions(self, model, captions):
@@ -249,10 +267,10 @@ class Retrieval(Task):
         device, parts = model.temperature.device, torch.arange(len(captions)).split(500)
         with autocast(self.config, device):
             return torch.cat([
-                model.student.text(captions.select(some).to(device), first_only=True).float().cpu()
+                model.student.text(captions.select(some).to(device), first_token_only=True).float().cpu()
                 for some in tqdm(parts, "encoding captions", leave=False)])
 
-    def learner(self, model, samples):
+    def trainable_module(self, model, samples):
         """The model itself, of which these parts are trained on, shared by all that follows."""
         for part in (model.student.image_projection, model.student.text_projection, model.matching_head):
             part.requires_grad_(True)
@@ -264,16 +282,16 @@ class Retrieval(Task):
         and flip.py. ITC trains the projections and the temperature, ITM the matching head alone; so
         ITM, which costs a pass of the text encoder, can be left out of most steps without changing
         ITC."""
-        chosen = caption_of(samples.image_of_text, indices, rng)                            # (B,)
-        image = feature_of(samples.tokens[indices, 0], model.student.image_projection)
-        text = feature_of(samples.cls_tokens[chosen], model.student.text_projection)
+        chosen = sample_caption_index(samples.image_of_text, indices, rng)                  # (B,)
+        image = project(samples.tokens[indices, 0], model.student.image_projection)
+        text = project(samples.cls_tokens[chosen], model.student.text_projection)
         identity = samples.identity[indices].to(image.device)
-        itc = contrast(image, text, identity, model.temperature)
+        itc = in_batch_contrastive_loss(image, text, identity, model.temperature)
         if step % self.config.itm_every:
             return itc
         generator = torch.Generator().manual_seed(int(rng.integers(2 ** 62)))
         hardness = 1.0 if model.config.hardness is None else model.config.hardness
-        negatives = model.draw_negatives(image.detach(), text.detach(), identity, hardness, generator)
+        negatives = model.sample_negatives(image.detach(), text.detach(), identity, hardness, generator)
         captions = samples.captions.select(chosen).to(image.device)
         tokens = samples.tokens[indices].to(image.device).float()
         return itc + model.itm_loss(tokens, captions, *negatives)
@@ -281,16 +299,16 @@ class Retrieval(Task):
     @torch.no_grad()
     def metrics(self, model, samples):
         """Recalls in percent by the official names, by cosine alone ("itc_...") and re-ranked."""
-        image = feature_of(samples.tokens[:, 0], model.student.image_projection)
-        similarity = image @ feature_of(samples.cls_tokens, model.student.text_projection).T  # (I, T)
-        metrics, scores = recalls(model, samples.tokens, samples.captions, similarity,
-                                  samples.image_of_text, self.config)
+        image = project(samples.tokens[:, 0], model.student.image_projection)
+        similarity = image @ project(samples.cls_tokens, model.student.text_projection).T     # (I, T)
+        metrics, scores = rerank_metrics(model, samples.tokens, samples.captions, similarity,
+                                         samples.image_of_text, self.config)
         return metrics | {"scores": scores, "baseline": chance_recalls(samples.image_of_text)}
 
     def draw(self, results, faces, folder):
         """For some captions of the test part the five faces that the first checkpoint ranks
         best."""
-        retrieval_sheet(Validation.of(faces), results[0].final["scores"], folder / "retrieval.png")
+        plot_retrieval(Validation.of(faces), results[0].final["scores"], folder / "retrieval.png")
 
     def save(self, model, head, folder):
         """A checkpoint like any other; its momentum encoder and queue are still those of
@@ -298,14 +316,14 @@ class Retrieval(Task):
         write_checkpoint(model.checkpoint(), folder / "flip.pt")
 
 
-def caption_of(image_of_text, indices, rng):
+def sample_caption_index(image_of_text, indices, rng):
     """One of the captions of each picture, by chance: numbers (B,)."""
     begin = torch.searchsorted(image_of_text, indices)
     count = torch.searchsorted(image_of_text, indices, right=True) - begin
     return begin + (torch.from_numpy(rng.random(len(indices))) * count).long()
 
 
-def contrast(one, other, identity, temperature):
+def in_batch_contrastive_loss(one, other, identity, temperature):
     """The contrastive loss both ways within a batch, features (B, E) each. As in pre-training, keys
     carry no gradient. No queue and no momentum encoder: behind frozen encoders all keys of a batch
     are as fresh as can be."""
@@ -330,55 +348,55 @@ def chance_recalls(image_of_text):
 class Sketch(Retrieval):
     """The photo for a sketch that is still being drawn."""
     recipe = dict(epochs=100, lr=1e-4, warmup=200)
-    drawn = dict(epochs=600, batch_size=128, lr=1e-2, itm_every=40, faces=800, validation=100, test=200,
-                 captions=8)
+    toy_recipe = dict(epochs=600, batch_size=128, lr=1e-2, itm_every=40, faces=800, validation=100, test=200,
+                      captions=8)
     steps = 70
-    select = "m@B"
-    titles = {name: name for name in ("m@A", "m@B", "w@A", "w@B")} | {"finished": "A, sketch finished"}
+    selection_metric = "m@B"
+    columns = {name: name for name in ("m@A", "m@B", "w@A", "w@B")} | {"finished": "A, sketch finished"}
 
     def open(self, split, model):
         faces = Task.open(self, split, model)
         if faces.sketches is None:
             raise ValueError(f"{faces.name}: photos are to be found from sketches, but these have none")
         if split == "train" and faces.has_text:
-            model.need_tokenizer()
+            model.require_tokenizer()
         return faces
 
     def encode(self, model, faces, for_training):
         """Class tokens: photos (I, D) and sketches (I, steps, D), from the first stroke on;
         identity (I,); paired: for training, what retrieval asks of photos that have captions, else
         None."""
-        paired = None
-        class_token = lambda images: model.student.image(images, first_only=True)
+        captioned = None
+        class_token = lambda images: model.student.image(images, first_token_only=True)
         if for_training and faces.has_text:
-            paired = super().encode(model, faces, for_training)
-            photos, faces = paired.tokens[:, 0].float(), paired.faces
+            captioned = super().encode(model, faces, for_training)
+            photos, faces = captioned.tokens[:, 0].float(), captioned.faces
         else:
             photos, faces = self.encode_faces(class_token, faces, model)
         # A sketch is white on black; an encoder of photographs tells more of dark lines on a light
         # ground.
-        count, steps = len(faces), faces.steps
+        count, steps = len(faces), faces.sketch_steps
         read = lambda n, size: ImageOps.invert(faces.sketch(n // steps, n % steps))
         sketches = self.encode_pictures(class_token, read, count * steps, model,
                                         f"encoding the sketches of {faces.name}").unflatten(0, (count, steps))
-        return Encoded(count=count, faces=faces, photos=photos, sketches=sketches, paired=paired,
-                       identity=torch.tensor(faces.identity))
+        return EncodedSplit(count=count, faces=faces, photos=photos, sketches=sketches, captioned=captioned,
+                            identity=torch.tensor(faces.identity))
 
     def loss(self, model, samples, indices, rng, step):
         """IIC, the contrastive loss between a step of the sketch and its photo, plus ITC + ITM of
         the photo where it has captions."""
         steps = torch.from_numpy(rng.integers(samples.sketches.shape[1], size=len(indices)))
-        sketch = feature_of(samples.sketches[indices, steps], model.student.image_projection)
-        photo = feature_of(samples.photos[indices], model.student.image_projection)
-        iic = contrast(sketch, photo, samples.identity[indices].to(sketch.device), model.temperature)
-        if samples.paired is None:
+        sketch = project(samples.sketches[indices, steps], model.student.image_projection)
+        photo = project(samples.photos[indices], model.student.image_projection)
+        iic = in_batch_contrastive_loss(sketch, photo, samples.identity[indices].to(sketch.device), model.temperature)
+        if samples.captioned is None:
             return iic
-        return iic + super().loss(model, samples.paired, indices, rng, step)
+        return iic + super().loss(model, samples.captioned, indices, rng, step)
 
     @torch.no_grad()
     def metrics(self, model, samples):
-        photos = feature_of(samples.photos, model.student.image_projection)                   # (I, E)
-        similarity = feature_of(samples.sketches, model.student.image_projection) @ photos.T  # (I, steps, I)
+        photos = project(samples.photos, model.student.image_projection)                      # (I, E)
+        similarity = project(samples.sketches, model.student.image_projection) @ photos.T     # (I, steps, I)
         metrics = early_retrieval(sketch_ranks(similarity), len(photos))
         each_rank = torch.arange(1, len(photos) + 1)[:, None].expand(-1, similarity.shape[1])
         baseline = early_retrieval(each_rank, len(photos)) | {"finished": 50.0}
@@ -388,7 +406,7 @@ class Sketch(Retrieval):
     def draw(self, results, faces, folder, stages=6, top=5):
         """One sketch as it grows, with the best photos at each stage; and how early photos are
         found, for all encoders."""
-        similarity, steps = results[0].final["scores"], faces.steps                         # (I, steps, I)
+        similarity, steps = results[0].final["scores"], faces.sketch_steps                         # (I, steps, I)
         ranks = sketch_ranks(similarity)
         n = int((1 / ranks.double()).mean(1).argsort()[len(ranks) // 2])            # as hard as the median
         rows = []
@@ -398,10 +416,10 @@ class Sketch(Retrieval):
             rows.append((f"step {t + 1} of {steps}: the true photo has rank {ranks[n, t]} of {len(ranks)}",
                          [(faces.sketch(n, t), "", False), *tiles]))
         contact_sheet(rows, tile=112, legend="green: the true photo").save(folder / "sketch.png")
-        figure, sides = figure_of(11, 4.2, columns=2)
+        figure, sides = new_figure(11, 4.2, columns=2)
         percent = 100 * np.arange(1, steps + 1) / steps
-        titles = {"percentile": "mean rank percentile", "inverse": "mean of 1 / rank"}
-        for axes, (curve, title) in zip(sides, titles.items()):
+        columns = {"percentile": "mean rank percentile", "inverse": "mean of 1 / rank"}
+        for axes, (curve, title) in zip(sides, columns.items()):
             for result in results:
                 axes.plot(percent, result.final[curve], label=result.name, marker="o" if steps < 10 else None)
             axes.set(xlabel="% of the sketch drawn", ylabel="%", xlim=(0, 100), ylim=(0, 100), title=title)

@@ -54,14 +54,22 @@ import train
 import vit
 from bert import Bert, BertConfig, Captions, Tokenizer, clean_caption, load_bert
 from captions import ATTRIBUTES, FACTS
-from common.images import MEAN, Crop, contact_sheet, open_picture, picture_size, to_pixels, to_tensor
-from common.optim import Muon, build_optimizers, orthogonal
+from common.images import (
+    MEAN,
+    TarImage,
+    contact_sheet,
+    load_image,
+    normalize_batch,
+    read_image_size,
+    resize_to_array,
+)
+from common.optim import Muon, build_optimizers, newton_schulz
 from common.resume import Log, save
 from common.script import run_script
-from common.weights import CLIP_NAMES, bert_name, rename, resize_positions, write_checkpoint
+from common.weights import CLIP_KEYS, bert_key, map_key, resize_position_embedding, write_checkpoint
 from drawing import portrait
 from drawing import sketch as drawing_sketch
-from flip import FLIP, FLIPConfig, Knobs, official_name, official_state, rerank
+from flip import FLIP, FLIPConfig, StepParams, official_name, official_state, rerank
 from kernels import attention as attention_file
 from kernels import contrastive as contrastive_file
 from kernels.attention import Sequences, attention
@@ -121,18 +129,18 @@ def path(request, monkeypatch):
     if request.param == "pytorch":
         return "cpu"
     if DEVICE == "cpu":             # the interpreter takes CPU tensors
-        kernel_sums = contrastive_file.kernel_sums
-        monkeypatch.setattr(attention_file, "runs_kernel", lambda query: True)
-        monkeypatch.setattr(contrastive_file, "runs_kernel", lambda feature: True)
-        monkeypatch.setattr(contrastive_file, "kernel_sums", lambda *case: kernel_sums(*case, programs=8))
+        triton_sums = contrastive_file.triton_sums
+        monkeypatch.setattr(attention_file, "uses_triton", lambda query: True)
+        monkeypatch.setattr(contrastive_file, "uses_triton", lambda feature: True)
+        monkeypatch.setattr(contrastive_file, "triton_sums", lambda *case: triton_sums(*case, programs=8))
     return DEVICE
 
 
 def packed(query_lengths, key_lengths, device=DEVICE, dtype=torch.float32, channels=16):
     """(q, k, v) of two heads, (queries, keys), and a gradient by the result of attention."""
     torch.manual_seed(0)
-    queries, keys = Sequences.of(query_lengths, device), Sequences.of(key_lengths, device)
-    tokens = queries.tokens, keys.tokens, keys.tokens, queries.tokens
+    queries, keys = Sequences.from_lengths(query_lengths, device), Sequences.from_lengths(key_lengths, device)
+    tokens = queries.num_tokens, keys.num_tokens, keys.num_tokens, queries.num_tokens
     *inputs, grad = (torch.randn(n, 2, channels).to(device, dtype) for n in tokens)
     return [x.requires_grad_() for x in inputs], (queries, keys), grad
 
@@ -153,7 +161,7 @@ def expected_attention(inputs, sequences, grad, factors=itertools.repeat(1.0)):
     q, k, v = exact = [x.detach().double().requires_grad_() for x in inputs]
     (queries, keys), out = sequences, []
     for i, factor in zip(range(len(queries)), factors):
-        rows, columns = slice(*queries.starts[i:i + 2]), slice(*keys.starts[i:i + 2])
+        rows, columns = slice(*queries.offsets[i:i + 2]), slice(*keys.offsets[i:i + 2])
         weights = (torch.einsum("qhd,khd->hqk", q[rows], k[columns]) * q.shape[-1] ** -0.5).softmax(-1)
         out.append(torch.einsum("hqk,khd->qhd", weights * factor, v[columns]))
     return with_gradients(torch.cat(out), exact, grad.double())
@@ -204,15 +212,15 @@ def test_the_attention_kernels_give_equal_bits_where_they_drop_the_same(path, fi
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_the_attention_operators_keep_torchs_rules(dropout):
     inputs, (queries, keys), grad = packed(*OTHERS)
-    told = queries.starts, keys.starts, queries.longest, keys.longest, dropout, torch.tensor(2 ** 40)
-    torch.library.opcheck(attention_file.launch_forward, (*inputs, *told))
-    saved = [x.detach() for x in (grad, *inputs, *attention_file.launch_forward(*inputs, *told))]
-    torch.library.opcheck(attention_file.launch_backward, (*saved, *told))
+    told = queries.offsets, keys.offsets, queries.max_length, keys.max_length, dropout, torch.tensor(2 ** 40)
+    torch.library.opcheck(attention_file.attention_forward, (*inputs, *told))
+    saved = [x.detach() for x in (grad, *inputs, *attention_file.attention_forward(*inputs, *told))]
+    torch.library.opcheck(attention_file.attention_backward, (*saved, *told))
 
 
 def test_attention_refuses_sequences_that_do_not_fit_the_tokens():
     inputs, (queries, keys), _ = packed(*OTHERS)
-    joined = queries.joined(torch.tensor([1, 2]))
+    joined = queries.merge_groups(torch.tensor([1, 2]))
     assert "41 queries for 2 sequences of 41 tokens" in error_of(attention, *inputs, joined, keys)
     assert "40 queries for 3 sequences" in error_of(attention, inputs[0][1:], *inputs[1:], queries, keys)
 
@@ -221,8 +229,8 @@ def test_it_does_not_matter_to_a_token_who_else_reads_the_image():
     """Captions that read one image, taken for one sequence, against each with a copy of the image."""
     (q, k, v), (captions, images), _ = packed([3, 17, 20, 1], [65, 10, 7])
     k_of, v_of = (torch.cat([x.split([65, 10, 7])[i] for i in (0, 1, 1, 1)]) for x in (k, v))
-    together = attention(q, k, v, captions.joined(torch.tensor([1, 3, 0])), images)
-    close(together, attention(q, k_of, v_of, captions, Sequences.of([65, 10, 10, 10], DEVICE)))
+    together = attention(q, k, v, captions.merge_groups(torch.tensor([1, 3, 0])), images)
+    close(together, attention(q, k_of, v_of, captions, Sequences.from_lengths([65, 10, 10, 10], DEVICE)))
 
 
 def test_attention_computes_in_the_type_of_autocast():
@@ -266,10 +274,10 @@ def test_the_contrastive_kernel_its_plain_twin_and_the_direct_form_equal_float64
     """Keys may be in half precision: rounded on being stored, but computed with exactly."""
     feature, momentum, keys, identity, key_identity, tau = case = contrastive_case(*shape, temperature, dtype)
     expected = expected_contrastive(*case, alpha)
-    by_kernel = contrastive_file.kernel_sums(*case, programs)
-    for sums in (by_kernel, contrastive_file.plain_sums(*case, chunk=16)):
+    by_kernel = contrastive_file.triton_sums(*case, programs)
+    for sums in (by_kernel, contrastive_file.torch_sums(*case, chunk=16)):
         agree(contrastive_file.loss_and_gradients(sums, feature, tau, alpha), expected, 1e-5)
-    direct = losses.reference(feature, momentum, torch.cat(keys).float(), identity,
+    direct = losses.contrastive_loss_reference(feature, momentum, torch.cat(keys).float(), identity,
                                         torch.cat(key_identity), tau, alpha)
     agree([direct], expected[:1], 1e-5)
 
@@ -310,7 +318,7 @@ def test_the_memory_of_the_contrastive_loss_does_not_grow_with_the_queue():
 # ---- kernels/bench.py ----------------------------------------------------------------------------
 def test_the_bench_prints_its_tables(monkeypatch, capsys):
     """Small, each once, and without the compiler."""
-    monkeypatch.setattr(bench, "cases", lambda images, cases=bench.cases: cases(2))
+    monkeypatch.setattr(bench, "attention_cases", lambda images, cases=bench.attention_cases: cases(2))
     monkeypatch.setattr(bench, "milliseconds", lambda call: (call(), (1.0, 1.0, 1.0))[1])
     monkeypatch.setattr(torch, "compile", lambda function: function)
     bench.bench_attention()
@@ -324,7 +332,7 @@ def test_the_bench_prints_its_tables(monkeypatch, capsys):
 def test_the_straightforward_step_and_reranking_give_what_ours_give(monkeypatch, capsys, name, sizes):
     """The bench refuses to time what differs."""
     bench.BENCHES[name](dataclasses.replace(GOLDEN_CONFIG, queue_size=40), **sizes, repeats=1)
-    assert "| straightforward" in capsys.readouterr().out
+    assert "| baseline" in capsys.readouterr().out
     monkeypatch.setattr(bench, "written_attention", lambda query, *others, **options: query)
     with pytest.raises(AssertionError, match="not close"):
         bench.BENCHES[name](GOLDEN_CONFIG, **sizes, repeats=1)
@@ -355,7 +363,7 @@ def filled(theirs, ours, **parts):
 
 
 def test_a_vit_block_equals_torchs_encoder_layer():
-    block = vit.Block(ViTConfig(width=32, heads=4))
+    block = vit.ViTBlock(ViTConfig(width=32, heads=4))
     theirs = nn.TransformerEncoderLayer(32, 4, 128, 0.0, vit.quick_gelu, batch_first=True, norm_first=True)
     filled(theirs, block, norm2=block.norm_mlp)
     x = torch.randn(3, 7, 32)
@@ -363,7 +371,7 @@ def test_a_vit_block_equals_torchs_encoder_layer():
 
 
 def test_text_layers_equal_torchs_decoder_layer_or_without_images_its_encoder_layer():
-    layer = bert.Layer(BertConfig(width=32, heads=4, dropout=0.0), image_width=32)
+    layer = bert.BertLayer(BertConfig(width=32, heads=4, dropout=0.0), image_width=32)
     options = 32, 4, 128, 0.0, F.gelu, 1e-12, True
     alone = filled(nn.TransformerEncoderLayer(*options), layer, norm2=layer.norm_mlp)
     reading = filled(nn.TransformerDecoderLayer(*options), layer, multihead_attn=layer.cross_attention,
@@ -393,7 +401,7 @@ def test_initial_values_are_clips():
 
 def clip_weights(encoder):
     """As CLIP on Hugging Face spells them, among those of its text half."""
-    weights = {"vision_model." + rename(name, CLIP_NAMES): tensor
+    weights = {"vision_model." + map_key(name, CLIP_KEYS): tensor
                for name, tensor in encoder.state_dict().items()}
     official = recorded("checkpoint.visual_encoder.").keys() - {"vision_model.embeddings.position_ids"}
     assert weights.keys() == {name.replace("post_layrnorm", "post_layernorm") for name in official}
@@ -424,7 +432,7 @@ def test_clip_weights_for_another_image_size_have_their_position_table_resized(t
 def test_bert_weights_load_with_token_type_zero_folded_in_and_new_parts_left_alone(tmp_path):
     encoder, source = (Bert(GOLDEN_CONFIG.bert, image_width=24) for _ in range(2))
     own, theirs = copy.deepcopy(encoder.state_dict()), source.state_dict()
-    weights = {bert_name(name): x for name, x in theirs.items() if "cross_attention" not in name}
+    weights = {bert_key(name): x for name, x in theirs.items() if "cross_attention" not in name}
     official = {name for name in recorded("checkpoint.text_encoder.") if "crossattention" not in name}
     assert weights.keys() | {"embeddings.position_ids"} == official
     types = torch.randn(2, 20)
@@ -432,7 +440,7 @@ def test_bert_weights_load_with_token_type_zero_folded_in_and_new_parts_left_alo
                 "embeddings.token_type_embeddings.weight": types, "pooler.dense.weight": torch.ones(20, 20),
                 "embeddings.position_ids": torch.arange(66)[None]}
     old = [("LayerNorm.weight", "LayerNorm.gamma"), ("LayerNorm.bias", "LayerNorm.beta")]
-    saved = {"bert." + rename(name, old): x for name, x in weights.items()}
+    saved = {"bert." + map_key(name, old): x for name, x in weights.items()}
     torch.save(saved | {"cls.predictions.bias": torch.ones(79)}, tmp_path / "pytorch_model.bin")
     load_bert(encoder, tmp_path)
     theirs["positions"] = theirs["positions"] + types[0]
@@ -449,7 +457,7 @@ def golden_tokenizer(folder):
 def golden_captions(part, index=...):
     """The recorded ids and masks of a part, packed."""
     ids, mask = GOLDEN[f"{part}.input_ids"][index], GOLDEN[f"{part}.attention_mask"][index].bool()
-    return Captions(ids[mask], Sequences.of(mask.sum(-1)))
+    return Captions(ids[mask], Sequences.from_lengths(mask.sum(-1)))
 
 
 @pytest.mark.parametrize("source", ["vocab.txt", "tokenizer.json", "."])
@@ -460,11 +468,11 @@ def test_word_pieces_are_the_official_ones_from_either_file_and_from_a_folder(tm
         found, expected = tokenizer(SENTENCES[part]), golden_captions(part)
         assert torch.equal(found.ids, expected.ids)
         assert torch.equal(found.sequences.lengths, expected.sequences.lengths)
-    assert tokenizer.tokens(tokenizer(["She UNKNOWNWORD!"])) == ["[CLS]", "she", "[UNK]", "[SEP]"]
+    assert tokenizer.pieces(tokenizer(["She UNKNOWNWORD!"])) == ["[CLS]", "she", "[UNK]", "[SEP]"]
 
 
 def test_a_trained_vocabulary_knows_its_words_and_is_the_same_every_time():
-    captions = [grammar.caption(a, np.random.default_rng(i))[0] for i, a in enumerate(random_faces(200))]
+    captions = [grammar.sample_caption(a, np.random.default_rng(i))[0] for i, a in enumerate(random_faces(200))]
     assert Tokenizer.train(captions).to_json() == TOKENIZER.to_json()
     ids = TOKENIZER(captions).ids
     assert (ids != TOKENIZER.wordpiece.token_to_id("[UNK]")).all() and ids.max() < TOKENIZER.vocab_size - 2
@@ -475,7 +483,7 @@ def test_captions_are_cleaned_and_cut_as_officially():
     assert clean_caption("o'clock, pale") == "o'clock, pale"
     assert len(clean_caption("word " * 100).split()) == 65
     long = Tokenizer.train(["word"])(["word " * 100])
-    assert long.sequences.longest == 65 and long.ids[-1] == 3, "65 tokens, [SEP] the last"
+    assert long.sequences.max_length == 65 and long.ids[-1] == 3, "65 tokens, [SEP] the last"
 
 
 # ---- losses.py ---------------------------------------------------------------------------------
@@ -487,7 +495,7 @@ def test_captions_are_cleaned_and_cut_as_officially():
 def test_negatives_are_other_people_drawn_evenly_at_hardness_0_and_by_softmax_among_them_at_1(
         similarity, identity, temperature, hardness, expected):
     similarity, identity = torch.tensor(similarity).float(), torch.tensor(identity)
-    found = losses.negative_probabilities(similarity, identity, temperature, hardness)
+    found = losses.hard_negative_probabilities(similarity, identity, temperature, hardness)
     close(found, torch.tensor(expected).float(), 1e-6)
 
 
@@ -523,13 +531,13 @@ def test_the_official_checkpoint_loads_with_nothing_missing_or_left_over_and_sav
 def test_tokens_features_and_logits_are_the_official_ones_computed_whole_or_for_first_tokens_alone(
         official, first):
     student, images, captions = official.eval().student, GOLDEN["eval.images"], golden_captions("eval")
-    (tokens, hidden), firsts = student.image(images, return_hidden=True), captions.sequences.firsts.long()
-    asked = captions.starting_with(student.text.enc_token if first == "enc" else 2)
-    joint, joint_alone = (student.text(asked, tokens, first_only=first_only) for first_only in (False, True))
+    (tokens, hidden), firsts = student.image(images, return_hidden=True), captions.sequences.first_index.long()
+    asked = captions.with_first_token(student.text.enc_id if first == "enc" else 2)
+    joint, joint_alone = (student.text(asked, tokens, first_token_only=first_token_only) for first_token_only in (False, True))
     for name, found in (
             ("image_tokens", tokens), *((f"hidden.layer_{k}", hidden[k]) for k in range(3)),
-            ("image_feat", student.encode_image(images)[1]), ("image_feat", student.image_features(images)),
-            ("text_feat", student.encode_text(captions)),
+            ("image_feat", student.image_tokens_and_features(images)[1]), ("image_feat", student.image_features(images)),
+            ("text_feat", student.text_features(captions)),
             (f"itm_logits_{first}", official.matching_head(joint[firsts])),
             (f"itm_logits_{first}", official.matching_head(joint_alone))):
         close(found, GOLDEN[f"eval.{name}"])
@@ -541,7 +549,7 @@ def official_step(model, part, identity, index=..., device="cpu"):
     """Momentum update and losses, which are the recorded ones, in the official order."""
     model.update_momentum(0.995)
     captions, alpha = golden_captions(part, index).to(device), GOLDEN[f"{part}.alpha"][index].item()
-    out = model(GOLDEN[f"{part}.images"][index].to(device), captions, identity.to(device), Knobs(alpha))
+    out = model(GOLDEN[f"{part}.images"][index].to(device), captions, identity.to(device), StepParams(alpha))
     close(out.itc.cpu(), GOLDEN[f"{part}.loss_itc"][index])
     close(out.itm.cpu(), GOLDEN[f"{part}.loss_itm"][index])
     return out
@@ -581,10 +589,10 @@ def test_ten_official_steps_with_a_queue_that_wraps_come_out_the_same(official, 
 
 def test_probabilities_of_negatives_and_the_loss_of_the_likeliest_are_the_official_ones(official):
     captions = golden_captions("hard")
-    tokens, features = official.student.encode_image(GOLDEN["hard.images"])
-    similarity, likeliest = official.student.encode_text(captions) @ features.T, []
+    tokens, features = official.student.image_tokens_and_features(GOLDEN["hard.images"])
+    similarity, likeliest = official.student.text_features(captions) @ features.T, []
     for cosines, name in ((similarity, "image_of_text"), (similarity.T, "text_of_image")):
-        found = losses.negative_probabilities(cosines, GOLDEN["hard.pair_ids"], official.temperature)
+        found = losses.hard_negative_probabilities(cosines, GOLDEN["hard.pair_ids"], official.temperature)
         close(found, GOLDEN[f"hard.probability_{name}"])
         likeliest.append(found.argmax(1))
         assert torch.equal(likeliest[-1], GOLDEN[f"hard.negative_{name}"])
@@ -594,10 +602,10 @@ def test_probabilities_of_negatives_and_the_loss_of_the_likeliest_are_the_offici
 @pytest.mark.parametrize("k, suffix", [(3, "_k"), (256, "")])
 def test_reranked_scores_are_the_official_ones_when_read_from_cls_as_there_and_the_others_follow_by_cosine(
         official, monkeypatch, k, suffix):
-    monkeypatch.setattr(Captions, "starting_with", lambda captions, token: captions)
+    monkeypatch.setattr(Captions, "with_first_token", lambda captions, token: captions)
     captions = golden_captions("eval")
-    tokens, features = official.eval().student.encode_image(GOLDEN["eval.images"])
-    similarity = (features @ official.student.encode_text(captions).T).detach()
+    tokens, features = official.eval().student.image_tokens_and_features(GOLDEN["eval.images"])
+    similarity = (features @ official.student.text_features(captions).T).detach()
     scores = rerank(official, tokens, captions, similarity, k)
     for found, cosine, name in zip(scores, (similarity, similarity.T), ("i2t", "t2i")):
         theirs = GOLDEN[f"eval.score_{name}{suffix}"]               # -100: not re-ranked
@@ -613,9 +621,9 @@ def test_a_matching_head_without_fault_ranks_by_the_probability_of_the_pair(hard
     torch.manual_seed(0)
     model = FLIP(dataclasses.replace(GOLDEN_CONFIG, hardness=hardness))
     truth, cosine, identity = torch.rand(5, 5), torch.rand(5, 5) * 2 - 1, torch.arange(5)
-    q = losses.negative_probabilities(cosine, identity, model.temperature, hardness)
+    q = losses.hard_negative_probabilities(cosine, identity, model.temperature, hardness)
     log_odds = (truth / q).log()
-    score = model.matching_score(torch.stack([torch.ones(5, 5), 1 + log_odds], -1), cosine)
+    score = model.rerank_score(torch.stack([torch.ones(5, 5), 1 + log_odds], -1), cosine)
     for row in range(5):
         others = identity != row            # a pair is never drawn as its own negative
         found = score[row, others] - truth[row, others].log()
@@ -676,8 +684,8 @@ def test_forward_changes_nothing_and_the_temperature_is_clamped_by_the_loop(offi
 def test_the_model_compiles_into_one_graph_forward_and_backward(backend, dropout):
     """ITC of a batch, and judging its captions with its images."""
     def loss_of(images, captions, identity):
-        judged = model.matching_logits(model.student.encode_image(images)[0].flip(0), captions)
-        return model(images, captions, identity, Knobs(with_itm=False)).itc + judged.square().sum()
+        judged = model.itm_logits(model.student.image_tokens_and_features(images)[0].flip(0), captions)
+        return model(images, captions, identity, StepParams(with_itm=False)).itc + judged.square().sum()
     model, results = small_flip(dropout=dropout), []
     trained = [p for p in model.parameters() if p.requires_grad]
     torch._dynamo.reset()
@@ -693,10 +701,10 @@ def test_negatives_are_drawn_with_their_probabilities():
     model, generator = small_flip(), torch.Generator().manual_seed(0)
     images, texts, identity = unit(4, 12), unit(4, 12), torch.tensor([1, 2, 1, 3])
     model.temperature.data.fill_(0.5)
-    draws = [model.draw_negatives(images, texts, identity, 1.0, generator) for _ in range(3000)]
+    draws = [model.sample_negatives(images, texts, identity, 1.0, generator) for _ in range(3000)]
     for side, similarity in ((0, texts @ images.T), (1, images @ texts.T)):
         found = torch.stack([F.one_hot(draw[side], 4) for draw in draws]).double().mean(0)
-        close(found.float(), losses.negative_probabilities(similarity, identity, 0.5), 0.03)
+        close(found.float(), losses.hard_negative_probabilities(similarity, identity, 0.5), 0.03)
 
 
 def test_our_checkpoint_brings_model_configuration_and_vocabulary(tmp_path):
@@ -755,8 +763,8 @@ def test_the_ink_of_a_sketch_lies_on_the_edges_of_its_picture_and_not_of_another
 def test_glasses_are_drawn_in_one_go_and_change_no_other_line():
     glasses = with_true("Eyeglasses")
     for i, attributes in enumerate(random_faces(10)):
-        without, wearing = (drawing_sketch.pen_path(*portrait.describe(chosen, np.random.default_rng(i)))[0]
-                            for chosen in (attributes & ~glasses, attributes | glasses))
+        without, wearing = (drawing_sketch.stroke_points(*portrait.build_shapes(chosen, np.random.default_rng(i)))[0]
+                         for chosen in (attributes & ~glasses, attributes | glasses))
         differs = (without != wearing[:len(without)]).any(1)
         first = differs.argmax() if differs.any() else len(without)
         assert first > len(without) / 3
@@ -765,9 +773,9 @@ def test_glasses_are_drawn_in_one_go_and_change_no_other_line():
 
 def test_every_part_of_a_portrait_is_drawn_by_some_face():
     parts = {shape.part for attributes in random_faces(300)
-             for shape in portrait.describe(attributes, np.random.default_rng(0))[1]}
+             for shape in portrait.build_shapes(attributes, np.random.default_rng(0))[1]}
     unseen = {"shade", "shine", "cheek", "makeup", "iris", "glint", "lid", "teeth"}
-    assert set(drawing_sketch.TURN) <= parts and parts - set(drawing_sketch.TURN) == unseen
+    assert set(drawing_sketch.ORDER_OF_PART) <= parts and parts - set(drawing_sketch.ORDER_OF_PART) == unseen
 
 
 @pytest.mark.parametrize("arguments, sentence", [
@@ -799,7 +807,7 @@ def facts_read_back(text):
     for fact, phrases in zip(FACTS, grammar.PHRASES):
         for kind, words in phrases:
             pattern = re.escape(words.lower()).replace(r"\{his\}", "(his|her|their)")
-            if kind in grammar.PARTS:      # "a big, pointy nose" or "her nose is pointy and big"
+            if kind in grammar.FACE_PARTS:      # "a big, pointy nose" or "her nose is pointy and big"
                 others = "|".join(re.escape(w) for p in grammar.PHRASES for k, w in p if k == kind)
                 pattern = (rf"\b{pattern}(, ({others}))* {kind}\b|"
                            rf"\b(his|her|their) {kind} (is|are) (({others}) and )*{pattern}\b")
@@ -814,25 +822,25 @@ def facts_read_back(text):
 def test_a_caption_says_what_it_reports_and_nothing_else():
     rng = np.random.default_rng(1)
     for attributes in (*random_faces(3000), np.ones(40, dtype=bool)):       # even who has everything
-        text, stated = grammar.caption(attributes, rng)
-        assert facts_read_back(text) == {FACTS[i] for i in np.flatnonzero(grammar.facts_said(stated))}, text
-        assert grammar.consistent(stated[None], attributes[None]).all()
+        text, stated = grammar.sample_caption(attributes, rng)
+        assert facts_read_back(text) == {FACTS[i] for i in np.flatnonzero(grammar.stated_facts(stated))}, text
+        assert grammar.satisfies(stated[None], attributes[None]).all()
 
 
 def test_every_phrase_of_the_grammar_reads_back_alone():
     for fact, phrases in enumerate(grammar.PHRASES):
-        texts = [grammar.write([fact], grammar.random.Random(seed)) for seed in range(100)]
+        texts = [grammar.verbalize([fact], grammar.random.Random(seed)) for seed in range(100)]
         assert all(facts_read_back(text) == {FACTS[fact]} for text in texts)
         for kind, words in phrases:         # each was there, in both forms where it has two
             forms = [words.split("{his}")[0]]
-            if kind in grammar.PARTS:
-                forms = [f"{words} {kind}", f"{kind} {grammar.PARTS[kind][1]} {words}"]
+            if kind in grammar.FACE_PARTS:
+                forms = [f"{words} {kind}", f"{kind} {grammar.FACE_PARTS[kind][1]} {words}"]
             assert all(form.lower() in " ".join(texts).lower() for form in forms), words
 
 
 def test_captions_have_the_lengths_and_the_variety_of_flips():
     rng = np.random.default_rng(2)
-    words = [grammar.caption(attributes, rng)[0].split() for attributes in random_faces(5000)]
+    words = [grammar.sample_caption(attributes, rng)[0].split() for attributes in random_faces(5000)]
     lengths = np.array([len(text) for text in words])
     assert lengths.min() >= 10 and lengths.max() <= 75 and 26 < lengths.mean() < 32
     assert 20 <= np.bincount(lengths // 3 * 3).argmax() + 1 <= 27
@@ -844,7 +852,7 @@ def test_captions_have_the_lengths_and_the_variety_of_flips():
 def test_log_likelihood_is_what_simulation_finds(names):
     """For all that captions of a face can state: probabilities add to 1, and agree with draws."""
     attributes, draws, rng = with_true(*names), 20_000, np.random.default_rng(0)
-    seen = Counter(grammar.caption(attributes, rng)[1].tobytes() for _ in range(draws))
+    seen = Counter(grammar.sample_caption(attributes, rng)[1].tobytes() for _ in range(draws))
     stated = np.array([np.frombuffer(key, dtype=np.int8) for key in seen])
     expected = np.exp(grammar.log_likelihood(stated, attributes[None]))[:, 0]
     observed = np.array(list(seen.values())) / draws
@@ -854,9 +862,9 @@ def test_log_likelihood_is_what_simulation_finds(names):
 
 def test_log_likelihood_rules_out_faces_that_contradict_the_caption():
     faces = random_faces(300)
-    stated = np.stack([grammar.caption(attributes, np.random.default_rng(0))[1] for attributes in faces])
+    stated = np.stack([grammar.sample_caption(attributes, np.random.default_rng(0))[1] for attributes in faces])
     fits = ((stated[:, None] == 0) | ((stated[:, None] > 0) == faces)).all(2)       # fact by fact
-    assert (grammar.consistent(stated, faces) == fits).all()
+    assert (grammar.satisfies(stated, faces) == fits).all()
     assert (np.isfinite(grammar.log_likelihood(stated, faces)) == fits).all()
 
 
@@ -870,15 +878,15 @@ def test_recall_shares_ties_by_chance():
 def test_references_on_captions_worked_by_hand():
     """Two men: 'a bald young man' fits one, 'a young man' both, but leaves baldness unsaid."""
     attributes = np.stack([with_true("Male", "Young", "Bald"), with_true("Male", "Young")])
-    references = grammar.reference_recalls(attributes.astype(np.int8), attributes, k=(1,))
+    references = grammar.reference_recall(attributes.astype(np.int8), attributes, k=(1,))
     assert references == {"consistency": {"text_to_image": {1: (1 + 1 / 2) / 2}, "image_to_text": {1: 3 / 4}},
                           "ceiling": {"text_to_image": {1: 1.0}, "image_to_text": {1: 1.0}}}
 
 
 def test_drawn_captions_are_as_hard_as_planned():
     faces, rng = random_faces(1000), np.random.default_rng(0)
-    stated = np.stack([grammar.caption(attributes, rng)[1] for attributes in faces])
-    consistency, ceiling = grammar.reference_recalls(stated, faces).values()
+    stated = np.stack([grammar.sample_caption(attributes, rng)[1] for attributes in faces])
+    consistency, ceiling = grammar.reference_recall(stated, faces).values()
     for direction in ("text_to_image", "image_to_text"):
         assert all(ceiling[direction][k] > consistency[direction][k] for k in (1, 5, 10))
     assert 0.6 < consistency["text_to_image"][5] < 0.8
@@ -896,7 +904,7 @@ def parts_of(folder):
 
 
 def names_in(faces):
-    return [path.stem for path in faces.pictures]
+    return [path.stem for path in faces.images]
 
 
 def write_pictures(folder, names, picture=lambda i: Image.new("RGB", (8, 8), (i % 256,) * 3)):
@@ -917,7 +925,7 @@ def write_captions(folder, records=None, name="train.json"):
 
 def test_a_caption_list_is_read_with_its_identities(tmp_path):
     faces = open_faces(write_captions(tmp_path))
-    assert [path.name for path in faces.pictures] == ["0.png", "1.png", "2.png", "3.png"]
+    assert [path.name for path in faces.images] == ["0.png", "1.png", "2.png", "3.png"]
     assert len(set(faces.identity[:2])) == len(set(faces.identity[2:])) == 1 < len(set(faces.identity))
     assert faces.captions[3] == ["face 3", "the face 3"] and faces.picture(1).size == (50, 60)
     assert {faces.caption(1, np.random.default_rng(s)) for s in range(20)} == {"face 1", "the face 1"}
@@ -963,8 +971,8 @@ def test_celeba_is_read_in_its_own_and_in_kaggles_layout(tmp_path, kaggle):
     train, val, test = parts_of(write_celeba(tmp_path, kaggle))
     assert (train.attributes == attributes[:4]).all() and (test.attributes == attributes[5:]).all()
     assert len(val) == 1 and len(set(train.identity)) == 4
-    assert val.picture(0).size == (178, 218) and val.pictures[0].name == "000005.jpg"
-    text, _ = grammar.caption(attributes[4], np.random.default_rng(0))
+    assert val.picture(0).size == (178, 218) and val.images[0].name == "000005.jpg"
+    text, _ = grammar.sample_caption(attributes[4], np.random.default_rng(0))
     assert val.caption(0, np.random.default_rng(0)) == text
 
 
@@ -986,12 +994,12 @@ def test_a_damaged_picture_is_named_in_one_sentence_also_by_a_worker(tmp_path):
     assert re.match("CelebA train, record 1: .*000002.jpg cannot be read completely: image file ", truncated)
     assert re.fullmatch("CelebA train, record 2: .*000003.jpg is not a picture", other)
     with pytest.raises(ValueError, match=r".jpg .* \(3 of 4 are lost, .* 1 percent\)$"):
-        data.readable(faces, 1.0, 16)
-    assert len(data.readable(faces, 75.0, 16)) == 1
-    error = error_of(take, data.Batches(faces, TOKENIZER, 16, 4, workers=1), 0, 1)
+        data.drop_unreadable(faces, 1.0, 16)
+    assert len(data.drop_unreadable(faces, 75.0, 16)) == 1
+    error = error_of(take, data.BatchLoader(faces, TOKENIZER, 16, 4, workers=1), 0, 1)
     assert re.match("CelebA train, record .: .*00000..jpg (cannot be read|is not a picture).* .1 of 4", error)
-    batch, = take(data.Batches(faces, TOKENIZER, 16, 4, workers=1, max_lost=75.0), 0, 1)
-    assert batch.lost.keys() == {1, 2, 3} and batch.identity.unique() == faces.identity[0]
+    batch, = take(data.BatchLoader(faces, TOKENIZER, 16, 4, workers=1, max_errors=75.0), 0, 1)
+    assert batch.errors.keys() == {1, 2, 3} and batch.identity.unique() == faces.identity[0]
 
 
 def write_mm_celeba(folder, numbers=(*range(2, 42), 24000, 24001), pickles=False):
@@ -1122,9 +1130,9 @@ def write_tar(folder, members={}, records=60, name="00000", **changes):
 
 def test_a_download_in_tars_is_read_in_place_cropped_and_split_by_address(tmp_path, capsys):
     parts = parts_of(write_tar(tmp_path, NO_PICTURE, 200, status="failed_to_download"))
-    names = [picture.name for faces in parts for picture in faces.pictures]
+    names = [picture.name for faces in parts for picture in faces.images]
     assert len(names) == len(set(names)) == 199 and "000000003.jpg" not in names
-    assert re.search("199 faces; left out, and listed in .*[.]lost: 1 x half a face", capsys.readouterr().out)
+    assert re.search("199 faces; left out, and listed in .*[.]errors: 1 x half a face", capsys.readouterr().out)
     addresses = [{int(texts[0].split()[1]) // 2 for texts in faces.captions} for faces in parts]
     assert len(set.union(*addresses)) == sum(map(len, addresses)) == 100
     i = next(i for i, texts in enumerate(parts[0].captions) if int(texts[0].split()[1]) % 4 == 2)
@@ -1141,8 +1149,8 @@ def test_every_face_comes_once_an_epoch_for_any_number_of_workers_and_processes(
     faces = pickle.loads(pickle.dumps(open_faces(tmp_path)))        # as a worker that is not forked has it
 
     def shown(start=0, rank=0, world=1, workers=0):
-        batches = data.Batches(faces, TOKENIZER, 8, 10 // world, 3, rank=rank, world=world, workers=workers)
-        seen = take(batches, start, batches.per_epoch - start)
+        batches = data.BatchLoader(faces, TOKENIZER, 8, 10 // world, 3, rank=rank, world_size=world, workers=workers)
+        seen = take(batches, start, batches.batches_per_epoch - start)
         return torch.cat([batch.identity for batch in seen]).tolist()
     whole = shown()
     assert len(set(whole)) == len(whole) == len(faces) // 10 * 10 > 160
@@ -1156,7 +1164,7 @@ def test_a_tar_of_which_only_the_count_is_there_is_counted_and_a_picture_is_in_o
     assert "00001.tar (10 of 100 are lost" in error_of(open_faces, tmp_path / "tars")
     for name, numbers in (("train.json", "01"), ("test.json", "002")):
         write_captions(tmp_path, [{"image": f"{n}.png", "caption": "a face"} for n in numbers], name)
-    train, test = (open_faces(tmp_path, split, max_lost=50) for split in ("train", "test"))
+    train, test = (open_faces(tmp_path, split, max_errors=50) for split in ("train", "test"))
     assert names_in(train) == ["0", "1"] and names_in(test) == ["2"]
 
 
@@ -1165,14 +1173,14 @@ def test_a_set_is_listed_once_until_it_changes_and_an_interrupted_listing_leaves
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         def interrupt(*_, **__):
             raise KeyboardInterrupt
-        patch.setattr(index, "examine", interrupt)
+        patch.setattr(index, "index_records", interrupt)
         open_faces(write_mm_celeba(tmp_path / "mm"))
     assert not list((tmp_path / "mm/cache").iterdir())
     faces = open_faces(write_tar(tmp_path / "tars"))
     with monkeypatch.context() as patch:
-        patch.setattr(tars, "list_tar", lambda tar, lost: pytest.fail("listed again"))
+        patch.setattr(tars, "read_tar", lambda tar, errors: pytest.fail("listed again"))
         again = open_faces(tmp_path / "tars")
-    assert [*again.captions, *again.pictures] == [*faces.captions, *faces.pictures]
+    assert [*again.captions, *again.images] == [*faces.captions, *faces.images]
     content = (tmp_path / "tars/00000.tar").read_bytes()
     (tmp_path / "tars/00000.tar").write_bytes(content.replace(b"face", b"dear"))        # of the same size
     assert "dear" in open_faces(tmp_path / "tars").captions[0][0]
@@ -1199,7 +1207,7 @@ def test_a_box_is_where_it_was_in_the_original_however_img2dataset_resized(tmp_p
                   "width": image.width, "height": image.height, "original_width": W, "original_height": H}
         members |= {f"{i:09d}.jpg": png_of(image), f"{i:09d}.json": json.dumps(record).encode()}
     write_tar(tmp_path, members, records=0)
-    for crop in open_faces(tmp_path).pictures:
+    for crop in open_faces(tmp_path).images:
         whole = np.asarray(crop._replace(box=()).open()).astype(int)
         rows, columns = np.nonzero((whole[..., 0] > 100) & (whole[..., 2] < 100))
         true = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
@@ -1218,10 +1226,10 @@ def test_half_broken_downloads_are_counted_by_kind_and_the_rest_is_read(tmp_path
     header, end = at["000000020.jpg"], at["000000090.json"] + 700
     for damage in (bytes(512), b"x" * 512):
         (tmp_path / "00000.tar").write_bytes(whole[:header] + damage + whole[header + 512:end])
-        assert "(19 of 102 are lost, which is more than --max_lost 1 perc" in error_of(open_faces, tmp_path)
-        assert len(open_faces(tmp_path, max_lost=20)) > 70
-        (rows,), (lost,) = ((tmp_path / "cache").glob(f"*.{suffix}") for suffix in ("npy", "lost"))
-        kinds = Counter(line.split(":")[0] for line in lost.read_text().splitlines())
+        assert "(19 of 102 are lost, which is more than --max_errors 1 perc" in error_of(open_faces, tmp_path)
+        assert len(open_faces(tmp_path, max_errors=20)) > 70
+        (rows,), (errors,) = ((tmp_path / "cache").glob(f"*.{suffix}") for suffix in ("npy", "errors"))
+        kinds = Counter(line.split(":")[0] for line in errors.read_text().splitlines())
         assert len(np.load(rows)) == 83 and kinds == {
             "damaged tar": 2, "half a face": 3, "json": 1, "picture": 2, "box": 1, "captions": 1,
             "missing": 9}
@@ -1243,11 +1251,11 @@ def test_no_face_of_a_damaged_tar_is_lost_without_being_counted(tmp_path, cases)
         if case % 3:
             path.write_bytes(damaged(path.read_bytes(), rng))
         begin = time.perf_counter()
-        rows, lines, lost = index.examine(lambda lost: tars.list_tar(path, lost), index.COLUMNS[:1])
-        assert 12 - len(lost) <= len(rows) <= 12 + len(members), (case, lost)
+        rows, lines, errors = index.index_records(lambda errors: tars.read_tar(path, errors), index.COLUMNS[:1])
+        assert 12 - len(errors) <= len(rows) <= 12 + len(members), (case, errors)
         for line in lines.splitlines():
             try:
-                Crop(path, *json.loads(line)["pictures"][1:]).open(16)
+                TarImage(path, *json.loads(line)["images"][1:]).open(16)
             except ValueError as error:
                 assert "\n" not in str(error)
         assert time.perf_counter() - begin < 10, case
@@ -1259,19 +1267,19 @@ def test_a_reduced_decoding_shows_what_a_whole_one_shows(tmp_path):
     for i in range(6):
         toyfaces.face(i, 0, 900)[0].resize((1000, 900)).save(tmp_path / "face.jpg", quality=92)
         for box in (None, (40.4, 100.0, 990.2, 871.5)):
-            whole = open_picture(tmp_path / "face.jpg")
+            whole = load_image(tmp_path / "face.jpg")
             plain = whole.resize((224, 224), Image.Resampling.BICUBIC, box)
-            image = open_picture(tmp_path / "face.jpg", box=box, size=224)
+            image = load_image(tmp_path / "face.jpg", box=box, size=224)
             assert np.abs(np.asarray(image).astype(int) - np.asarray(plain)).mean() < 1
     turned = Image.new("RGB", (400, 300), "white")
     turned.paste("black", (0, 0, 100, 100))
     exif = Image.Exif()
     exif[0x0112] = 6                                                # to be turned by 90 degrees
     turned.save(tmp_path / "face.jpg", exif=exif)
-    assert picture_size(tmp_path / "face.jpg") == (400, 300)
-    upright = open_picture(tmp_path / "face.jpg", size=30)
+    assert read_image_size(tmp_path / "face.jpg") == (400, 300)
+    upright = load_image(tmp_path / "face.jpg", size=30)
     assert upright.getpixel((25, 3)) < (9, 9, 9) and upright.getpixel((3, 3)) > (246, 246, 246)
-    as_stored = open_picture(tmp_path / "face.jpg", box=(1, 1, 99, 99), size=16)
+    as_stored = load_image(tmp_path / "face.jpg", box=(1, 1, 99, 99), size=16)
     assert np.asarray(as_stored).max() < 9
 
 
@@ -1290,11 +1298,11 @@ rank, world, workers, start = int(os.environ["RANK"]), int(os.environ["WORLD_SIZ
 begin = time.time()
 faces = data.open_faces(sys.argv[1], "train", cache=sys.argv[1] + "/cache")
 opened, seen, memory = time.time() - begin, [], []
-batches = data.Batches(faces, test_all.TOKENIZER, 16, 500 // world, augmented=False, rank=rank, world=world,
+batches = data.BatchLoader(faces, test_all.TOKENIZER, 16, 500 // world, augmented=False, rank=rank, world_size=world,
                        workers=workers)
-for n, batch in zip(range(start, batches.per_epoch), batches.from_batch(start)):
+for n, batch in zip(range(start, batches.batches_per_epoch), batches.iterate_from(start)):
     seen.append(batch.identity)
-    if n in (start + 5, batches.per_epoch - 1):
+    if n in (start + 5, batches.batches_per_epoch - 1):
         children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
         memory.append([own_memory(pid) for pid in (os.getpid(), *children)])
 np.save(f"{sys.argv[1]}/cache/seen-{rank}.npy", torch.cat(seen))
@@ -1333,7 +1341,7 @@ def test_a_million_faces_are_indexed_once_and_cost_a_process_almost_nothing(tmp_
     for attributes in random_faces(2000):
         file = io.BytesIO()
         Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(file, "jpeg")
-        texts.append(grammar.caption(attributes, rng)[0])
+        texts.append(grammar.sample_caption(attributes, rng)[0])
         jpegs.append(file.getvalue())
     for t in range(100):
         with tarfile.open(tmp_path / f"{t:05}.tar", "w") as tar:
@@ -1401,9 +1409,9 @@ def write_fs2k(folder):
 
 def test_fs2k_has_one_finished_sketch_of_each_photo_and_no_text(tmp_path):
     train, val, test = parts_of(write_fs2k(tmp_path))
-    assert [len(train), len(val), len(test)] == [18, 2, 10] and train.steps == 1 and not train.has_text
-    assert train.pictures[3] == tmp_path / "photo/photo1/image0103.png"
-    assert val.pictures[1] == tmp_path / "photo/photo2/image0109.jpg"
+    assert [len(train), len(val), len(test)] == [18, 2, 10] and train.sketch_steps == 1 and not train.has_text
+    assert train.images[3] == tmp_path / "photo/photo1/image0103.png"
+    assert val.images[1] == tmp_path / "photo/photo2/image0109.jpg"
     assert val.sketches[1] == [tmp_path / "sketch/sketch2/sketch0109.png"]
     white_on_black = 255 * np.eye(8, dtype=np.uint8)[..., None]
     assert (np.asarray(test.sketch(0, 0)) == white_on_black).all()
@@ -1426,10 +1434,10 @@ def write_sde(folder, style="{photo}_{step}", photo="photo1/image01{n:02d}", ste
     ("{photo}_{step}", "deep/photo1/image01{n:02d}")])
 def test_growing_sketches_find_their_photo_and_are_in_the_order_of_their_numbers(tmp_path, style, photo):
     train, val, test = parts_of(write_sde(tmp_path, style, photo))
-    assert [len(train), len(val), len(test), train.steps] == [13, 2, 5, 12] and train.captions is None
-    assert [path.stem[-9:] for path in val.pictures] == ["image0113", "image0114"]
+    assert [len(train), len(val), len(test), train.sketch_steps] == [13, 2, 5, 12] and train.captions is None
+    assert [path.stem[-9:] for path in val.images] == ["image0113", "image0114"]
     assert [train.sketch(2, t).getpixel((0, 0))[0] for t in range(12)] == list(range(1, 13))
-    assert all(path.stem[-9:] in str(sketches[0]) for path, sketches in zip(test.pictures, test.sketches))
+    assert all(path.stem[-9:] in str(sketches[0]) for path, sketches in zip(test.images, test.sketches))
     assert list(train.subset([4, 2]).sketches) == [train.sketches[4], train.sketches[2]]
 
 
@@ -1513,11 +1521,11 @@ def test_a_faulty_set_is_refused_with_one_sentence_and_no_pickle_runs(
 def test_the_grammar_read_backwards_finds_all_that_a_caption_states_and_nothing_else():
     rng = np.random.default_rng(0)
     for attributes in random_faces(300):
-        text, stated = grammar.caption(attributes, rng)
-        assert (report.facts_in(text) == grammar.facts_said(stated[None])[0]).all(), text
+        text, stated = grammar.sample_caption(attributes, rng)
+        assert (report.find_facts(text) == grammar.stated_facts(stated[None])[0]).all(), text
     officials = ("The man is chubby, with a slightly open mouth. He has a large nose, a goatee, a mustache, "
                  "an oval-shaped face, and a receding hairline.")
-    assert {grammar.FACTS[n] for n in np.flatnonzero(report.facts_in(officials))} == {
+    assert {grammar.FACTS[n] for n in np.flatnonzero(report.find_facts(officials))} == {
         "Male", "Chubby", "Mouth_Slightly_Open", "Big_Nose", "Goatee", "Mustache", "Oval_Face",
         "Receding_Hairline"}
 
@@ -1544,26 +1552,26 @@ def test_a_report_counts_copies_damage_and_words(tmp_path, monkeypatch, capsys):
 
 # ---- data.py: drawn faces ----------------------------------------------------------------------
 def test_drawn_faces_are_kept_and_an_interrupted_drawing_leaves_nothing(tmp_path, monkeypatch):
-    faces = data.drawn_faces(5, 24, 3, tmp_path)
+    faces = data.load_toy_faces(5, 24, 3, tmp_path)
     image, attributes = toyfaces.face(4, 3, 24)
-    assert (faces.pictures[4] == np.asarray(image)).all() and (faces.attributes[4] == attributes).all()
+    assert (faces.images[4] == np.asarray(image)).all() and (faces.attributes[4] == attributes).all()
     monkeypatch.setattr(toyfaces, "face", lambda *_: pytest.fail("drawn again"))
-    assert (data.drawn_faces(5, 24, 3, tmp_path).pictures == faces.pictures).all()
+    assert (data.load_toy_faces(5, 24, 3, tmp_path).images == faces.images).all()
 
     def interrupt(*_):
         raise KeyboardInterrupt
     monkeypatch.setattr(data, "tqdm", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        data.drawn_faces(6, 24, 3, tmp_path)
+        data.load_toy_faces(6, 24, 3, tmp_path)
     path, = tmp_path.iterdir()
     path.write_bytes(path.read_bytes()[:200])
-    error = error_of(data.drawn_faces, 5, 24, 3, tmp_path)
+    error = error_of(data.load_toy_faces, 5, 24, 3, tmp_path)
     assert f"{path}: expected faces drawn here; delete it, and they are drawn again" in error
 
 
 def test_drawn_sketches_are_of_the_drawn_faces(tmp_path):
-    faces = data.drawn_faces(4, 24, 3, tmp_path, steps=6)
-    assert (faces.pictures == data.drawn_faces(4, 24, 3, tmp_path).pictures).all() and faces.steps == 6
+    faces = data.load_toy_faces(4, 24, 3, tmp_path, steps=6)
+    assert (faces.images == data.load_toy_faces(4, 24, 3, tmp_path).images).all() and faces.sketch_steps == 6
     assert (faces.sketches[2] == toyfaces.sketch(2, 3, 24, 6)).all()
     assert (np.asarray(faces.subset([2]).sketch(0, 5)) == faces.sketches[2, 5][..., None]).all()
 
@@ -1593,11 +1601,11 @@ def drawn(count=20, size=16):
 
 
 TOKENIZER = bert.Tokenizer.train(
-    [grammar.caption(a, np.random.default_rng(i))[0] for i, a in enumerate(random_faces(200))])
+    [grammar.sample_caption(a, np.random.default_rng(i))[0] for i, a in enumerate(random_faces(200))])
 
 
 def take(batches, start, count):
-    return list(itertools.islice(batches.from_batch(start), count))
+    return list(itertools.islice(batches.iterate_from(start), count))
 
 
 def same(batch, *parts):
@@ -1608,10 +1616,10 @@ def same(batch, *parts):
 
 def test_batches_are_the_same_for_any_number_of_workers_or_processes_and_from_any_step():
     def some(start=0, count=12, seed=7, batch_size=4, **options):
-        return take(data.Batches(drawn(), TOKENIZER, 16, batch_size, seed, **options), start, count)
+        return take(data.BatchLoader(drawn(), TOKENIZER, 16, batch_size, seed, **options), start, count)
     whole = some()
     assert all(map(same, whole, some(workers=2))) and all(map(same, whole[7:], some(7, 5)))
-    assert all(map(same, whole, *(some(batch_size=2, rank=rank, world=2) for rank in (0, 1))))
+    assert all(map(same, whole, *(some(batch_size=2, rank=rank, world_size=2) for rank in (0, 1))))
     assert not same(whole[0], some(seed=8)[0])
     epochs = [torch.cat([batch.identity for batch in whole[e:e + 5]]).tolist() for e in (0, 5)]
     assert epochs[0] != epochs[1] and sorted(epochs[0]) == sorted(epochs[1]) == list(range(20))
@@ -1619,7 +1627,7 @@ def test_batches_are_the_same_for_any_number_of_workers_or_processes_and_from_an
 
 def test_the_loader_draws_nothing_from_the_models_random_numbers():
     state = torch.get_rng_state()
-    take(data.Batches(drawn(), TOKENIZER, 16, 4), 0, 3)
+    take(data.BatchLoader(drawn(), TOKENIZER, 16, 4), 0, 3)
     assert torch.equal(state, torch.get_rng_state())
 
 
@@ -1633,7 +1641,7 @@ def quick(out, cache, **changes):
     """A run of a few steps on a few drawn faces, with every part of the recipe in use."""
     settings = train_config.RECIPES["tiny"] | dict(
         out=str(out), cache=cache, faces=48, validation=20, steps=8, batch_size=8,
-        queue_size=20, queue_from=0.25, itm_from=0.1, itm_every=1, hard_ramp=(0.2, 0.6),
+        queue_size=20, queue_from=0.25, itm_from=0.1, itm_every=1, hardness_ramp=(0.2, 0.6),
         alpha_ramp=(0.2, 0.8), momentum_from=0.2, warmup=2, log_every=1, eval_every=6)
     return train_config.Config(**settings | changes)
 
@@ -1682,10 +1690,10 @@ def test_a_run_goes_on_from_a_flip_ours_or_official_and_at_another_image_size(
     official = dict(init=f"{tmp_path}/official.pth", vocabulary=f"{tmp_path}/tokenizer.json")
     for change in (dict(init=str(uninterrupted)), official):
         config = quick(tmp_path / "out", cache, image_size=64, queue_size=7, **change)
-        model = train.build_model(config, ViTConfig(64, 8, 128, 3, 4), None, train.open_initial(config))
+        model = train.build_model(config, ViTConfig(64, 8, 128, 3, 4), None, train.load_initial(config))
         learned, expected = model.student.state_dict(), before.student.state_dict()
         grid, resized = expected.pop("image.positions"), learned["image.positions"]
-        torch.testing.assert_close(resized, resize_positions(grid, 64))
+        torch.testing.assert_close(resized, resize_position_embedding(grid, 64))
         for part, other in ((learned, expected),
                             (model.momentum_encoder.state_dict(), model.student.state_dict()),
                             (model.matching_head.state_dict(), before.matching_head.state_dict())):
@@ -1699,8 +1707,8 @@ def test_a_run_goes_on_from_a_flip_ours_or_official_and_at_another_image_size(
     assert config.augment and not train_config.parse_arguments([]).augment
     model, _ = train.train(dataclasses.replace(config, steps=2, eval_every=2))
     assert model.config.vit.image_size == 64 and "2 steps are 0.4 passes over" in capsys.readouterr().out
-    faces = train.open_data(config, 64)[0].subset(range(20))
-    train.announce(config, faces, faces, 1, Tokenizer.train(["a face"]))
+    faces = train.load_data(config, 64)[0].subset(range(20))
+    train.print_plan(config, faces, faces, 1, Tokenizer.train(["a face"]))
     printed = capsys.readouterr().out
     assert "words of the captions are not in the vocabulary of --init, and are spelled" in printed
     assert "120.0 passes" in printed and "by heart: try --steps 75, or" in printed
@@ -1708,7 +1716,7 @@ def test_a_run_goes_on_from_a_flip_ours_or_official_and_at_another_image_size(
     for change, sentence in ((dict(init=official["init"]), "holds no vocabulary; give one with --vocabulary"),
                              (dict(init=str(uninterrupted), model="base"), "128 wide, that of --model base")):
         config = quick(tmp_path, cache, **change)
-        assert sentence in error_of(train.open_initial, config)
+        assert sentence in error_of(train.load_initial, config)
     assert "--init brings all weights" in error_of(quick, tmp_path, cache, init="a", bert="b")
     assert "--vocabulary is for an --init" in error_of(quick, tmp_path, cache, vocabulary="a")
     assert "is not a multiple of the patch" in error_of(train.train, quick(tmp_path, cache, image_size=50))
@@ -1725,6 +1733,23 @@ def test_resuming_takes_the_runs_flags_and_only_what_does_not_decide_it_may_be_n
     assert "continue that run with --resume" in error_of(train.train, anew)
 
 
+def test_old_names_of_flags_are_accepted_on_the_command_line_and_in_checkpoints(uninterrupted, tmp_path):
+    was = {f.metadata["was"]: f.name for f in dataclasses.fields(train_config.Config) if f.metadata["was"]}
+    assert set(was) == {"hard_ramp", "clip_grad", "muon_image", "muon_text", "max_lost"}
+    assert train_config.parse_arguments(["--hard_ramp", "0.1", "0.2", "--max_lost", "3"]) == train_config.Config(
+        **train_config.RECIPES["tiny"] | dict(hardness_ramp=(0.1, 0.2), max_errors=3.0))
+    saved = torch.load(uninterrupted / "flip.pt")
+    config = saved["training"]["config"]
+    for old, new in was.items():
+        config[old] = config.pop(new)
+    torch.save(saved, tmp_path / "flip.pt")
+    arguments = ["--resume", "--out", str(tmp_path), "--max_lost", "2"]
+    resumed = train_config.parse_arguments(arguments)
+    assert resumed.hardness_ramp == (0.2, 0.6) and resumed.max_errors == 2 and resumed.grad_clip == 1
+    error = error_of(train_config.parse_arguments, [*arguments, "--clip_grad", "2"])
+    assert "has --grad_clip 1.0 and goes on with it" in error
+
+
 def test_resuming_where_nothing_was_saved_yet_begins(tmp_path):
     assert train_config.parse_arguments(["--out", str(tmp_path), "--resume", "--steps", "7"]) == train_config.Config(
         **train_config.RECIPES["tiny"] | dict(out=str(tmp_path), resume=True, steps=7))
@@ -1736,7 +1761,7 @@ def test_a_run_leaves_log_and_pictures_and_a_checkpoint_that_evaluates_the_same(
     for name in pictures:
         Image.open(uninterrupted / name).load()
     config = quick(uninterrupted, cache)
-    validation = evaluation.Validation.of(train.open_data(config, 48)[1])
+    validation = evaluation.Validation.of(train.load_data(config, 48)[1])
     metrics, _ = evaluation.evaluate(FLIP.from_pretrained(uninterrupted), validation, config)
     assert metrics == pytest.approx({name: log_of(uninterrupted)[-1][name] for name in metrics})
 
@@ -1760,13 +1785,13 @@ def test_two_processes_have_the_losses_of_one_with_the_same_global_batch(tmp_pat
 def test_two_micro_batches_give_the_gradient_of_their_mean(tmp_path, cache):
     """Up to the queue, which the second already sees filled by the first."""
     config = quick(tmp_path, cache, accumulate=2, queue_from=1.0, alpha_ramp=(1, 1), momentum_from=1.0,
-                   clip_grad=0.0)
-    faces, _ = train.open_data(config, 48)
+                   grad_clip=0.0)
+    faces, _ = train.load_data(config, 48)
     model = train.build_model(config, train_config.TINY[0], faces, None).train()
-    first, second = take(data.Batches(faces, model.tokenizer, 48, 8), 0, 2)
+    first, second = take(data.BatchLoader(faces, model.tokenizer, 48, 8), 0, 2)
     gradients, optimizer = [], torch.optim.SGD([{"params": list(model.parameters()), "scale": 0.0}])
     optimizer.step = lambda: gradients.append(model.student.image.class_token.grad.clone())
-    run = train.Run(config, model, model, [optimizer], None, 3, None, None, 0)
+    run = train.TrainState(config, model, model, [optimizer], None, 3, None, None, 0)
     for batches in ([first], [second], [first, second]):
         train.train_step(run, batches, 0)
     close(gradients[2], (gradients[0] + gradients[1]) / 2, 1e-6)
@@ -1775,7 +1800,7 @@ def test_two_micro_batches_give_the_gradient_of_their_mean(tmp_path, cache):
 @pytest.mark.parametrize("image, text", [(0, 0), (4, 0), (3, 2)])
 def test_every_trained_parameter_is_in_one_optimiser_group_and_only_matrices_decay(image, text):
     model = small_flip()
-    optimizers = build_optimizers(model, 0.05, temperature_lr=0.1, muon_image=image, muon_text=text)
+    optimizers = build_optimizers(model, 0.05, temperature_lr=0.1, muon_lr_image=image, muon_lr_text=text)
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     hidden = {image: 4 * 6, text: 3 * 10}                       # depth x matrices of a block or layer
     for group in optimizers[1].param_groups if image else ():
@@ -1808,7 +1833,7 @@ def test_newton_schulz_brings_all_singular_values_to_about_one_and_keeps_the_vec
     torch.manual_seed(0)
     X = torch.randn(4, 8, 32) * torch.logspace(0, -2, 8)[:, None]
     U, S, V = torch.linalg.svd(X.double(), full_matrices=False)
-    inside = U.mT @ orthogonal(X).double() @ V.mT
+    inside = U.mT @ newton_schulz(X).double() @ V.mT
     values = inside.diagonal(dim1=1, dim2=2)
     assert 0.65 < values.min() and values.max() < 1.25 and (S.amax(1) / S.amin(1)).min() > 50
     close(inside, torch.diag_embed(values), 1e-4)
@@ -1822,15 +1847,15 @@ def test_the_base_recipe_is_the_papers():
     assert rate(23_925 * 40) == 1e-6
     for step in (0, 1000, 23_925, 60_000, 300_000):
         alpha = pytest.approx(0.4 * min(1, step / (2 * 23_925)))
-        assert train.knobs_at(step, config) == (alpha, 0.995, 61_440, 1.0, True)
+        assert train.schedule(step, config) == (alpha, 0.995, 61_440, 1.0, True)
 
 
 def test_the_tiny_recipe_starts_gently_and_ends_with_everything_on():
     config = train_config.parse_arguments([])
-    last = train.knobs_at(config.steps - config.steps % config.itm_every - config.itm_every, config)
-    assert train.knobs_at(0, config) == Knobs(0.0, 0.0, 0, 0.0, with_itm=False)
-    assert last == Knobs(config.alpha, config.momentum, config.queue_size, config.hardness, with_itm=True)
-    assert train.knobs_at(config.itm_from * config.steps, config).hardness == 0
+    last = train.schedule(config.steps - config.steps % config.itm_every - config.itm_every, config)
+    assert train.schedule(0, config) == StepParams(0.0, 0.0, 0, 0.0, with_itm=False)
+    assert last == StepParams(config.alpha, config.momentum, config.queue_size, config.hardness, with_itm=True)
+    assert train.schedule(config.itm_from * config.steps, config).hardness == 0
 
 
 @pytest.mark.parametrize("decay, quarter", [("cosine", 0.6 + 0.4 * 0.5 ** 0.5), ("linear", 0.8)])
@@ -1842,9 +1867,9 @@ def test_the_learning_rate_rises_over_the_warmup_and_falls_along_a_cosine_or_a_l
 
 
 def test_flags_are_the_configurations_fields_and_recipes_yield_to_them():
-    found = train_config.parse_arguments(["--steps", "7", "--no-augment", "--hard_ramp", "0.1", "0.2"])
+    found = train_config.parse_arguments(["--steps", "7", "--no-augment", "--hardness_ramp", "0.1", "0.2"])
     assert found == train_config.Config(
-        **train_config.RECIPES["tiny"] | dict(steps=7, augment=False, hard_ramp=(0.1, 0.2)))
+        **train_config.RECIPES["tiny"] | dict(steps=7, augment=False, hardness_ramp=(0.1, 0.2)))
     assert train_config.parse_arguments(["--epochs", "2"]).steps == 0, "or the recipe's steps would decide"
     assert train_config.parse_arguments(["--model", "base"]) == train_config.Config(model="base")
     with pytest.raises(SystemExit):
@@ -1852,9 +1877,9 @@ def test_flags_are_the_configurations_fields_and_recipes_yield_to_them():
 
 
 def test_a_retrieval_table_stands_beside_chance_and_both_references(uninterrupted, cache):
-    validation = evaluation.Validation.of(train.open_data(quick(uninterrupted, cache), 48)[1])
+    validation = evaluation.Validation.of(train.load_data(quick(uninterrupted, cache), 48)[1])
     metrics = {f"{way}_r{k}": 10.0 for way in ("img", "txt", "itc_img", "itc_txt") for k in (1, 5, 10)}
-    lines = evaluation.table(metrics, validation).splitlines()
+    lines = evaluation.recall_table(metrics, validation).splitlines()
     assert [line.split(" | ")[0][2:] for line in lines[2:]] == [
         "chance", "consistency", "ceiling", "this model, ITC alone", "this model, re-ranked",
         "share of consistency", "share of ceiling"]
@@ -1868,21 +1893,21 @@ def test_a_damaged_picture_met_in_training_costs_nothing_that_was_learned(tmp_pa
     assert "000012.jpg is not a picture" in error_of(train.train, config)
     saved = torch.load(tmp_path / "out" / "flip.pt")["training"]["step"]
     assert saved == max(line.get("step", 0) for line in log_of(tmp_path / "out")) > 0
-    train.train(dataclasses.replace(config, resume=True, max_lost=3.0))        # one of 38
+    train.train(dataclasses.replace(config, resume=True, max_errors=3.0))        # one of 38
     log = log_of(tmp_path / "out")
-    assert log[-1]["step"] == 30 and max(line.get("lost", 0) for line in log) == 1
+    assert log[-1]["step"] == 30 and max(line.get("num_errors", 0) for line in log) == 1
 
 
 # ---- finetune.py: numbers ----------------------------------------------------------------------
 def test_attribute_logits_and_loss_are_the_official_ones(official):
-    vectors = tasks.pooled(official.eval().student.image, GOLDEN["eval.images"]).detach()
+    vectors = tasks.pool_tokens(official.eval().student.image, GOLDEN["eval.images"]).detach()
     head = tasks.AttributeHead(vectors=12, width=24, labels=40)
     theirs = recorded("attr.")
     head.load_state_dict({"weights": theirs["layer_weights"].flatten(),
                           **{f"norm.{name}": theirs[f"ln.{name}"] for name in ("weight", "bias")},
                           **{f"linear.{name}": theirs[f"visual_proj.{name}"] for name in ("weight", "bias")}})
     close(head(vectors), theirs["logits"])
-    samples = tasks.Encoded(vectors=vectors, labels=theirs["target"].float())
+    samples = tasks.EncodedSplit(vectors=vectors, labels=theirs["target"].float())
     task = tasks.Attributes(finetune.Config(task="attributes"))
     close(task.loss(head, samples, torch.arange(8), None, 0), theirs["loss"])
 
@@ -1894,7 +1919,7 @@ def test_the_base_model_is_pooled_after_blocks_4_6_and_8_and_at_the_end():
         def __call__(self, images, return_hidden):
             hidden = [torch.full((1, 3, 2), float(block)) for block in range(1, 13)]
             return torch.full((1, 3, 2), 99.0), hidden
-    assert tasks.pooled(Image(), None)[0, :, 0].tolist() == [4, 4, 4, 6, 6, 6, 8, 8, 8, 99, 99, 99]
+    assert tasks.pool_tokens(Image(), None)[0, :, 0].tolist() == [4, 4, 4, 6, 6, 6, 8, 8, 8, 99, 99, 99]
 
 
 def test_early_retrieval_is_the_official_one():
@@ -1915,7 +1940,7 @@ def test_average_precision_and_balanced_accuracy_are_their_definitions():
     head.forward = lambda vectors: vectors[:, 0, :3]
     logits = torch.tensor([[1.0, -1, 2], [2.0, -1, 1], [-1.0, -1, 1], [3.0, -1, 1]])
     labels = torch.tensor([[1.0, 0, 1], [1, 0, 1], [1, 1, 1], [0, 0, 1]])       # the third everyone has
-    samples = tasks.Encoded(vectors=F.pad(logits, (0, 1))[:, None], labels=labels)
+    samples = tasks.EncodedSplit(vectors=F.pad(logits, (0, 1))[:, None], labels=labels)
     task = tasks.Attributes(finetune.Config(task="attributes", labels=("Male", "Young", "Bald")))
     found = task.metrics(head, samples)
     for name, expected in {"Male": [50, 100 / 3, 100 * (1 / 2 + 2 / 3 + 3 / 4) / 3, 75],
@@ -1949,7 +1974,7 @@ def test_the_loss_within_a_batch_is_the_symmetric_cross_entropy_with_positives_o
     targets /= targets.sum(1, keepdim=True)
     expected = (F.cross_entropy(rows @ keys.detach().T / temperature, targets)
                 + F.cross_entropy(keys @ rows.detach().T / temperature, targets)) / 2
-    found = tasks.contrast(rows, keys, identity, temperature)
+    found = tasks.in_batch_contrastive_loss(rows, keys, identity, temperature)
     close(found, expected, 1e-9)
     ours, theirs = (torch.cat(torch.autograd.grad(loss, (rows, keys))) for loss in (found, expected))
     close(ours, theirs, 1e-9)
@@ -1958,7 +1983,7 @@ def test_the_loss_within_a_batch_is_the_symmetric_cross_entropy_with_positives_o
 def test_a_caption_is_one_of_its_pictures():
     image_of_text, indices = torch.tensor([0, 0, 1, 2, 2, 2]), torch.tensor([2, 0, 1])
     rng = np.random.default_rng(0)
-    drawn = torch.stack([tasks.caption_of(image_of_text, indices, rng) for _ in range(50)])
+    drawn = torch.stack([tasks.sample_caption_index(image_of_text, indices, rng) for _ in range(50)])
     assert (image_of_text[drawn] == indices).all()
     assert [len(column.unique()) for column in drawn.T] == [3, 2, 1]
 
@@ -1968,7 +1993,7 @@ def test_a_caption_is_one_of_its_pictures():
 def tuned(uninterrupted, cache, tmp_path):
     """Makes the configuration of a run of a few steps on a few faces; the drawn ones' recipe."""
     def config(task, **changes):
-        settings = tasks.TASKS[task].recipe | tasks.TASKS[task].drawn | dict(
+        settings = tasks.TASKS[task].recipe | tasks.TASKS[task].toy_recipe | dict(
             task=task, checkpoint=(f"{uninterrupted}/flip.pt",), out=str(tmp_path), cache=cache, faces=24,
             validation=4, test=8, epochs=3, batch_size=8, itm_every=1)
         return finetune.Config(**settings | changes)
@@ -2029,7 +2054,7 @@ def test_a_run_repeats_itself_and_half_precision_tokens_on_disk_give_what_whole_
     def scores(out):
         return finetune.finetune(tuned("retrieval", out=str(tmp_path / out), random=False))[0].final["scores"]
     one, two = scores("a"), scores("b")
-    monkeypatch.setattr(tasks, "storage", lambda shape, folder: torch.empty(shape))
+    monkeypatch.setattr(tasks, "temporary_memmap", lambda shape, folder: torch.empty(shape))
     three = scores("c")
     assert torch.equal(one, two) and not torch.equal(one, three)
     close(three, one, 0.02)
@@ -2039,8 +2064,8 @@ def test_a_run_repeats_itself_and_half_precision_tokens_on_disk_give_what_whole_
 
 def test_a_share_of_the_training_part_is_drawn_by_the_seed_and_lies_in_every_larger_one(
         tuned, tmp_path, monkeypatch):
-    seen, settings = [], dict(random=False, faces=20, shares=(0.1, 1.0, 0.01, 0.5))
-    monkeypatch.setattr(finetune, "tune", lambda *arguments: seen.append(set(arguments[3].tolist())))
+    seen, settings = [], dict(random=False, faces=20, fractions=(0.1, 1.0, 0.01, 0.5))
+    monkeypatch.setattr(finetune, "train_head", lambda *arguments: seen.append(set(arguments[3].tolist())))
     for seed in (3, 4):
         finetune.finetune(tuned("attributes", out=str(tmp_path / str(seed)), seed=seed, **settings))
     assert [len(chosen) for chosen in seen] == [1, 2, 10, 20] * 2
@@ -2050,15 +2075,15 @@ def test_a_share_of_the_training_part_is_drawn_by_the_seed_and_lies_in_every_lar
 @pytest.mark.parametrize("values, kept", [([5.0, 4, 3, 2], 0), ([1.0, 7, 9, 8], 2), ([1.0, 2, 3, 4], 3)])
 def test_what_was_best_on_the_validation_part_is_kept_even_if_that_is_what_tuning_began_with(
         tuned, tmp_path, values, kept):
-    task, head, weights = tasks.Attributes(tuned("attributes", evaluations=3)), nn.Linear(2, 1), []
+    task, head, weights = tasks.Attributes(tuned("attributes", num_evaluations=3)), nn.Linear(2, 1), []
 
     def metrics(head, samples):
         assert samples == "validation"
         weights.append(head.weight.detach().clone())
-        return dict.fromkeys(task.titles, values[len(weights) - 1])
+        return dict.fromkeys(task.columns, values[len(weights) - 1])
     task.metrics, task.loss = metrics, lambda *_: head(torch.ones(2)).sum()
-    log, training = Log(tmp_path / "log.jsonl", []), tasks.Encoded(count=4)
-    finetune.tune(task, head, training, torch.arange(4), "validation", log)
+    log, training = Log(tmp_path / "log.jsonl", []), tasks.EncodedSplit(count=4)
+    finetune.train_head(task, head, training, torch.arange(4), "validation", log)
     assert len(weights) == 4 and not torch.equal(weights[0], weights[1])
     assert torch.equal(head.weight, weights[kept])
 
@@ -2078,7 +2103,7 @@ def test_the_test_part_decides_nothing(tuned, tmp_path, monkeypatch):
 def test_a_table_has_a_column_for_each_share_and_a_row_for_each_encoder_the_last_first():
     metrics = {"accuracy": 1.0, "balanced": 2.0, "average_precision": 3.0}
     shares = dict.fromkeys((0.02, 1.0), metrics | {"baseline": metrics})
-    task = tasks.Attributes(finetune.Config(task="attributes", shares=(1.0, 0.02)))
+    task = tasks.Attributes(finetune.Config(task="attributes", fractions=(1.0, 0.02)))
     table = finetune.table([finetune.Result(name, {}, shares) for name in "ab"], task)
     header, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
     assert header[:3] == ["%", "accuracy, 2 %", "accuracy, 100 %"]
@@ -2128,7 +2153,7 @@ def test_sketches_are_tuned_with_captions_or_with_no_vocabulary(tuned, uninterru
     (_, model), = finetune.open_encoders(config)
     task = tasks.Sketch(config)
     samples = task.encode(model.requires_grad_(False).eval(), task.open("train", model), for_training=True)
-    task.learner(model, samples)
+    task.trainable_module(model, samples)
     task.loss(model, samples, torch.arange(8), np.random.default_rng(0), 0).backward()
     assert model.student.image_projection.weight.grad is not None
     for part in (model.matching_head, model.student.text_projection):
@@ -2139,7 +2164,7 @@ def test_sketches_are_tuned_with_captions_or_with_no_vocabulary(tuned, uninterru
 def test_sketches_are_shown_to_the_encoder_dark_on_light(tuned, uninterrupted, monkeypatch):
     task, model, shown = tasks.Sketch(tuned("sketch")), FLIP.from_pretrained(uninterrupted).eval(), []
 
-    def watched(compute, read, count, model, title, lost=None):
+    def watched(compute, read, count, model, title, errors=None):
         shown.append(np.mean([np.asarray(read(i, 48)).mean() for i in range(count)]))
         return torch.zeros(count, 1)
     monkeypatch.setattr(task, "encode_pictures", watched)
@@ -2196,11 +2221,11 @@ def test_search_shows_the_best_by_matching_logit_plus_cosine_and_names_what_it_c
     captions = model.tokenizer([query])
     with torch.no_grad():
         for path in folder.rglob("*.jpg"):
-            pixels = to_tensor([to_pixels(open_picture(path), 48)])
-            tokens, feature = model.student.encode_image(pixels)
-            cosine = (feature @ model.student.encode_text(captions).T).item()
-            logits = model.matching_logits(tokens, captions)
-            score = model.matching_score(logits, torch.tensor([cosine])).item()
+            pixels = normalize_batch([resize_to_array(load_image(path), 48)])
+            tokens, feature = model.student.image_tokens_and_features(pixels)
+            cosine = (feature @ model.student.text_features(captions).T).item()
+            logits = model.itm_logits(tokens, captions)
+            score = model.rerank_score(logits, torch.tensor([cosine])).item()
             line = f"{score:6.2f} {cosine:7.3f} {100 * logits.softmax(1)[0, 1]:6.1f} %  {path}"
             scores[line.replace("\x1b", "\\x1b")] = score
     assert printed.splitlines()[-5:-1] == sorted(scores, key=scores.get, reverse=True)[:4]
@@ -2215,11 +2240,11 @@ def test_ten_lines_of_python_compare_pictures_and_sentences_as_both_losses_do(un
     assert model.training and not cosines.requires_grad and cosines.shape == (130, 2)
     model.eval()
     for i in (0, 2):
-        tokens, feature = model.student.encode_image(to_tensor([to_pixels(Image.open(paths[i]), 48)]))
-        expected = feature @ model.student.encode_text(model.tokenizer(texts)).T
+        tokens, feature = model.student.image_tokens_and_features(normalize_batch([resize_to_array(Image.open(paths[i]), 48)]))
+        expected = feature @ model.student.text_features(model.tokenizer(texts)).T
         torch.testing.assert_close(cosines[i], expected[0])
         for t, text in enumerate(texts):
-            expected = model.matching_logits(tokens, model.tokenizer([text])).softmax(1)[0, 1]
+            expected = model.itm_logits(tokens, model.tokenizer([text])).softmax(1)[0, 1]
             torch.testing.assert_close(matches[i, t], expected)
     turned = Image.open(paths[0]).rotate(90, expand=True)       # and its note says so, as a camera's would
     turned.getexif()[274] = 6
@@ -2238,26 +2263,26 @@ def test_ten_lines_of_python_compare_pictures_and_sentences_as_both_losses_do(un
 
 
 def test_what_the_patches_add_is_in_all_what_the_picture_has_over_a_grey_one(uninterrupted):
-    model, pictures = FLIP.from_pretrained(uninterrupted), [Image.fromarray(x) for x in drawn(3, 48).pictures]
-    added = search.relevance(model, pictures, "a man", steps=100)
+    model, pictures = FLIP.from_pretrained(uninterrupted), [Image.fromarray(x) for x in drawn(3, 48).images]
+    added = search.attribute_patches(model, pictures, "a man", steps=100)
     assert added.shape == (3, 6, 6)
-    pixels = to_tensor([to_pixels(picture, 48) for picture in pictures])
+    pixels = normalize_batch([resize_to_array(picture, 48) for picture in pictures])
     with torch.no_grad():
-        logits = [model.matching_logits(model.student.encode_image(shown)[0], model.tokenizer(["a man"] * 3))
+        logits = [model.itm_logits(model.student.image_tokens_and_features(shown)[0], model.tokenizer(["a man"] * 3))
                   for shown in (pixels, 0 * pixels)]
     picture, grey = (each[:, 1] - each[:, 0] for each in logits)
     torch.testing.assert_close(added.sum((1, 2)), picture - grey, atol=1e-3, rtol=1e-3)
     # a patch that is grey itself adds nothing
     grey = np.tile(MEAN.numpy() * 255, (48, 48, 1)).round().astype(np.uint8)
     grey[8:16, 40:] = 0
-    [added] = search.relevance(model, Image.fromarray(grey), "a man")
+    [added] = search.attribute_patches(model, Image.fromarray(grey), "a man")
     assert added[1, 5].abs() > 0.8 * added.abs().sum()      # the rest: grey is rounded to 8 bits
 
 
 def test_a_sentence_is_explained_phrase_by_phrase_beside_each_face(uninterrupted, tmp_path, monkeypatch):
     query = "She is a smiling woman with blond hair and freckles, who is not wearing a hat and a tie."
     phrases = ["a smiling woman", "blond hair", "not wearing a hat", "a tie"]
-    assert search.phrases_of(query, TOKENIZER) == phrases
+    assert search.split_phrases(query, TOKENIZER) == phrases
     out = tmp_path / "found.png"
     monkeypatch.setattr(sys, "argv", ["search.py", "--checkpoint", f"{uninterrupted}/flip.pt", "--top", "2",
                                       "--images", str(write_celeba(tmp_path)), "--out", str(out), "--explain",
@@ -2290,7 +2315,7 @@ def test_the_page_answers_with_faces_and_says_where_a_phrase_was_read(uninterrup
     calls, names = {}, ("Blocks", "Markdown", "Textbox", "State", "Gallery", "Image", "SelectData")
     page = SimpleNamespace(**dict.fromkeys(names, Part), Error=RuntimeError, Warning=warnings.warn)
     model, folder = FLIP.from_pretrained(uninterrupted), write_celeba(tmp_path)
-    features = search.folder_features(model, folder, tmp_path / "features.pt")
+    features = search.encode_folder(model, folder, tmp_path / "features.pt")
     monkeypatch.setitem(sys.modules, "gradio", page)
     search.serve(model, folder, tmp_path / "features.pt", 3)
     assert calls["options"] == {"server_name": "127.0.0.1", "inbrowser": True}
@@ -2318,11 +2343,11 @@ def test_pictures_keep_their_proportions_on_a_sheet_and_the_frame_has_a_legend()
 
 def test_search_computes_features_of_new_pictures_only(uninterrupted, tmp_path, monkeypatch):
     folder, model, opened = write_celeba(tmp_path), FLIP.from_pretrained(uninterrupted).eval(), []
-    before = search.folder_features(model, folder, tmp_path / "features.pt")
-    monkeypatch.setattr(search, "open_picture",
-                        lambda path, **size: opened.append(path) or open_picture(path, **size))
+    before = search.encode_folder(model, folder, tmp_path / "features.pt")
+    monkeypatch.setattr(search, "load_image",
+                        lambda path, **size: opened.append(path) or load_image(path, **size))
     Image.new("RGB", (9, 9)).save(folder / "new.png")
-    after = search.folder_features(model, folder, tmp_path / "features.pt")
+    after = search.encode_folder(model, folder, tmp_path / "features.pt")
     assert opened == [folder / "new.png"] and len(after) == 7
     assert all(torch.equal(after[path], before[path]) for path in before)
 
@@ -2389,22 +2414,22 @@ def test_imports_run_down_only():
 @pytest.mark.parametrize("call, sentence", [
     (lambda: train_config.Config(batch_size=0), "--batch_size 0: expected at least 1"),
     (lambda: train_config.Config(alpha=2.0), "--alpha 2.0: expected at least 0 and at most 1"),
-    (lambda: train_config.Config(hard_ramp=(0.9, 0.1)), "--hard_ramp (0.9, 0.1): expected two numbers, the smaller"),
+    (lambda: train_config.Config(hardness_ramp=(0.9, 0.1)), "--hardness_ramp (0.9, 0.1): expected two numbers, the smaller"),
     (lambda: train_config.Config(model="huge"), "--model huge: expected one of tiny, base, large"),
     (lambda: train_config.Config(lr=float("nan")), "--lr nan: expected at least 0"),
     (lambda: finetune.Config(labels=("Smilling",)), "--labels ('Smilling',): expected one of 5_o_Clock_"),
-    (lambda: finetune.Config(shares=(0.1, 2.0)), "--shares (0.1, 2.0): expected at least"),
+    (lambda: finetune.Config(fractions=(0.1, 2.0)), "--fractions (0.1, 2.0): expected at least"),
     (lambda: finetune.Config("attributes", labels=("Male", "Male")), "('Male', 'Male'): expected each once"),
     (lambda: finetune.Config("sketch", labels=("Male",)), "--labels is for attributes, not for sketch"),
-    (lambda: tasks.storage((2 ** 30, 2 ** 30), "."), "GB free, but"),
+    (lambda: tasks.temporary_memmap((2 ** 30, 2 ** 30), "."), "GB free, but"),
     (lambda: drawn(3).subset([]), "drawn: no faces, expected at least one in this part"),
     (lambda: dataclasses.replace(drawn(3), captions=[["a"]] * 2), "drawn: 3 pictures, but 2 entries in c"),
-    (lambda: data.Batches(dataclasses.replace(drawn(), attributes=None), TOKENIZER, 8, 2),
+    (lambda: data.BatchLoader(dataclasses.replace(drawn(), attributes=None), TOKENIZER, 8, 2),
      "drawn: expected captions, or attributes to write them from, found none"),
-    (lambda: data.Batches(drawn(6), TOKENIZER, 16, 4, world=2), "drawn: 6 faces are fewer than a batch of 8"),
+    (lambda: data.BatchLoader(drawn(6), TOKENIZER, 16, 4, world_size=2), "drawn: 6 faces are fewer than a batch of 8"),
     (lambda: FLIP(small_flip().config, Tokenizer.train(["a smiling woman"])), "27 entries"),
-    (lambda: small_flip().draw_negatives(unit(3, 12), unit(3, 12), torch.tensor([4, 4, 4])), "same person"),
-    (lambda: small_flip().draw_negatives(unit(3, 12) * torch.nan, unit(3, 12), torch.arange(3)), "diverged"),
+    (lambda: small_flip().sample_negatives(unit(3, 12), unit(3, 12), torch.tensor([4, 4, 4])), "same person"),
+    (lambda: small_flip().sample_negatives(unit(3, 12) * torch.nan, unit(3, 12), torch.arange(3)), "diverged"),
 ])
 def test_what_cannot_be_meant_is_refused_with_one_sentence(call, sentence):
     assert sentence in error_of(call)
@@ -2477,7 +2502,7 @@ def default_run(tmp_path_factory):
 def test_the_default_run_finds_faces_more_often_than_knowing_all_attributes_does(default_run):
     """Text to image; by as much as RESULTS.md says, but for three points."""
     config, metrics = default_run
-    references = evaluation.Validation.of(train.open_data(config, 48)[1]).references
+    references = evaluation.Validation.of(train.load_data(config, 48)[1]).references
     assert 60 <= references["consistency"][1] <= 80 and references["ceiling"][0] > 65
     assert all(metrics[name] >= least for name, least in (("img_r1", 48), ("img_r5", 78), ("img_r10", 86)))
 
@@ -2485,10 +2510,10 @@ def test_the_default_run_finds_faces_more_often_than_knowing_all_attributes_does
 def patches_of(index, seed, parts, patch=8, fine=5):
     """Which of the 6 x 6 patches of a drawn face have one of these parts on at least a tenth."""
     rng = np.random.default_rng((seed, index))
-    look, shapes = portrait.describe(toyfaces.sample_attributes(rng), rng)
+    look, shapes = portrait.build_shapes(toyfaces.sample_attributes(rng), rng)
     shown = Image.new("L", (48 * fine, 48 * fine))
     pen = ImageDraw.Draw(shown)
-    for shape, line in zip(shapes, portrait.outlines(look, shapes, shown.width, 5)):
+    for shape, line in zip(shapes, portrait.project_outlines(look, shapes, shown.width, 5)):
         if shape.part in parts and shape.width:
             pen.line(line.ravel().tolist(), 1, round(shape.width * look.scale * shown.width))
         elif shape.part in parts:
@@ -2501,7 +2526,7 @@ def test_a_phrase_is_read_where_on_the_face_it_is(default_run):
     """`pytest -m slow -k is_read_where -s` prints RESULTS.md's table."""
     model = FLIP.from_pretrained(default_run[0].out)
     torch.manual_seed(0)
-    untrained = train.new_model(model.config, model.tokenizer).eval()
+    untrained = train.init_model(model.config, model.tokenizer).eval()
     told = {"Eyeglasses": ("glasses", ["glasses"]), "Wearing_Hat": ("a hat", ["hat"]),
             "Mustache": ("a mustache", ["moustache"]), "Wearing_Earrings": ("earrings", ["earring"]),
             "Wearing_Necktie": ("a tie", ["tie"]), "Smiling": ("smiling", ["lips", "mouth", "teeth"])}
@@ -2511,7 +2536,7 @@ def test_a_phrase_is_read_where_on_the_face_it_is(default_run):
         inside = np.stack([patches_of(i, 21, parts) for i in chosen])
         row = [100 * inside.mean()]
         for each in (model, untrained):
-            added = search.relevance(each, [faces[i][0] for i in chosen], phrase).clamp(min=0)
+            added = search.attribute_patches(each, [faces[i][0] for i in chosen], phrase).clamp(min=0)
             shares = (added / added.sum((1, 2), keepdim=True)).numpy()
             row.append(100 * (shares * inside).sum((1, 2)).mean())
         ratios.append([row[1] / row[0], row[2] / row[0]])
@@ -2572,12 +2597,12 @@ def test_a_loaded_model_is_in_evaluation_mode(uninterrupted):
 
 
 def test_a_loss_that_is_no_number_ends_the_run_with_its_step_though_itm_is_off(tmp_path, cache):
-    config = quick(tmp_path, cache, itm_from=1.0, lr=1e18, clip_grad=0.0, log_every=2)
+    config = quick(tmp_path, cache, itm_from=1.0, lr=1e18, grad_clip=0.0, log_every=2)
     assert re.match("a loss of step [2-8] is not a finite number", error_of(train.train, config))
 
 
 def test_weights_that_are_no_numbers_never_replace_good_ones_and_are_refused_on_loading(tmp_path, cache):
-    run = train.prepare(quick(tmp_path, cache))
+    run = train.setup(quick(tmp_path, cache))
     save(run, 1)
     good = (tmp_path / "flip.pt").read_bytes()
     with torch.no_grad():
@@ -2618,9 +2643,9 @@ def test_sizes_out_of_range_are_sentences_before_memory_is_taken(uninterrupted, 
 
 def test_words_that_the_vocabulary_lacks_are_named():
     tokenizer = Tokenizer.train(["a man with glasses, o'clock"])
-    assert tokenizer.words("A bald man with red glasses.")[1] == ["bald", "red"]
-    assert tokenizer.words("man/xyz Ω ?") == (["man"], ["xyz", "ω"]) and tokenizer.words("???") == ([], [])
-    assert tokenizer.words("a man, o'clock")[1] == []
+    assert tokenizer.split_known("A bald man with red glasses.")[1] == ["bald", "red"]
+    assert tokenizer.split_known("man/xyz Ω ?") == (["man"], ["xyz", "ω"]) and tokenizer.split_known("???") == ([], [])
+    assert tokenizer.split_known("a man, o'clock")[1] == []
 
 
 def test_a_search_for_words_of_which_none_is_known_says_so(uninterrupted, tmp_path, monkeypatch):
@@ -2632,11 +2657,11 @@ def test_a_search_for_words_of_which_none_is_known_says_so(uninterrupted, tmp_pa
 def test_a_named_pipe_and_an_odd_cache_are_passed_over(uninterrupted, tmp_path):
     model, cache = FLIP.from_pretrained(uninterrupted), tmp_path / "features.pt"
     os.mkfifo(write_pictures(tmp_path / "faces", ["0.png"]) / "pipe.png")
-    (picture, feature), = search.folder_features(model, tmp_path / "faces", cache).items()
+    (picture, feature), = search.encode_folder(model, tmp_path / "faces", cache).items()
     (key, _), = torch.load(cache).items()
     for odd in ([1, 2], {key: 3}, {key: feature * torch.nan}):
         torch.save(odd, cache)
-        found = search.folder_features(model, tmp_path / "faces", cache)
+        found = search.encode_folder(model, tmp_path / "faces", cache)
         assert found.keys() == {picture} and torch.equal(found[picture], feature)
 
 
@@ -2654,7 +2679,7 @@ def test_what_would_be_misread_is_refused(tmp_path):
 
 
 def test_a_model_of_depth_5_is_pooled_at_four_depths_too():
-    vectors = tasks.pooled(ViT(ViTConfig(32, 8, 24, 5, 3)), torch.zeros(1, 3, 32, 32))
+    vectors = tasks.pool_tokens(ViT(ViTConfig(32, 8, 24, 5, 3)), torch.zeros(1, 3, 32, 32))
     assert vectors.shape == (1, 12, 24) and len(vectors[0].unique(dim=0)) == 12
 
 
@@ -2742,10 +2767,10 @@ atexit.register(report, "after")                # is called last: train.py regis
 sys.path.insert(0, {str(ROOT)!r})
 import train
 config = train.parse_arguments({["--out", str(tmp_path / "run"), "--cache", cache, *SHORT]})
-run = train.prepare(config)
-run = run._replace(wrapped=train.DistributedDataParallel(run.model, find_unused_parameters=True))
+run = train.setup(config)
+run = run._replace(ddp_model=train.DistributedDataParallel(run.model, find_unused_parameters=True))
 report("during")
-train.train_step(run, [next(run.batches.from_batch(0))], 0)
+train.train_step(run, [next(run.loader.iterate_from(0))], 0)
 del run
 """
     group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "1", "RANK": "0"}
@@ -2828,7 +2853,7 @@ def what_can_break(tmp_path, uninterrupted):
         FLIP(model.config, Tokenizer.load(path))
 
     def features(path):
-        found = search.folder_features(model, tmp_path / "search", path)
+        found = search.encode_folder(model, tmp_path / "search", path)
         return {picture: feature.sum() for picture, feature in found.items()}
     features(tmp_path / "cache.pt")
     readers = {"vocab.txt": use, "tokenizer.json": use, "flip.pt": weights_sum, "cache.pt": features}
@@ -2874,6 +2899,6 @@ def test_every_shipped_kernel_compiles_for_a100_and_h100_without_spilling(compil
     assert compiling.returncode == 0, errors[-2000:]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines()[2:]]
     kernels, dtypes, _, _, capabilities, _, spilled, _ = zip(*rows)
-    assert set(kernels) == {"forward_kernel", "query_kernel", "key_kernel", "sums_kernel"}
+    assert set(kernels) == {"fwd_kernel", "bwd_dq_kernel", "bwd_dkdv_kernel", "triton_sums_kernel"}
     assert set(zip(dtypes, capabilities)) == set(itertools.product(("fp16", "bf16", "fp32"), ("8.0", "9.0")))
     assert set(spilled) == {"0"}

@@ -36,16 +36,16 @@ import numpy as np
 from PIL import Image, ImageFilter
 from tqdm import tqdm
 
-from captions import ATTRIBUTES, caption
-from common.images import PICTURES, contact_sheet
+from captions import ATTRIBUTES, sample_caption
+from common.images import IMAGE_SUFFIXES, contact_sheet
 from common.script import run_script
-from drawing.portrait import BEARDS, describe, paint
-from drawing.sketch import ink, pen_path
+from drawing.portrait import BEARDS, build_shapes, render
+from drawing.sketch import rasterize_strokes, stroke_points
 
 # ---- who there is: frequencies close to CelebA's -------------------------------------------------
-MALE = 0.42
-YOUNG = {False: 0.87, True: 0.64}  # given Male
-POPULATION = {  # young woman, older woman, young man, older man
+P_MALE = 0.42
+P_YOUNG = {False: 0.87, True: 0.64}  # given Male
+P_INDEPENDENT = {  # young woman, older woman, young man, older man
     "Arched_Eyebrows":   (.43, .36, .06, .06),
     "Attractive":        (.74, .28, .38, .07),
     "Bags_Under_Eyes":   (.07, .28, .27, .49),
@@ -64,7 +64,7 @@ POPULATION = {  # young woman, older woman, young man, older man
     "Wearing_Earrings":  (.29, .40, .03, .015),
     "Wearing_Lipstick":  (.83, .68, .005, .005),
 }
-EXCLUSIVE = (  # at most one of each block
+P_EXCLUSIVE = (  # at most one of each block
     {"Black_Hair":        (.22, .12, .36, .20),
      "Blond_Hair":        (.24, .26, .03, .02),
      "Brown_Hair":        (.26, .20, .20, .09),
@@ -78,7 +78,7 @@ EXCLUSIVE = (  # at most one of each block
     {"Wearing_Necklace":  (.20, .21, .01, .005),
      "Wearing_Necktie":   (.002, .002, .11, .28)},
 )
-GIVEN = {  # attribute: another one, probability with it, probability without it
+P_CONDITIONAL = {  # attribute: another one, probability with it, probability without it
     "Mouth_Slightly_Open": ("Smiling", .76, .22),
     "High_Cheekbones":     ("Smiling", .80, .13),
     "Heavy_Makeup":        ("Wearing_Lipstick", .80, .01),
@@ -95,18 +95,18 @@ HAIR = ("Black_Hair", "Blond_Hair", "Brown_Hair", "Gray_Hair", "Straight_Hair", 
 def sample_attributes(rng):
     """The labels of one person: the tables above, read from top to bottom."""
     chance = dict(zip(ATTRIBUTES, rng.random(len(ATTRIBUTES)).tolist()))
-    male = chance["Male"] < MALE
-    young = chance["Young"] < YOUNG[male]
+    male = chance["Male"] < P_MALE
+    young = chance["Young"] < P_YOUNG[male]
     group = 2 * male + (not young)
     has = {"Male": male, "Young": young}
-    for name, probability in POPULATION.items():
+    for name, probability in P_INDEPENDENT.items():
         has[name] = chance[name] < probability[group]
-    for block in EXCLUSIVE:
+    for block in P_EXCLUSIVE:
         left = chance[next(iter(block))]  # one draw for the block; each name owns an interval of it
         for name, probability in block.items():
             has[name] = 0 <= left < probability[group]
             left -= probability[group]
-    for name, (other, with_it, without_it) in GIVEN.items():
+    for name, (other, with_it, without_it) in P_CONDITIONAL.items():
         has[name] = chance[name] < (with_it if has[other] else without_it)
     if has["Bald"]:
         has.update(dict.fromkeys(HAIR, False))
@@ -116,9 +116,9 @@ def sample_attributes(rng):
 # ---- faces and sketches --------------------------------------------------------------------------
 def draw(attributes, rng, size=64):
     """One face, size x size; `rng` decides only what no attribute mentions."""
-    look, shapes = describe(attributes, rng)
+    look, shapes = build_shapes(attributes, rng)
     oversampling = 3 if size < 128 else 2
-    image = paint(look, shapes, size * oversampling).reduce(oversampling)
+    image = render(look, shapes, size * oversampling).reduce(oversampling)
     if attributes[ATTRIBUTES.index("Blurry")]:
         image = image.filter(ImageFilter.GaussianBlur(size / 26))
     return image
@@ -135,10 +135,10 @@ def sketch(index, seed=0, size=64, steps=70):
     """(steps, size, size) uint8: face `index` of the set `seed` while it is drawn, white on black,
     in the end complete. Every step adds the same length of line."""
     rng = np.random.default_rng((seed, index))
-    places, lengths = pen_path(*describe(sample_attributes(rng), rng))
+    points, lengths = stroke_points(*build_shapes(sample_attributes(rng), rng))
     drawn = np.cumsum(lengths)
     step = np.ceil(drawn / drawn[-1] * steps).astype(int) - 1
-    return ink(places, step, steps, size)
+    return rasterize_strokes(points, step, steps, size)
 
 
 # ---- sheets, and the command ---------------------------------------------------------------------
@@ -189,7 +189,7 @@ def write_tars(folder, count, size, seed, per_tar=1000):
                 photo, jpeg = Image.new("RGB", (edge, edge), ground), io.BytesIO()
                 photo.paste(image, (x, y))
                 photo.save(jpeg, "jpeg", quality=95)
-                captions = [caption(attributes, rng)[0] for _ in range(2)]
+                captions = [sample_caption(attributes, rng)[0] for _ in range(2)]
                 record = {"status": "success", "url": f"drawn://{seed}/{index}", "caption": captions,
                           "box": str([x, y, x + size, y + size]), "width": edge, "height": edge,
                           "original_width": edge, "original_height": edge}
@@ -217,8 +217,8 @@ def main():
         if value < low:
             raise ValueError(f"--{flag} {value}: expected at least {low}")
     for path in (args.sheet, args.sketch):
-        if path and path.suffix.lower() not in PICTURES:
-            raise ValueError(f"{path}: expected a picture's name, one that ends in {', '.join(PICTURES)}")
+        if path and path.suffix.lower() not in IMAGE_SUFFIXES:
+            raise ValueError(f"{path}: expected a picture's name, one that ends in {', '.join(IMAGE_SUFFIXES)}")
     if args.sheet:
         contact_sheet(attribute_rows(96), tile=96).save(args.sheet)
     if args.sketch:

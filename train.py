@@ -36,15 +36,15 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from bert import Tokenizer
-from common.distributed import autocast, rank_and_world, start_processes
+from common.distributed import autocast, init_distributed, rank_and_world_size
 from common.optim import build_optimizers, set_learning_rate
-from common.resume import Log, read_run, save, stop_on_interrupt
+from common.resume import Log, graceful_stop, load_run, save
 from common.script import run_script
-from common.weights import load_bert, load_clip, resize_positions
+from common.weights import load_bert, load_clip, resize_position_embedding
 from config import MODELS, TINY, Config, parse_arguments
-from data import Batches, drawn_faces, open_faces, readable
-from evaluation import Validation, evaluate_and_draw, table
-from flip import FLIP, FLIPConfig, Knobs
+from data import BatchLoader, drop_unreadable, load_toy_faces, open_faces
+from evaluation import Validation, evaluate_and_draw, recall_table
+from flip import FLIP, FLIPConfig, StepParams
 
 
 # ---- schedules: pure functions of the step -------------------------------------------------------
@@ -72,54 +72,54 @@ def learning_rate(step, config, steps_per_epoch):
                         config.lr_decay)
 
 
-def knobs_at(step, config):
+def schedule(step, config):
     """All else that changes during a run."""
     queue_length = config.queue_size        # in the paper full from the start, of random negatives
     if config.queue_from > 0:               # used later, only what was written so far counts
-        pairs_seen = step * config.accumulate * config.batch_size * rank_and_world()[1]
+        pairs_seen = step * config.accumulate * config.batch_size * rank_and_world_size()[1]
         queue_length = min(config.queue_size, pairs_seen) if step >= config.queue_from * config.steps else 0
-    return Knobs(alpha=config.alpha * ramp(step / config.steps, *config.alpha_ramp),
-                 momentum=config.momentum if step >= config.momentum_from * config.steps else 0.0,
-                 queue_length=queue_length,
-                 hardness=config.hardness * ramp(step / config.steps, *config.hard_ramp),
-                 with_itm=step >= config.itm_from * config.steps and step % config.itm_every == 0)
+    return StepParams(alpha=config.alpha * ramp(step / config.steps, *config.alpha_ramp),
+                      momentum=config.momentum if step >= config.momentum_from * config.steps else 0.0,
+                      queue_length=queue_length,
+                      hardness=config.hardness * ramp(step / config.steps, *config.hardness_ramp),
+                      with_itm=step >= config.itm_from * config.steps and step % config.itm_every == 0)
 
 
 # ---- the step and the loop -----------------------------------------------------------------------
-class Run(NamedTuple):
+class TrainState(NamedTuple):
     """What the loop works on."""
     config: Config                  # with the number of steps decided
     model: FLIP
-    wrapped: nn.Module              # the model itself, or DistributedDataParallel around it
+    ddp_model: nn.Module            # the model itself, or DistributedDataParallel around it
     optimizers: list[torch.optim.Optimizer]
-    batches: Batches
+    loader: BatchLoader
     steps_per_epoch: int
     validation: "Validation"
     log: "Log"
-    start: int                      # the first step to do
+    start_step: int                     # the first step to do
 
 
 def train_step(run, micro_batches, step):
     """One step on `accumulate` micro-batches; everything that changes state is here. Returns (ITC,
     ITM) as one tensor (2,); ITM is 0 in steps that do not train it."""
-    config, model, rank = run.config, run.model, rank_and_world()[0]
-    device, knobs = model.temperature.device, knobs_at(step, config)
-    torch.manual_seed(seed_of(config.seed, step, rank))                         # dropout
-    generator = torch.Generator().manual_seed(seed_of(config.seed, step))       # negatives: one draw for all
-    model.update_momentum(knobs.momentum)
+    config, model, rank = run.config, run.model, rank_and_world_size()[0]
+    device, params = model.temperature.device, schedule(step, config)
+    torch.manual_seed(derive_seed(config.seed, step, rank))                     # dropout
+    generator = torch.Generator().manual_seed(derive_seed(config.seed, step))   # negatives: one draw for all
+    model.update_momentum(params.momentum)
     losses = torch.zeros(2, device=device)
     for number, batch in enumerate(micro_batches, start=1):
         # DistributedDataParallel averages gradients in the last backward only; without it this does
         # nothing.
-        run.wrapped.require_backward_grad_sync = number == len(micro_batches)
+        run.ddp_model.require_backward_grad_sync = number == len(micro_batches)
         with autocast(config, device):
             batch = batch.to(device)
-            out = run.wrapped(batch.images, batch.captions, batch.identity, knobs, generator)
+            out = run.ddp_model(batch.images, batch.captions, batch.identity, params, generator)
             ((out.itc + out.itm) / len(micro_batches)).backward()
         model.enqueue(out.image_keys, out.text_keys, out.identity)
         losses += torch.stack([out.itc, out.itm]).detach() / len(micro_batches)
-    if config.clip_grad:
-        nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad)
+    if config.grad_clip:
+        nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
     set_learning_rate(run.optimizers, learning_rate(step, config, run.steps_per_epoch))
     for optimizer in run.optimizers:
         optimizer.step()
@@ -130,23 +130,23 @@ def train_step(run, micro_batches, step):
 
 def train(config):
     """The whole run; returns the trained model and its metrics."""
-    run = prepare(config)
-    config, log, rank = run.config, run.log, rank_and_world()[0]
+    run = setup(config)
+    config, log, rank = run.config, run.log, rank_and_world_size()[0]
     is_due = lambda done: done % config.eval_every == 0 or done == config.steps
     # A checkpoint is saved before its evaluation, which is therefore still to do.
-    metrics = evaluate_and_draw(run, run.start) if run.start and is_due(run.start) else None
-    stream = run.batches.from_batch(run.start * config.accumulate)
+    metrics = evaluate_and_draw(run, run.start_step) if run.start_step and is_due(run.start_step) else None
+    stream = run.loader.iterate_from(run.start_step * config.accumulate)
     recent, begin, saved = [], time.time(), time.time()
-    bar = tqdm(range(run.start, config.steps), "training", initial=run.start, total=config.steps,
+    bar = tqdm(range(run.start_step, config.steps), "training", initial=run.start_step, total=config.steps,
                disable=rank > 0)
-    with stop_on_interrupt() as stop:
+    with graceful_stop() as stop:
         for step in bar:
             recent.append(train_step(run, next_batches(run, stream, step, stop), step))
             done = step + 1
             if done % config.log_every == 0 or done == config.steps:
-                line = summarise(recent, range(done - len(recent), done), run)
+                line = mean_losses(recent, range(done - len(recent), done), run)
                 log.write(step=done, **line, seconds=(time.time() - begin) / len(recent),
-                          lost=len(run.batches.lost))
+                          num_errors=len(run.loader.errors))
                 bar.set_postfix(itc=line["itc"], itm=line["itm"])
                 recent, begin = [], time.time()
             if is_due(done) or time.time() - saved > 60 * config.save_every:
@@ -157,7 +157,7 @@ def train(config):
                 metrics = evaluate_and_draw(run, done)
                 begin += time.time() - paused
     if rank == 0:
-        print(f"{table(metrics, run.validation)}\n"
+        print(f"{recall_table(metrics, run.validation)}\n"
               f"{config.out}: flip.pt, log.jsonl, curves.png, retrieval.png")
     return run.model, metrics
 
@@ -176,18 +176,18 @@ def next_batches(run, stream, step, stop):
     if dist.is_initialized():
         dist.all_reduce(ends)
     failed, stopped = (ends > 0).tolist()
-    if (failed or stopped) and step > run.start:
+    if (failed or stopped) and step > run.start_step:
         save(run, step)
     if failed:
         raise ValueError(f"{problem or 'another process could not read its batch'} "
                          f"({step} steps are saved: --resume)")
     if stopped:
-        first = rank_and_world()[0] == 0                    # one sentence, not one from each process
+        first = rank_and_world_size()[0] == 0               # one sentence, not one from each process
         raise SystemExit(f"stopped after step {step}; continue with --resume" if first else 1)
     return micro_batches
 
 
-def summarise(losses, steps, run):
+def mean_losses(losses, steps, run):
     """Mean losses of the recent steps over all processes; ITM is None where no step trained it."""
     stacked = torch.stack(losses)                                               # (steps, 2)
     bad, total = (~stacked.isfinite()).any(1).float(), stacked.sum(0)           # (steps,), (2,)
@@ -197,76 +197,76 @@ def summarise(losses, steps, run):
         total /= dist.get_world_size()
     if bad.any():
         raise ValueError(f"a loss of step {steps[int(bad.argmax())] + 1} is not a finite number: training "
-                         f"has diverged; begin again with a smaller --lr, or with --clip_grad")
+                         f"has diverged; begin again with a smaller --lr, or with --grad_clip")
     itc, itm = total.tolist()
-    matched = sum(knobs_at(step, run.config).with_itm for step in steps)
+    matched = sum(schedule(step, run.config).with_itm for step in steps)
     return {"itc": itc / len(losses), "itm": itm / matched if matched else None,
             "temperature": run.model.temperature.item(),
             "lr": learning_rate(steps[-1], run.config, run.steps_per_epoch)}
 
 
-def seed_of(*numbers):
+def derive_seed(*numbers):
     """One seed that depends on all the numbers and on how many they are (alone, SeedSequence
     ignores a last 0)."""
     return int(np.random.SeedSequence((len(numbers), *numbers)).generate_state(1)[0])
 
 
 # ---- what a run starts from ----------------------------------------------------------------------
-def prepare(config):
+def setup(config):
     """Data, model and optimisers, new or as the checkpoint in --out has them."""
-    device, (rank, world) = start_processes(), rank_and_world()
+    device, (rank, world_size) = init_distributed(), rank_and_world_size()
     path = Path(config.out) / "flip.pt"
     if path.exists() and not config.resume:
         raise ValueError(f"{path} is there already; continue that run with --resume, or choose another --out")
-    checkpoint = read_run(path) if path.exists() else {}
+    checkpoint = load_run(path) if path.exists() else {}
     saved = checkpoint.get("training")
     if config.resume and not saved and rank == 0:
         print(f"nothing was saved in {config.out} yet: the run begins")
     if rank > 0:
         dist.barrier()              # until the first process has drawn or listed data, and downloaded weights
-    model = FLIP.from_pretrained(path, saved=checkpoint) if saved else open_initial(config)
+    model = FLIP.from_pretrained(path, saved=checkpoint) if saved else load_initial(config)
     vit = model.config.vit if model else MODELS[config.model][0]
     vit = dataclasses.replace(vit, image_size=config.image_size or vit.image_size)
-    faces, validation = open_data(config, vit.image_size)
-    if saved and (saved["processes"], saved["faces"]) != (world, len(faces)):
+    faces, validation = load_data(config, vit.image_size)
+    if saved and (saved["processes"], saved["faces"]) != (world_size, len(faces)):
         raise ValueError(f"--resume: the run in {path} had {saved['processes']} processes and "
-                         f"{saved['faces']} faces, now there are {world} and {len(faces)}; use the same")
+                         f"{saved['faces']} faces, now there are {world_size} and {len(faces)}; use the same")
     if not saved:
         model = build_model(config, vit, faces, initial=model)
     model.to(device).train()
-    if rank == 0 and world > 1:
+    if rank == 0 and world_size > 1:
         dist.barrier()
-    batches = Batches(faces, model.tokenizer, model.config.vit.image_size, config.batch_size,
-                           config.seed, config.augment, rank, world, config.workers, config.max_lost)
-    steps_per_epoch = batches.per_epoch // config.accumulate
+    batches = BatchLoader(faces, model.tokenizer, model.config.vit.image_size, config.batch_size,
+                           config.seed, config.augment, rank, world_size, config.workers, config.max_errors)
+    steps_per_epoch = batches.batches_per_epoch // config.accumulate
     if steps_per_epoch == 0:
-        raise ValueError(f"an epoch has {batches.per_epoch} batches, fewer than --accumulate "
+        raise ValueError(f"an epoch has {batches.batches_per_epoch} batches, fewer than --accumulate "
                          f"{config.accumulate}")
     config = dataclasses.replace(config, steps=config.steps or config.epochs * steps_per_epoch)
     if rank == 0 and not saved:
-        announce(config, faces, validation, world, model.tokenizer)
+        print_plan(config, faces, validation, world_size, model.tokenizer)
     optimizers = build_optimizers(model, config.weight_decay, config.beta2, config.temperature_lr,
-                                  config.muon_image, config.muon_text)
+                                  config.muon_lr_image, config.muon_lr_text)
     for optimizer, state in zip(optimizers, saved["optimizers"] if saved else ()):
         optimizer.load_state_dict(state)
     lines = saved["log"] if saved else [{"config": asdict(config)}]
     log = Log(Path(config.out) / "log.jsonl", lines, writes=rank == 0)
-    wrapped = model if world == 1 else DistributedDataParallel(
+    ddp_model = model if world_size == 1 else DistributedDataParallel(
         model, broadcast_buffers=False, find_unused_parameters=config.itm_from > 0 or config.itm_every > 1)
-    return Run(config, model, wrapped, optimizers, batches, steps_per_epoch, Validation.of(validation), log,
-               start=saved["step"] if saved else 0)
+    return TrainState(config, model, ddp_model, optimizers, batches, steps_per_epoch, Validation.of(validation), log,
+                      start_step=saved["step"] if saved else 0)
 
 
-def open_data(config, size):
+def load_data(config, size):
     """Faces to train on, faces to validate on, in a size that suits size x size pixels."""
     if config.data:
         train, validation = (
-            open_faces(config.data, split, config.cache, config.columns, config.max_lost)
+            open_faces(config.data, split, config.cache, config.columns, config.max_errors)
             for split in ("train", "val"))
         validation = validation.subset(range(min(config.validation, len(validation))))
-        return train, readable(validation, config.max_lost, size)  # or every evaluation would stop
-    return (drawn_faces(config.faces, size, seed=0, folder=config.cache),
-            drawn_faces(config.validation, size, seed=1, folder=config.cache))
+        return train, drop_unreadable(validation, config.max_errors, size)  # or every evaluation would stop
+    return (load_toy_faces(config.faces, size, seed=0, folder=config.cache),
+            load_toy_faces(config.validation, size, seed=1, folder=config.cache))
 
 
 @torch.no_grad()
@@ -284,10 +284,10 @@ def build_model(config, vit, faces, initial):
     posterior = config.posterior or initial is not None and initial.config.hardness is not None
     hardness = config.hardness if posterior else None
     flip_config = FLIPConfig(vit, bert, embed_dim, config.queue_size, hardness)
-    model = new_model(flip_config, tokenizer)
+    model = init_model(flip_config, tokenizer)
     if initial:                     # all that is learned; queue and momentum encoder begin anew
         learned = initial.student.state_dict()
-        learned["image.positions"] = resize_positions(learned["image.positions"], vit.patches)
+        learned["image.positions"] = resize_position_embedding(learned["image.positions"], vit.num_patches)
         model.student.load_state_dict(learned)
         model.matching_head.load_state_dict(initial.matching_head.state_dict())
         model.temperature.copy_(initial.temperature)
@@ -299,7 +299,7 @@ def build_model(config, vit, faces, initial):
     return model
 
 
-def open_initial(config):
+def load_initial(config):
     """The model that --init names, or None."""
     if not config.init:
         return None
@@ -308,13 +308,13 @@ def open_initial(config):
     if width != expected:
         raise ValueError(f"--init {config.init}: its image encoder is {width} wide, that of --model "
                          f"{config.model} {expected}; give the --model whose size, and recipe, it has")
-    initial.need_tokenizer()
+    initial.require_tokenizer()
     return initial
 
 
-def announce(config, faces, validation, world, tokenizer):
+def print_plan(config, faces, validation, world_size, tokenizer):
     """Say how long the run is, and what about it will disappoint."""
-    passes = config.steps * config.accumulate * config.batch_size * world / len(faces)
+    passes = config.steps * config.accumulate * config.batch_size * world_size / len(faces)
     chance = 100 * min(1, 10 / len(validation))
     print(f"{len(faces):,} faces to train on, {len(validation):,} to validate on; {config.steps:,} steps are "
           f"{passes:.1f} passes over the former")
@@ -325,7 +325,7 @@ def announce(config, faces, validation, world, tokenizer):
         print(f"among {len(validation)} faces chance alone reaches {chance:.0f} % at R@10: figures say more "
               f"with more faces to validate on (at most --validation {config.validation})")
     if config.init:
-        unknown = Counter(word for text in sample_captions(faces, 500) for word in tokenizer.words(text)[1])
+        unknown = Counter(word for text in sample_captions(faces, 500) for word in tokenizer.split_known(text)[1])
         if unknown:
             words = ", ".join(word for word, _ in unknown.most_common(10))
             print(f"{len(unknown)} words of the captions are not in the vocabulary of --init, and are "
@@ -333,7 +333,7 @@ def announce(config, faces, validation, world, tokenizer):
 
 
 @torch.no_grad()
-def new_model(flip_config, tokenizer):
+def init_model(flip_config, tokenizer):
     """A FLIP with random weights, CLIP's and BERT's initial values, or, for the tiny model, which
     starts from nothing else, larger ones: Xavier for all linear layers; in the text encoder's
     self-attention, values and outputs larger still, since BERT's 0.02 at width 128 leaves [CLS]

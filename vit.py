@@ -34,8 +34,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 
-from common.images import open_picture, to_pixels, to_tensor
-from common.script import check_sizes, run_script
+from common.images import load_image, normalize_batch, resize_to_array
+from common.script import check_ranges, run_script
 from common.weights import load_clip
 from kernels.attention import Sequences, attention
 
@@ -49,7 +49,7 @@ class ViTConfig:
     heads: int = 12
 
     def __post_init__(self):
-        check_sizes(self, image_size=10_000, patch_size=10_000, width=20_000, depth=200, heads=1000)
+        check_ranges(self, image_size=10_000, patch_size=10_000, width=20_000, depth=200, heads=1000)
         if self.image_size % self.patch_size:
             raise ValueError(f"ViT: image size {self.image_size} is not a multiple of the patch size "
                              f"{self.patch_size}")
@@ -57,7 +57,7 @@ class ViTConfig:
             raise ValueError(f"ViT: width {self.width} is not a multiple of the {self.heads} heads")
 
     @property
-    def patches(self):
+    def num_patches(self):
         return (self.image_size // self.patch_size) ** 2
 
 
@@ -89,7 +89,7 @@ def quick_gelu(x):
     return F.silu(1.702 * x) / 1.702
 
 
-class Block(nn.Module):
+class ViTBlock(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.norm_attention = nn.LayerNorm(config.width)
@@ -98,14 +98,14 @@ class Block(nn.Module):
         self.up = nn.Linear(config.width, 4 * config.width)
         self.down = nn.Linear(4 * config.width, config.width)
 
-    def forward(self, x, sequences, first_only=False):
-        """x (B L, D) packed -> the same; with first_only -> (B, D), computed for the first token of
+    def forward(self, x, sequences, first_token_only=False):
+        """x (B L, D) packed -> the same; with first_token_only -> (B, D), computed for the first token of
         each image alone (it still looks at the whole image). That is for the last block, when what
         follows reads no other token."""
         y = self.norm_attention(x)
         query, query_sequences = y, sequences
-        if first_only:
-            x, query = x.index_select(0, sequences.firsts), y.index_select(0, sequences.firsts)     # (B, D)
+        if first_token_only:
+            x, query = x.index_select(0, sequences.first_index), y.index_select(0, sequences.first_index)  # (B, D)
             query_sequences = Sequences.uniform(len(x), 1, x.device)
         x = x + self.attention(query, query_sequences, y, sequences)
         return x + self.down(quick_gelu(self.up(self.norm_mlp(x))))
@@ -118,16 +118,16 @@ class ViT(nn.Module):
         D, patch = config.width, config.patch_size
         self.patch_embedding = nn.Conv2d(3, D, patch, stride=patch, bias=False)
         self.class_token = nn.Parameter(torch.empty(D))
-        self.positions = nn.Parameter(torch.empty(config.patches + 1, D))
+        self.positions = nn.Parameter(torch.empty(config.num_patches + 1, D))
         self.norm_before = nn.LayerNorm(D)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(ViTBlock(config) for _ in range(config.depth))
         self.norm_after = nn.LayerNorm(D)
-        self.initialise()
+        self.init_weights()
 
-    def forward(self, images, first_only=False, return_hidden=False):
+    def forward(self, images, first_token_only=False, return_hidden=False):
         """images (B, 3, S, S) -> tokens (B, L, D), the class token first.
 
-        first_only: the class tokens (B, D), for which the last block computes nothing else.
+        first_token_only: the class tokens (B, D), for which the last block computes nothing else.
         return_hidden: also a list with the tokens after each block, before the final LayerNorm.
         """
         size = self.config.image_size
@@ -142,15 +142,15 @@ class ViT(nn.Module):
         for block in self.blocks[:-1]:
             x = block(x, sequences)
             hidden.append(x.unflatten(0, (B, L)))
-        x = self.blocks[-1](x, sequences, first_only)
-        if first_only:
+        x = self.blocks[-1](x, sequences, first_token_only)
+        if first_token_only:
             return self.norm_after(x)                                                       # (B, D)
         hidden.append(x.unflatten(0, (B, L)))
         tokens = self.norm_after(hidden[-1])                                                # (B, L, D)
         return (tokens, hidden) if return_hidden else tokens
 
     @torch.no_grad()
-    def initialise(self):
+    def init_weights(self):
         """CLIP's initial values as Hugging Face has them: a block's contribution shrinks with
         depth, so that the sum of all keeps its scale."""
         D, depth = self.config.width, self.config.depth
@@ -173,11 +173,11 @@ def main():
     parser.add_argument("--clip", help="weights: file, folder or hub name (openai/clip-vit-base-patch16)")
     args = parser.parse_args()
     config = ViTConfig()
-    image = open_picture(args.image) if args.image else Image.new("RGB", (178, 218), "grey")
+    image = load_image(args.image) if args.image else Image.new("RGB", (178, 218), "grey")
     vit = ViT(config).eval()
     if args.clip:
         load_clip(vit, args.clip)
-    pixels = to_tensor([to_pixels(image, config.image_size)])
+    pixels = normalize_batch([resize_to_array(image, config.image_size)])
     with torch.no_grad():
         tokens, hidden = vit(pixels, return_hidden=True)
     print(f"image        {image.size[0]} x {image.size[1]} {image.mode}")
@@ -185,7 +185,7 @@ def main():
     for index, tokens_after in enumerate(hidden, start=1):
         length = tokens_after.norm(dim=-1).mean()
         print(f"block {index:2}     {tuple(tokens_after.shape)}   mean length of a token {length:.2f}")
-    print(f"tokens       {tuple(tokens.shape)}   class token first, then {config.patches} patches")
+    print(f"tokens       {tuple(tokens.shape)}   class token first, then {config.num_patches} patches")
     print(f"parameters   {sum(p.numel() for p in vit.parameters()):,}")
 
 

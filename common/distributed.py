@@ -8,7 +8,7 @@ import torch.distributed as dist
 import torch.distributed.nn  # imported once a process group is there, it would keep that alive for good
 
 
-def start_processes():
+def init_distributed():
     """Join the other processes when started by torchrun; returns this one's device."""
     cuda = torch.cuda.is_available()
     if cuda:
@@ -21,23 +21,23 @@ def start_processes():
     return torch.device("cuda" if cuda else "cpu")
 
 
-def rank_and_world():
+def rank_and_world_size():
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def gather(x):
+def all_gather(x):
     """x (B, ...) of every process in the order of their ranks, (A, ...); without gradient."""
-    _, world = rank_and_world()
-    if world == 1:
+    _, world_size = rank_and_world_size()
+    if world_size == 1:
         return x.detach()
-    parts = [torch.empty_like(x) for _ in range(world)]
+    parts = [torch.empty_like(x) for _ in range(world_size)]
     dist.all_gather(parts, x.detach().contiguous())
     return torch.cat(parts)
 
 
-def gather_objects(thing):
+def all_gather_objects(thing):
     """A list of every process's `thing`, which is pickled."""
-    everyone = [None] * rank_and_world()[1]
+    everyone = [None] * rank_and_world_size()[1]
     dist.all_gather_object(everyone, thing)
     return everyone
 

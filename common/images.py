@@ -17,33 +17,33 @@ STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])
 SCALE, OFFSET = 1 / (255 * STD), MEAN / STD     # one multiplication and one subtraction a pixel
 
 
-def to_pixels(image, size):
+def resize_to_array(image, size):
     """A PIL image -> uint8 (S, S, 3), resized without cropping (section 4.2)."""
     if image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.BICUBIC)
     return np.asarray(image.convert("RGB"))
 
 
-def to_tensor(pixels):
+def normalize_batch(pixels):
     """Pixels of B images, each uint8 (S, S, 3) -> float32 (B, 3, S, S), normalised."""
     return torch.from_numpy(np.stack(pixels)).float().mul_(SCALE).sub_(OFFSET).permute(0, 3, 1, 2)
 
 
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 # Not all that Pillow knows: for PostScript, for example, it starts another program, whatever the
 # file's name says.
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-MOST_PIXELS = 2 ** 26       # larger pictures are refused: some are made to fill the memory
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+MAX_PIXELS = 2 ** 26        # larger pictures are refused: some are made to fill the memory
 
 
 @contextlib.contextmanager
-def opening(file, name):
+def checked_open(file, name):
     """A picture of which only the header has been read; ValueError with a sentence when the file is
     none, or turns out damaged. (Of a PIL image, which may be given, too, a copy.)"""
     try:
-        with file.copy() if isinstance(file, Image.Image) else Image.open(file, formats=FORMATS) as image:
-            if image.width * image.height > MOST_PIXELS:
-                raise ValueError(f"{image.width} x {image.height} pixels are more than {MOST_PIXELS:,}")
+        with file.copy() if isinstance(file, Image.Image) else Image.open(file, formats=IMAGE_FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}")
             if image.mode in ("I", "F") or image.mode.startswith("I;"):     # conversion would clip to white
                 raise ValueError(f"its pixels are of kind {image.mode}; save it with 8 bits per channel")
             yield image
@@ -53,13 +53,13 @@ def opening(file, name):
         raise ValueError(f"{name} cannot be read completely: {error}") from None
 
 
-def picture_size(file, name=None):
+def read_image_size(file, name=None):
     """Width and height as stored, from the header alone."""
-    with opening(file, name or file) as image:
+    with checked_open(file, name or file) as image:
         return image.size
 
 
-def open_picture(file, name=None, box=None, size=None):
+def load_image(file, name=None, box=None, size=None):
     """An RGB image: the whole, upright as its camera noted, or what is in the box (x1, y1, x2, y2) of
     the pixels as they are stored.
 
@@ -67,24 +67,24 @@ def open_picture(file, name=None, box=None, size=None):
     beyond the box). A JPEG that has at least twice as many each way is then decoded at a half, a
     quarter or an eighth, which its blocks of frequencies allow: several times as fast.
     """
-    with opening(file, name or file) as image:
-        before = image.width
+    with checked_open(file, name or file) as image:
+        full_width = image.width
         if size:
             x1, y1, x2, y2 = box or (0, 0, *image.size)
-            spare = max(1, int(min(x2 - x1, y2 - y1) / size))
-            image.draft(None, (image.width // spare, image.height // spare))
-        reduced = round(before / image.width)                                               # 1, 2, 4 or 8
+            reduction = max(1, int(min(x2 - x1, y2 - y1) / size))
+            image.draft(None, (image.width // reduction, image.height // reduction))
+        scale = round(full_width / image.width)                                             # 1, 2, 4 or 8
         if not box:
             ImageOps.exif_transpose(image, in_place=True)
         if image.mode != "RGB":
             image = image.convert("RGB")
         if size:
-            box = [min(edge / reduced, most) for edge, most in zip(box, image.size * 2)] if box else None
+            box = [min(edge / scale, most) for edge, most in zip(box, image.size * 2)] if box else None
             return image.resize((size, size), Image.Resampling.BICUBIC, box)
         return image.crop([round(edge) for edge in box or (0, 0, *image.size)])
 
 
-class Crop(NamedTuple):
+class TarImage(NamedTuple):
     """A face in a picture in a tar; read from there, and cut out, whenever it is opened."""
     tar: Path
     name: str           # of the picture in the tar
@@ -102,20 +102,20 @@ class Crop(NamedTuple):
 
     def open(self, size=None):
         """The face as a PIL RGB image, whole or size x size; ValueError if the picture is damaged."""
-        return open_picture(self.content(), self, self.box, size)
+        return load_image(self.content(), self, self.box, size)
 
 
-def read_batches(read, count, size, title, batch_size=128, show=True, lost=None):
+def iterate_images(read, count, size, title, batch_size=128, show=True, errors=None):
     """Yield (numbers, pixels (B, 3, S, S)) of the pictures read(0, size), ..., read(count - 1, size),
     which are read on all cores while the batch before is used. With `lost`, a picture that cannot be
     read becomes an entry of it, {number: why}, and is left out."""
     def pixels_of(i):
         try:
-            return to_pixels(read(i, size), size)
+            return resize_to_array(read(i, size), size)
         except ValueError as error:
-            if lost is None:
+            if errors is None:
                 raise
-            lost[i] = str(error)
+            errors[i] = str(error)
 
     with ThreadPool() as pool:
         batches = [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
@@ -126,7 +126,7 @@ def read_batches(read, count, size, title, batch_size=128, show=True, lost=None)
             reading.append(pool.map_async(pixels_of, following))
             kept = [i for i, pixels in zip(numbers, found) if pixels is not None]
             if kept:
-                yield kept, to_tensor([pixels for pixels in found if pixels is not None])
+                yield kept, normalize_batch([pixels for pixels in found if pixels is not None])
 
 
 def contact_sheet(rows, tile=128, legend=""):

@@ -24,20 +24,20 @@ class Muon(torch.optim.Optimizer):
                 if p.grad is not None:
                     momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
                     momentum.lerp_(p.grad, 1 - group["momentum"])
-                    ahead = p.grad.lerp(momentum, group["momentum"])                # Nesterov's
-                    same_shape.setdefault(p.shape, []).append((p, ahead))
+                    nesterov = p.grad.lerp(momentum, group["momentum"])             # Nesterov's
+                    same_shape.setdefault(p.shape, []).append((p, nesterov))
             for shape, members in same_shape.items():
-                for (p, _), update in zip(members, orthogonal(torch.stack([ahead for _, ahead in members]))):
+                for (p, _), update in zip(members, newton_schulz(torch.stack([nesterov for _, nesterov in members]))):
                     p.mul_(1 - group["lr"] * group["weight_decay"])
                     p.add_(update, alpha=-0.2 * max(shape) ** 0.5 * group["lr"])
 
 
-def orthogonal(X, steps=5):
+def newton_schulz(X, steps=5):
     """Matrices U S V^T (n, rows, columns) -> about U V^T, by Newton-Schulz iteration: a step maps
     each singular value s to a s + b s^3 + c s^5, and five bring all above a thousandth of the norm to
     between 0.7 and 1.2. (In float32: few laptops have hardware for torch.optim.Muon's bfloat16.)"""
     if X.shape[1] > X.shape[2]:                 # X X^T had better be the small one
-        return orthogonal(X.mT, steps).mT
+        return newton_schulz(X.mT, steps).mT
     a, b, c = 3.4445, -4.7750, 2.0315           # Jordan's
     X = X / (X.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(steps):
@@ -46,13 +46,13 @@ def orthogonal(X, steps=5):
     return X
 
 
-def build_optimizers(module, weight_decay, beta2=0.999, temperature_lr=1.0, muon_image=0.0, muon_text=0.0):
+def build_optimizers(module, weight_decay, beta2=0.999, temperature_lr=1.0, muon_lr_image=0.0, muon_lr_text=0.0):
     """[AdamW], which is all that finetune.py needs, or [AdamW, Muon]; every trained parameter in
     exactly one group. Only matrices decay. The temperature has `temperature_lr` times the learning
-    rate; the matrices that Muon is for have `muon_image` and `muon_text` times it, or, at 0, AdamW."""
+    rate; the matrices that Muon is for have `muon_lr_image` and `muon_lr_text` times it, or, at 0, AdamW."""
     groups = {"adamw": {}, "muon": {}}                      # {optimiser: {(scale, weight decay): parameters}}
     for name, p in module.named_parameters():
-        muon_lr = muon_image if ".blocks." in name else muon_text if ".layers." in name else 0.0
+        muon_lr = muon_lr_image if ".blocks." in name else muon_lr_text if ".layers." in name else 0.0
         optimizer, scale = ("muon", muon_lr) if muon_lr and p.ndim == 2 else ("adamw", 1.0)
         scale, decay = temperature_lr if name == "temperature" else scale, (p.ndim > 1) * weight_decay
         if p.requires_grad:

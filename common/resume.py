@@ -5,7 +5,7 @@ import signal
 from dataclasses import asdict
 from pathlib import Path
 
-from common.distributed import rank_and_world
+from common.distributed import rank_and_world_size
 from common.weights import read_checkpoint, write_checkpoint
 
 
@@ -14,15 +14,15 @@ def save(run, step):
     ones."""
     if not all(weights.isfinite().all() for weights in run.model.parameters()):
         raise ValueError(f"after step {step} some weights are not finite numbers: training has diverged, and "
-                         f"this is not saved; begin again with a smaller --lr, or with --clip_grad")
-    if rank_and_world()[0] == 0:
-        state = {"config": asdict(run.config), "processes": rank_and_world()[1],
-                 "faces": len(run.batches.faces), "step": step, "log": run.log.lines,
+                         f"this is not saved; begin again with a smaller --lr, or with --grad_clip")
+    if rank_and_world_size()[0] == 0:
+        state = {"config": asdict(run.config), "processes": rank_and_world_size()[1],
+                 "faces": len(run.loader.faces), "step": step, "log": run.log.lines,
                  "optimizers": [optimizer.state_dict() for optimizer in run.optimizers]}
         write_checkpoint(run.model.checkpoint() | {"training": state}, Path(run.config.out) / "flip.pt")
 
 
-def read_run(path):
+def load_run(path):
     """The checkpoint of a run that can be resumed: under "training" is what `save` put there."""
     checkpoint = read_checkpoint(path)
     state = checkpoint.get("training")
@@ -50,17 +50,17 @@ class Log:
 
 
 @contextlib.contextmanager
-def stop_on_interrupt():
+def graceful_stop():
     """A list that Ctrl-C or a polite kill puts something into, so that the loop can finish its step
     and save; a second one stops at once. Afterwards both do what they did before."""
-    pressed = []
+    received = []
 
     def handle(number, frame):
-        pressed.append(number)
+        received.append(number)
         signal.signal(signal.SIGINT, signal.default_int_handler)
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield pressed
+        yield received
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 
-def spare_the_cpu():
+def tune_cpu():
     """Two things on which a CPU wastes its time. Numbers below 1e-38, which attention that has learned
     to look at few tokens gives to all others, cost it far more than others do; in a long run steps came
     to take nearly twice the time, so they are taken for 0 (in threads, too, if said before there are
@@ -27,39 +27,39 @@ def spare_the_cpu():
 
 def run_script(main):
     """Run a script: what its user can mend ends in a sentence, not in a traceback."""
-    spare_the_cpu()
+    tune_cpu()
     warnings.formatwarning = lambda message, *_: f"{message}\n"
     try:
         main()
     except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {printable(error)}")
+        raise SystemExit(f"error: {escape_control_chars(error)}")
     except KeyboardInterrupt:
         raise SystemExit("interrupted")
 
 
-def printable(text):
+def escape_control_chars(text):
     """A file's name, for example, whose odd characters cannot steer a terminal."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
 
-def first_line(error):
+def short_message(error):
     """An error's text, as far as it fits into a sentence."""
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
 @contextlib.contextmanager
-def expecting(what, where):
+def error_context(what, where):
     """Whatever goes wrong inside becomes one sentence, which ends with what Python says of it."""
     try:
         yield
     except Exception as error:
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        raise ValueError(f"{where}: expected {what} ({kind}{first_line(error)})") from error
+        raise ValueError(f"{where}: expected {what} ({kind}{short_message(error)})") from error
 
 
-def check_sizes(config, **most):
+def check_ranges(config, **limits):
     """Sizes are read from files, too: better a sentence than all the memory there is."""
-    for name, bound in most.items():
+    for name, bound in limits.items():
         size = getattr(config, name)
         if not (isinstance(size, int) and 1 <= size <= bound):
             raise ValueError(f"{type(config).__name__}: {name} is {size!r}, expected a whole number from 1 "
@@ -67,7 +67,7 @@ def check_sizes(config, **most):
 
 
 @contextlib.contextmanager
-def whole_file(path):
+def atomic_write(path):
     """A name to write to; the file appears at `path` whole, or, after an error, not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -79,15 +79,21 @@ def whole_file(path):
         partial.unlink(missing_ok=True)
 
 
-def markdown(header, rows):
+def markdown_table(header, rows):
     """A table of texts."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
-def flag(default, help, low=0, high=2 ** 62, choices=()):
-    """A field that is a flag: its default, what it is, and what it may be (both ends included)."""
-    return field(default=default, metadata=dict(help=help, low=low, high=high, choices=choices))
+def flag(default, help, low=0, high=2 ** 62, choices=(), was=""):
+    """A field that is a flag: its default, what it is, what it may be (both ends included), its old name."""
+    return field(default=default, metadata=dict(help=help, low=low, high=high, choices=choices, was=was))
+
+
+def renamed_flags(config, values):
+    """{name: value} as an older version saved them, under the names of today."""
+    today = {f.metadata.get("was"): f.name for f in dataclasses.fields(config)}
+    return {today.get(name, name): value for name, value in values.items()}
 
 
 def check_flags(config):
@@ -116,6 +122,7 @@ def parse_flags(parser, config, argv):
             options |= {"type": typing.get_args(f.type)[0], "nargs": "+", "metavar": f.name.upper()}
         else:
             options |= {"type": f.type, "metavar": f.name.upper()}
-        parser.add_argument(f"--{f.name}", **options)
+        names = [f"--{name}" for name in (f.name, f.metadata["was"]) if name]
+        parser.add_argument(*names, dest=f.name, **options)
     given = vars(parser.parse_args(argv))
     return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}

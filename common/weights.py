@@ -5,10 +5,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from common.script import first_line, whole_file
+from common.script import atomic_write, short_message
 
 
-def find_file(source, filenames):
+def resolve_file(source, filenames):
     """The path of a file that is given by its own path, by a folder with one of `filenames`, or by
     a hub name ("openai/clip-vit-base-patch16"), whose file is then downloaded, once."""
     path, name = Path(source), str(source)
@@ -33,14 +33,14 @@ def find_file(source, filenames):
             continue
         except Exception as error:
             raise FileNotFoundError(f"{name}: no such file or folder, and the hub did not give it: "
-                                    f"{first_line(error)}") from error
+                                    f"{short_message(error)}") from error
     raise FileNotFoundError(f"{name}: the hub repository holds none of {', '.join(filenames)}")
 
 
 def read_weights(source):
     """{name: tensor} from a .safetensors, .bin, .pt or .pth file, a folder that holds a model, or a
     hub name. No code from the file is run."""
-    path = find_file(source, ("model.safetensors", "pytorch_model.bin"))
+    path = resolve_file(source, ("model.safetensors", "pytorch_model.bin"))
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -53,18 +53,18 @@ def read_weights(source):
     return weights
 
 
-def rename(name, table):
+def map_key(name, table):
     for ours, theirs in table:
         name = name.replace(ours, theirs)
     return name
 
 
-def check_weights(module, weights, name_of, origin):
+def check_weights(module, weights, map_key, source):
     """ValueError with what the module's state lacks in weights[name_of(entry)], what has another
     shape there or would be left over."""
     state, unused, wrong = module.state_dict(), set(weights), []
     for ours, target in state.items():
-        theirs = name_of(ours)
+        theirs = map_key(ours)
         if theirs not in weights:
             wrong.append(f"{theirs} is missing")
         elif weights[theirs].shape != target.shape:
@@ -73,36 +73,36 @@ def check_weights(module, weights, name_of, origin):
     wrong += [f"{theirs} has no place in it" for theirs in sorted(unused)]
     if wrong:
         more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
-        raise ValueError(f"{origin} does not fit this model: {'; '.join(wrong[:3])}{more}")
+        raise ValueError(f"{source} does not fit this model: {'; '.join(wrong[:3])}{more}")
 
 
 @torch.no_grad()
-def copy_weights(module, weights, name_of, origin):
+def copy_weights(module, weights, map_key, source):
     """Fill every entry of module's state with weights[name_of(entry)], or change nothing and say
     why."""
-    check_weights(module, weights, name_of, origin)
+    check_weights(module, weights, map_key, source)
     for ours, target in module.state_dict().items():
-        target.copy_(weights[name_of(ours)])
+        target.copy_(weights[map_key(ours)])
 
 
-def resize_positions(positions, patches):
+def resize_position_embedding(embedding, num_patches):
     """Position table (1 + n, D) of a square grid of n patches -> (1 + patches, D), bicubic; the
     class token's row stays."""
-    old, new = round((len(positions) - 1) ** 0.5), round(patches ** 0.5)
-    if positions.ndim != 2 or old * old + 1 != len(positions):
-        raise ValueError(f"a position table of shape {tuple(positions.shape)} is not that of a square grid "
+    old, new = round((len(embedding) - 1) ** 0.5), round(num_patches ** 0.5)
+    if embedding.ndim != 2 or old * old + 1 != len(embedding):
+        raise ValueError(f"a position table of shape {tuple(embedding.shape)} is not that of a square grid "
                          f"and a class token")
     if old == new:
-        return positions
-    grid = positions[1:].T.reshape(1, -1, old, old)                                         # (1, D, old, old)
+        return embedding
+    grid = embedding[1:].T.reshape(1, -1, old, old)                                         # (1, D, old, old)
     grid = F.interpolate(grid.float(), size=(new, new), mode="bicubic", align_corners=False)
-    return torch.cat([positions[:1], grid.flatten(2)[0].T.to(positions.dtype)])             # (1 + patches, D)
+    return torch.cat([embedding[:1], grid.flatten(2)[0].T.to(embedding.dtype)])             # (1 + patches, D)
 
 
 # ---- CLIP ----------------------------------------------------------------------------------------
 # Our name -> CLIP's name on Hugging Face, whose own spelling is pre_layrnorm (and FLIP's official
 # code has post_layrnorm, too); replaced in this order (a longer name before one that it contains).
-CLIP_NAMES = [
+CLIP_KEYS = [
     ("class_token", "embeddings.class_embedding"), ("patch_embedding", "embeddings.patch_embedding"),
     ("positions", "embeddings.position_embedding.weight"), ("norm_before", "pre_layrnorm"),
     ("norm_after", "post_layernorm"), ("blocks.", "encoder.layers."),
@@ -119,14 +119,14 @@ def load_clip(vit, source):
                if not name.startswith(others) and not name.endswith("position_ids")}
     table = "embeddings.position_embedding.weight"
     if table in weights:
-        weights[table] = resize_positions(weights[table], vit.config.patches)
-    copy_weights(vit, weights, lambda name: rename(name, CLIP_NAMES), origin=str(source))
+        weights[table] = resize_position_embedding(weights[table], vit.config.num_patches)
+    copy_weights(vit, weights, lambda name: map_key(name, CLIP_KEYS), str(source))
 
 
 # ---- BERT ----------------------------------------------------------------------------------------
 # Our name -> BERT's name on Hugging Face; replaced in this order (a longer name before one that it
 # contains).
-BERT_NAMES = [
+BERT_KEYS = [
     ("words.", "embeddings.word_embeddings."), ("positions", "embeddings.position_embeddings.weight"),
     ("norm_attention", "attention.output.LayerNorm"),
     ("norm_cross_attention", "crossattention.output.LayerNorm"),
@@ -138,11 +138,11 @@ BERT_NAMES = [
     (".down.", ".output.dense.")]
 
 
-def bert_name(name):
+def bert_key(name):
     """Our name of a weight of the text encoder -> BERT's."""
     if name.startswith("norm."):                            # the one that follows the embeddings
         return name.replace("norm.", "embeddings.LayerNorm.")
-    return rename(name, BERT_NAMES)
+    return map_key(name, BERT_KEYS)
 
 
 def load_bert(bert, source):
@@ -161,12 +161,12 @@ def load_bert(bert, source):
         weights[words] = torch.cat([weights[words], state["words.weight"][-2:].cpu()])
     if positions in weights and types is not None:
         weights[positions] = weights[positions] + types[0]
-    own = {bert_name(name): tensor for name, tensor in state.items() if "cross_attention" in name}
-    copy_weights(bert, own | weights, bert_name, origin=str(source))
+    own = {bert_key(name): tensor for name, tensor in state.items() if "cross_attention" in name}
+    copy_weights(bert, own | weights, bert_key, str(source))
 
 
 # ---- checkpoints, ours and the official one ------------------------------------------------------
-def load_whole(path):
+def load_verified(path):
     """torch.load, of a file whose checksums, at which torch does not look, are right. No code from
     it is run."""
     if zipfile.is_zipfile(path):
@@ -179,11 +179,11 @@ def load_whole(path):
 
 def read_checkpoint(path):
     """What lies in a checkpoint, from its file or its folder, as a dictionary with "model"."""
-    path = find_file(path, CHECKPOINTS)
+    path = resolve_file(path, CHECKPOINT_FILES)
     try:
-        saved = load_whole(path)
+        saved = load_verified(path)
     except Exception as error:
-        raise ValueError(f"{path}: not a checkpoint, or damaged ({first_line(error)})") from error
+        raise ValueError(f"{path}: not a checkpoint, or damaged ({short_message(error)})") from error
     if not isinstance(saved, dict) or not isinstance(saved.get("model"), dict):
         raise ValueError(f"{path}: expected a checkpoint with the weights under 'model', found none")
     return saved
@@ -191,29 +191,29 @@ def read_checkpoint(path):
 
 def write_checkpoint(contents, path):
     try:
-        with whole_file(path) as partial:
+        with atomic_write(path) as partial:
             torch.save(contents, partial)
     except RuntimeError as error:               # torch's word for a disk that is full
-        raise OSError(f"{path} could not be written, is the disk full? ({first_line(error)})") from error
+        raise OSError(f"{path} could not be written, is the disk full? ({short_message(error)})") from error
 
 
-CHECKPOINTS = ("flip.pt", "FLIP-base.pth")      # in a folder, or in a repository of the hub
-OWN_NAMES = {"image_queue": "image_queue", "text_queue": "text_queue", "queue_identity": "idx_queue",
-             "queue_pointer": "ptr_queue", "temperature": "temp", "matching_head.weight": "itm_head.weight",
-             "matching_head.bias": "itm_head.bias"}
+CHECKPOINT_FILES = ("flip.pt", "FLIP-base.pth")  # in a folder, or in a repository of the hub
+OFFICIAL_KEYS = {"image_queue": "image_queue", "text_queue": "text_queue", "queue_identity": "idx_queue",
+                 "queue_pointer": "ptr_queue", "temperature": "temp", "matching_head.weight": "itm_head.weight",
+                 "matching_head.bias": "itm_head.bias"}
 
 
 def official_name(name):
     """Our name of an entry of the state -> its name in FLIP-base.pth."""
-    if name in OWN_NAMES:
-        return OWN_NAMES[name]
+    if name in OFFICIAL_KEYS:
+        return OFFICIAL_KEYS[name]
     encoders, part, rest = name.split(".", 2)
     m = "_m" if encoders == "momentum_encoder" else ""
     if part == "image":
-        rest = rename(rest, CLIP_NAMES).replace("post_layernorm", "post_layrnorm")
+        rest = map_key(rest, CLIP_KEYS).replace("post_layernorm", "post_layrnorm")
         return f"visual_encoder{m}.vision_model.{rest}"
     if part == "text":
-        return f"text_encoder{m}.{bert_name(rest)}"
+        return f"text_encoder{m}.{bert_key(rest)}"
     return f"{'vision_proj' if part == 'image_projection' else 'text_proj'}{m}.{rest}"
 
 
@@ -224,7 +224,7 @@ def official_state(model):
         state[queue] = state[queue].T.contiguous()                                  # (E, Q)
     state["idx_queue"] = state["idx_queue"][None]                                   # (1, Q)
     for m in ("", "_m"):        # position_ids are 0, 1, 2, ...; nothing is learned in them
-        places = {f"visual_encoder{m}.vision_model": model.config.vit.patches + 1,
+        places = {f"visual_encoder{m}.vision_model": model.config.vit.num_patches + 1,
                   f"text_encoder{m}": model.config.bert.positions}
         state |= {f"{part}.embeddings.position_ids": torch.arange(n)[None] for part, n in places.items()}
     return state
@@ -241,7 +241,7 @@ def read_official(weights, path):
     return weights | queues | {"idx_queue": weights["idx_queue"][0]}
 
 
-def official_config(weights, path):
+def official_sizes(weights, path):
     """The configuration that an official checkpoint's shapes tell; heads are 64 wide, as in every
     ViT and BERT of note."""
     def depth(prefix):

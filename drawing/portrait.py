@@ -24,7 +24,7 @@ class Shape(NamedTuple):
 BODY = {"neck", "clothes", "tie", "necklace"}  # the parts that do not move with the head
 
 
-def describe(attributes, rng):
+def build_shapes(attributes, rng):
     """(look, shapes): the person behind the labels, and all that is to be painted, back to front.
 
     All random numbers are taken at once, whatever the attributes, so one `rng` state is one person:
@@ -35,7 +35,7 @@ def describe(attributes, rng):
     between = lambda low, high: low + (high - low) * next(numbers)
     pick = lambda options: options[int(next(numbers) * len(options))]
     look = SimpleNamespace(**choose_colours(has, between, pick), **choose_proportions(has, between, pick))
-    return look, [shape for part in PARTS for shape in part(has, look)]
+    return look, [shape for part in PART_FUNCTIONS for shape in part(has, look)]
 
 
 @functools.lru_cache(maxsize=None)
@@ -51,27 +51,27 @@ def spline(count, closed, steps):
     return curve.reshape(-1, count)[:steps * (len(corners) - 1) + 1]
 
 
-def outlines(look, shapes, canvas, steps):
+def project_outlines(look, shapes, canvas, steps):
     """One (n, 2) array of pixels per shape: the head turned, nodding, tilted about the neck, and
     put in the picture, with `steps` straight lines from point to point of a curve."""
     counts = [len(shape.points) for shape in shapes]
     x, y = np.array([point for shape in shapes for point in shape.points]).T
     depth = np.repeat([shape.depth * (shape.part not in BODY) for shape in shapes], counts)
-    tilt = np.repeat([look.tilt * (shape.part not in BODY) for shape in shapes], counts)
+    roll = np.repeat([look.roll * (shape.part not in BODY) for shape in shapes], counts)
     z = 0.74 * depth * np.maximum(0, 1 - (x / look.width) ** 2 - (y / 1.15) ** 2)
-    x, y = x + z * look.turn, y + z * look.nod - 1.0
-    x, y = x * np.cos(tilt) - y * np.sin(tilt), x * np.sin(tilt) + y * np.cos(tilt) + 1.0
+    x, y = x + z * look.yaw, y + z * look.pitch - 1.0
+    x, y = x * np.cos(roll) - y * np.sin(roll), x * np.sin(roll) + y * np.cos(roll) + 1.0
     pixels = (np.stack([x, y], 1) * look.scale + look.centre) * canvas
     return [spline(len(points), shape.width == 0, steps if shape.smooth else 1) @ points
             for shape, points in zip(shapes, np.split(pixels, np.cumsum(counts)[:-1]))]
 
 
-def paint(look, shapes, canvas):
+def render(look, shapes, canvas):
     """The picture, canvas x canvas: a background between four colours, then shape over shape."""
     corners = Image.frombytes("RGB", (2, 2), bytes(value for colour in look.backdrop for value in colour))
     image = corners.resize((canvas, canvas), Image.BILINEAR, box=(0.5, 0.5, 1.5, 1.5))
     pen = ImageDraw.Draw(image, "RGBA")
-    for shape, line in zip(shapes, outlines(look, shapes, canvas, 3 + canvas // 100)):
+    for shape, line in zip(shapes, project_outlines(look, shapes, canvas, 3 + canvas // 100)):
         if shape.width:
             pen.line(line.ravel().tolist(), shape.colour, max(1, round(shape.width * look.scale * canvas)))
         else:
@@ -93,7 +93,7 @@ def mix(a, b, amount):
     return tuple(int(x + (y - x) * amount) for x, y in zip(a, b))
 
 
-def at(side, *points):
+def mirrored(side, *points):
     """Points given for the right half (x > 0), put on `side`: 1 as they are, -1 mirrored."""
     return [(side * x, y) for x, y in points]
 
@@ -153,7 +153,7 @@ def choose_proportions(has, between, pick):
         hat_height=between(0.32, 0.5), brimmed=pick((False, True)), round_glasses=pick((False, True)),
         spots=[(between(-0.5, 0.5), between(-0.5, 0.75), between(0.034, 0.05)) for _ in range(6)],
         light=pick((-1, 1)), shading=int(between(30, 75)),
-        turn=between(-0.28, 0.28), nod=between(-0.10, 0.10), tilt=between(-0.10, 0.10),
+        yaw=between(-0.28, 0.28), pitch=between(-0.10, 0.10), roll=between(-0.10, 0.10),
         scale=between(0.33, 0.36), centre=(between(0.475, 0.525), between(0.465, 0.495)))
 
 
@@ -190,7 +190,7 @@ def bust(has, look):
                          (shoulder, 1.5), (shoulder + 0.15, 2.2)])
     yield Shape("clothes", outline, (40, 44, 58) if tie else look.cloth, smooth=False)
     for side in (-1, 1):
-        collar = at(side, (w + 0.03, 1.12), (0.02, dip + 0.06), (0.26, dip + 0.2), (w + 0.16, 1.22))
+        collar = mirrored(side, (w + 0.03, 1.12), (0.02, dip + 0.06), (0.26, dip + 0.2), (w + 0.16, 1.22))
         yield Shape("clothes", collar, WHITE if tie else look.cloth_dark, smooth=False)
     if tie:
         yield Shape("tie", symmetric([(0.5, 1.2), (0.3, 2.2)]), (244, 244, 246), smooth=False)
@@ -212,7 +212,7 @@ def head(has, look):
         yield Shape("chin", [(-0.36, 1.16), (0, 1.28), (0.36, 1.16)], look.line, 0.045, depth=0.6)
     outline = face_outline(look)
     yield Shape("face", outline, look.skin)
-    edge = at(-look.light, *outline[1:8])
+    edge = mirrored(-look.light, *outline[1:8])
     inner = [(x * 0.74, y * 0.96) for x, y in edge[:-1]]
     yield Shape("shade", edge + inner[::-1], (*look.skin_dark, look.shading))
     if "Double_Chin" in has:
@@ -223,8 +223,8 @@ def skin(has, look):
     """High or rosy cheeks, blemishes, and lines of age on the forehead, beside mouth and eyes."""
     for side in (-1, 1):
         if "High_Cheekbones" in has:
-            hollow = at(side, (0.34, 0.42), (0.5, 0.29), (0.68, 0.1), (0.66, 0.3), (0.55, 0.46))
-            bone = at(side, (0.3, 0.22), (0.42, 0.1), (0.6, 0.0), (0.65, 0.08), (0.5, 0.23))
+            hollow = mirrored(side, (0.34, 0.42), (0.5, 0.29), (0.68, 0.1), (0.66, 0.3), (0.55, 0.46))
+            bone = mirrored(side, (0.3, 0.22), (0.42, 0.1), (0.6, 0.0), (0.65, 0.08), (0.5, 0.23))
             yield Shape("cheek", hollow, (*look.skin_dark, 180))
             yield Shape("cheek", bone, (*look.skin_light, 150))
         if "Rosy_Cheeks" in has:
@@ -237,9 +237,9 @@ def skin(has, look):
         for y in (-0.58, -0.48):
             yield Shape("wrinkle", [(-0.28, y), (0, y - 0.03), (0.28, y)], look.line, 0.035)
         for side in (-1, 1):
-            yield Shape("wrinkle", at(side, (0.2, 0.34), (0.34, 0.46), (0.37, 0.62)), look.line, 0.04)
+            yield Shape("wrinkle", mirrored(side, (0.2, 0.34), (0.34, 0.46), (0.37, 0.62)), look.line, 0.04)
             for fan in (-0.04, 0.04):
-                crow_foot = at(side, (0.53, look.eye_y - fan / 2), (0.64, look.eye_y + 2 * fan))
+                crow_foot = mirrored(side, (0.53, look.eye_y - fan / 2), (0.64, look.eye_y + 2 * fan))
                 yield Shape("wrinkle", crow_foot, look.line, 0.035)
 
 
@@ -250,7 +250,7 @@ def beard(has, look):
         top, reach, colour = (0.05, 1.04, look.hair_dark) if full else (0.28, 0.97, (48, 50, 64, 90))
         edge = [(look.width * 0.95 * reach, top), (look.jaw * reach, 0.60), (look.chin * reach, 0.93 * reach)]
         inner = [(look.width * 0.82, top + 0.02), (look.jaw * 0.72, 0.45), (0.1, 0.45)]
-        outline = [*symmetric([*edge, (0, reach)]), *at(-1, *inner), *inner[::-1]]
+        outline = [*symmetric([*edge, (0, reach)]), *mirrored(-1, *inner), *inner[::-1]]
         yield Shape("beard", outline, colour)
     if "Goatee" in has:
         outline = symmetric([(0.10, 0.76), (0.22, 0.72), (0.24, 0.92), (0.12, 1.08), (0, 1.14)])
@@ -258,8 +258,8 @@ def beard(has, look):
     if "Sideburns" in has:
         w = look.width
         for side in (-1, 1):
-            outline = at(side, (w + 0.02, -0.3), (w + 0.02, 0.25), (look.jaw + 0.02, 0.56), (w - 0.2, 0.42),
-                         (w - 0.13, 0.0), (w - 0.1, -0.3))
+            outline = mirrored(side, (w + 0.02, -0.3), (w + 0.02, 0.25), (look.jaw + 0.02, 0.56), (w - 0.2, 0.42),
+                               (w - 0.13, 0.0), (w - 0.1, -0.3))
             yield Shape("beard", outline, look.hair_dark)
 
 
@@ -315,7 +315,7 @@ def brows(has, look):
         y = look.brow_y - 1.2 * side * look.skew - thick / 2
         upper = [(0.14, y - 0.01), (0.26, y - rise * 0.75), (0.40, y - rise), (0.50, y - rise * 0.5)]
         lower = [(px, py + thick) for px, py in upper[::-1]]
-        yield Shape("brow", at(side, *upper, (0.57, y + 0.09), *lower), mix(look.hair_dark, BLACK, 0.35))
+        yield Shape("brow", mirrored(side, *upper, (0.57, y + 0.09), *lower), mix(look.hair_dark, BLACK, 0.35))
 
 
 def mouth(has, look):
@@ -360,7 +360,7 @@ def top_hair(has, look):
         right, middle = [(w - 0.03, temple), (w - 0.06, -0.5), (0.42, -0.97), (0.2, -0.88)], (0, -0.82)
     else:
         right, middle = [(w - 0.05, temple), (w - 0.1, -0.3), (0.45, -0.6)], (look.parting, -0.76)
-    line = [*right, middle, *at(-1, *right)[::-1]]
+    line = [*right, middle, *mirrored(-1, *right)[::-1]]
     yield Shape("hair", [(-w - 0.06, temple), *outer, (w + 0.06, temple), *line], look.hair)
 
 
@@ -370,7 +370,7 @@ def strands(has, look):
         return
     top = -0.97 - look.volume * 0.6
     if not has & {"Straight_Hair", "Wavy_Hair"}:
-        sheen = at(look.light, (0.15, top + 0.03), (0.4, top + 0.14), (0.58, top + 0.36))
+        sheen = mirrored(look.light, (0.15, top + 0.03), (0.4, top + 0.14), (0.58, top + 0.36))
         yield Shape("hair", sheen, look.hair_light, 0.05)
         return
     t = np.linspace(0, 1, 6)
@@ -391,7 +391,7 @@ def locks(has, look):
         middle = [(look.width - 0.01 + 0.08 * wavy * (i % 2) + 0.008 * i, y) for i, y in enumerate(heights)]
         outline = [(x + 0.08, y) for x, y in middle] + [(x - 0.07, y) for x, y in middle[::-1]]
         for side in (-1, 1):
-            yield Shape("hair", at(side, *outline), look.hair, smooth=wavy, depth=0)
+            yield Shape("hair", mirrored(side, *outline), look.hair, smooth=wavy, depth=0)
 
 
 def bangs(has, look):
@@ -404,7 +404,7 @@ def bangs(has, look):
             yield Shape("bangs", [(x * 0.7, -0.9), (x, y - 0.06)], look.hair_dark, 0.03)
 
 
-def worn(has, look):
+def accessories(has, look):
     """Hat, glasses, earrings."""
     if "Wearing_Hat" in has:
         w, top = look.width + 0.1, -1.05 - look.hat_height
@@ -418,14 +418,14 @@ def worn(has, look):
         lens = oval(x, y, w, h) if look.round_glasses else [
             (x - w, y - h), (x + w, y - h), (x + w * 0.9, y + h), (x - w * 0.9, y + h)]
         for side in (-1, 1):
-            outline = at(side, *lens)
+            outline = mirrored(side, *lens)
             yield Shape("glasses", outline, (225, 240, 250, 60), smooth=look.round_glasses)
             yield Shape("glasses", outline + outline[:1], look.frame, 0.06, look.round_glasses)
-            yield Shape("glasses", at(side, (x + w, y - 0.06), (look.width, y - 0.08)), look.frame, 0.06)
+            yield Shape("glasses", mirrored(side, (x + w, y - 0.06), (look.width, y - 0.08)), look.frame, 0.06)
         yield Shape("glasses", [(w - x, y - 0.04), (0, y - 0.08), (x - w, y - 0.04)], look.frame, 0.06)
     if "Wearing_Earrings" in has:
         for side in (-1, 1):
             yield Shape("earring", oval(side * (look.width + 0.04), 0.34, 0.075, 0.11), look.metal, depth=0)
 
 
-PARTS = (back_hair, bust, head, skin, beard, nose, eyes, mouth, top_hair, strands, locks, bangs, brows, worn)
+PART_FUNCTIONS = (back_hair, bust, head, skin, beard, nose, eyes, mouth, top_hair, strands, locks, bangs, brows, accessories)

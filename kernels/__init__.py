@@ -13,7 +13,7 @@ except ImportError:         # Triton comes for Linux only; elsewhere the kernels
     tl = SimpleNamespace(constexpr=lambda value: value)
 
 
-def takes_kernels(tensor):
+def triton_supports(tensor):
     """Whether Triton is here and the tensor on a GPU that we compile for: NVIDIA, 8.0 or more."""
     return (tensor.is_cuda and hasattr(triton, "compile") and torch.version.hip is None
             and torch.cuda.get_device_capability(tensor.device) >= (8, 0))

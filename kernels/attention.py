@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import takes_kernels, tl, triton
+from kernels import tl, triton, triton_supports
 
 
 # ---- packed sequences ----------------------------------------------------------------------------
@@ -34,81 +34,81 @@ class Sequences:
     """Where each of B sequences lies in one long list of N tokens: sequence s is
     tokens[starts[s]:starts[s + 1]]. What is computed from this lies on the tokens' device."""
     lengths: Tensor     # (B,) int64, always on the CPU, so that sizes are known without waiting for the GPU
-    starts: Tensor      # (B + 1,) int32, on the device of the tokens
-    longest: int        # L
-    tokens: int         # N
+    offsets: Tensor     # (B + 1,) int32, on the device of the tokens
+    max_length: int     # L
+    num_tokens: int        # N
 
     @staticmethod
-    def of(lengths, device="cpu"):
+    def from_lengths(lengths, device="cpu"):
         lengths = torch.as_tensor(lengths, dtype=torch.int64)
-        starts = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
-        longest, tokens = int(lengths.max()), int(lengths.sum())
-        return Sequences(lengths, starts.to(device, non_blocking=True), longest, tokens)
+        offsets = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+        max_length, tokens = int(lengths.max()), int(lengths.sum())
+        return Sequences(lengths, offsets.to(device, non_blocking=True), max_length, tokens)
 
     @staticmethod
     def uniform(count, length, device="cpu"):
-        starts = torch.arange(count + 1, dtype=torch.int32, device=device) * length
-        return Sequences(torch.full((count,), length), starts, length, count * length)
+        offsets = torch.arange(count + 1, dtype=torch.int32, device=device) * length
+        return Sequences(torch.full((count,), length), offsets, length, count * length)
 
-    def joined(self, counts):
+    def merge_groups(self, counts):
         """Neighbours made one: the first counts[0] sequences, the next counts[1], and so on; counts:
         int64, on the CPU."""
         ends = F.pad(self.lengths.cumsum(0), (1, 0))[F.pad(counts.cumsum(0), (1, 0))]
-        return Sequences.of(ends.diff(), self.starts.device)
+        return Sequences.from_lengths(ends.diff(), self.offsets.device)
 
     def to(self, device):
-        return Sequences(self.lengths, self.starts.to(device, non_blocking=True), self.longest, self.tokens)
+        return Sequences(self.lengths, self.offsets.to(device, non_blocking=True), self.max_length, self.num_tokens)
 
     def __len__(self):
         return len(self.lengths)
 
     @property
     def is_uniform(self):
-        return self.longest * len(self) == self.tokens
+        return self.max_length * len(self) == self.num_tokens
 
     @property
-    def firsts(self):
+    def first_index(self):
         """Index of the first token of each sequence, (B,) int32."""
-        return self.starts[:-1]
+        return self.offsets[:-1]
 
     @property
-    def sequence_of(self):
+    def sequence_ids(self):
         """Which sequence each token belongs to, (N,) int64."""
-        tokens = torch.arange(self.tokens, device=self.starts.device)
-        return torch.searchsorted(self.starts, tokens, right=True) - 1
+        tokens = torch.arange(self.num_tokens, device=self.offsets.device)
+        return torch.searchsorted(self.offsets, tokens, right=True) - 1
 
     @property
-    def places(self):
+    def position_ids(self):
         """0, 1, 2, ... anew for each sequence: every token's place in its own, (N,) int64."""
-        return torch.arange(self.tokens, device=self.starts.device) - self.starts[self.sequence_of]
+        return torch.arange(self.num_tokens, device=self.offsets.device) - self.offsets[self.sequence_ids]
 
     @property
-    def slots(self):
+    def padded_index(self):
         """Every token's place in the padded (B * L) layout, (N,) int64."""
-        return self.sequence_of * self.longest + self.places
+        return self.sequence_ids * self.max_length + self.position_ids
 
     @property
-    def mask(self):
+    def token_mask(self):
         """Which places of the padded (B, L) layout hold a token, bool."""
-        return torch.arange(self.longest, device=self.starts.device) < self.starts.diff()[:, None]
+        return torch.arange(self.max_length, device=self.offsets.device) < self.offsets.diff()[:, None]
 
 
 def pad(tokens, sequences):
     """Packed (N, H, d) -> (B, H, L, d), zeros where there is no token."""
-    B, L = len(sequences), sequences.longest
+    B, L = len(sequences), sequences.max_length
     if not sequences.is_uniform:
-        tokens = tokens.new_zeros(B * L, *tokens.shape[1:]).index_copy(0, sequences.slots, tokens)
+        tokens = tokens.new_zeros(B * L, *tokens.shape[1:]).index_copy(0, sequences.padded_index, tokens)
     return tokens.unflatten(0, (B, L)).transpose(1, 2)
 
 
 def unpad(padded, sequences):
     """(B, H, L, d) -> packed (N, H, d)."""
     tokens = padded.transpose(1, 2).flatten(0, 1)
-    return tokens if sequences.is_uniform else tokens.index_select(0, sequences.slots)
+    return tokens if sequences.is_uniform else tokens.index_select(0, sequences.padded_index)
 
 
 # ---- attention -----------------------------------------------------------------------------------
-def kept(weights, dropout):
+def dropout_mask(weights, dropout):
     """1 for the weights that dropout leaves, 0 for the others. 16 random bits decide about each, since
     drawing a number for every weight takes a CPU longer than all the rest of attention."""
     count = weights.numel()
@@ -124,11 +124,11 @@ def padded_attention(query, key, value, query_sequences, key_sequences, dropout=
     with torch.autocast(query.device.type, enabled=False):      # it would make the softmax float32
         logits = query @ key.mT                                                     # (B, H, Lq, Lk)
         if not key_sequences.is_uniform:
-            nothing = ~key_sequences.mask[:, None, None]
+            nothing = ~key_sequences.token_mask[:, None, None]
             logits = logits.masked_fill(nothing, torch.finfo(logits.dtype).min)
         weights = logits.softmax(-1)
         if dropout > 0:
-            weights, value = weights * kept(weights, dropout), value / (1 - dropout)
+            weights, value = weights * dropout_mask(weights, dropout), value / (1 - dropout)
         return unpad(weights @ value, query_sequences)                              # (N, H, d)
 
 
@@ -140,20 +140,20 @@ def attention(query, key, value, query_sequences, key_sequences, dropout=0.0):
     Under autocast it computes in autocast's type.
     """
     found = len(query), len(key), len(key_sequences)
-    if (query_sequences.tokens, key_sequences.tokens, len(query_sequences)) != found:
+    if (query_sequences.num_tokens, key_sequences.num_tokens, len(query_sequences)) != found:
         raise ValueError(
             f"attention: {len(query)} queries for {len(query_sequences)} sequences of "
-            f"{query_sequences.tokens} tokens, {len(key)} keys for {len(key_sequences)} of "
-            f"{key_sequences.tokens}: expected one for each token, and as many sequences of both")
+            f"{query_sequences.num_tokens} tokens, {len(key)} keys for {len(key_sequences)} of "
+            f"{key_sequences.num_tokens}: expected one for each token, and as many sequences of both")
     device = query.device.type
     if torch.is_autocast_enabled(device):
         query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
-    if not runs_kernel(query):
+    if not uses_triton(query):
         return padded_attention(query, key, value, query_sequences, key_sequences, dropout)
     seed = torch.randint(2 ** 62, ())       # on the CPU: the host need not wait for the GPU to read it
-    out, _ = launch_forward(query.contiguous(), key.contiguous(), value.contiguous(), query_sequences.starts,
-                            key_sequences.starts, query_sequences.longest, key_sequences.longest, dropout,
-                            seed)
+    out, _ = attention_forward(query.contiguous(), key.contiguous(), value.contiguous(), query_sequences.offsets,
+                               key_sequences.offsets, query_sequences.max_length, key_sequences.max_length, dropout,
+                               seed)
     return out
 
 
@@ -219,7 +219,7 @@ def dot(a, b):
 
 
 @triton.jit
-def drop(x, seed, key, query, dropout):
+def apply_dropout(x, seed, key, query, dropout):
     """r * x, for x that belongs to these keys and queries.
 
     r is not stored but computed anew where it is needed: Philox (Salmon et al. 2011, "Parallel
@@ -234,141 +234,141 @@ def drop(x, seed, key, query, dropout):
 
 # ---- forward -------------------------------------------------------------------------------------
 @triton.jit
-def attend(q, i, peak, mass, mixed, key, value, start, end, seed, d, dropout, BLOCK_D, WIDTH, MASKED):
+def fwd_block(q, i, row_max, row_sum, acc, key, value, start, end, seed, d, dropout, BLOCK_D, BLOCK_N, MASKED):
     """Queries i look at keys start to start + WIDTH; what they have seen so far shrinks when a
     larger score turns up."""
-    j = start + tl.arange(0, WIDTH)
-    k = load(key, start, end, WIDTH, d, BLOCK_D, MASKED)
-    v = load(value, start, end, WIDTH, d, BLOCK_D, MASKED)
+    j = start + tl.arange(0, BLOCK_N)
+    k = load(key, start, end, BLOCK_N, d, BLOCK_D, MASKED)
+    v = load(value, start, end, BLOCK_N, d, BLOCK_D, MASKED)
     s = dot(q, tl.trans(k)) * (LOG2_E * d ** -0.5)                              # s = q k^T / sqrt(d)
     if MASKED:
         s = tl.where((j < end)[None, :], s, float("-inf"))
-    new_peak = tl.maximum(peak, tl.max(s, 1))
-    w = tl.exp2(s - new_peak[:, None])
-    shrink = tl.exp2(peak - new_peak)
-    mass = mass * shrink + tl.sum(w, 1)
-    w = drop(w, seed, j[None, :], i[:, None], dropout)
-    mixed = mixed * shrink[:, None] + dot(w.to(v.dtype), v)                     # o = (w * r) v, times mass
-    return new_peak, mass, mixed
+    new_max = tl.maximum(row_max, tl.max(s, 1))
+    w = tl.exp2(s - new_max[:, None])
+    rescale = tl.exp2(row_max - new_max)
+    row_sum = row_sum * rescale + tl.sum(w, 1)
+    w = apply_dropout(w, seed, j[None, :], i[:, None], dropout)
+    acc = acc * rescale[:, None] + dot(w.to(v.dtype), v)                        # o = (w * r) v, times mass
+    return new_max, row_sum, acc
 
 
 @triton.jit(do_not_specialize=["seed"])
-def forward_kernel(query, key, value, out, lse, query_starts, key_starts, seed,
-                   d: tl.constexpr, dropout: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
-                   WIDTH: tl.constexpr, TAIL: tl.constexpr):
+def fwd_kernel(query, key, value, out, lse, query_offsets, key_offsets, seed,
+               d: tl.constexpr, dropout: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+               BLOCK_N: tl.constexpr, TAIL: tl.constexpr):
     """One program: BLOCK queries of a sequence, one head."""
     sequence = tl.program_id(0)
-    first_query, end_query = tl.load(query_starts + sequence), tl.load(query_starts + sequence + 1)
-    first_key, end_key = tl.load(key_starts + sequence), tl.load(key_starts + sequence + 1)
-    begin = first_query + tl.program_id(1) * BLOCK
+    first_query, end_query = tl.load(query_offsets + sequence), tl.load(query_offsets + sequence + 1)
+    first_key, end_key = tl.load(key_offsets + sequence), tl.load(key_offsets + sequence + 1)
+    begin = first_query + tl.program_id(1) * BLOCK_M
     if begin >= end_query:              # a sequence shorter than the longest has fewer blocks
         return
-    i = begin + tl.arange(0, BLOCK)
-    q = load(query, begin, end_query, BLOCK, d, BLOCK_D, True)
-    peak = tl.full((BLOCK,), float("-inf"), tl.float32)
-    mass = tl.zeros((BLOCK,), tl.float32)
-    mixed = tl.zeros((BLOCK, BLOCK_D), tl.float32)
-    tail = end_key - (end_key - first_key) % WIDTH
-    for start in range(first_key, tail, WIDTH):
-        peak, mass, mixed = attend(q, i, peak, mass, mixed, key, value, start, end_key, seed,
-                                   d, dropout, BLOCK_D, WIDTH, False)
+    i = begin + tl.arange(0, BLOCK_M)
+    q = load(query, begin, end_query, BLOCK_M, d, BLOCK_D, True)
+    row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    row_sum = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    tail = end_key - (end_key - first_key) % BLOCK_N
+    for start in range(first_key, tail, BLOCK_N):
+        row_max, row_sum, acc = fwd_block(q, i, row_max, row_sum, acc, key, value, start, end_key, seed,
+                                          d, dropout, BLOCK_D, BLOCK_N, False)
     for start in range(tail, end_key, TAIL):
-        peak, mass, mixed = attend(q, i, peak, mass, mixed, key, value, start, end_key, seed,
-                                   d, dropout, BLOCK_D, TAIL, True)
-    mass = tl.where(mass > 0, mass, 1.0)                    # who looks at an empty sequence sees zeros
-    store(lse, begin, end_query, (peak + tl.log2(mass))[:, None], 1)
-    store(out, begin, end_query, mixed / mass[:, None], d)
+        row_max, row_sum, acc = fwd_block(q, i, row_max, row_sum, acc, key, value, start, end_key, seed,
+                                          d, dropout, BLOCK_D, TAIL, True)
+    row_sum = tl.where(row_sum > 0, row_sum, 1.0)           # who looks at an empty sequence sees zeros
+    store(lse, begin, end_query, (row_max + tl.log2(row_sum))[:, None], 1)
+    store(out, begin, end_query, acc / row_sum[:, None], d)
 
 
 # ---- backward ------------------------------------------------------------------------------------
 @triton.jit
-def gather_for_queries(q, do, i, lse, delta, dq, key, value, start, end, seed,
-                       d, dropout, BLOCK_D, WIDTH, MASKED):
+def dq_block(q, do, i, lse, delta, dq, key, value, start, end, seed,
+             d, dropout, BLOCK_D, BLOCK_N, MASKED):
     """What keys start to start + WIDTH add to dq of queries i."""
-    j = start + tl.arange(0, WIDTH)
-    k = load(key, start, end, WIDTH, d, BLOCK_D, MASKED)
-    v = load(value, start, end, WIDTH, d, BLOCK_D, MASKED)
+    j = start + tl.arange(0, BLOCK_N)
+    k = load(key, start, end, BLOCK_N, d, BLOCK_D, MASKED)
+    v = load(value, start, end, BLOCK_N, d, BLOCK_D, MASKED)
     s = dot(q, tl.trans(k)) * (LOG2_E * d ** -0.5)                              # s = q k^T / sqrt(d)
     if MASKED:
         s = tl.where((j < end)[None, :], s, float("-inf"))
     w = tl.exp2(s - lse)                                                        # w = exp(s - lse)
-    dw = drop(dot(do, tl.trans(v)), seed, j[None, :], i[:, None], dropout)      # dw = r * (do v^T)
+    dw = apply_dropout(dot(do, tl.trans(v)), seed, j[None, :], i[:, None], dropout)  # dw = r * (do v^T)
     ds = w * (dw - delta)                                                       # ds = w * (dw - delta)
     return dq + dot(ds.to(k.dtype), k)                                          # dq = ds k / sqrt(d), later
 
 
 @triton.jit(do_not_specialize=["seed"])
-def query_kernel(grad, query, key, value, out, lse, dq_out, delta_out, query_starts, key_starts, seed,
-                 d: tl.constexpr, dropout: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
-                 WIDTH: tl.constexpr, TAIL: tl.constexpr):
+def bwd_dq_kernel(grad, query, key, value, out, lse, dq_out, delta_out, query_offsets, key_offsets, seed,
+                  d: tl.constexpr, dropout: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+                  BLOCK_N: tl.constexpr, TAIL: tl.constexpr):
     """One program: dq and delta of BLOCK queries of a sequence, one head."""
     sequence = tl.program_id(0)
-    first_query, end_query = tl.load(query_starts + sequence), tl.load(query_starts + sequence + 1)
-    first_key, end_key = tl.load(key_starts + sequence), tl.load(key_starts + sequence + 1)
-    begin = first_query + tl.program_id(1) * BLOCK
+    first_query, end_query = tl.load(query_offsets + sequence), tl.load(query_offsets + sequence + 1)
+    first_key, end_key = tl.load(key_offsets + sequence), tl.load(key_offsets + sequence + 1)
+    begin = first_query + tl.program_id(1) * BLOCK_M
     if begin >= end_query:
         return
-    i = begin + tl.arange(0, BLOCK)
-    q = load(query, begin, end_query, BLOCK, d, BLOCK_D, True)
-    o = load(out, begin, end_query, BLOCK, d, BLOCK_D, True).to(tl.float32)
-    do = load(grad, begin, end_query, BLOCK, d, BLOCK_D, True)
-    lse = load(lse, begin, end_query, BLOCK, 1, 1, True)
+    i = begin + tl.arange(0, BLOCK_M)
+    q = load(query, begin, end_query, BLOCK_M, d, BLOCK_D, True)
+    o = load(out, begin, end_query, BLOCK_M, d, BLOCK_D, True).to(tl.float32)
+    do = load(grad, begin, end_query, BLOCK_M, d, BLOCK_D, True)
+    lse = load(lse, begin, end_query, BLOCK_M, 1, 1, True)
     delta = tl.sum(do.to(tl.float32) * o, 1)[:, None]
     store(delta_out, begin, end_query, delta, 1)
-    dq = tl.zeros((BLOCK, BLOCK_D), tl.float32)
-    tail = end_key - (end_key - first_key) % WIDTH
-    for start in range(first_key, tail, WIDTH):
-        dq = gather_for_queries(q, do, i, lse, delta, dq, key, value, start, end_key, seed,
-                                d, dropout, BLOCK_D, WIDTH, False)
+    dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    tail = end_key - (end_key - first_key) % BLOCK_N
+    for start in range(first_key, tail, BLOCK_N):
+        dq = dq_block(q, do, i, lse, delta, dq, key, value, start, end_key, seed,
+                      d, dropout, BLOCK_D, BLOCK_N, False)
     for start in range(tail, end_key, TAIL):
-        dq = gather_for_queries(q, do, i, lse, delta, dq, key, value, start, end_key, seed,
-                                d, dropout, BLOCK_D, TAIL, True)
+        dq = dq_block(q, do, i, lse, delta, dq, key, value, start, end_key, seed,
+                      d, dropout, BLOCK_D, TAIL, True)
     store(dq_out, begin, end_query, dq * d ** -0.5, d)
 
 
 @triton.jit
-def gather_for_keys(k, v, j, dk, dv, grad, query, lse, delta, start, end, seed,
-                    d, dropout, BLOCK_D, WIDTH, MASKED):
+def dkdv_block(k, v, j, dk, dv, grad, query, lse, delta, start, end, seed,
+               d, dropout, BLOCK_D, BLOCK_N, MASKED):
     """What queries start to start + WIDTH add to dk and dv of keys j. Here s, w, r, dw and ds lie
     transposed, (keys, queries)."""
-    i = start + tl.arange(0, WIDTH)
-    q = load(query, start, end, WIDTH, d, BLOCK_D, MASKED)
-    do = load(grad, start, end, WIDTH, d, BLOCK_D, MASKED)
-    lse = tl.trans(load(lse, start, end, WIDTH, 1, 1, MASKED))
-    delta = tl.trans(load(delta, start, end, WIDTH, 1, 1, MASKED))
+    i = start + tl.arange(0, BLOCK_N)
+    q = load(query, start, end, BLOCK_N, d, BLOCK_D, MASKED)
+    do = load(grad, start, end, BLOCK_N, d, BLOCK_D, MASKED)
+    lse = tl.trans(load(lse, start, end, BLOCK_N, 1, 1, MASKED))
+    delta = tl.trans(load(delta, start, end, BLOCK_N, 1, 1, MASKED))
     s = dot(k, tl.trans(q)) * (LOG2_E * d ** -0.5)                              # s = q k^T / sqrt(d)
     w = tl.exp2(s - lse)                                                        # w = exp(s - lse)
-    dw = drop(dot(v, tl.trans(do)), seed, j[:, None], i[None, :], dropout)      # dw = r * (do v^T)
+    dw = apply_dropout(dot(v, tl.trans(do)), seed, j[:, None], i[None, :], dropout)  # dw = r * (do v^T)
     ds = w * (dw - delta)                                                       # ds = w * (dw - delta)
-    w = drop(w, seed, j[:, None], i[None, :], dropout)
+    w = apply_dropout(w, seed, j[:, None], i[None, :], dropout)
     dv += dot(w.to(do.dtype), do)                                               # dv = (w * r)^T do
     dk += dot(ds.to(q.dtype), q)                                                # dk = ds^T q / sqrt(d), later
     return dk, dv
 
 
 @triton.jit(do_not_specialize=["seed"])
-def key_kernel(grad, query, key, value, lse, delta, dk_out, dv_out, query_starts, key_starts, seed,
-               d: tl.constexpr, dropout: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
-               WIDTH: tl.constexpr, TAIL: tl.constexpr):
+def bwd_dkdv_kernel(grad, query, key, value, lse, delta, dk_out, dv_out, query_offsets, key_offsets, seed,
+                    d: tl.constexpr, dropout: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+                    BLOCK_N: tl.constexpr, TAIL: tl.constexpr):
     """One program: dk and dv of BLOCK keys of a sequence, one head."""
     sequence = tl.program_id(0)
-    first_query, end_query = tl.load(query_starts + sequence), tl.load(query_starts + sequence + 1)
-    first_key, end_key = tl.load(key_starts + sequence), tl.load(key_starts + sequence + 1)
-    begin = first_key + tl.program_id(1) * BLOCK
+    first_query, end_query = tl.load(query_offsets + sequence), tl.load(query_offsets + sequence + 1)
+    first_key, end_key = tl.load(key_offsets + sequence), tl.load(key_offsets + sequence + 1)
+    begin = first_key + tl.program_id(1) * BLOCK_M
     if begin >= end_key:
         return
-    j = begin + tl.arange(0, BLOCK)
-    k = load(key, begin, end_key, BLOCK, d, BLOCK_D, True)
-    v = load(value, begin, end_key, BLOCK, d, BLOCK_D, True)
-    dk = tl.zeros((BLOCK, BLOCK_D), tl.float32)
-    dv = tl.zeros((BLOCK, BLOCK_D), tl.float32)
-    tail = end_query - (end_query - first_query) % WIDTH
-    for start in range(first_query, tail, WIDTH):
-        dk, dv = gather_for_keys(k, v, j, dk, dv, grad, query, lse, delta, start, end_query, seed,
-                                 d, dropout, BLOCK_D, WIDTH, False)
+    j = begin + tl.arange(0, BLOCK_M)
+    k = load(key, begin, end_key, BLOCK_M, d, BLOCK_D, True)
+    v = load(value, begin, end_key, BLOCK_M, d, BLOCK_D, True)
+    dk = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    dv = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    tail = end_query - (end_query - first_query) % BLOCK_N
+    for start in range(first_query, tail, BLOCK_N):
+        dk, dv = dkdv_block(k, v, j, dk, dv, grad, query, lse, delta, start, end_query, seed,
+                            d, dropout, BLOCK_D, BLOCK_N, False)
     for start in range(tail, end_query, TAIL):
-        dk, dv = gather_for_keys(k, v, j, dk, dv, grad, query, lse, delta, start, end_query, seed,
-                                 d, dropout, BLOCK_D, TAIL, True)
+        dk, dv = dkdv_block(k, v, j, dk, dv, grad, query, lse, delta, start, end_query, seed,
+                            d, dropout, BLOCK_D, TAIL, True)
     store(dk_out, begin, end_key, dk * d ** -0.5, d)
     store(dv_out, begin, end_key, dv, d)
 
@@ -379,77 +379,77 @@ MAX_D = 128
 # (kernel, bytes per number): rows of (largest d, BLOCK, WIDTH, warps, stages). With Triton 3.6 to
 # 3.9 they compile for compute capability 8.0 and 9.0 without spilling registers, which
 # `python bench.py --compile-only` shows; none has been tuned on a card yet.
-TILES = {("forward", 2): [(64, 64, 64, 4, 2), (128, 64, 64, 8, 2)],
-         ("forward", 4): [(64, 32, 32, 8, 1), (128, 16, 32, 4, 1)],
-         ("query", 2): [(64, 64, 64, 4, 2), (128, 64, 32, 8, 2)],
-         ("query", 4): [(64, 32, 16, 8, 1), (128, 16, 32, 4, 1)],
-         ("key", 2): [(32, 64, 16, 4, 1), (64, 64, 32, 4, 1), (128, 64, 32, 8, 2)],
-         ("key", 4): [(32, 16, 32, 4, 1), (128, 16, 16, 4, 1)]}
+LAUNCH_CONFIGS = {("fwd", 2): [(64, 64, 64, 4, 2), (128, 64, 64, 8, 2)],
+                  ("fwd", 4): [(64, 32, 32, 8, 1), (128, 16, 32, 4, 1)],
+                  ("bwd_dq", 2): [(64, 64, 64, 4, 2), (128, 64, 32, 8, 2)],
+                  ("bwd_dq", 4): [(64, 32, 16, 8, 1), (128, 16, 32, 4, 1)],
+                  ("bwd_dkdv", 2): [(32, 64, 16, 4, 1), (64, 64, 32, 4, 1), (128, 64, 32, 8, 2)],
+                  ("bwd_dkdv", 4): [(32, 16, 32, 4, 1), (128, 16, 16, 4, 1)]}
 
 
-def runs_kernel(query):
-    return takes_kernels(query) and query.shape[-1] <= MAX_D and query.element_size() <= 4
+def uses_triton(query):
+    return triton_supports(query) and query.shape[-1] <= MAX_D and query.element_size() <= 4
 
 
-def tiles(kernel, d, itemsize):
+def launch_config(kernel, d, itemsize):
     """What a kernel is compiled with for d channels per head."""
-    _, BLOCK, WIDTH, warps, stages = next(row for row in TILES[kernel, itemsize] if d <= row[0])
-    return dict(d=d, BLOCK_D=max(16, triton.next_power_of_2(d)), BLOCK=BLOCK, WIDTH=WIDTH, TAIL=TAIL,
+    _, BLOCK_M, BLOCK_N, warps, stages = next(row for row in LAUNCH_CONFIGS[kernel, itemsize] if d <= row[0])
+    return dict(d=d, BLOCK_D=max(16, triton.next_power_of_2(d)), BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, TAIL=TAIL,
                 num_warps=warps, num_stages=stages)
 
 
 # Two operators that PyTorch knows: torch.compile takes each as one step, autograd finds the second.
 @torch.library.custom_op("flip::attention", mutates_args=())
-def launch_forward(query: Tensor, key: Tensor, value: Tensor, query_starts: Tensor, key_starts: Tensor,
-                   longest_query: int, longest_key: int, dropout: float,
-                   seed: Tensor) -> tuple[Tensor, Tensor]:
+def attention_forward(query: Tensor, key: Tensor, value: Tensor, query_offsets: Tensor, key_offsets: Tensor,
+                      max_query_length: int, max_key_length: int, dropout: float,
+                      seed: Tensor) -> tuple[Tensor, Tensor]:
     """o and lse."""
     _, H, d = query.shape
     out, lse = torch.empty_like(query), query.new_empty(query.shape[:2], dtype=torch.float32)
-    meta = tiles("forward", d, query.element_size())
-    forward_kernel[len(key_starts) - 1, triton.cdiv(longest_query, meta["BLOCK"]), H](
-        query, key, value, out, lse, query_starts, key_starts, int(seed), dropout=dropout, **meta)
+    meta = launch_config("fwd", d, query.element_size())
+    fwd_kernel[len(key_offsets) - 1, triton.cdiv(max_query_length, meta["BLOCK_M"]), H](
+        query, key, value, out, lse, query_offsets, key_offsets, int(seed), dropout=dropout, **meta)
     return out, lse
 
 
 @torch.library.custom_op("flip::attention_backward", mutates_args=())
-def launch_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
-                    query_starts: Tensor, key_starts: Tensor, longest_query: int, longest_key: int,
-                    dropout: float, seed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def attention_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
+                       query_offsets: Tensor, key_offsets: Tensor, max_query_length: int, max_key_length: int,
+                       dropout: float, seed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv."""
-    (_, H, d), B = query.shape, len(key_starts) - 1
+    (_, H, d), B = query.shape, len(key_offsets) - 1
     dq, dk, dv, delta = map(torch.empty_like, (query, key, value, lse))
-    meta = tiles("query", d, query.element_size())
-    query_kernel[B, triton.cdiv(longest_query, meta["BLOCK"]), H](
-        grad, query, key, value, out, lse, dq, delta, query_starts, key_starts, int(seed), dropout=dropout,
+    meta = launch_config("bwd_dq", d, query.element_size())
+    bwd_dq_kernel[B, triton.cdiv(max_query_length, meta["BLOCK_M"]), H](
+        grad, query, key, value, out, lse, dq, delta, query_offsets, key_offsets, int(seed), dropout=dropout,
         **meta)
-    meta = tiles("key", d, query.element_size())
-    key_kernel[B, triton.cdiv(longest_key, meta["BLOCK"]), H](
-        grad, query, key, value, lse, delta, dk, dv, query_starts, key_starts, int(seed), dropout=dropout,
+    meta = launch_config("bwd_dkdv", d, query.element_size())
+    bwd_dkdv_kernel[B, triton.cdiv(max_key_length, meta["BLOCK_M"]), H](
+        grad, query, key, value, lse, delta, dk, dv, query_offsets, key_offsets, int(seed), dropout=dropout,
         **meta)
     return dq, dk, dv
 
 
-@launch_forward.register_fake
+@attention_forward.register_fake
 def _(query, *_):
     return torch.empty_like(query), query.new_empty(query.shape[:2], dtype=torch.float32)
 
 
-@launch_backward.register_fake
+@attention_backward.register_fake
 def _(grad, query, key, value, *_):
     return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
 
 
 def save(ctx, inputs, output):
-    *tensors, longest_query, longest_key, dropout, seed = inputs
-    ctx.save_for_backward(*tensors[:3], *output, *tensors[3:], seed)        # as launch_backward takes them
-    ctx.numbers = longest_query, longest_key, dropout
+    *tensors, max_query_length, max_key_length, dropout, seed = inputs
+    ctx.save_for_backward(*tensors[:3], *output, *tensors[3:], seed)        # as attention_backward takes them
+    ctx.numbers = max_query_length, max_key_length, dropout
 
 
 def backward(ctx, grad, _):
     *tensors, seed = ctx.saved_tensors
-    dq, dk, dv = launch_backward(grad.contiguous(), *tensors, *ctx.numbers, seed)
+    dq, dk, dv = attention_backward(grad.contiguous(), *tensors, *ctx.numbers, seed)
     return dq, dk, dv, None, None, None, None, None, None
 
 
-launch_forward.register_autograd(backward, setup_context=save)
+attention_forward.register_autograd(backward, setup_context=save)

@@ -35,61 +35,61 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels import takes_kernels, tl, triton
+from kernels import tl, triton, triton_supports
 
 
 # ---- sums over keys ------------------------------------------------------------------------------
-class Sums(NamedTuple):
+class SoftmaxSums(NamedTuple):
     """Three softmax-weighted sums over some keys; first dimension: student, momentum encoder,
     positives. Weights are relative to exp(peak), so that nothing overflows."""
-    peak: Tensor        # (3, B) the largest logit
-    mass: Tensor        # (3, B) sum_j exp(logit_j - peak)
+    max_logit: Tensor   # (3, B) the largest logit
+    denominator: Tensor  # (3, B) sum_j exp(logit_j - peak)
     key_sum: Tensor     # (3, B, E) sum_j exp(logit_j - peak) k_j
 
 
-def sums_over(queries, keys, identity, key_identity, temperature):
+def chunk_sums(queries, keys, identity, key_identity, temperature):
     """`Sums` over keys (C, E) for queries (2, B, E): the student's and the momentum features."""
     logits = queries / temperature @ keys.T                                         # (2, B, C)
-    peak = logits.amax(-1)
-    weights = logits.sub_(peak[..., None]).exp_()
+    max_logit = logits.amax(-1)
+    weights = logits.sub_(max_logit[..., None]).exp_()
     same = (identity[:, None] == key_identity[None, :]).to(keys.dtype)              # (B, C)
     positive_sum = same @ keys if same.any() else torch.zeros_like(queries[0])      # mostly there is none
-    return Sums(peak=torch.cat([peak, peak.new_zeros(1, len(same))]),
-                mass=torch.cat([weights.sum(-1), same.sum(-1)[None]]),
-                key_sum=torch.cat([weights @ keys, positive_sum[None]]))
+    return SoftmaxSums(max_logit=torch.cat([max_logit, max_logit.new_zeros(1, len(same))]),
+                       denominator=torch.cat([weights.sum(-1), same.sum(-1)[None]]),
+                       key_sum=torch.cat([weights @ keys, positive_sum[None]]))
 
 
-def stack(parts):
+def stack_sums(parts):
     """Several `Sums`, over different keys, as one along a new first dimension."""
-    return Sums(peak=torch.stack([part.peak for part in parts]),
-                mass=torch.stack([part.mass for part in parts]),
-                key_sum=torch.stack([part.key_sum for part in parts]))
+    return SoftmaxSums(max_logit=torch.stack([part.max_logit for part in parts]),
+                       denominator=torch.stack([part.denominator for part in parts]),
+                       key_sum=torch.stack([part.key_sum for part in parts]))
 
 
-def merge(parts):
+def merge_sums(parts):
     """`Sums` stacked along a first dimension (parts, 3, B, ...) -> `Sums` over all their keys."""
-    peak = parts.peak.amax(0)
-    shrink = (parts.peak - peak).exp()                                              # (parts, 3, B)
-    return Sums(peak, (shrink * parts.mass).sum(0), (shrink[..., None] * parts.key_sum).sum(0))
+    max_logit = parts.max_logit.amax(0)
+    rescale = (parts.max_logit - max_logit).exp()                                   # (parts, 3, B)
+    return SoftmaxSums(max_logit, (rescale * parts.denominator).sum(0), (rescale[..., None] * parts.key_sum).sum(0))
 
 
-def plain_sums(feature, momentum_feature, keys, identity, key_identity, temperature, chunk=2048):
+def torch_sums(feature, momentum_feature, keys, identity, key_identity, temperature, chunk=2048):
     """`Sums` over all pieces of keys in PyTorch, one chunk of keys after the other."""
     queries = torch.stack([feature, momentum_feature])
     sums = None
     for piece, piece_identity in zip(keys, key_identity):
         for some, some_identity in zip(piece.split(chunk), piece_identity.split(chunk)):
-            part = sums_over(queries, some.to(feature.dtype), identity, some_identity, temperature)
-            sums = part if sums is None else merge(stack([sums, part]))
+            part = chunk_sums(queries, some.to(feature.dtype), identity, some_identity, temperature)
+            sums = part if sums is None else merge_sums(stack_sums([sums, part]))
     return sums
 
 
 def loss_and_gradients(sums, feature, temperature, alpha):
     """What the docstring derives: the mean loss (), and its gradients by feature (B, E) and
     temperature ()."""
-    student_key, momentum_key, positive_key = sums.key_sum / sums.mass[..., None]   # averages, (B, E) each
+    student_key, momentum_key, positive_key = sums.key_sum / sums.denominator[..., None]  # averages, (B, E) each
     target_key = alpha * momentum_key + (1 - alpha) * positive_key
-    log_sum_exp = sums.peak[0] + sums.mass[0].log()                                 # (B,)
+    log_sum_exp = sums.max_logit[0] + sums.denominator[0].log()                     # (B,)
     loss = log_sum_exp - (feature * target_key).sum(1) / temperature
     by_feature = (student_key - target_key) / temperature
     by_temperature = -(feature * by_feature).sum(1) / temperature
@@ -98,9 +98,9 @@ def loss_and_gradients(sums, feature, temperature, alpha):
 
 # ---- the kernel ----------------------------------------------------------------------------------
 @triton.jit
-def sums_kernel(queries, keys, identity, key_identity, temperature, peak_out, mass_out, key_out, B, K,
-                stretch, E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-                BLOCK_KEYS: tl.constexpr, SLICE: tl.constexpr):
+def triton_sums_kernel(queries, keys, identity, key_identity, temperature, max_out, denominator_out, key_out, B, K,
+                       keys_per_program, E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+                       BLOCK_KEYS: tl.constexpr, BLOCK_K: tl.constexpr):
     """One program: `Sums` of BLOCK_ROWS of the 3 B rows over one stretch of the keys.
 
     queries (3, B, E): student, momentum encoder, zeros for the positives; outputs (G, 3, B) and
@@ -113,10 +113,10 @@ def sums_kernel(queries, keys, identity, key_identity, temperature, peak_out, ma
     row_identity = tl.load(identity + rows % B)
     scale = 1.0 / tl.load(temperature)
 
-    peak = tl.full((BLOCK_ROWS,), -1e38, tl.float32)    # finite: peak - peak is 0 before the first positive
-    mass = tl.zeros((BLOCK_ROWS,), tl.float32)
+    max_logit = tl.full((BLOCK_ROWS,), -1e38, tl.float32)  # finite: peak - peak is 0 before the first positive
+    denominator = tl.zeros((BLOCK_ROWS,), tl.float32)
     key_sum = tl.zeros((BLOCK_ROWS, BLOCK_E), tl.float32)
-    for start in range(g * stretch, tl.minimum((g + 1) * stretch, K), BLOCK_KEYS):
+    for start in range(g * keys_per_program, tl.minimum((g + 1) * keys_per_program, K), BLOCK_KEYS):
         j = start + tl.arange(0, BLOCK_KEYS)
         is_key = j < K
         same = row_identity[:, None] == tl.load(key_identity + j, mask=is_key, other=0)[None, :]
@@ -125,25 +125,25 @@ def sums_kernel(queries, keys, identity, key_identity, temperature, peak_out, ma
             first_of_key = keys + j.to(tl.int64)[:, None] * E
             # q k_j, by slices of the features: with all at once the registers would not suffice
             cosines = tl.zeros((BLOCK_ROWS, BLOCK_KEYS), tl.float32)
-            for e in range(0, E, SLICE):
-                part = (e + tl.arange(0, SLICE))[None, :]
+            for e in range(0, E, BLOCK_K):
+                part = (e + tl.arange(0, BLOCK_K))[None, :]
                 q = tl.load(queries + rows[:, None] * E + part, mask=is_row[:, None] & (part < E), other=0.0)
                 k = tl.load(first_of_key + part, mask=is_key[:, None] & (part < E), other=0.0)
                 cosines = tl.dot(q, tl.trans(k.to(tl.float32)), cosines, input_precision="tf32x3")
             # s_j = q k_j / tau; in the rows whose q is 0 it is 0 for positives
             logits = tl.where(counts, cosines * scale, float("-inf"))
             # the online softmax: what was summed so far shrinks when a larger logit turns up
-            new_peak = tl.maximum(peak, tl.max(logits, 1))
-            weights = tl.exp(logits - new_peak[:, None])
-            shrink = tl.exp(peak - new_peak)
-            mass = mass * shrink + tl.sum(weights, 1)
+            new_max = tl.maximum(max_logit, tl.max(logits, 1))
+            weights = tl.exp(logits - new_max[:, None])
+            rescale = tl.exp(max_logit - new_max)
+            denominator = denominator * rescale + tl.sum(weights, 1)
             k = tl.load(first_of_key + columns[None, :], mask=is_key[:, None] & is_column[None, :], other=0.0)
-            key_sum = key_sum * shrink[:, None] + tl.dot(weights, k.to(tl.float32), input_precision="tf32x3")
-            peak = new_peak
+            key_sum = key_sum * rescale[:, None] + tl.dot(weights, k.to(tl.float32), input_precision="tf32x3")
+            max_logit = new_max
 
     out = g * 3 * B + rows
-    tl.store(peak_out + out, peak, mask=is_row)
-    tl.store(mass_out + out, mass, mask=is_row)
+    tl.store(max_out + out, max_logit, mask=is_row)
+    tl.store(denominator_out + out, denominator, mask=is_row)
     tl.store(key_out + out.to(tl.int64)[:, None] * E + columns[None, :], key_sum,
              mask=is_row[:, None] & is_column[None, :])
 
@@ -151,33 +151,33 @@ def sums_kernel(queries, keys, identity, key_identity, temperature, peak_out, ma
 # "tf32x3" computes float32 products nearly to float32's precision on tensor cores, in three steps.
 # With Triton 3.6 to 3.9 this tiling compiles for compute capability 8.0 and 9.0 without spilling
 # registers up to MAX_E (`python bench.py --compile-only`); not yet tuned on any card.
-TILES = dict(BLOCK_ROWS=32, BLOCK_KEYS=32, SLICE=32, num_warps=8, num_stages=1)
+LAUNCH_CONFIG = dict(BLOCK_ROWS=32, BLOCK_KEYS=32, BLOCK_K=32, num_warps=8, num_stages=1)
 MAX_E = 256
 
 
-def runs_kernel(feature):
-    return takes_kernels(feature) and feature.shape[1] <= MAX_E and feature.dtype == torch.float32
+def uses_triton(feature):
+    return triton_supports(feature) and feature.shape[1] <= MAX_E and feature.dtype == torch.float32
 
 
-def kernel_sums(feature, momentum_feature, keys, identity, key_identity, temperature, programs=None):
+def triton_sums(feature, momentum_feature, keys, identity, key_identity, temperature, programs=None):
     """`Sums` over all pieces of keys, each in so many stretches that about `programs` programs have
     work, one per processor of the GPU (those of the rows for positives have next to none)."""
     programs = programs or torch.cuda.get_device_properties(feature.device).multi_processor_count
     queries = torch.stack([feature, momentum_feature, torch.zeros_like(feature)])
-    (B, E), block = feature.shape, TILES["BLOCK_KEYS"]
-    row_blocks, busy_blocks = (triton.cdiv(n * B, TILES["BLOCK_ROWS"]) for n in (3, 2))
+    (B, E), block = feature.shape, LAUNCH_CONFIG["BLOCK_KEYS"]
+    row_blocks, busy_blocks = (triton.cdiv(n * B, LAUNCH_CONFIG["BLOCK_ROWS"]) for n in (3, 2))
     parts = []
     for piece, piece_identity in zip(keys, key_identity):
         K = len(piece)
-        stretch = triton.cdiv(K, max(1, programs // busy_blocks) * block) * block
-        G = triton.cdiv(K, stretch)
-        out = Sums(peak=queries.new_empty(G, 3, B), mass=queries.new_empty(G, 3, B),
-                   key_sum=queries.new_empty(G, 3, B, E))
-        sums_kernel[row_blocks, G](
+        keys_per_program = triton.cdiv(K, max(1, programs // busy_blocks) * block) * block
+        num_splits = triton.cdiv(K, keys_per_program)
+        out = SoftmaxSums(max_logit=queries.new_empty(num_splits, 3, B), denominator=queries.new_empty(num_splits, 3, B),
+                          key_sum=queries.new_empty(num_splits, 3, B, E))
+        triton_sums_kernel[row_blocks, num_splits](
             queries, piece.contiguous(), identity.contiguous(), piece_identity.contiguous(), temperature,
-            *out, B, K, stretch, E=E, BLOCK_E=max(32, triton.next_power_of_2(E)), **TILES)
-        parts.append(merge(out))
-    return merge(stack(parts))
+            *out, B, K, keys_per_program, E=E, BLOCK_E=max(32, triton.next_power_of_2(E)), **LAUNCH_CONFIG)
+        parts.append(merge_sums(out))
+    return merge_sums(stack_sums(parts))
 
 
 # ---- what the model calls ------------------------------------------------------------------------
@@ -187,7 +187,7 @@ def contrastive(feature: Tensor, momentum_feature: Tensor, keys: list[Tensor], i
                 alpha: float) -> tuple[Tensor, Tensor, Tensor]:
     """The loss and its gradients by feature and temperature: one operator for torch.compile."""
     with torch.autocast(feature.device.type, enabled=False):
-        sums_of = kernel_sums if runs_kernel(feature) else plain_sums
+        sums_of = triton_sums if uses_triton(feature) else torch_sums
         sums = sums_of(feature, momentum_feature, keys, identity, key_identity, temperature)
         return loss_and_gradients(sums, feature, temperature, alpha)
 

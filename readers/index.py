@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 from bert import clean_caption
 from captions import ATTRIBUTES
-from common.images import Crop
-from common.script import expecting, whole_file
+from common.images import TarImage
+from common.script import atomic_write, error_context
 
 SPLITS = ("train", "val", "test")
 COLUMNS = ("caption", "face_caption", "pcfg", "laion_caption")      # that FaceCaption-15M has for texts
@@ -33,15 +33,15 @@ class Record(NamedTuple):
     the list that it is handed). For a set that lies otherwise, write one more, and a row of LAYOUTS.
     """
     where: str                      # for errors: "list_attr_celeba.txt line 7"
-    picture: object                 # its file's name below the set's pictures; or its Path, or a Crop
-    part: str                       # one of SPLITS
-    person: str = ""                # equal: the same person; "": nobody that another picture shows
-    values: tuple | None = None     # of the 40 attributes in CelebA's order, as written: "-1"
+    image: object                   # its file's name below the set's pictures; or its Path, or a Crop
+    split: str                      # one of SPLITS
+    person_id: str = ""             # equal: the same person; "": nobody that another picture shows
+    attribute_values: tuple | None = None  # of the 40 attributes in CelebA's order, as written: "-1"
     captions: dict | None = None    # {column: a text or a list of texts}, and other columns
     sketches: list | None = None    # Paths, as it grows
 
 
-def open_split(path, split, layouts, cache, columns, max_lost):
+def open_split(path, split, layouts, cache, columns, max_errors):
     """The fields of `data.Faces` for a part of a set in a folder, by what is found there, or in a json
     list.
 
@@ -55,35 +55,35 @@ def open_split(path, split, layouts, cache, columns, max_lost):
     if not Path(path).exists():
         raise FileNotFoundError(f"{path}: no such folder or file")
     path = Path(path).absolute()
-    found = [layout for layout in layouts if any(path.glob(layout.sign))]
+    found = [layout for layout in layouts if any(path.glob(layout.pattern))]
     if path.is_file() and path.suffix == ".json":
         found = layouts[-1:]
     if not found:
-        known = ", ".join(f"{layout.sign} ({layout.title})" for layout in layouts)
+        known = ", ".join(f"{layout.pattern} ({layout.title})" for layout in layouts)
         raise ValueError(f"{path}: found none of {known}. (FaceCaption-15M's .parquet has the addresses of "
                          f"its pictures only: fetch them with img2dataset)")
     layout, name, folder = found[0], f"{found[0].title} {split}", path if path.is_dir() else path.parent
-    index = Path(cache) / f"index-{state_of(folder, path, columns, Path(cache).resolve())}.npy"
+    index = Path(cache) / f"index-{fingerprint(folder, path, columns, Path(cache).resolve())}.npy"
     try:
         if not index.exists():
             write_index(index, layout, path, folder, columns)
         rows = np.load(index, mmap_mode="r")
-        lost = index.with_suffix(".lost").read_text(encoding="utf-8").splitlines()
-        check_lost(lost, len(rows) + len(lost), max_lost)
-        begin, end = (bisect.bisect_left(rows["part"], SPLITS.index(split) + n) for n in (0, 1))
+        errors = index.with_suffix(".errors").read_text(encoding="utf-8").splitlines()
+        check_error_rate(errors, len(rows) + len(errors), max_errors)
+        begin, end = (bisect.bisect_left(rows["split"], SPLITS.index(split) + n) for n in (0, 1))
         if begin == end:
-            found = dict(zip(SPLITS, np.bincount(rows["part"], minlength=len(SPLITS)).tolist()))
+            found = dict(zip(SPLITS, np.bincount(rows["split"], minlength=len(SPLITS)).tolist()))
             raise ValueError(f"no faces, expected at least one in this part; found {found}")
     except (ValueError, FileNotFoundError) as error:
         raise ValueError(f"{name}: {error}") from error
     rows, text = rows[begin:end], np.memmap(index.with_suffix(".txt"), np.uint8, "r")
-    first = Lines(text, rows, folder).line(0)
+    first = IndexColumn(text, rows, folder)._record(0)
     return dict(name=name, identity=rows["identity"],
                 attributes=rows["attributes"] if rows["attributes"].size else None,
-                **{field: Lines(text, rows, folder, field) for field in first})
+                **{field: IndexColumn(text, rows, folder, field) for field in first})
 
 
-class Lines:
+class IndexColumn:
     """What the lines of an index say of one field, as a list that takes no memory."""
 
     def __init__(self, text, rows, folder, field=""):
@@ -92,22 +92,22 @@ class Lines:
     def __len__(self):
         return len(self.rows)
 
-    def line(self, i):
+    def _record(self, i):
         begin, length = self.rows["start"][i], self.rows["length"][i]
         return json.loads(self.text[begin:begin + length].tobytes())
 
     def __getitem__(self, i):
         if np.ndim(i):
-            return Lines(self.text, self.rows[i], self.folder, self.field)
-        found = self.line(i)[self.field]
+            return IndexColumn(self.text, self.rows[i], self.folder, self.field)
+        found = self._record(i)[self.field]
         if self.field == "sketches":
             return [self.folder / path for path in found]
-        if self.field == "pictures":
-            return self.folder / found if isinstance(found, str) else Crop(self.folder / found[0], *found[1:])
+        if self.field == "images":
+            return self.folder / found if isinstance(found, str) else TarImage(self.folder / found[0], *found[1:])
         return found
 
 
-def state_of(folder, path, columns, cache):
+def fingerprint(folder, path, columns, cache):
     """A digest of what an index depends on: what is asked for, this code, and of all files in the
     folder, but for a cache in it, the names, sizes and times; of pictures the names only."""
     code = b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py")))
@@ -125,108 +125,108 @@ def state_of(folder, path, columns, cache):
 def write_index(index, layout, path, folder, columns):
     """Read and check a whole set. The files appear when all are complete, the rows last."""
     rows, size, kinds = [], 0, Counter()
-    with (whole_file(index) as to_rows, whole_file(index.with_suffix(".txt")) as to_text,
-          whole_file(index.with_suffix(".lost")) as to_lost):
-        with open(to_text, "wb") as text, open(to_lost, "w", encoding="utf-8", errors="replace") as left_out:
-            for some, lines, lost in examined(layout.reader(path), layout, folder, columns):
+    with (atomic_write(index) as to_rows, atomic_write(index.with_suffix(".txt")) as to_text,
+          atomic_write(index.with_suffix(".errors")) as to_errors):
+        with open(to_text, "wb") as text, open(to_errors, "w", encoding="utf-8", errors="replace") as left_out:
+            for some, lines, errors in index_jobs(layout.reader(path), layout, folder, columns):
                 some["start"] += size
                 size += text.write(lines)
                 rows.append(some)
-                left_out.writelines(" ".join(sentence.split()) + "\n" for sentence in lost)
-                kinds.update(sentence.split(":")[0] for sentence in lost)
+                left_out.writelines(" ".join(sentence.split()) + "\n" for sentence in errors)
+                kinds.update(sentence.split(":")[0] for sentence in errors)
         rows = np.concatenate(rows)
         with open(to_rows, "wb") as file:
-            np.save(file, rows[rows["part"].argsort(kind="stable")])
+            np.save(file, rows[rows["split"].argsort(kind="stable")])
     if kinds:
         found = ", ".join(f"{count:,} x {kind}" for kind, count in kinds.most_common())
-        print(f"{path}: {len(rows):,} faces; left out, and listed in {index.with_suffix('.lost')}: {found}")
+        print(f"{path}: {len(rows):,} faces; left out, and listed in {index.with_suffix('.errors')}: {found}")
 
 
-def examined(found, layout, folder, columns):
+def index_jobs(found, layout, folder, columns):
     """What `examine` makes of a reader's records, or, on all cores, of functions that give some."""
-    if layout.apart:
+    if layout.one_job_per_file:
         with multiprocessing.Pool(None, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
-            work = pool.imap(functools.partial(examine, columns=columns), found)
+            work = pool.imap(functools.partial(index_records, columns=columns), found)
             yield from tqdm(work, "reading the set", len(found))
     else:
         records = tqdm(found, "reading the set", leave=False)
-        yield examine(functools.partial(whole_set, records, layout, folder), columns)
+        yield index_records(functools.partial(validate_files, records, layout, folder), columns)
 
 
-def examine(read, columns):
+def index_records(read, columns):
     """Check the records that read(lost) gives -> (rows, lines, lost), as they are to be written."""
-    kept, lost = [], []
-    for record in read(lost):
-        with noting(lost):
-            kept.append(checked(record, columns))
+    kept, errors = [], []
+    for record in read(errors):
+        with collect_errors(errors):
+            kept.append(validate_record(record, columns))
     parts, people, attributes, lines = zip(*kept) if kept else ((), (), (b"",), ())
     rows = np.zeros(len(kept), np.dtype([
-        ("identity", np.int64), ("start", np.int64), ("length", np.int32), ("part", np.uint8),
+        ("identity", np.int64), ("start", np.int64), ("length", np.int32), ("split", np.uint8),
         ("attributes", bool, len(attributes[0]))], align=True))
-    rows["identity"], rows["part"], rows["length"] = people, parts, [len(line) for line in lines]
+    rows["identity"], rows["split"], rows["length"] = people, parts, [len(line) for line in lines]
     rows["start"] = rows["length"].cumsum(dtype=np.int64) - rows["length"]
     rows["attributes"] = np.frombuffer(b"".join(attributes), bool).reshape(rows["attributes"].shape)
-    return rows, b"".join(lines), lost
+    return rows, b"".join(lines), errors
 
 
 @contextlib.contextmanager
-def noting(lost):
+def collect_errors(errors):
     """What is wrong inside becomes an entry of `lost`, "kind: a sentence", and is passed over."""
     try:
         yield
     except ValueError as error:
-        lost.append(str(error))
+        errors.append(str(error))
 
 
-def whole_set(records, layout, folder, lost):
+def validate_files(records, layout, folder, errors):
     """Records with what one alone does not tell: whether another has the same picture, and whether
     that is there, below the first place that has one of the first of them."""
     records, part_of, inside = iter(records), {}, os.path.join(folder, "")
     first = list(itertools.islice(records, 10))
-    has_some = [place for place in layout.places
-                if any(os.path.isfile(os.path.join(folder, place, str(record.picture))) for record in first)]
-    place = [*has_some, *layout.places, ""][0]
+    has_some = [place for place in layout.image_folders
+                if any(os.path.isfile(os.path.join(folder, place, str(record.image))) for record in first)]
+    place = [*has_some, *layout.image_folders, ""][0]
     below = lambda path: os.path.join(place, str(path).removeprefix(inside))
     names_in = functools.cache(lambda at: set(os.listdir(folder / at) if os.path.isdir(folder / at) else ()))
     for record in itertools.chain(first, records):
-        with noting(lost):
-            if not isinstance(record.picture, (str, Path)):
+        with collect_errors(errors):
+            if not isinstance(record.image, (str, Path)):
                 raise ValueError(f"no name: {record.where} names no picture")
-            picture, before = below(record.picture), part_of.get(record.picture)
-            if before and (before != record.part or not layout.repeats):
+            picture, before = below(record.image), part_of.get(record.image)
+            if before and (before != record.split or not layout.allow_duplicates):
                 raise ValueError(f"listed twice: {record.where} lists {picture} a second time, in one part "
                                  f"or two")
-            part_of[record.picture] = record.part
+            part_of[record.image] = record.split
             directory, name = os.path.split(picture)
             if name not in names_in(directory):
                 raise ValueError(f"no file: {record.where} lists {folder / picture}, which is not there")
             sketches = record.sketches and [below(path) for path in record.sketches]
-            yield record._replace(picture=picture, sketches=sketches)
+            yield record._replace(image=picture, sketches=sketches)
 
 
-def checked(record, columns):
+def validate_record(record, columns):
     """(part, person, attributes, line) of a record in which nothing is wrong."""
-    line, where = {"pictures": record.picture}, f"{record.where} ({record.picture})"
-    if record.part not in SPLITS:
-        raise ValueError(f"part: {where} is in part {record.part!r}, expected train, val or test")
+    line, where = {"images": record.image}, f"{record.where} ({record.image})"
+    if record.split not in SPLITS:
+        raise ValueError(f"part: {where} is in part {record.split!r}, expected train, val or test")
     attributes = b""
-    if record.values is not None:
-        with expecting("1, 0 or -1 for every attribute", f"attributes: {where}"):
-            attributes = bytes(map(TRUTH.__getitem__, record.values))
+    if record.attribute_values is not None:
+        with error_context("1, 0 or -1 for every attribute", f"attributes: {where}"):
+            attributes = bytes(map(ATTRIBUTE_VALUES.__getitem__, record.attribute_values))
     if record.captions is not None:
-        with expecting("captions that are text and not empty", f"captions: {where}"):
-            line["captions"] = captions_in(record.captions, columns)
+        with error_context("captions that are text and not empty", f"captions: {where}"):
+            line["captions"] = valid_captions(record.captions, columns)
     if record.sketches is not None:
         line["sketches"] = record.sketches
-    person = digest(record.person or str(record.picture))
-    return SPLITS.index(record.part), person, attributes, json.dumps(line).encode() + b"\n"
+    person_id = stable_hash(record.person_id or str(record.image))
+    return SPLITS.index(record.split), person_id, attributes, json.dumps(line).encode() + b"\n"
 
 
 LOWER_CASE = [name.lower() for name in ATTRIBUTES]
-TRUTH = {"1": True, "0": False, "-1": False}
+ATTRIBUTE_VALUES = {"1": True, "0": False, "-1": False}
 
 
-def captions_in(record, columns):
+def valid_captions(record, columns):
     """The texts in these columns. Binary ones are refused, and half characters, which json can write
     and no tokenizer reads."""
     found = [record[column] for column in columns if record.get(column)]
@@ -237,12 +237,12 @@ def captions_in(record, columns):
     return found
 
 
-def check_lost(lost, count, max_lost):
+def check_error_rate(errors, count, max_errors):
     """ValueError where more than max_lost percent of `count` are lost, of which `lost` has a sentence
     each."""
-    if len(lost) > count * max_lost / 100:
-        raise ValueError(f"{lost[0]} ({len(lost):,} of {count:,} are lost, which is more than --max_lost "
-                         f"{max_lost:g} percent)")
+    if len(errors) > count * max_errors / 100:
+        raise ValueError(f"{errors[0]} ({len(errors):,} of {count:,} are lost, which is more than --max_errors "
+                         f"{max_errors:g} percent)")
 
 
 def read_json(content):
@@ -255,14 +255,14 @@ def read_json(content):
     return json.loads(content, object_pairs_hook=record_of)
 
 
-def digest(text):
+def stable_hash(text):
     """A text -> a number of 56 bits, the same in every process and every file."""
     return int.from_bytes(hashlib.sha256(text.encode(errors="surrogatepass")).digest()[:7], "big")
 
 
-def part_by_digest(text):
+def split_by_hash(text):
     """90, 5 and 5 percent, where a set has no parts of its own."""
-    percent = digest(text) % 100
+    percent = stable_hash(text) % 100
     if percent < 90:
         return "train"
     return "val" if percent < 95 else "test"

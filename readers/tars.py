@@ -7,43 +7,43 @@ import tarfile
 
 import numpy as np
 
-from common.images import PICTURES, Crop, picture_size
-from common.script import expecting
-from readers.index import Record, noting, part_by_digest, read_json
+from common.images import IMAGE_SUFFIXES, TarImage, read_image_size
+from common.script import error_context
+from readers.index import Record, collect_errors, read_json, split_by_hash
 
 
-def facecaption(folder):
+def read_facecaption(folder):
     """Tars of N.jpg and N.json, read in place: nothing is unpacked. Beside each lies a file that
     tells how many faces it should have, also where the tar itself is missing."""
     found = [*folder.glob("*.tar"), *folder.glob("*_stats.json")]
     stems = sorted({path.stem.removesuffix("_stats") for path in found})
-    return [functools.partial(list_tar, folder / f"{stem}.tar") for stem in stems]
+    return [functools.partial(read_tar, folder / f"{stem}.tar") for stem in stems]
 
 
-def list_tar(tar, lost):
+def read_tar(tar, errors):
     """Records of the faces in a tar. Every one is a face of its own, though several may be in one
     picture, from one address: the split goes by the address."""
     pictures, jsons, downloads = {}, {}, []
-    for member in members_of(tar, lost) if tar.exists() else ():
+    for member in tar_members(tar, errors) if tar.exists() else ():
         stem, suffix = os.path.splitext(member.name)
-        of_its_kind = pictures if suffix.lower() in PICTURES else jsons if suffix == ".json" else {}
+        of_its_kind = pictures if suffix.lower() in IMAGE_SUFFIXES else jsons if suffix == ".json" else {}
         if of_its_kind.setdefault(stem, member) is not member:
-            lost.append(f"named twice: {member}")
+            errors.append(f"named twice: {member}")
     for stem in pictures | jsons:
-        with noting(lost):
-            downloads.append(download(f"{tar}: {stem}", pictures.get(stem), jsons.get(stem)))
-    padded = are_padded(downloads)
+        with collect_errors(errors):
+            downloads.append(parse_download(f"{tar}: {stem}", pictures.get(stem), jsons.get(stem)))
+    padded = has_white_borders(downloads)
     for crop, record, stored, original in downloads:
-        with noting(lost):
-            box = box_within(crop, stored, original, padded)
-            yield Record(str(crop), crop._replace(tar=tar.name, box=box), part_by_digest(str(record["url"])),
+        with collect_errors(errors):
+            box = box_in_stored_image(crop, stored, original, padded)
+            yield Record(str(crop), crop._replace(tar=tar.name, box=box), split_by_hash(str(record["url"])),
                          captions=record)
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):     # what img2dataset counted
         count = json.loads(tar.with_name(f"{tar.stem}_stats.json").read_bytes())["successes"]
-        lost += [f"missing: a face of {tar}"] * min(count - len(pictures | jsons), 10**6)
+        errors += [f"missing: a face of {tar}"] * min(count - len(pictures | jsons), 10**6)
 
 
-def members_of(tar, lost):
+def tar_members(tar, errors):
     """The files in a tar, as Crops. (tarfile alone takes the first damaged header for the end; here
     the next good one is looked for.)"""
     at = expected = 0                           # where to look for a header, and where one should be
@@ -60,22 +60,22 @@ def members_of(tar, lost):
                 at += block
                 continue
             if at > expected:
-                lost.append(f"damaged tar: {tar}, bytes {expected} to {at}")
+                errors.append(f"damaged tar: {tar}, bytes {expected} to {at}")
             if member.isreg():
-                yield Crop(tar, member.name, at + block, member.size)
+                yield TarImage(tar, member.name, at + block, member.size)
             at = expected = end
         file.seek(expected)
         rest = file.read(2 * tarfile.RECORDSIZE)
     if any(rest) or not 2 * block <= len(rest) < 2 * tarfile.RECORDSIZE:    # two empty ones are its end
-        lost.append(f"damaged tar: {tar}, bytes {expected} to {size}, or the end is missing")
+        errors.append(f"damaged tar: {tar}, bytes {expected} to {size}, or the end is missing")
 
 
-def download(where, picture, text):
+def parse_download(where, picture, text):
     """(crop, record, stored, original) of one face, from its picture and its json: the crop with a
     box in pixels of the original, and the sizes of the picture as it is and as it was before."""
     if not (picture and text):
         raise ValueError(f"half a face: {where} has no {'json' if picture else 'picture'}")
-    with expecting("img2dataset's json, with the columns box, caption and url kept", f"json: {text}"):
+    with error_context("img2dataset's json, with the columns box, caption and url kept", f"json: {text}"):
         record = read_json(text.content().read())
         if record["status"] != "success":
             raise ValueError(f"the status is {record['status']}")
@@ -85,13 +85,13 @@ def download(where, picture, text):
             raise ValueError(f"the box is {box} and the url {record['url']!r}")
         original = [int(record.get(f"original_{side}") or 0) for side in ("width", "height")]
     try:
-        stored = picture_size(picture.content(2**13))           # most headers are short
+        stored = read_image_size(picture.content(2**13))        # most headers are short
     except ValueError:
-        stored = picture_size(picture.content(), f"picture: {picture}")
+        stored = read_image_size(picture.content(), f"picture: {picture}")
     return picture._replace(box=box), record, stored, original if all(original) else stored
 
 
-def box_within(crop, stored, original, padded):
+def box_in_stored_image(crop, stored, original, padded):
     """The box of a download in pixels of the picture as it is stored; ValueError where less than half
     of it is left.
 
@@ -110,7 +110,7 @@ def box_within(crop, stored, original, padded):
     return inside.ravel().round(2).tolist()
 
 
-def are_padded(downloads):
+def has_white_borders(downloads):
     """Do white margins make squares of these pictures? A vote of some that were none."""
     votes = []
     for crop, _, stored, original in downloads:
