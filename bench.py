@@ -1,17 +1,15 @@
-"""Compare and time the kernels: is it right, how long does it take, how much memory does it need?
+"""Check and time the kernels: errors, run times and memory, beside PyTorch's own functions.
 
     python bench.py                   both kernels, as Markdown tables
-    python bench.py attention         one of the two: attention or contrastive
-    python bench.py step              minutes on a CPU: a training step of the base model
-    python bench.py rerank            or re-ranking with it, ours and the straightforward way
-    python bench.py --compile-only    registers and memory that every row of the kernels'
-                                              tables takes on compute capability 8.0 (A100) and 9.0
-                                              (H100); needs no GPU
+    python bench.py attention         one of them: attention or contrastive
+    python bench.py step              a training step of the base model; minutes on a CPU
+    python bench.py rerank            re-ranking with the base model; minutes on a CPU
+    python bench.py --compile-only    registers and shared memory of every launch configuration on compute
+                                      capability 8.0 (A100) and 9.0 (H100); needs no GPU
 
-On a CUDA GPU "ours" is the Triton kernel, elsewhere the PyTorch path of the same function. Times
-are medians (of a step and of re-ranking: the least) and include the launch, as a model sees it;
-memory is what is allocated beyond the inputs at its peak. All of a table is measure_row in one run:
-compare within it.
+"Ours" is the Triton kernel on a CUDA GPU, elsewhere the PyTorch path; "baseline" is our model, run as the
+official code runs its own. Times are medians (minima for step and rerank) and include launch overhead; memory
+is the peak allocated beyond the inputs. Compare only within a table: each is measured in one run.
 """
 import argparse
 import datetime
@@ -48,27 +46,27 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 # ---- measuring -----------------------------------------------------------------------------------
 def synchronize():
-    """Wait for the GPU, which works on while Python goes on."""
+    """Wait until the GPU has finished: launches are asynchronous."""
     if DEVICE == "cuda":
         torch.cuda.synchronize()
 
 
 def milliseconds(call, repeats=15):
-    """Median time of a call, and the smallest and largest."""
+    """Median, smallest and largest time of a call."""
     times = []
     for repeat in range(repeats + 3):
         synchronize()
         begin = time.perf_counter()
         call()
         synchronize()
-        if repeat >= 3:                             # the first ones compile, and fill caches
+        if repeat >= 3:                             # the first three compile and warm up caches
             times.append(1000 * (time.perf_counter() - begin))
     times.sort()
     return times[len(times) // 2], times[0], times[-1]
 
 
 def megabytes(call):
-    """Most memory that a call has allocated at any time, beyond what was there before."""
+    """Peak memory that a call allocates, in MB (10^6 bytes)."""
     if DEVICE == "cuda":
         synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -79,7 +77,7 @@ def megabytes(call):
         call()
     events = [event for event in profile.kineto_results.events() if event.name() == "[memory]"]
     events.sort(key=lambda event: event.start_ns())
-    levels = itertools.accumulate(event.nbytes() for event in events)       # below 0: memory is given back
+    levels = itertools.accumulate(event.nbytes() for event in events)       # negative: memory is freed
     return max(levels, default=0) / 1e6
 
 
@@ -87,7 +85,7 @@ MEASURE_HEADER = ["", "forward, ms (range)", "forward and backward, ms (range)",
 
 
 def measure_row(name, forward, inputs):
-    """A row of that table, with gradients by the inputs; or why it does not run here."""
+    """A row under MEASURE_HEADER; backward is with respect to `inputs`. On failure, the error."""
     def both():
         out = forward()
         torch.autograd.grad(out, inputs, torch.ones_like(out))
@@ -95,32 +93,31 @@ def measure_row(name, forward, inputs):
     try:
         with torch.no_grad():
             alone = milliseconds(forward)
-        times = [f"{middle:.2f} ({least:.2f} to {most:.2f})"
-                 for middle, least, most in (alone, milliseconds(both))]
+        times = [f"{mid:.2f} ({low:.2f} to {high:.2f})" for mid, low, high in (alone, milliseconds(both))]
         return [name, *times, f"{megabytes(both):.1f}"]
-    except Exception as error:                      # a backend that does not take this input, no compiler
+    except Exception as error:                      # unsupported input of a backend, no compiler
         return [name, f"does not run: {str(error).strip().splitlines()[0][:60]}", "", ""]
 
 
 def relative_errors(ours, theirs, inputs):
-    """Of ours(*inputs) and its gradients by the inputs, against theirs in float64."""
+    """Relative errors of ours(*inputs) and its gradients, against theirs(*inputs) in float64."""
     exact_inputs = [x.detach().double().requires_grad_() for x in inputs]
-    found, exact = ours(*inputs), theirs(*exact_inputs)
-    grad = torch.randn_like(found)
-    found = found, *torch.autograd.grad(found, inputs, grad)
+    results, exact = ours(*inputs), theirs(*exact_inputs)
+    grad = torch.randn_like(results)
+    results = results, *torch.autograd.grad(results, inputs, grad)
     exact = exact, *torch.autograd.grad(exact, exact_inputs, grad.double())
-    return [f"{(x.double() - y).norm() / y.norm():.1e}" for x, y in zip(found, exact)]
+    return [f"{(x.double() - y).norm() / y.norm():.1e}" for x, y in zip(results, exact)]
 
 
 # ---- attention -----------------------------------------------------------------------------------
-def attention_cases(images):
+def attention_cases(images: int):
     """The three uses of attention at base size: (name, (query sequences, key sequences))."""
     lengths = torch.randint(12, 66, (images,), generator=torch.Generator().manual_seed(0))
-    pictures, captions = Sequences.uniform(images, 197, DEVICE), Sequences.from_lengths(lengths, DEVICE)
-    threefold = Sequences.from_lengths(lengths.repeat(3), DEVICE).merge_groups(torch.full((images,), 3))
-    return [(f"{images} images of 197 tokens", (pictures, pictures)),
-            (f"{images} captions of 12 to 65 tokens", (captions, captions)),
-            (f"{3 * images} captions reading {images} images", (threefold, pictures))]
+    image_seqs, caption_seqs = Sequences.uniform(images, 197, DEVICE), Sequences.from_lengths(lengths, DEVICE)
+    grouped = Sequences.from_lengths(lengths.repeat(3), DEVICE).merge_groups(torch.full((images,), 3))
+    return [(f"{images} images of 197 tokens", (image_seqs, image_seqs)),
+            (f"{images} captions of 12 to 65 tokens", (caption_seqs, caption_seqs)),
+            (f"{3 * images} captions attending to {images} images", (grouped, image_seqs))]
 
 
 def attention_inputs(sequences, dtype, heads=12, channels=64):
@@ -138,14 +135,14 @@ def attention_errors(sequences, dtype):
 
 
 def sdpa_padded(query, key, value, query_sequences, key_sequences):
-    """PyTorch's own function, which takes sequences of one length only."""
+    """PyTorch's scaled_dot_product_attention, which requires sequences of equal length."""
     query, key, value = pad(query, query_sequences), pad(key, key_sequences), pad(value, key_sequences)
     mask = None if key_sequences.is_uniform else key_sequences.token_mask[:, None, None]
     return unpad(F.scaled_dot_product_attention(query, key, value, mask), query_sequences)
 
 
 def attention_rows(sequences, dtype):
-    """Ours beside PyTorch's own attention, with padding where sequences differ in length."""
+    """Yield the rows of our attention and of each SDPA backend, on padded sequences."""
     inputs = attention_inputs(sequences, dtype)
     yield measure_row("ours", lambda: attention(*inputs, *sequences), inputs)
     for name in ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION", "MATH"):
@@ -157,9 +154,9 @@ def attention_rows(sequences, dtype):
 def bench_attention():
     dtypes = [torch.float16, torch.bfloat16, torch.float32] if DEVICE == "cuda" else [torch.float32]
     print("## Attention: relative error against float64\n")
-    print(markdown_table(["use", "type", "o", "dq", "dk", "dv"],
-                [[name, dtype, *attention_errors(sequences, dtype)]
-                 for name, sequences in attention_cases(4) for dtype in dtypes]))
+    print(markdown_table(["use", "dtype", "o", "dq", "dk", "dv"],
+                         [[name, dtype, *attention_errors(sequences, dtype)]
+                          for name, sequences in attention_cases(4) for dtype in dtypes]))
     dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
     for name, sequences in attention_cases(80 if DEVICE == "cuda" else 8):
         rows = list(tqdm(attention_rows(sequences, dtype), name, total=5, leave=False))
@@ -169,29 +166,30 @@ def bench_attention():
 
 # ---- contrastive loss ----------------------------------------------------------------------------
 def contrastive_inputs(B, Q, E):
-    """Features with gradient, momentum features, batch and queue, identities, temperature."""
+    """Arguments of `contrastive_loss` except alpha; feature and temperature require gradients."""
     torch.manual_seed(0)
 
     def unit(rows):
         return F.normalize(torch.randn(rows, E), dim=-1).to(DEVICE)
 
-    identity, nobody = torch.arange(B, device=DEVICE), torch.full((Q,), -100, device=DEVICE)
+    identity, queue_id = torch.arange(B, device=DEVICE), torch.full((Q,), -100, device=DEVICE)
     temperature = torch.tensor(0.07, device=DEVICE, requires_grad=True)
-    return unit(B).requires_grad_(), unit(B), [unit(B), unit(Q)], identity, [identity, nobody], temperature
+    return unit(B).requires_grad_(), unit(B), [unit(B), unit(Q)], identity, [identity, queue_id], temperature
 
 
 def contrastive_errors(B, Q, E, alpha=0.4):
     """Relative errors of loss, dq, dtau."""
     feature, momentum, keys, identity, key_identity, temperature = contrastive_inputs(B, Q, E)
-    joined, joined_identity = torch.cat(keys).double(), torch.cat(key_identity)
+    all_keys, all_identity = torch.cat(keys).double(), torch.cat(key_identity)
     return relative_errors(
         lambda q, tau: contrastive_loss(q, momentum, keys, identity, key_identity, tau, alpha),
-        lambda q, tau: contrastive_loss_reference(q, momentum.double(), joined, identity, joined_identity, tau, alpha),
+        lambda q, tau: contrastive_loss_reference(
+            q, momentum.double(), all_keys, identity, all_identity, tau, alpha),
         [feature, temperature])
 
 
 def contrastive_rows(B, Q, E, alpha=0.4):
-    """Ours beside the direct form, which is given batch and queue in one piece."""
+    """Yield the rows of ours and of "direct", the loss with logits, whose keys are already concatenated."""
     feature, momentum, keys, identity, key_identity, temperature = contrastive_inputs(B, Q, E)
     ours = feature, momentum, keys, identity, key_identity, temperature, alpha
     direct = feature, momentum, torch.cat(keys), identity, torch.cat(key_identity), temperature, alpha
@@ -204,71 +202,73 @@ def contrastive_rows(B, Q, E, alpha=0.4):
 def bench_contrastive(B=80, Q=61_440, E=256):
     print("## Contrastive loss: relative error against float64\n")
     print(markdown_table(["rows, queue, features", "loss", "dq", "dtau"],
-                [[f"{b}, {q}, {e}", *contrastive_errors(b, q, e)] for b, q, e in ((4, 100, 16), (B, Q, E))]))
+                         [[f"{b}, {q}, {e}", *contrastive_errors(b, q, e)]
+                          for b, q, e in ((4, 100, 16), (B, Q, E))]))
     rows = list(tqdm(contrastive_rows(B, Q, E), "contrastive loss", total=3, leave=False))
     print(f"\n## Contrastive loss, one direction: {B} rows, a queue of {Q}, {E} features, float32\n")
     print(markdown_table(MEASURE_HEADER, rows))
 
 
-# ---- a step and re-ranking, the straightforward way ----------------------------------------------
-# Our modules and weights, used as the official code uses its own: captions are padded to MAX_TOKENS,
-# every token is computed in every layer, a pair of caption and image computes that image's keys and
-# values for itself, attention and contrastive loss are written out.
+# ---- a training step and re-ranking: the baseline ------------------------------------------------
+# Our modules and weights, used as the official code uses its own: captions are padded to MAX_TOKENS, every
+# layer computes all tokens, each pair projects its image's keys and values again, and attention and
+# contrastive loss compute all logits.
 def written_attention(query, key, value, query_sequences, key_sequences, dropout=0.0):
-    """In place of `attention`, for sequences that are all padded to one length."""
+    """Replaces `attention`, for sequences that are all padded to one length."""
     query, key, value = (tokens.unflatten(0, (len(sequences), -1)).transpose(1, 2) for tokens, sequences in (
-        (query, query_sequences), (key, key_sequences), (value, key_sequences)))            # (B, H, L, d)
+        (query, query_sequences), (key, key_sequences), (value, key_sequences)))            # (B, H, L_max, d)
     logits = query @ key.mT / query.shape[-1] ** 0.5
-    length = key_sequences.lengths.to(query.device)
-    if (length < key_sequences.max_length).any():
-        beyond = torch.arange(key_sequences.max_length, device=query.device) >= length[:, None]
-        logits = logits + beyond[:, None, None] * torch.finfo(logits.dtype).min
+    lengths = key_sequences.lengths.to(query.device)
+    if (lengths < key_sequences.max_length).any():
+        padding = torch.arange(key_sequences.max_length, device=query.device) >= lengths[:, None]
+        logits = logits + padding[:, None, None] * torch.finfo(logits.dtype).min
     return (F.dropout(logits.softmax(-1), dropout) @ value).transpose(1, 2).flatten(0, 1)
 
 
 def padded(captions):
-    """Captions of MAX_TOKENS tokens each; `lengths` are still the true ones."""
+    """Pad captions to MAX_TOKENS tokens each; `lengths` stay those without padding."""
     P, packed, device = len(captions), captions.sequences, captions.ids.device
-    slots = packed.sequence_ids * MAX_TOKENS + packed.position_ids
-    ids = captions.ids.new_zeros(P * MAX_TOKENS).index_copy(0, slots, captions.ids)
+    padded_index = packed.sequence_ids * MAX_TOKENS + packed.position_ids
+    ids = captions.ids.new_zeros(P * MAX_TOKENS).index_copy(0, padded_index, captions.ids)
     uniform = Sequences.uniform(P, MAX_TOKENS, device)
     return Captions(ids, Sequences(packed.lengths, uniform.offsets, MAX_TOKENS, len(ids)))
 
 
 def baseline_logits(model, image_tokens, captions):
-    """ITM logits (P, 2) of caption p with the image tokens p."""
+    """ITM logits (P, 2) of caption i with the image tokens i."""
     captions = padded(captions.with_first_token(model.student.text.enc_id))
     tokens = model.student.text(captions, image_tokens)                             # (P * MAX_TOKENS, D)
     return model.matching_head(tokens[captions.sequences.first_index].float())
 
 
 def baseline_losses(model, images, captions, identity, generator=None):
-    """As FLIP.forward, on one process and with the schedules' final values."""
+    """The losses of `FLIP.forward`, on one process, with the schedules' final values."""
     def text_feature(encoders):
         tokens = encoders.text(padded(captions))
         return project(tokens[::MAX_TOKENS], encoders.text_projection)
     image_tokens, image_feature = model.student.image_tokens_and_features(images)
     features = image_feature, text_feature(model.student)
     with torch.no_grad():
-        keys = model.momentum_encoder.image_tokens_and_features(images)[1], text_feature(model.momentum_encoder)
+        keys = (model.momentum_encoder.image_tokens_and_features(images)[1],
+                text_feature(model.momentum_encoder))
     identities = identity, torch.cat([identity, model.queue_identity])
     with torch.autocast(images.device.type, enabled=False):
         pools = [torch.cat(pool) for pool in zip(keys, (model.image_queue, model.text_queue))]
-        itc = sum(contrastive_loss_reference(feature, key, pool, *identities, model.temperature, 0.4)
-                  for feature, key, pool in zip(features, keys, pools[::-1])) / 2
+        itc = sum(contrastive_loss_reference(feature, momentum, pool, *identities, model.temperature, 0.4)
+                  for feature, momentum, pool in zip(features, keys, pools[::-1])) / 2
     negative_image, negative_text = model.sample_negatives(*features, identity, generator=generator)
-    own = torch.arange(len(images))
+    indices = torch.arange(len(images))
     logits = torch.cat([baseline_logits(model, image_tokens, captions), baseline_logits(
         model, torch.cat([image_tokens[negative_image], image_tokens]),
-        captions.select(torch.cat([own, negative_text])))])
-    is_match = (torch.arange(len(logits), device=logits.device) < len(own)).long()
+        captions.select(torch.cat([indices, negative_text])))])
+    is_match = (torch.arange(len(logits), device=logits.device) < len(indices)).long()
     return FLIPOutput(itc, matching_loss(logits, is_match, len(logits)), *keys, identity)
 
 
 @torch.no_grad()
 def baseline_rerank(model, image_tokens, captions, similarity, k):
-    """As `rerank`: first every image with its k captions, then every caption with its k images."""
-    both_ways = similarity - 100, similarity.T - 100
+    """Like `rerank`, but query by query: each image with k captions, then each caption with k images."""
+    both_ways = similarity - 100, similarity.T - 100        # -100: other candidates rank below these k
     for scores, cosines in zip(both_ways, (similarity, similarity.T)):
         for query, best in enumerate(cosines.topk(k).indices.cpu()):
             same = torch.full((k,), query)
@@ -278,30 +278,29 @@ def baseline_rerank(model, image_tokens, captions, similarity, k):
     return both_ways
 
 
-def time_interleaved(ways, repeats):
-    """Seconds that each of {name: call} takes, the least of several; they take turns, so that all
-    of them meet the machine in the same state."""
-    times = {name: [] for name in ways}
+def time_interleaved(calls, repeats):
+    """Minimum seconds of each of {name: call} in `repeats` rounds. Calls alternate, for equal conditions."""
+    times = {name: [] for name in calls}
     for _ in tqdm(range(repeats), "rounds", leave=False):
-        for name, call in ways.items():
+        for name, call in calls.items():
             synchronize()
             begin = time.perf_counter()
             call()
             synchronize()
             times[name].append(time.perf_counter() - begin)
-    return {name: min(found) for name, found in times.items()}
+    return {name: min(seconds) for name, seconds in times.items()}
 
 
-def print_seconds(ways, repeats):
-    """The table of `time_interleaved`, the first way as 1."""
-    seconds = time_interleaved(ways, repeats)
+def print_seconds(calls, repeats):
+    """Print the results of `time_interleaved`, with speed-ups over the first call."""
+    seconds = time_interleaved(calls, repeats)
     first = next(iter(seconds.values()))
-    print(markdown_table(["", "seconds", "times as fast"],
+    print(markdown_table(["", "seconds", "speed-up"],
                          [[name, f"{s:.2f}", f"{first / s:.2f}"] for name, s in seconds.items()]), "\n")
 
 
-def model_inputs(config, images, texts):
-    """A model with random weights, captions of random lengths, 35 on average."""
+def model_inputs(config: FLIPConfig, images: int, texts: int):
+    """A model with random weights, and captions of random lengths, 35 tokens on average."""
     torch.manual_seed(0)
     model = FLIP(config).to(DEVICE)
     lengths = torch.normal(35.0, 12.0, (texts,)).clamp(10, MAX_TOKENS).long()
@@ -310,7 +309,7 @@ def model_inputs(config, images, texts):
 
 
 def using_baseline_attention():
-    """While this lasts, the model's attention is written out."""
+    """Context manager that replaces the model's attention by `written_attention`."""
     return patch.object(vit, "attention", written_attention)
 
 
@@ -318,7 +317,7 @@ def bench_step(config=FLIPConfig(), B=8, repeats=4):
     model, captions = model_inputs(config, B, B)
     images = torch.randn(B, 3, config.vit.image_size, config.vit.image_size, device=DEVICE)
     identity = torch.arange(B, device=DEVICE)
-    trained = [p for p in model.parameters() if p.requires_grad]
+    parameters = [p for p in model.parameters() if p.requires_grad]
 
     def forward(baseline):
         inputs = images, captions, identity
@@ -331,8 +330,8 @@ def bench_step(config=FLIPConfig(), B=8, repeats=4):
     def step(baseline, dtype):
         optimizer = optimizers[baseline]
         if baseline:
-            for kept, p in zip(model.momentum_encoder.parameters(), model.student.parameters()):
-                kept.data = kept.data * StepParams().momentum + p.data * (1 - StepParams().momentum)
+            for average, p in zip(model.momentum_encoder.parameters(), model.student.parameters()):
+                average.data = average.data * StepParams().momentum + p.data * (1 - StepParams().momentum)
         else:
             model.update_momentum(StepParams().momentum)
         with torch.autocast(DEVICE, dtype, enabled=dtype != torch.float32):
@@ -343,16 +342,16 @@ def bench_step(config=FLIPConfig(), B=8, repeats=4):
         optimizer.zero_grad(set_to_none=True)
 
     with torch.no_grad():
-        model.eval()                    # without dropout both ways must give the same
-        ours, theirs = (torch.stack(forward(way)[:2]) for way in (False, True))
+        model.eval()                    # without dropout both must give the same losses
+        ours, theirs = (torch.stack(forward(is_baseline)[:2]) for is_baseline in (False, True))
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
     model.train()
-    optimizers = build_optimizers(model, 0.05)[0], torch.optim.AdamW(trained, weight_decay=0.05)
+    optimizers = build_optimizers(model, 0.05)[0], torch.optim.AdamW(parameters, weight_decay=0.05)
     for group in optimizers[0].param_groups + optimizers[1].param_groups:
         group["lr"] = 1e-6
     print(f"## A training step: {B} images, {B} captions of {captions.sequences.num_tokens} tokens\n")
-    print_seconds({f"{name}, {dtype}": lambda way=way, dtype=dtype: step(way, dtype)
-                   for name, way in (("baseline", True), ("ours", False))
+    print_seconds({f"{name}, {dtype}": lambda is_baseline=is_baseline, dtype=dtype: step(is_baseline, dtype)
+                   for name, is_baseline in (("baseline", True), ("ours", False))
                    for dtype in (torch.float32, torch.bfloat16)}, repeats)
 
 
@@ -365,11 +364,11 @@ def bench_rerank(config=FLIPConfig(queue_size=1), images=48, texts=48, k=16, rep
         with using_baseline_attention():
             return baseline_rerank(*case)
 
-    few = model, tokens[:5], captions.select(torch.arange(6)), case[3][:5, :6], 3
-    for ours, theirs in zip(rerank(*few), baseline(*few)):
+    small = model, tokens[:5], captions.select(torch.arange(6)), case[3][:5, :6], 3
+    for ours, theirs in zip(rerank(*small), baseline(*small)):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
-    print(f"## Re-ranking: {images} images, {texts} captions of {captions.sequences.num_tokens} tokens, k {k}, "
-          f"float32\n")
+    print(f"## Re-ranking: {images} images, {texts} captions of {captions.sequences.num_tokens} tokens, "
+          f"k {k}, float32\n")
     print_seconds({"baseline": lambda: baseline(*case), "ours": lambda: rerank(*case)}, repeats)
 
 
@@ -377,32 +376,32 @@ def bench_rerank(config=FLIPConfig(queue_size=1), images=48, texts=48, k=16, rep
 KERNELS = {kernel.__name__: kernel for kernel in (
     attention_file.fwd_kernel, attention_file.bwd_dq_kernel, attention_file.bwd_dkdv_kernel,
     contrastive_file.triton_sums_kernel)}
-# Arguments that are not tensors of the kernel's own type.
+# Types of the arguments that are not tensors of the kernel's own dtype.
 TYPES = {"*fp32": "lse delta delta_out queries temperature max_out denominator_out key_out",
          "*i32": "query_offsets key_offsets",
          "*i64": "identity key_identity", "i32": "B K keys_per_program", "i64": "seed"}
 TYPE_OF = {name: kind for kind, names in TYPES.items() for name in names.split()}
-# Shared memory that one program can have, in bytes, by compute capability (CUDA C++ Programming
-# Guide, technical specifications).
+# Maximum shared memory of a program, in bytes, by compute capability (CUDA C++ Programming Guide).
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
-# Channels per head to compile for, one that is no power of two among them. float16 becomes the same
-# code as bfloat16 but for the type of its products, so one of it will do.
+# Channels per head to compile for, including 80, which is not a power of two. float16 compiles like bfloat16
+# except for the type of its products, so one size is enough.
 CHANNELS = {"bf16": (16, 32, 64, 80, 128), "fp16": (64,), "fp32": (16, 32, 64, 128)}
 
 
 def launched_configs():
-    """Every kernel as it is launched somewhere: name, type, compile-time values, capability."""
+    """Yield every launch configuration: kernel name, dtype, compile-time arguments, compute capability."""
     for capability in SHARED_LIMIT:
         for dtype, channels in CHANNELS.items():
             for name, d, dropout in itertools.product(("fwd", "bwd_dq", "bwd_dkdv"), channels, (0.0, 0.1)):
                 meta = attention_file.launch_config(name, d, 4 if dtype == "fp32" else 2)
                 yield f"{name}_kernel", dtype, dict(dropout=dropout, **meta), capability
         for dtype, E in itertools.product(("fp32", "bf16"), (32, 64, 128, 256)):
-            yield "triton_sums_kernel", dtype, dict(E=E, BLOCK_E=E, **contrastive_file.LAUNCH_CONFIG), capability
+            yield ("triton_sums_kernel", dtype, dict(E=E, BLOCK_E=E, **contrastive_file.LAUNCH_CONFIG),
+                   capability)
 
 
 def compile_one(name, dtype, meta, capability):
-    """Registers per thread, spilled bytes per thread, shared memory in bytes."""
+    """Compile a configuration; returns registers and spilled bytes per thread, shared memory in bytes."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     kernel, signature, constants, aligned = KERNELS[name], {}, {}, {}
@@ -411,7 +410,7 @@ def compile_one(name, dtype, meta, capability):
         if argument in meta:
             constants[i,] = meta[argument]
         elif signature[argument].startswith("*"):
-            aligned[i,] = [["tt.divisibility", 16]]         # as PyTorch allocates
+            aligned[i,] = [["tt.divisibility", 16]]         # PyTorch's allocations are aligned
     compiled = triton.compile(ASTSource(kernel, signature, constants, aligned),
                               target=GPUTarget("cuda", capability, 32),
                               options=dict(num_warps=meta["num_warps"], num_stages=meta["num_stages"]))
@@ -425,21 +424,22 @@ def compile_one(name, dtype, meta, capability):
 
 
 def compile_all():
-    """The table; an error where a kernel spills or wants more shared memory than there is."""
+    """Print a row per configuration. Raises ValueError if one spills or exceeds the shared memory."""
     if not hasattr(triton, "compile"):
-        raise ValueError("Triton is not installed (it comes for Linux only): there is nothing to compile")
-    configs, rows, bad = list(launched_configs()), [], []
+        raise ValueError("--compile-only: Triton is not installed; run `pip install triton` on Linux")
+    configs, rows, failures = list(launched_configs()), [], []
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         results = list(tqdm(pool.map(compile_one, *zip(*configs)), "compiling", total=len(configs)))
     for (name, dtype, meta, capability), (registers, stack, shared) in zip(configs, results):
         rows.append([name, dtype, meta.get("d") or meta["E"], meta.get("dropout", ""), capability / 10,
                      registers, stack, f"{shared / 1024:.1f}"])
         if stack or shared > SHARED_LIMIT[capability]:
-            bad.append(rows[-1])
-    print(markdown_table(["kernel", "type", "d or E", "dropout", "capability", "registers", "spilled bytes",
-                 "shared KB"], rows))
-    if bad:
-        raise ValueError(f"{len(bad)} configurations spill or want too much shared memory: {bad}")
+            failures.append(rows[-1])
+    print(markdown_table(["kernel", "dtype", "d or E", "dropout", "capability", "registers", "spilled bytes",
+                          "shared KB"], rows))
+    if failures:
+        raise ValueError(f"{len(failures)} configurations spill or exceed shared memory; use smaller blocks: "
+                         f"{failures}")
 
 
 BENCHES = {"attention": bench_attention, "contrastive": bench_contrastive, "step": bench_step,
@@ -448,8 +448,8 @@ BENCHES = {"attention": bench_attention, "contrastive": bench_contrastive, "step
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("which", nargs="?", choices=list(BENCHES), help="default: the first two")
-    parser.add_argument("--compile-only", action="store_true", help="compile for GPUs that need not be here")
+    parser.add_argument("which", nargs="?", choices=list(BENCHES), help="default: attention and contrastive")
+    parser.add_argument("--compile-only", action="store_true", help="compile all kernels, without a GPU")
     args = parser.parse_args()
     if args.compile_only:
         return compile_all()

@@ -1,26 +1,26 @@
-"""The text encoder: BERT, which doubles as an image-grounded encoder (FLIP paper, section 4.1).
+"""From a caption to tokens, and the text encoder: BERT, which doubles as an image-grounded encoder
+(FLIP paper, section 4.1; the design is BLIP's).
 
     caption -> word pieces -> word + position embeddings -> LayerNorm -> `depth` layers of
-        self-attention       text looks at itself
-        [cross-attention]    only in image-grounded mode: text looks at the tokens of one image
-        MLP                  each step is added, then normalised ("post-norm", unlike the ViT)
+        self-attention       each caption attends to itself
+        [cross-attention]    only in image-grounded mode: the caption attends to one image's tokens
+        MLP                  all three with residual connections, post-norm (the ViT is pre-norm)
 
-This is BLIP's design. Both modes share all weights but those of cross-attention. They differ in the
-first token: [CLS] asks "what does this say?", [ENC] asks "does it say that of this image?", and
-what comes out at its place is the answer.
+Both modes share all weights but those of cross-attention. The first token selects the role: [CLS]
+is trained by ITC to summarise the caption, [ENC] by ITM to tell whether the caption fits the image.
+They differ in one learned embedding, and the output at that position is the result.
 
-Captions differ in length, so they travel packed, all their tokens in one list, and no layer
-computes anything for padding. (Inside attention, where no kernel runs, products want
-rectangles: there, and nowhere else, they are padded for a moment; see kernels/attention.py.) An
-image's keys and values are projected once, and captions that read it lie side by side, so that
-cross-attention takes them for one long sequence.
+Captions differ in length, so they are packed into one tensor, and the linear layers and norms spend
+nothing on padding. (Attention itself pads where no Triton kernel runs, as on a CPU.) In each layer
+an image's keys and values are projected once; the captions that attend to it are stored
+contiguously and form one long query sequence.
 
 Departures: the official code pads every caption to 65 tokens, projects an image's keys and values
-again for each caption, and drops BERT's token-type embedding; here type 0, which BERT adds to every
+again for each caption, and drops BERT's token-type embedding. Here type 0, which BERT adds to every
 token, is folded into the positions on loading.
 
-Shapes: see vit.py; N tokens of P captions, which read I images of L tokens.
-Run `python bert.py "a smiling woman"` to see what a sentence becomes.
+Shapes: see vit.py; N tokens of P captions, which attend to I images of L tokens.
+Run `python bert.py "a smiling woman"` to see its word pieces and the shapes.
 """
 import argparse
 import os
@@ -29,7 +29,7 @@ from collections import Counter
 from dataclasses import dataclass
 from itertools import chain
 
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")    # data workers are forked, its threads are not
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")    # its threads do not survive a fork
 
 import tokenizers
 import torch
@@ -48,7 +48,7 @@ class BertConfig:
     width: int = 768
     depth: int = 12
     heads: int = 12
-    positions: int = 512
+    positions: int = 512        # max_position_embeddings
     dropout: float = 0.1
 
     def __post_init__(self):
@@ -63,18 +63,19 @@ MAX_TOKENS = 65     # with [CLS] and [SEP]
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
-def clean_caption(text):
-    """Lower case, the punctuation . ! " ( ) * # : ; ~ as spaces, the first words (as BLIP does)."""
+def clean_caption(text: str) -> str:
+    """Lower-case a caption, replace the punctuation . ! " ( ) * # : ; ~ by spaces and keep the first
+    MAX_WORDS words, as BLIP does."""
     return " ".join(re.sub(r'[.!"()*#:;~]', " ", text.lower()).split()[:MAX_WORDS])
 
 
 @dataclass(frozen=True)
 class Captions:
-    """P tokenised captions in one list."""
+    """P tokenised captions, packed."""
     ids: torch.Tensor       # (N,) int64
-    sequences: Sequences    # where each caption lies
+    sequences: Sequences    # where each caption starts and ends
 
-    def pin_memory(self):   # torch's loader asks for it, so that the copy to a GPU need not be waited for
+    def pin_memory(self):   # called by the DataLoader, so that the copy to a GPU is asynchronous
         return Captions(self.ids.pin_memory(), self.sequences)
 
     def to(self, device):
@@ -83,22 +84,22 @@ class Captions:
     def __len__(self):
         return len(self.sequences)
 
-    def select(self, indices):
-        """The captions numbered `indices` (a CPU tensor; repeats allowed), packed again."""
+    def select(self, indices: torch.Tensor) -> "Captions":
+        """Pack the captions `indices` (on the CPU, repeats allowed) anew."""
         device = self.ids.device
         chosen = Sequences.from_lengths(self.sequences.lengths[indices], device)
-        begins = self.sequences.first_index[indices.to(device, non_blocking=True)]  # where they lie now
-        return Captions(self.ids[begins[chosen.sequence_ids] + chosen.position_ids], chosen)
+        starts = self.sequences.first_index[indices.to(device, non_blocking=True)]
+        return Captions(self.ids[starts[chosen.sequence_ids] + chosen.position_ids], chosen)
 
-    def with_first_token(self, token):
-        """The same captions with `token` for their first token."""
+    def with_first_token(self, token: int) -> "Captions":
+        """The same captions with their first token replaced by the id `token`."""
         return Captions(self.ids.index_fill(0, self.sequences.first_index.long(), token), self.sequences)
 
 
 class Tokenizer:
-    """WordPiece as BERT has it: lower case, split at spaces and punctuation, then the longest known
-    pieces. A callable from a list of captions to packed `Captions`: [CLS] pieces [SEP], cleaned and
-    cut to MAX_TOKENS.
+    """BERT's WordPiece: lower-case, split at spaces and punctuation, then greedily into the longest
+    known pieces. Calling it on a list of captions cleans them, truncates them to MAX_TOKENS and
+    returns packed `Captions`: [CLS] pieces [SEP].
     """
 
     def __init__(self, wordpiece, source="vocabulary"):
@@ -108,17 +109,17 @@ class Tokenizer:
                 raise ValueError(f"{source}: the vocabulary has no {token}; expected one like "
                                  f"bert-base-uncased's, with {', '.join(SPECIAL[:4])}")
         self.cls_id, self.sep_id = wordpiece.token_to_id("[CLS]"), wordpiece.token_to_id("[SEP]")
-        wordpiece.no_padding()              # a tokenizer.json may ask for both: here captions are packed,
-        wordpiece.no_truncation()           # and cut below
+        wordpiece.no_padding()              # a tokenizer.json may ask for both; here captions are
+        wordpiece.no_truncation()           # packed, and truncated below
 
     @property
     def vocab_size(self):
-        """Number of embeddings that the model needs: the word pieces, then [DEC], then [ENC]."""
+        """Number of embeddings the model needs: all word pieces, [DEC] and [ENC]."""
         return self.wordpiece.get_vocab_size() + 2
 
-    def split_known(self, text):
-        """The words of a text that the vocabulary has, and those that it lacks: they are spelled in
-        letters, or not even that."""
+    def split_known(self, text: str) -> tuple[list[str], list[str]]:
+        """The words of a text that are in the vocabulary, and those that are not: [UNK], or spelled
+        out letter by letter."""
         known, unknown = [], []
         for word in re.findall(r"\w[\w'-]*", clean_caption(text)):
             pieces = self.wordpiece.encode(word, add_special_tokens=False).tokens
@@ -126,16 +127,17 @@ class Tokenizer:
             (unknown if spelled or "[UNK]" in pieces else known).append(word)
         return known, unknown
 
-    def __call__(self, texts):
+    def __call__(self, texts: list[str]) -> Captions:
         if isinstance(texts, str):
-            raise ValueError(f"the tokenizer expects a list of captions, found a text: {texts[:60]!r}")
+            raise ValueError(f"the tokenizer expects a list of captions, found a string: {texts[:60]!r}")
         cleaned = [clean_caption(text) for text in texts]
         encoded = self.wordpiece.encode_batch(cleaned, add_special_tokens=False)
         ids = [[self.cls_id, *pieces.ids[:MAX_TOKENS - 2], self.sep_id] for pieces in encoded]
-        return Captions(torch.tensor(list(chain.from_iterable(ids))), Sequences.from_lengths([*map(len, ids)]))
+        packed = torch.tensor(list(chain.from_iterable(ids)))
+        return Captions(packed, Sequences.from_lengths([*map(len, ids)]))
 
     def pieces(self, captions):
-        """The pieces of packed captions as text, for people to read."""
+        """The word pieces of packed captions as strings."""
         return [self.wordpiece.id_to_token(i) for i in captions.ids.tolist()]
 
     def to_json(self):
@@ -151,7 +153,7 @@ class Tokenizer:
 
     @staticmethod
     def from_vocabulary(pieces, source="vocabulary"):
-        """From the list of word pieces, ids in its order."""
+        """From the list of word pieces; the index of a piece is its id."""
         if len(set(pieces)) < len(pieces):
             piece, count = Counter(pieces).most_common(1)[0]
             raise ValueError(f"{source}: lists {piece!r} {count} times, expected every piece once")
@@ -163,8 +165,8 @@ class Tokenizer:
         return Tokenizer(wordpiece, source)
 
     @staticmethod
-    def load(source):
-        """From a vocab.txt, a tokenizer.json, a folder that holds one of them, or a hub name."""
+    def load(source: str):
+        """From a vocab.txt, a tokenizer.json, a folder containing either, or a hub name."""
         path = resolve_file(source, ("vocab.txt", "tokenizer.json"))
         try:
             text = path.read_text(encoding="utf-8")
@@ -175,12 +177,9 @@ class Tokenizer:
         return Tokenizer.from_vocabulary(text.splitlines(), str(path))
 
     @staticmethod
-    def train(captions):
-        """A vocabulary from captions of one's own: their most frequent words, and the letters to
-        spell all others with.
-
-        (The library's WordPiece trainer breaks ties by chance; this one gives the same every time.)
-        """
+    def train(captions: list[str]):
+        """Build a vocabulary from captions: their 5,000 most frequent words, and all letters to spell
+        the others. (Unlike the library's trainer, it is deterministic.)"""
         empty, words = Tokenizer.from_vocabulary(SPECIAL).wordpiece, Counter()
         for caption in captions:
             text = empty.normalizer.normalize_str(clean_caption(caption))
@@ -193,9 +192,9 @@ class Tokenizer:
 
 # ---- the encoder ---------------------------------------------------------------------------------
 class BertLayer(nn.Module):
-    """Self-attention, cross-attention when there are images, MLP; each added, then normalised."""
+    """Self-attention, cross-attention if there are images, and MLP, post-norm."""
 
-    def __init__(self, config, image_width):
+    def __init__(self, config: BertConfig, image_width: int):
         super().__init__()
         D = config.width
         self.attention = Attention(D, config.heads, dropout=config.dropout)
@@ -208,9 +207,9 @@ class BertLayer(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, text, sequences, image_context=None, first_token_only=False):
-        """text (N, D) packed -> (N, D); with first_token_only -> (P, D), computed for the first token of
-        each caption alone (it still looks at the whole caption). image_context: (packed image
-        tokens, their Sequences, how many captions read each)."""
+        """text (N, D) packed -> (N, D); with first_token_only -> (P, D): only first tokens are computed,
+        which still attend to their whole caption. image_context: (packed image tokens, their
+        Sequences, captions_per_image)."""
         x, x_sequences = text, sequences
         if first_token_only:
             x = text.index_select(0, sequences.first_index)                                 # (P, D)
@@ -218,15 +217,16 @@ class BertLayer(nn.Module):
         x = self.norm_attention(x + self.dropout(self.attention(x, x_sequences, text, sequences)))
         if image_context is not None:
             image_tokens, image_sequences, captions_per_image = image_context
-            # captions that read one image, as one sequence
-            grouped = x_sequences if captions_per_image is None else x_sequences.merge_groups(captions_per_image)
+            grouped = x_sequences       # the captions that attend to one image form one query sequence
+            if captions_per_image is not None:
+                grouped = x_sequences.merge_groups(captions_per_image)
             cross = self.cross_attention(x, grouped, image_tokens, image_sequences)
             x = self.norm_cross_attention(x + self.dropout(cross))
         return self.norm_mlp(x + self.dropout(self.down(F.gelu(self.up(x)))))
 
 
 class Bert(nn.Module):
-    def __init__(self, config, image_width=768):
+    def __init__(self, config: BertConfig, image_width: int = 768):
         super().__init__()
         self.config = config
         self.words = nn.Embedding(config.vocab_size, config.width)
@@ -236,21 +236,23 @@ class Bert(nn.Module):
         self.layers = nn.ModuleList(BertLayer(config, image_width) for _ in range(config.depth))
         self.init_weights()
 
-    def forward(self, captions, image_tokens=None, captions_per_image=None, first_token_only=False):
-        """Packed captions -> packed tokens (N, D), or (P, D) with first_token_only: each caption's first
-        token, for which the last layer computes nothing else.
+    def forward(self, captions: Captions, image_tokens: torch.Tensor | None = None,
+                captions_per_image: torch.Tensor | None = None, first_token_only: bool = False):
+        """Packed captions -> packed tokens (N, D); with first_token_only, the first token of each
+        caption (P, D), and the last layer skips all others.
 
-        image_tokens (I, L, image_width) switches to image-grounded mode: the first readers[0]
-        captions read image 0, the next readers[1] read image 1, and so on; readers: (I,), on the
-        CPU (None: one each).
+        image_tokens (I, L, image_width) select image-grounded mode: the first captions_per_image[0]
+        captions attend to image 0, the next captions_per_image[1] to image 1, and so on;
+        captions_per_image (I,) is on the CPU, None means one each.
         """
         sequences, image_context = captions.sequences, None
         if sequences.max_length > self.config.positions:
-            raise ValueError(f"BERT: a caption of {sequences.max_length} tokens, but there are "
+            raise ValueError(f"BERT: a caption has {sequences.max_length} tokens, but there are "
                              f"{self.config.positions} positions")
         if image_tokens is not None:
             I, L, _ = image_tokens.shape
-            image_context = image_tokens.flatten(0, 1), Sequences.uniform(I, L, image_tokens.device), captions_per_image
+            image_sequences = Sequences.uniform(I, L, image_tokens.device)
+            image_context = image_tokens.flatten(0, 1), image_sequences, captions_per_image
         x = self.words(captions.ids) + self.positions[sequences.position_ids]               # (N, D)
         x = self.dropout(self.norm(x))
         for layer in self.layers[:-1]:
@@ -259,12 +261,12 @@ class Bert(nn.Module):
 
     @property
     def enc_id(self):
-        """Id of [ENC], the last one; [DEC], which only captioning would use, lies before it."""
+        """Id of [ENC], the last embedding. ([DEC], the one before, is for BLIP's caption decoder.)"""
         return self.config.vocab_size - 1
 
     @torch.no_grad()
     def init_weights(self):
-        """BERT's initial values."""
+        """Initialise like BERT."""
         nn.init.normal_(self.positions, std=0.02)
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -274,10 +276,10 @@ class Bert(nn.Module):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Show what tokenizer and text encoder make of a sentence.")
+    parser = argparse.ArgumentParser(description="Show a caption's word pieces and the encoder's shapes.")
     parser.add_argument("caption", nargs="?", default="She is young, with a hat on, and has pale skin.")
     parser.add_argument("--bert", help="vocabulary and weights: folder or hub name (bert-base-uncased); "
-                                       "without it, random weights and the sentence's own words")
+                                       "default: random weights and a vocabulary of the caption's own words")
     args = parser.parse_args()
     tokenizer = Tokenizer.load(args.bert) if args.bert else Tokenizer.train([args.caption])
     bert = Bert(BertConfig(vocab_size=tokenizer.vocab_size)).eval()
@@ -290,8 +292,8 @@ def main():
     print(f"caption      {args.caption}")
     print(f"cleaned      {clean_caption(args.caption)}")
     print(f"pieces       {' '.join(tokenizer.pieces(captions))}")
-    print(f"text tokens  {tuple(text.shape)}   the first, [CLS], speaks for the sentence")
-    print(f"joint tokens {tuple(joint.shape)}   the first is now [ENC]; they have looked at a blank image")
+    print(f"text tokens  {tuple(text.shape)}   the first, [CLS], summarises the caption")
+    print(f"joint tokens {tuple(joint.shape)}   the first is now [ENC]; image: all zeros")
     print(f"parameters   {sum(p.numel() for p in bert.parameters()):,}")
 
 

@@ -1,4 +1,9 @@
-"""The caption grammar, and the ranking of an ideal reader."""
+"""Generate captions from CelebA's 40 attributes with a probabilistic grammar (arXiv 2407.08515, section 3),
+and compute the recall of the Bayes-optimal ranking of these captions. For a smiling young woman with black
+hair, glasses and arched eyebrows, `sample_caption` returns texts such as
+
+    With curved eyebrows and a smile, she is wearing a pair of glasses. Her hair is black.
+"""
 import random
 
 import numpy as np
@@ -13,10 +18,9 @@ Wearing_Necklace Wearing_Necktie Young
 
 
 # ---- the grammar ---------------------------------------------------------------------------------
-# A fact of a face is an attribute that is true, or "not Male", or "not Young". Its row: how often
-# it is stated, and the ways to say it, each opened by its kind: what one `is`, `has` or `wears`,
-# the `noun` for the person, the `photo`, or else the part of the face that the words describe.
-# {his} becomes his, her or their.
+# A fact is an attribute that is true, "not Male" or "not Young". Its row holds the probability of stating
+# it, and its phrases. Each phrase begins with its kind: the verb `is`, `has` or `wears`, `noun` for the
+# person, `photo`, or the part of the face that the adjective describes. {his} becomes his, her or their.
 GRAMMAR = {
     "5_o_Clock_Shadow": (.70, "has a 5 o'clock shadow | has stubble | has some stubble on {his} chin"),
     "Arched_Eyebrows": (.55, "eyebrows arched | eyebrows curved"),
@@ -62,21 +66,21 @@ GRAMMAR = {
     "not Young": (.60, "is old | is older | is elderly"),
 }
 FACTS = ATTRIBUTES + ("not Male", "not Young")
-PROBABILITIES = np.array([GRAMMAR[fact][0] for fact in FACTS])      # (42,), of being stated
-PHRASES = [[phrase.split(" ", 1) for phrase in GRAMMAR[fact][1].split(" | ")]       # [kind, words]
+PROBABILITIES = np.array([GRAMMAR[fact][0] for fact in FACTS])  # (42,), of being stated
+PHRASES = [[phrase.split(" ", 1) for phrase in GRAMMAR[fact][1].split(" | ")]  # [kind, words]
            for fact in FACTS]
 MAN_FACT, WOMAN_FACT = FACTS.index("Male"), FACTS.index("not Male")
 NEGATABLE = [ATTRIBUTES.index("Male"), ATTRIBUTES.index("Young")]
-MIN_FACTS = 3       # a caption states at least so many, where the face has them
-SHORTEST, LONGEST = 10, 75      # words of a caption; of the longest, the tokenizer cuts the end
-FACE_PARTS = {  # of the face: whether one says "a nose", and "the nose is" or "are"
+MIN_FACTS = 3               # minimum number of facts per caption, if the face has that many
+SHORTEST, LONGEST = 10, 75  # words per caption; the tokenizer truncates the longest captions
+FACE_PARTS = {  # part of the face: (whether it takes the article "a", its verb)
     "cheekbones": (False, "are"), "cheeks": (False, "are"), "eyebrows": (False, "are"),
     "eyes": (False, "are"), "face": (True, "is"), "hair": (False, "is"), "hairline": (True, "is"),
     "lips": (False, "are"), "mouth": (True, "is"), "nose": (True, "is"), "skin": (False, "is"),
 }
-NEUTRAL_NOUNS = ("person", "person", "individual")      # when the sex is unsaid
+NEUTRAL_NOUNS = ("person", "person", "individual")  # if the sex is not stated
 SINGULAR = {"is": "is", "has": "has", "wears": "wears"}
-PLURAL = {"is": "are", "has": "have", "wears": "wear"}  # for "they"
+PLURAL = {"is": "are", "has": "have", "wears": "wear"}  # after "they"
 PREDICATES = {
     "is": ("{is} {x}",),
     "has": ("{has} {x}", "{has} {x}", "{has} {x}", "can be seen with {x}", "{is} shown with {x}"),
@@ -86,39 +90,37 @@ OPENING_TEMPLATES = ("This is a {photo} of {x}.", "The {photo} shows {x}.", "Her
                      "In this {photo} there is {x}.", "The {photo} shows the face of {x}.",
                      "{x} looks out of this {photo}.")
 CONNECTIVES = (("In this picture, ", "In the photo, ", "Here, ", "As can be seen, "), ("",),
-               ("In addition, ", "Also, ", "Moreover, ", "Besides, "))    # of the first sentence, second, others
-NEUTRAL = ("Only the face can be seen.", "The face fills most of the picture.",
-           "Nothing else is shown here.")
+               ("In addition, ", "Also, ", "Moreover, ", "Besides, "))  # of sentence 1, 2, 3 and later
+NEUTRAL = ("Only the face can be seen.", "The face fills most of the picture.", "Nothing else is shown here.")
 
 
-def facts_of(attributes):
-    """Attributes bool (..., 40) -> which facts hold, bool (..., 42)."""
+def facts_of(attributes: np.ndarray) -> np.ndarray:
+    """Which FACTS hold, bool (..., 42), given attributes bool (..., 40)."""
     return np.concatenate([attributes, ~attributes[..., NEGATABLE]], axis=-1)
 
 
-def sample_caption(attributes, rng):
-    """A caption for a face: (text, stated).
+def sample_caption(attributes: np.ndarray, rng: np.random.Generator) -> tuple[str, np.ndarray]:
+    """Sample a caption of a face with attributes bool (40,); return (text, stated).
 
-    attributes bool (40,); rng a numpy Generator. stated int8 (40,): +1 the text says the attribute
-    is true, -1 false (of Male and Young only), 0 it says nothing. Facts are stated independently,
-    with PROBABILITIES, and drawn again until there are MIN_FACTS of them or all:
-    `log_likelihood` relies on exactly this.
+    stated int8 (40,): +1 if the text states that the attribute is true, -1 that it is false (Male and
+    Young only), 0 if it does not mention it. Facts are sampled independently with PROBABILITIES, and
+    resampled until at least MIN_FACTS (or all, if fewer) are stated. `log_likelihood` relies on exactly this.
     """
     facts = np.flatnonzero(facts_of(attributes))
     chosen = facts[:0]
     while len(chosen) < min(MIN_FACTS, len(facts)):
         chosen = facts[rng.random(len(facts)) < PROBABILITIES[facts]]
-    said = np.zeros(len(FACTS), dtype=np.int8)
-    said[chosen] = 1
-    stated = said[:len(ATTRIBUTES)]
-    stated[NEGATABLE] -= said[len(ATTRIBUTES):]
+    by_fact = np.zeros(len(FACTS), dtype=np.int8)
+    by_fact[chosen] = 1
+    stated = by_fact[:len(ATTRIBUTES)]
+    stated[NEGATABLE] -= by_fact[len(ATTRIBUTES):]
     return verbalize(chosen.tolist(), random.Random(int(rng.integers(2**62)))), stated
 
 
-def verbalize(facts, rng):
-    """The text that says these facts (numbers into FACTS) and no other, of SHORTEST to LONGEST
-    words. Too long a text is written anew, never cut; only for a face with more facts than real
-    ones have it may stay longer.
+def verbalize(facts: list[int], rng: random.Random) -> str:
+    """A text of SHORTEST to LONGEST words that states exactly these facts (indices into FACTS).
+
+    Longer texts are regenerated, not truncated; the retries suffice for every realistic face.
     """
     for _ in range(20):
         sentences = compose_sentences(facts, rng)
@@ -131,71 +133,71 @@ def verbalize(facts, rng):
 
 
 def compose_sentences(facts, rng):
-    """Facts -> list of sentences."""
-    # 0: long lists in few sentences; 1: a sentence for everything. Most writers are brief and a few
-    # are not, as in FLIP's captions; who has much to tell is brief.
+    """List of sentences that state these facts."""
+    # 0: few sentences with long lists; 1: one sentence per phrase. Skewed towards 0, as in FLIP's captions,
+    # and lower for more than 10 facts
     verbosity = rng.random()**1.5 * min(1, 10 / len(facts))
-    said = choose_phrases(facts, verbosity, rng)
-    he, his = ("he", "his") if MAN_FACT in facts else ("she", "her") if WOMAN_FACT in facts else ("they", "their")
-    noun = rng.choice(said["noun"] or NEUTRAL_NOUNS)
+    phrases = choose_phrases(facts, verbosity, rng)
+    he, his = (("he", "his") if MAN_FACT in facts else
+               ("she", "her") if WOMAN_FACT in facts else ("they", "their"))
+    noun = rng.choice(phrases["noun"] or NEUTRAL_NOUNS)
 
     sentences = []
-    nothing_to_tell = not any(said[kind] for kind in ("is", "has", "wears", "part"))
-    if nothing_to_tell or rng.random() < 0.4 + 0.4 * verbosity:
-        sentences.append(opening_sentence(said, noun, rng))
+    needs_opening = not any(phrases[kind] for kind in ("is", "has", "wears", "part"))
+    if needs_opening or rng.random() < 0.4 + 0.4 * verbosity:
+        sentences.append(opening_sentence(phrases, noun, rng))
     units = [(kind, chunk) for kind in ("is", "has", "wears", "part")
-             for chunk in chunks(said[kind], verbosity, rng)]
+             for chunk in chunks(phrases[kind], verbosity, rng)]
     rng.shuffle(units)
     while units:
         sentences.append(next_sentence(units, noun, he, verbosity, len(sentences), rng))
-    if said["photo"]:
-        sentences.append(f"The {rng.choice(('photo', 'picture', 'image'))} is {said['photo'][0]}.")
+    if phrases["photo"]:
+        sentences.append(f"The {rng.choice(('photo', 'picture', 'image'))} is {phrases['photo'][0]}.")
     sentences = [text.replace("{his}", his) for text in sentences]
     return [text[0].upper() + text[1:] for text in sentences]
 
 
 def choose_phrases(facts, verbosity, rng):
-    """Facts -> {kind: [phrase]} in random order.
+    """Phrases that state the facts, {kind: [phrase]}, in random order.
 
-    What is said of one part of the face becomes one phrase: either something that one has
-    ("arched, thick eyebrows") or a clause of its own, of kind "part" ("{his} eyebrows are arched
-    and thick").
+    All adjectives of one part of the face form one phrase, either of kind "has" ("arched, thick eyebrows")
+    or a clause of kind "part" ("{his} eyebrows are arched and thick").
     """
-    said = {kind: [] for kind in ("noun", "photo", "is", "has", "wears", "part")}
-    parts = {}
+    phrases = {kind: [] for kind in ("noun", "photo", "is", "has", "wears", "part")}
+    adjectives = {}
     for fact in rng.sample(facts, len(facts)):
         kind, words = rng.choice(PHRASES[fact])
-        (parts if kind in FACE_PARTS else said).setdefault(kind, []).append(words)
-    for part, words in parts.items():
+        (adjectives if kind in FACE_PARTS else phrases).setdefault(kind, []).append(words)
+    for part, words in adjectives.items():
         article, verb = FACE_PARTS[part]
         if rng.random() < 0.15 + 0.5 * verbosity:
-            said["part"].append(f"{{his}} {part} {verb} {' and '.join(words)}")
+            phrases["part"].append(f"{{his}} {part} {verb} {' and '.join(words)}")
         else:
-            thing = f"{', '.join(words)} {part}"
-            said["has"].append(with_article(thing) if article else thing)
-    rng.shuffle(said["has"])
-    return said
+            phrase = f"{', '.join(words)} {part}"
+            phrases["has"].append(with_article(phrase) if article else phrase)
+    rng.shuffle(phrases["has"])
+    return phrases
 
 
-def opening_sentence(said, noun, rng):
-    """A first sentence, with up to two adjectives and some features that it takes out of `said`."""
-    adjectives = [said["is"].pop() for _ in range(min(rng.randrange(3), len(said["is"])))]
+def opening_sentence(phrases, noun, rng):
+    """First sentence, with up to two adjectives and three features, which are removed from `phrases`."""
+    adjectives = [phrases["is"].pop() for _ in range(min(rng.randrange(3), len(phrases["is"])))]
     x = with_article(" ".join([", ".join(adjectives), noun]).strip())
-    if said["has"] and rng.random() < 0.4:
-        features = [said["has"].pop() for _ in range(min(rng.randrange(1, 4), len(said["has"])))]
+    if phrases["has"] and rng.random() < 0.4:
+        features = [phrases["has"].pop() for _ in range(min(rng.randrange(1, 4), len(phrases["has"])))]
         x += " with " + join_phrases(features, rng)
     photo = rng.choice(("photo", "picture", "portrait", "photograph"))
-    if said["photo"] and rng.random() < 0.5:
-        photo = f"{said['photo'].pop()} {photo}"
+    if phrases["photo"] and rng.random() < 0.5:
+        photo = f"{phrases['photo'].pop()} {photo}"
     return rng.choice(OPENING_TEMPLATES).format(photo=photo, x=x)
 
 
 def next_sentence(units, noun, he, verbosity, position, rng):
-    """Sentence number `position`; it takes one or two units (kind, phrases) off the list's end."""
+    """Sentence number `position`, made of one or two units (kind, phrases) popped from `units`."""
     kind, phrases = units.pop()
-    lead = rng.choice(CONNECTIVES[min(position, 2)]) if rng.random() < verbosity else ""
+    connective = rng.choice(CONNECTIVES[min(position, 2)]) if rng.random() < verbosity else ""
     if kind == "part":
-        return f"{lead}{join_phrases(phrases, rng)}."
+        return f"{connective}{join_phrases(phrases, rng)}."
     named = rng.random() < (0.75 if position == 0 else 0.2)
     subject = f"{rng.choice(('the', 'this'))} {noun}" if named else he
     verbs = PLURAL if subject == "they" else SINGULAR
@@ -207,7 +209,7 @@ def next_sentence(units, noun, he, verbosity, position, rng):
             text = pattern.format(text=text, x=join_phrases(phrases, rng))
         else:
             text += rng.choice((" and ", ", and ")) + predicate(kind, phrases, verbs, rng)
-    return f"{lead}{text}."
+    return f"{connective}{text}."
 
 
 def predicate(kind, phrases, verbs, rng):
@@ -215,7 +217,7 @@ def predicate(kind, phrases, verbs, rng):
 
 
 def chunks(phrases, verbosity, rng):
-    """Cut a list into the runs that one sentence tells: single phrases, or two to four."""
+    """Split a list of phrases into runs of one to four."""
     while phrases:
         size = 1 if rng.random() < verbosity else rng.choice((2, 3, 3, 4))
         yield phrases[:size]
@@ -232,72 +234,68 @@ def with_article(words):
     return ("an " if words[0] in "aeiou" else "a ") + words
 
 
-# ---- what a reader who knows every attribute could find ------------------------------------------
-def stated_facts(stated):
-    """stated int8 (T, 40) -> which facts each caption says, bool (T, 42)."""
+# ---- retrieval references: attribute match and Bayes optimum -------------------------------------
+def stated_facts(stated: np.ndarray) -> np.ndarray:
+    """Which facts each caption states, bool (T, 42), given stated int8 (T, 40)."""
     return np.concatenate([stated > 0, stated[..., NEGATABLE] < 0], axis=-1)
 
 
-def satisfies(stated, attributes):
-    """Which faces satisfy all that is said: int8 (T, 40), bool (I, 40) -> bool (T, I)."""
+def satisfies(stated: np.ndarray, attributes: np.ndarray) -> np.ndarray:
+    """Which faces satisfy all stated facts: int8 (T, 40), bool (I, 40) -> bool (T, I)."""
     return stated_facts(stated).astype(float) @ ~facts_of(attributes).T == 0
 
 
-def log_likelihood(stated, attributes):
-    """log P(a caption states exactly this | face), natural logarithm: int8 (T, 40), bool (I, 40) ->
-    float (T, I).
+def log_likelihood(stated: np.ndarray, attributes: np.ndarray) -> np.ndarray:
+    """ln P(caption states exactly these facts | face): int8 (T, 40), bool (I, 40) -> float (T, I).
 
-    With `facts` those of the face and p their probabilities, a caption says the set `said` with
+    Let `facts` be the facts of the face and p their probabilities. A caption states the set `stated` with
     probability
-        prod_{i in said} p_i * prod_{i in facts - said} (1 - p_i)
+        prod_{i in stated} p_i * prod_{i in facts - stated} (1 - p_i)
             / P(at least min(MIN_FACTS, |facts|) are stated)
-    or 0 if it is not within `facts`. A fact that goes unsaid counts against a face; so this knows
-    more than `consistent`.
+    or 0 if `stated` is not a subset of `facts`. Unlike in `satisfies`, unstated facts count against a face.
     """
-    said, facts = stated_facts(stated).astype(float), facts_of(attributes)
-    said_instead = np.log(PROBABILITIES) - np.log1p(-PROBABILITIES)
-    unsaid = facts @ np.log1p(-PROBABILITIES)                                               # (I,)
-    log_p = (said @ said_instead)[:, None] + unsaid - np.log(prob_min_facts(facts))         # (T, I)
+    is_stated, facts = stated_facts(stated).astype(float), facts_of(attributes)
+    log_odds = np.log(PROBABILITIES) - np.log1p(-PROBABILITIES)                             # (42,)
+    none_stated = facts @ np.log1p(-PROBABILITIES)                                          # (I,)
+    log_p = (is_stated @ log_odds)[:, None] + none_stated - np.log(prob_min_facts(facts))   # (T, I)
     return np.where(satisfies(stated, attributes), log_p, -np.inf)
 
 
 def prob_min_facts(facts):
-    """P(one draw states at least min(MIN_FACTS, |facts|) of the facts), bool (I, 42) -> (I,)."""
+    """P(a single sample states at least min(MIN_FACTS, |facts|) facts): bool (I, 42) -> float (I,)."""
     count = np.zeros((len(facts), MIN_FACTS))       # P(exactly k stated so far), k < MIN_FACTS
     count[:, 0] = 1
-    for p in (facts * PROBABILITIES).T:             # (I,), one fact after another
+    for p in (facts * PROBABILITIES).T:             # p (I,): one fact at a time, 0 for faces without it
         count[:, 1:] = count[:, 1:] * (1 - p)[:, None] + count[:, :-1] * p[:, None]
         count[:, 0] *= 1 - p
     needed = np.minimum(facts.sum(1), MIN_FACTS)
     return 1 - (count * (np.arange(MIN_FACTS) < needed[:, None])).sum(1)
 
 
-def expected_recall(scores, k):
-    """Recall at each n in k of the queries (rows) whose answer is on the diagonal: float (I, I) ->
-    {n: recall}.
+def expected_recall(scores: np.ndarray, k: tuple[int, ...]) -> dict:
+    """Expected recall at each n in k, {n: recall}, from scores float (I, I) of queries (rows) x candidates.
 
-    Ties are broken by chance: with `better` answers above and `tied` at the score of the true one
-    (itself included), it is among the first n with probability (n - better) / tied, within [0, 1].
+    Matches are on the diagonal. Ties are broken at random: with `better` candidates above the match and
+    `tied` equal to it (itself included), it is in the top n with probability (n - better) / tied,
+    clipped to [0, 1].
     """
     true = np.diag(scores)[:, None]
-    better = (scores > true + 1e-9).sum(1)          # the tolerance absorbs rounding: ties here are exact
+    better = (scores > true + 1e-9).sum(1)          # tolerance for rounding: true ties are exact
     tied = (scores >= true - 1e-9).sum(1) - better
     return {n: float(np.clip((n - better) / tied, 0, 1).mean()) for n in k}
 
 
-def reference_recall(stated, attributes, k=(1, 5, 10)):
-    """What a reader finds who knows every attribute: {reference: {direction: {n: recall}}}, the
-    references being "consistency" and "ceiling", the directions "text_to_image" and
-    "image_to_text".
+def reference_recall(stated: np.ndarray, attributes: np.ndarray, k=(1, 5, 10)) -> dict:
+    """Recall of two rankings by the true attributes: {reference: {direction: {n: recall}}} with the
+    references "consistency" and "ceiling" and the directions "text_to_image" and "image_to_text".
 
-    stated int8 (I, 40), attributes bool (I, 40); caption i was written for face i.
-    Consistency: all answers that fit what is said are equally good. Ceiling: the Bayes ranking
-    under the grammar. Text to image, each face being as likely as any other, that is by
-    P(stated | face). Image to text, a caption is ranked by the probability that it was written for
-    this face and not for another of the gallery, P(stated | face) / sum over faces of
-    P(stated | face): a long caption that fits only this face has a tiny likelihood and still beats
-    a short one that fits all. (It looks at one caption at a time; that each face has exactly one
-    caption is not used, and neither can a model use it that scores pairs.)
+    stated int8 (I, 40), attributes bool (I, 40); caption i was sampled for face i.
+    Attribute match ("consistency"): all candidates that satisfy the stated facts tie.
+    Bayes optimum ("ceiling"): the Bayes-optimal ranking under the grammar. Text to image, with a uniform
+    prior over faces, it ranks by P(stated | face). Image to text, it ranks captions by the posterior of this
+    face among the gallery, P(stated | face) / sum over faces of P(stated | face). So a long caption that
+    fits only this face, with a tiny likelihood, still beats a short one that fits all. (Each pair is scored
+    on its own; that each face has exactly one caption is not used, as no model that scores pairs can use it.)
     """
     fits = np.where(satisfies(stated, attributes), 0.0, -np.inf)
     log_p = log_likelihood(stated, attributes)

@@ -1,4 +1,5 @@
-"""How well faces are found."""
+"""Evaluation by retrieval (FLIP paper, section 5.1): recall by ITC alone and after re-ranking with the
+matching head, the references beside it (captions.py), the final table and the plots."""
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,55 +11,51 @@ from common.distributed import autocast, rank_and_world_size
 from common.images import contact_sheet, iterate_images
 from common.script import markdown_table
 from data import Faces
-from flip import eval_mode, rerank
+from flip import FLIP, eval_mode, rerank
 
 
 # ---- retrieval metrics ---------------------------------------------------------------------------
 def first_match_rank(scores, is_match):
-    """Rank (0 = first) of each row's best-ranked match; scores, is_match (rows, gallery) ->
-    (rows,).
+    """Rank (0 = first) of the best-ranked match in each row; scores, is_match (rows, gallery) -> (rows,).
 
-    Ties count against us, and so does what is not a number: whatever does not score below the match
-    ranks above it.
+    Ties and NaN count against the match: every other item not scored strictly below it ranks above.
     """
     best = scores.masked_fill(~is_match, -torch.inf).amax(1, keepdim=True)
     return (~(scores < best) & ~is_match).sum(1)
 
 
 def retrieval_metrics(image_to_text, text_to_image, image_of_text):
-    """Recall at 1, 5 and 10 both ways in percent, and their means, by the official names: `txt_` is
-    finding the text for an image, `img_` finding the image for a text.
+    """Recall at 1, 5 and 10 in percent and their means, under the official names: `txt_` is image to
+    text, `img_` text to image.
 
-    image_to_text (I, T) scores of every text for an image, text_to_image (T, I); image_of_text
-    (T,): which image each caption belongs to (an image may have several: its rank is the best of
-    them). """
+    image_to_text (I, T) and text_to_image (T, I): scores; image_of_text (T,): the image of each
+    caption. For an image with several captions the best-ranked one counts. """
     images = torch.arange(len(image_to_text), device=image_of_text.device)
     is_match = image_of_text[None, :] == images[:, None]                                    # (I, T)
-    ranks_of = {"txt": first_match_rank(image_to_text, is_match), "img": first_match_rank(text_to_image, is_match.T)}
     metrics = {}
-    for way, ranks in ranks_of.items():
-        rerank_metrics = {f"{way}_r{k}": 100 * (ranks < k).double().mean().item() for k in (1, 5, 10)}
-        metrics |= rerank_metrics | {f"{way}_r_mean": sum(rerank_metrics.values()) / 3}
+    for way, ranks in (("txt", first_match_rank(image_to_text, is_match)),
+                       ("img", first_match_rank(text_to_image, is_match.T))):
+        recalls = {f"{way}_r{k}": 100 * (ranks < k).double().mean().item() for k in (1, 5, 10)}
+        metrics |= recalls | {f"{way}_r_mean": sum(recalls.values()) / 3}
     return metrics | {"r_mean": (metrics["txt_r_mean"] + metrics["img_r_mean"]) / 2}
 
 
-# ---- eval_mode a model --------------------------------------------------------------------------
+# ---- evaluating a model --------------------------------------------------------------------------
 class Validation(NamedTuple):
-    """Faces never trained on, one caption of the grammar each, or all captions that came with
-    them."""
+    """Faces with fixed captions: all those of the data set or, without captions, one of the grammar each."""
     faces: Faces
-    texts: list                     # T captions
+    texts: list[str]                # T captions
     image_of_text: torch.Tensor     # (T,)
-    references: dict                # for the table: recalls of who knows every attribute, or {}
+    references: dict                # {name: six recalls} from `captions.reference_recall`, or {}
 
     @staticmethod
-    def of(faces):
+    def of(faces: Faces) -> "Validation":
         images = torch.arange(len(faces))
         if faces.captions is not None:
             counts = torch.tensor([len(captions) for captions in faces.captions])
             texts = [text for captions in faces.captions for text in captions]
             return Validation(faces, texts, images.repeat_interleave(counts), {})
-        texts, stated = zip(*(sample_caption(attributes, np.random.default_rng((1, i)))  # the same every time
+        texts, stated = zip(*(sample_caption(attributes, np.random.default_rng((1, i)))      # fixed seeds
                               for i, attributes in enumerate(faces.attributes)))
         references = {}
         for name, ways in reference_recall(np.stack(stated), faces.attributes).items():
@@ -67,8 +64,8 @@ class Validation(NamedTuple):
         return Validation(faces, list(texts), images, references)
 
 
-def evaluate(model, validation, config):
-    """What `recalls` says of the validation faces."""
+def evaluate(model: FLIP, validation: Validation, config):
+    """Encode the validation set and return `rerank_metrics` of it. config: precision and k_test."""
     device, size, faces = model.temperature.device, model.config.vit.image_size, validation.faces
     show, image_tokens, image_features = rank_and_world_size()[0] == 0, [], []
     captions = model.tokenizer(validation.texts).to(device)
@@ -80,13 +77,13 @@ def evaluate(model, validation, config):
                 image_features.append(features)
             text_features = model.student.text_features_chunked(captions)
         similarity = torch.cat(image_features) @ text_features.T                    # (I, T), in float32
-        return rerank_metrics(model, torch.cat(image_tokens), captions, similarity, validation.image_of_text, config)
+        return rerank_metrics(model, torch.cat(image_tokens), captions, similarity, validation.image_of_text,
+                              config)
 
 
 def rerank_metrics(model, image_tokens, captions, similarity, image_of_text, config):
-    """Recalls both ways, by cosine alone ("itc_...") and re-ranked, and the re-ranked text-to-image
-    scores (T, I); from image tokens (I, L, D), T captions and the cosines (I, T) of their
-    features."""
+    """`retrieval_metrics` after re-ranking and by cosine alone ("itc_..."), and the re-ranked
+    text-to-image scores (T, I). image_tokens (I, L, D), T captions, similarity (I, T): cosines."""
     device, show = similarity.device, rank_and_world_size()[0] == 0
     with autocast(config, device):
         scores = rerank(model, image_tokens, captions.to(device), similarity, config.k_test, progress=show)
@@ -95,11 +92,9 @@ def rerank_metrics(model, image_tokens, captions, similarity, image_of_text, con
     return reranked | {f"itc_{name}": value for name, value in itc.items()}, scores[1].cpu()
 
 
-# ---- table and pictures --------------------------------------------------------------------------
-def recall_table(metrics, validation):
-    """The final table: recalls in percent, both ways, beside chance and the references. A share
-    above 100 % means more than that reference finds, which takes all captions that fit a face for
-    equal."""
+# ---- table and plots -----------------------------------------------------------------------------
+def recall_table(metrics: dict, validation: Validation) -> str:
+    """The final Markdown table: recalls in percent in both directions, beside chance and the references."""
     chance = [100 * min(1, k / len(validation.faces)) for k in (1, 5, 10)] * 2
     rows = {"chance": chance} | validation.references
     for name, prefix in (("this model, ITC alone", "itc_"), ("this model, re-ranked", "")):
@@ -112,13 +107,13 @@ def recall_table(metrics, validation):
 
 
 def plot_retrieval(validation, text_to_image, path, queries=6, top=5):
-    """For some captions the best faces with their scores; the caption's own face is framed."""
+    """Save the top-ranked faces for some captions, with scores; the caption's own face is framed."""
     rows = []
     for t in np.linspace(0, len(validation.texts) - 1, queries).astype(int):
         own, scores = validation.image_of_text[t], text_to_image[t]
         rows.append((validation.texts[t], [(validation.faces.picture(i), f"score {scores[i]:.1f}", i == own)
                                            for i in scores.argsort(descending=True)[:top].tolist()]))
-    contact_sheet(rows, legend="green: the face that the sentence was written for").save(path)
+    contact_sheet(rows, legend="green frame: the face the caption was written for").save(path)
 
 
 def new_figure(width, height, columns=1):
@@ -128,11 +123,11 @@ def new_figure(width, height, columns=1):
 
 
 def plot_curves(log, validation, path):
-    """Losses and recalls over steps, with the references as dotted and dashed lines."""
+    """Plot losses and recalls over steps, with the references as dotted and dashed lines."""
     figure, (left, right) = new_figure(12, 4.5, columns=2)
     for name in ("itc", "itm"):
-        shown = [(line["step"], line[name]) for line in log if line.get(name) is not None]
-        left.plot(*zip(*shown) if shown else ([], []), label=name.upper())
+        points = [(line["step"], line[name]) for line in log if line.get(name) is not None]
+        left.plot(*zip(*points) if points else ([], []), label=name.upper())
     left.set(xlabel="step", title="training losses")
     evaluations = [line for line in log if "img_r10" in line]
     for column, k, colour in ((0, 1, "tab:blue"), (1, 5, "tab:orange"), (2, 10, "tab:green")):
@@ -147,8 +142,8 @@ def plot_curves(log, validation, path):
     figure.savefig(path, dpi=110)
 
 
-def evaluate_and_draw(run, step):
-    """Recalls on the validation faces, into the log and the two pictures."""
+def evaluate_and_draw(run, step: int) -> dict:
+    """Evaluate `run.model` and update log.jsonl, curves.png and retrieval.png; returns the metrics."""
     metrics, text_to_image = evaluate(run.model, run.validation, run.config)
     run.log.write(step=step, **metrics)
     if rank_and_world_size()[0] == 0:

@@ -1,31 +1,21 @@
-"""Three tasks on a frozen FLIP (FLIP paper, section 5 and figure 2, panels b to d).
+"""Train a head on a frozen FLIP, select it on the validation split, test it, print the table (FLIP paper,
+section 5).
 
-    python finetune.py retrieval      the face for a sentence, and the sentence for a face
-    python finetune.py attributes     the 40 attributes of a face
-    python finetune.py sketch         the photo for a sketch that is still being drawn
+    python finetune.py retrieval      find the face for a caption, and the caption for a face
+    python finetune.py attributes     predict the 40 attributes of a face
+    python finetune.py sketch         find the photo for a sketch that is still being drawn
 
-Without --data they run on drawn faces, in a few minutes on two CPU cores; with it, on your own (see
-data.py). The encoders are frozen: evaluation mode, no gradient, no optimiser state. What they make
-of a picture is therefore computed once, before the first epoch (only ITM and re-ranking run the
-text encoder again, over captions and images), and a small part is trained on it: the projections,
-the matching head and the temperature that FLIP has already (retrieval; sketch, too, where photos
-have captions, else the image projection and the temperature), or a linear layer on pooled tokens
-(attributes).
+The tasks are classes in tasks.py. Without --data they run on drawn faces, in a few minutes on two CPU
+cores. Frozen means evaluation mode, no gradient and no optimiser state for the encoders. Several
+checkpoints can be compared, and a frozen encoder with random weights is trained in the same way. The
+best validation metric selects the weights; the test split selects nothing.
 
-`tune` trains any of these; then come the tasks, a class each: what is computed once, what is
-trained, its loss, its metrics. Several checkpoints can be given; each is tuned in the same way, a
-frozen encoder of random weights as well, and the table puts them side by side. The best evaluation
-on the validation part decides what is kept; the test part decides nothing.
+Departures from the official code: it selects the best epoch on the test split, trains LFWA's head on
+the test split, leaves dropout on inside the "frozen" encoders, trains the attribute head with SGD,
+and keeps a momentum encoder and a queue, although with frozen encoders no key is outdated.
 
-Departures from the official code: it chooses the best epoch on the test part, trains LFWA's head on
-the test part, leaves dropout on inside the "frozen" encoders, trains the attribute head by plain
-gradient descent, and keeps a momentum encoder and a queue, though behind frozen encoders all keys
-of a batch are fresh.
-
-Into --out/<task> go log.jsonl, table.md, pictures, and what was tuned on the first checkpoint:
-head.pt for attributes, else a whole flip.pt, which --checkpoint takes again.
-
-Shapes: see vit.py; I pictures, T captions, V vectors pooled per picture.
+--out/<task> receives log.jsonl, table.md, plots, and the weights trained on the first checkpoint:
+head.pt for attributes, otherwise a complete flip.pt, which --checkpoint accepts.
 """
 import argparse
 import itertools
@@ -43,47 +33,46 @@ from common.distributed import autocast
 from common.optim import build_optimizers, set_learning_rate
 from common.resume import Log
 from common.script import check_flags, flag, markdown_table, parse_flags, run_script
+from data import Faces
 from flip import FLIP
 from readers.index import SPLITS
-from tasks import TASKS
+from tasks import TASKS, Task
 from train import init_model, warmup_decay
 
 
 # ---- configuration -------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Config:
-    """Every field but the task is a flag. The defaults are the paper's for retrieval; each task
-    says what it changes (`recipe`), and what drawn faces change (`drawn`)."""
+    """The flags. Defaults are the paper's for retrieval; a task's `recipe` overrides them, and for drawn
+    faces its `toy_recipe`."""
     task: str = field(default="")
-    checkpoint: tuple[str, ...] = flag(("out/flip.pt",), "one or more: made by train.py, or the official one")
-    vocabulary: str = flag("", "for a checkpoint that holds none, as the official: file, folder, hub name")
-    random: bool = flag(True, "tune on a frozen encoder of random weights as well, for comparison")
-    data: str = flag("", "folder with your own faces; without it faces are drawn and kept in --cache")
-    out: str = flag("out", "results go into a folder below it, named after the task")
-    cache: str = flag("cache", "folder for drawn faces, and for the index of your own")
-    max_errors: float = flag(1.0, "percent of the faces whose record or picture may be damaged: they are "
-                                "counted and left out; 0 is strict", high=100,
-                                was="max_lost")
-    faces: int = flag(4000, "how many faces to draw for training", low=2)
-    validation: int = flag(1000, "how many to draw for validation; of your own, at most how many", low=2)
-    test: int = flag(1000, "how many faces to draw for the test part", low=2)
-    captions: int = flag(2, "sentences the grammar writes for each training face that came without", low=1)
-    seed: int = flag(0, "of the random encoder, new weights, order, captions, negatives")
-    epochs: int = flag(50, "passes over the training part; over a share of it so many more that as many "
-                           "samples are seen", low=1)
+    checkpoint: tuple[str, ...] = flag(("out/flip.pt",), "one or more: from train.py, or the official one")
+    vocabulary: str = flag("", "for a checkpoint without one (the official): file, folder or hub name")
+    random: bool = flag(True, "also train on a frozen encoder with random weights, for comparison")
+    data: str = flag("", "folder or json list of faces; default: drawn faces, cached in --cache")
+    out: str = flag("out", "folder for the results, in a subfolder named after the task")
+    cache: str = flag("cache", "folder for drawn faces and for the index of --data")
+    max_errors: float = flag(1.0, "percent of records or images that may be invalid; these are skipped and "
+                                  "counted, more stop the run, 0 allows none", high=100, was="max_lost")
+    faces: int = flag(4000, "number of faces to draw for training", low=2)
+    validation: int = flag(1000, "number of faces to draw for validation; with --data the maximum", low=2)
+    test: int = flag(1000, "number of faces to draw for the test split", low=2)
+    captions: int = flag(2, "captions the grammar writes for each training face without captions", low=1)
+    seed: int = flag(0, "seed of the random encoder, new weights, data order, captions and negatives")
+    epochs: int = flag(50, "passes over the training split; more over a fraction of it, for the same number "
+                           "of steps", low=1)
     batch_size: int = flag(64, "samples per step", low=2)
-    lr: float = flag(3e-5, "highest learning rate; it falls to 0 along a cosine")
-    warmup: int = flag(2000, "steps in which the learning rate rises; at most a tenth of all")
-    weight_decay: float = flag(0.05, "of AdamW, on matrices only")
-    itm_every: int = flag(1, "train the matching head at each n-th step", low=1)
-    fractions: tuple[float, ...] = flag((0.01, 0.1, 1.0), "attributes: shares of the training part to learn "
-                                        "from", low=1e-6, high=1,
-                                was="shares")
-    labels: tuple[str, ...] = flag((), "attributes: which ones to learn (default: all)", choices=ATTRIBUTES)
-    num_evaluations: int = flag(5, "how often to look at the validation part; the best look decides", low=1,
+    lr: float = flag(3e-5, "peak learning rate, with cosine decay to 0")
+    warmup: int = flag(2000, "warm-up steps, at most 10 %% of all")
+    weight_decay: float = flag(0.05, "weight decay of parameters with two or more dimensions")
+    itm_every: int = flag(1, "train the matching head in every n-th step", low=1)
+    fractions: tuple[float, ...] = flag((0.01, 0.1, 1.0), "attributes: fractions of the training split to "
+                                                          "train on", low=1e-6, high=1, was="shares")
+    labels: tuple[str, ...] = flag((), "attributes to learn (default: all)", choices=ATTRIBUTES)
+    num_evaluations: int = flag(5, "number of validation runs; the best one is kept", low=1,
                                 was="evaluations")
-    k_test: int = flag(256, "candidates per query that the matching head scores again", low=1)
-    precision: str = flag("auto", "float32, bf16 (autocast), or auto: bf16 on CUDA",
+    k_test: int = flag(256, "candidates per query to re-rank with the ITM head", low=1)
+    precision: str = flag("auto", "float32, bf16 (autocast), or auto: bf16 on CUDA, float32 on CPUs",
                           choices=("auto", "float32", "bf16"))
 
     def __post_init__(self):
@@ -91,28 +80,28 @@ class Config:
         for name in ("fractions", "labels"):
             values = getattr(self, name)
             if len(set(values)) < len(values):
-                raise ValueError(f"--{name} {values}: expected each once")
+                raise ValueError(f"--{name} {values}: expected no duplicates")
             if self.task != "attributes" and values != getattr(Config, name):
-                raise ValueError(f"--{name} is for attributes, not for {self.task}")
+                raise ValueError(f"--{name} is a flag of attributes, not of {self.task}")
 
 
-# ---- tuning --------------------------------------------------------------------------------------
+# ---- training ------------------------------------------------------------------------------------
 def train_head(task, module, training, train_indices, validation, log):
-    """Train what requires gradients of the module `learner` on the samples `chosen` of the training
-    part, and leave it as it was when the validation part liked it best_weights, which may be before the
-    first step."""
+    """Train the parameters of `module` that require gradients on the training samples `train_indices`,
+    then restore those with the best validation metric (possibly the initial ones)."""
     config, device = task.config, next(module.parameters()).device
     trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
     [optimizer] = build_optimizers(module, config.weight_decay)
-    epochs = round(config.epochs * training.count / len(train_indices))  # so that shares differ in data only
+    epochs = round(config.epochs * training.count / len(train_indices))     # equal steps for all fractions
     per_epoch, step = math.ceil(len(train_indices) / config.batch_size), 0
     warmup = min(config.warmup, epochs * per_epoch // 10)
     eval_epochs = {round(epochs * (n + 1) / config.num_evaluations) for n in range(config.num_evaluations)}
-    best_metric, best_weights = task.metrics(module, validation)[task.selection_metric], copy_parameters(trained)
-    for epoch in tqdm(range(1, epochs + 1), "tuning", leave=False):
+    best_metric = task.metrics(module, validation)[task.selection_metric]
+    best_weights = copy_parameters(trained)
+    for epoch in tqdm(range(1, epochs + 1), "training", leave=False):
         rng = np.random.default_rng((config.seed, epoch))
         order, losses = train_indices[rng.permutation(len(train_indices))], []
-        for indices in order.tensor_split(per_epoch):                   # nearly equal batches
+        for indices in order.tensor_split(per_epoch):                   # batches of nearly equal size
             step += 1
             set_learning_rate([optimizer], warmup_decay(step, epochs * per_epoch, warmup, config.lr))
             with autocast(config, device):
@@ -120,15 +109,15 @@ def train_head(task, module, training, train_indices, validation, log):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            if not task.has_own_head:                                   # then it is FLIP itself
+            if not task.has_own_head:                                   # then the module is the FLIP
                 module.clamp_temperature()
             losses.append(loss.detach())
         if epoch in eval_epochs:
-            found = task.metrics(module, validation)
+            metrics = task.metrics(module, validation)
             log.write(epoch=epoch, loss=torch.stack(losses).mean().item(),
-                      **{f"val_{column}": found[column] for column in task.columns})
-            if found[task.selection_metric] > best_metric:
-                best_metric, best_weights = found[task.selection_metric], copy_parameters(trained)
+                      **{f"val_{column}": metrics[column] for column in task.columns})
+            if metrics[task.selection_metric] > best_metric:
+                best_metric, best_weights = metrics[task.selection_metric], copy_parameters(trained)
     with torch.no_grad():
         for name, p in trained.items():
             p.copy_(best_weights[name])
@@ -140,39 +129,38 @@ def copy_parameters(parameters):
 
 # ---- the run -------------------------------------------------------------------------------------
 class Result(NamedTuple):
-    """What came of one encoder, on the test part; share: of the training part that the learner has
-    seen."""
+    """Test metrics of one encoder, for each fraction of the training split."""
     name: str
-    before: dict            # {share: metrics} of the learner that tuning began with
-    tuned: dict             # {share: metrics} after it
+    before: dict            # {fraction: metrics} before training
+    tuned: dict             # {fraction: metrics} after training
 
     @property
     def final(self):
-        """From the largest share."""
+        """Metrics for the largest fraction."""
         return self.tuned[max(self.tuned)]
 
 
-def evaluate_encoder(name, model, task, parts, log):
-    """Tune on one frozen encoder, with each share of the training part, and test. Returns the
-    result, the learner of the largest share, and the faces of the test."""
+def evaluate_encoder(name: str, model: FLIP, task: Task, splits: dict[str, Faces], log: Log):
+    """Train on one frozen encoder with each fraction of the training split, and test. Returns the Result,
+    the module trained on the largest fraction, and the test faces."""
     training, validation, testing = (
-        task.encode(model, parts[split], split == "train") for split in ("train", "val", "test"))
+        task.encode(model, splits[split], split == "train") for split in ("train", "val", "test"))
     result, order = Result(name, {}, {}), np.random.default_rng(task.config.seed).permutation(training.count)
-    for share in task.fractions:
+    for fraction in task.fractions:
         torch.manual_seed(task.config.seed)
         module = task.trainable_module(model, training)
-        log.write(encoder=name, share=share)
-        result.before[share] = task.metrics(module, testing)        # to be reported, no more
-        train_indices = order[:max(1, round(share * training.count))] if share < 1 else np.arange(training.count)
+        log.write(encoder=name, share=fraction)
+        result.before[fraction] = task.metrics(module, testing)     # for the table only
+        count = max(1, round(fraction * training.count))
+        train_indices = order[:count] if fraction < 1 else np.arange(training.count)
         train_head(task, module, training, torch.from_numpy(train_indices), validation, log)
-        result.tuned[share] = task.metrics(module, testing)
+        result.tuned[fraction] = task.metrics(module, testing)
     log.write(encoder=name, **{f"test_{column}": result.final[column] for column in task.columns})
     return result, module, testing.faces
 
 
-def open_encoders(config):
-    """[(name, FLIP)]: the checkpoints, then one with random weights, initialised as train.py
-    would."""
+def open_encoders(config: Config) -> list[tuple[str, FLIP]]:
+    """[(name, FLIP)]: the checkpoints, then one with random weights, initialised as in train.py."""
     encoders = [(path, FLIP.from_pretrained(path, vocabulary=config.vocabulary))
                 for path in config.checkpoint]
     if config.random:
@@ -182,52 +170,51 @@ def open_encoders(config):
     return encoders
 
 
-def finetune(config):
-    """The whole run; returns the results, the first checkpoint's first. What is done lies in --out
-    before the next begins."""
+def finetune(config: Config) -> list[Result]:
+    """Evaluate all encoders and return their results. Each encoder's are saved before the next starts."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     task, folder = TASKS[config.task](config), Path(config.out) / config.task
     if (folder / "table.md").exists():
-        raise ValueError(f"{folder} holds the results of an earlier run; take it away, or choose another "
-                         f"--out")
+        raise ValueError(f"{folder} already contains results; remove it, or choose another --out")
     encoders = open_encoders(config)
-    parts = {split: task.open(split, encoders[0][1]) for split in SPLITS}
-    for part in parts.values():
-        if len(part) < 2:
-            raise ValueError(f"{part.name}: {len(part)} pictures, expected at least 2")
+    splits = {split: task.open(split, encoders[0][1]) for split in SPLITS}
+    for faces in splits.values():
+        if len(faces) < 2:
+            raise ValueError(f"{faces.name}: {len(faces)} images, expected at least 2")
     log, results = Log(folder / "log.jsonl", [{"config": asdict(config)}]), []
     for name, model in encoders:
         print(f"{name} ...", flush=True)
-        model.to(device).eval().requires_grad_(False)       # frozen; a learner thaws what is no encoder
-        result, module, tested = evaluate_encoder(name, model, task, parts, log)
+        model.to(device).eval().requires_grad_(False)       # frozen; tasks unfreeze the heads
+        result, module, tested = evaluate_encoder(name, model, task, splits, log)
         results.append(result)
         (folder / "table.md").write_text(table(results, task) + "\n", encoding="utf-8")
         if len(results) == 1:
             task.save(model, module, folder)
         task.draw(results, tested, folder)
         model.cpu()
-    print(f"\n{table(results, task)}\n\n{folder}: log.jsonl, table.md, what was tuned, pictures")
+    print(f"\n{table(results, task)}\n\n{folder}: log.jsonl, table.md, the trained weights, plots")
     return results
 
 
 def table(results, task):
-    """Markdown: who has learned nothing, then the encoders side by side, the last first."""
+    """Markdown table: the baseline, then all encoders, the last one first."""
     cells = list(itertools.product(task.columns, task.fractions))
-    header = [task.columns[column] + (f", {100 * share:g} %" if len(task.fractions) > 1 else "")
-              for column, share in cells]
+    header = [task.columns[column] + (f", {100 * fraction:g} %" if len(task.fractions) > 1 else "")
+              for column, fraction in cells]
     rows = [(task.baseline_name, dict.fromkeys(task.fractions, results[0].final["baseline"]))]
     for result in results[::-1]:
         if not task.has_own_head:
             rows.append((f"{result.name}, before tuning", result.before))
         rows.append((f"{result.name}, tuned", result.tuned))
-    return markdown_table(["%", *header], [[name, *(f"{metrics[share][column]:.1f}" for column, share in cells)]
-                                           for name, metrics in rows])
+    rows = [[name, *(f"{metrics[fraction][column]:.1f}" for column, fraction in cells)]
+            for name, metrics in rows]
+    return markdown_table(["%", *header], rows)
 
 
 def parse_arguments(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="In brackets: the paper's values for retrieval on your own faces. Drawn faces have\n"
+        epilog="Defaults in brackets are the paper's for retrieval. Overrides for drawn faces:\n"
                + "\n".join(f"{name}: {task.recipe | task.toy_recipe}" for name, task in TASKS.items()))
     parser.add_argument("task", choices=tuple(TASKS))
     given = parse_flags(parser, Config, argv)

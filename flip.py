@@ -1,29 +1,26 @@
-"""FLIP: the two encoders, their momentum copies, the queue and the heads (FLIP paper, figure 2a).
+"""FLIP: two encoders, their momentum copies, the queue and the heads (FLIP paper, figure 2a).
 
-                     student                           momentum encoder, a slow average of it
+                     student                           momentum encoder, a moving average of it
     image -> ViT -> tokens -+-> projection -> feature     image -> ViT  -> projection -> feature
     text -> BERT -----------|-> projection -> feature     text  -> BERT -> projection -> feature
     text + image tokens -> BERT with cross-attention -> matching head
 
-ITC compares student features with momentum features, those of the batch and those that earlier
-batches left in the queue (while the momentum encoder is only a copy, with the student's own,
-without gradient). ITM asks the image-grounded encoder about each pair of the batch and about two
-wrong ones, drawn more often the more similar they are. This is BLIP without its caption decoder.
+ITC compares student features with momentum features: those of the batch, and those of earlier
+batches in the queue. ITM classifies each pair of the batch and two hard negatives per pair with the
+image-grounded encoder. This is BLIP without its caption decoder.
 
-Why a momentum encoder? Contrast wants many negatives, more than fit into a batch, so features of
-earlier batches are kept in a queue. They were computed with older weights; if these changed as fast
-as the student's, old and new features could not be compared. So keys come from an average that
-changes slowly. It has a second use: another face's caption may well be true of this face too, so
-part of the target (alpha) is not "this caption and no other" but what the momentum encoder thinks
-of all of them. Only its features leave it, and no gradient enters; ITM uses the student alone.
+Why a momentum encoder? Contrastive learning needs more negatives than fit in a batch, so features
+of earlier batches are kept in a queue. They were computed with older weights and stay comparable
+only if the encoder changes slowly; so keys come from a moving average of the student. It also
+provides soft targets: another face's caption may be true of this face too, so a fraction alpha of
+the target is the momentum encoder's softmax over all captions instead of the one-hot label. Only
+its features are used, without gradient; ITM uses the student alone.
 
-`forward` computes the losses and changes nothing, so it can be called twice, or held against
-recorded numbers. The training loop changes state, one named call each: `update_momentum`,
-`enqueue`, `clamp_temperature`. (The official forward does all of this on the way.)
+`forward` computes the losses and changes no state. The training loop changes state, with one call
+each: `update_momentum`, `enqueue`, `clamp_temperature`. (The official forward does all of this.)
 
-Shapes: see vit.py; A pairs on all processes together (A = B on one).
-Run `python flip.py --checkpoint out/flip.pt --images DIR "a smiling woman with blond hair"` to
-search a folder; from Python, call `FLIP.from_pretrained`, `similarity`, `match_probability`.
+Shapes: see vit.py; A pairs of all processes together (A = B on one).
+From Python: `FLIP.from_pretrained`, `similarity`, `match_probability`.
 """
 import contextlib
 import copy
@@ -65,7 +62,7 @@ class FLIPConfig:
     bert: BertConfig = field(default_factory=BertConfig)
     embed_dim: int = 256
     queue_size: int = 61440
-    hardness: float | None = None   # of ITM's negatives, if `rerank_score` is to make up for it
+    hardness: float | None = None   # None: rank as the paper does; else see `rerank_score`
 
     def __post_init__(self):
         check_ranges(self, embed_dim=20_000, queue_size=10 ** 8)
@@ -76,130 +73,133 @@ class FLIPConfig:
 
 
 class StepParams(NamedTuple):
-    """What a schedule may set anew at each step; by default, where the paper's schedules end."""
-    alpha: float = 0.4                  # share of the momentum encoder's opinion in ITC's targets
+    """What `train.schedule` sets for one step; the defaults are the final values of the paper's schedules."""
+    alpha: float = 0.4                  # weight of the soft targets in ITC
     momentum: float = 0.995             # 0: the momentum encoder is a copy of the student
-    queue_length: int | None = None     # so many entries of the queue are keys, the first; None: all
+    queue_length: int | None = None     # use the first entries of the queue as keys; None: all
     hardness: float = 1.0               # of ITM's negatives, see losses.hard_negative_probabilities
-    with_itm: bool = True               # whether ITM is computed at all
+    with_itm: bool = True               # False: skip ITM in this step
 
 
 class FLIPOutput(NamedTuple):
-    itc: torch.Tensor                   # the two losses; their sum is what the paper minimises
+    itc: torch.Tensor                   # the two losses, each (); the paper minimises their sum
     itm: torch.Tensor
-    image_keys: torch.Tensor            # momentum features of all processes (A, E), to be enqueued
+    image_keys: torch.Tensor            # momentum features of all processes (A, E), for `enqueue`
     text_keys: torch.Tensor
     identity: torch.Tensor              # (A,)
 
 
 # ---- the model -----------------------------------------------------------------------------------
 class Encoders(nn.Module):
-    """Image encoder, text encoder, their projections: the student is one, the momentum encoder
-    another."""
+    """Image encoder, text encoder and their projections. FLIP has two of these: student and momentum
+    encoder."""
 
-    def __init__(self, config):
+    def __init__(self, config: FLIPConfig):
         super().__init__()
         self.image = ViT(config.vit)
         self.text = Bert(config.bert, image_width=config.vit.width)
         self.image_projection = nn.Linear(config.vit.width, config.embed_dim)
         self.text_projection = nn.Linear(config.bert.width, config.embed_dim)
 
-    def image_tokens_and_features(self, images):
+    def image_tokens_and_features(self, images: torch.Tensor):
         """images (B, 3, S, S) -> tokens (B, L, D), features (B, E) of length 1."""
         tokens = self.image(images)
         return tokens, project(tokens[:, 0], self.image_projection)
 
-    def image_features(self, images):
-        """The features alone (B, E), for which the last block computes only the class token."""
+    def image_features(self, images: torch.Tensor):
+        """Features (B, E) only: the last block computes nothing but the class token."""
         return project(self.image(images, first_token_only=True), self.image_projection)
 
-    def text_features(self, captions):
-        """Packed captions -> features (B, E) of length 1."""
+    def text_features(self, captions: Captions):
+        """Packed captions -> features (P, E) of length 1."""
         return project(self.text(captions, first_token_only=True), self.text_projection)
 
-    def text_features_chunked(self, captions):
-        """Any number of packed captions -> features (T, E) of length 1, a part at a time."""
-        parts = torch.arange(len(captions)).split(500)
-        return torch.cat([self.text_features(captions.select(part)) for part in parts])
+    def text_features_chunked(self, captions: Captions):
+        """The same for any number of captions, 500 at a time."""
+        chunks = torch.arange(len(captions)).split(500)
+        return torch.cat([self.text_features(captions.select(chunk)) for chunk in chunks])
 
 
-def project(first, projection):
+def project(first_tokens, projection: nn.Linear):
     """First tokens (B, D) -> features (B, E) of length 1."""
-    return F.normalize(projection(first.to(projection.weight)).float(), dim=-1)
+    return F.normalize(projection(first_tokens.to(projection.weight)).float(), dim=-1)
 
 
 class FLIP(nn.Module):
-    def __init__(self, config, tokenizer=None):
+    def __init__(self, config: FLIPConfig, tokenizer: Tokenizer | None = None):
         super().__init__()
         self.config, self.tokenizer = config, tokenizer
         if tokenizer and tokenizer.vocab_size != config.bert.vocab_size:
-            raise ValueError(f"the vocabulary has {tokenizer.vocab_size} entries, [DEC] and [ENC] included, "
-                             f"the model {config.bert.vocab_size}; give the one it was trained with")
+            raise ValueError(f"the vocabulary has {tokenizer.vocab_size} entries with [DEC] and [ENC], the "
+                             f"model {config.bert.vocab_size}; use the vocabulary it was trained with")
         self.student = Encoders(config)
         self.matching_head = nn.Linear(config.bert.width, 2)
         self.temperature = nn.Parameter(torch.tensor(0.07))
         self.momentum_encoder = copy.deepcopy(self.student).requires_grad_(False)
-        # The official start: random unit vectors, whose identity nobody has, so they are negatives.
-        # A schedule that starts to use the queue later counts only what was written by then.
+        # As in the official code the queue starts with random unit vectors and identity -100, so they
+        # are negatives. A schedule that uses the queue later only uses entries written by then.
         for name in ("image_queue", "text_queue"):
             features = torch.randn(config.queue_size, config.embed_dim)
             self.register_buffer(name, F.normalize(features, dim=-1))
         self.register_buffer("queue_identity", torch.full((config.queue_size,), -100))
         self.register_buffer("queue_pointer", torch.zeros(1, dtype=torch.int64))
 
-    def itm_logits(self, image_tokens, captions, captions_per_image=None):
-        """ITM logits (P, 2), class 1 = match, of P captions with the images (I, L, D) that they read:
-        the first readers[0] captions read image 0, and so on (a CPU tensor); None: one each."""
+    def itm_logits(self, image_tokens, captions: Captions, captions_per_image: torch.Tensor | None = None):
+        """ITM logits (P, 2), class 1 = match, of P captions with the images (I, L, D) they attend to:
+        the first captions_per_image[0] captions with image 0, and so on (on the CPU; None: one each)."""
         captions = captions.with_first_token(self.student.text.enc_id)
         first = self.student.text(captions, image_tokens, captions_per_image, first_token_only=True)  # (P, D)
-        with torch.autocast(first.device.type, enabled=False):      # half is too coarse beside a cosine
+        with torch.autocast(first.device.type, enabled=False):      # bf16 is too coarse beside a cosine
             return self.matching_head(first.float())
 
-    def score_pairs(self, image_tokens, captions, pairs=None, progress=False):
-        """ITM logits (P, 2) for any `pairs` (P, 2) of an image and a caption, numbers on the CPU, in the
-        order of their images (None: each with each); image_tokens may lie anywhere, in any precision."""
+    def score_pairs(self, image_tokens, captions: Captions, pairs: torch.Tensor | None = None,
+                    progress: bool = False):
+        """ITM logits (P, 2) for `pairs` (P, 2) of image and caption indices, on the CPU and sorted by
+        image (None: all combinations); image_tokens may be on any device, in any dtype."""
         device = self.temperature.device
         if pairs is None:
             pairs = torch.ones(len(image_tokens), len(captions)).nonzero()
-        # A chunk's largest tensors, float32 inside BERT's MLP, stay in a CPU's cache, or fill a GPU.
-        bytes_a_pair = 4 * captions.sequences.num_tokens / len(captions) * 4 * self.config.bert.width
-        chunk = 1 + int((2 ** 29 if device.type == "cuda" else 2 ** 23) / bytes_a_pair)
+        # chunks are sized so that the activations of BERT's MLP fit a CPU's cache, or fill a GPU
+        bytes_per_pair = 4 * captions.sequences.num_tokens / len(captions) * 4 * self.config.bert.width
+        chunk_size = 1 + int((2 ** 29 if device.type == "cuda" else 2 ** 23) / bytes_per_pair)
         logits = [torch.empty(0, 2, device=device)]
-        for image, text in tqdm([part.T for part in pairs.split(chunk) if len(part)], "re-ranking",
+        for image, text in tqdm([chunk.T for chunk in pairs.split(chunk_size) if len(chunk)], "re-ranking",
                                 disable=not progress, leave=False):
-            first, last = int(image[0]), int(image[-1])
-            tokens = image_tokens[first:last + 1].float().to(device)
-            logits.append(self.itm_logits(tokens, captions.select(text), (image - first).bincount()))
+            start, stop = int(image[0]), int(image[-1]) + 1
+            tokens = image_tokens[start:stop].float().to(device)
+            logits.append(self.itm_logits(tokens, captions.select(text), (image - start).bincount()))
         return torch.cat(logits)
 
     def rerank_score(self, logits, cosine):
-        """What candidates are ranked by: matching logits (..., 2) and cosines (...) -> (...).
+        """The score that re-ranks candidates: ITM logits (..., 2) and cosines (...) -> (...).
 
-        The paper takes logit 1 + cosine. But what does the head learn? Wrong pairs come to it with a
-        probability q about proportional to p(image) p(text) exp(hardness * cosine / temperature), so
-        its log-odds, at best log p(image, text) / q, judge only what ITC has left open. Candidates
-        should be ranked by p(image, text) / p(image) p(text), thus by log-odds + hardness * cosine /
-        temperature; so they are if the configuration names a hardness (train.py --posterior)."""
+        The paper uses logit 1 + cosine. But the head is trained on negatives with a density q roughly
+        proportional to p(image) p(text) exp(hardness * cosine / temperature), so its log-odds estimate
+        log p(image, text) / q: only what ITC leaves open. Ranking by p(image, text) / p(image) p(text)
+        means log-odds + hardness * cosine / temperature. This score is used if the configuration sets
+        a hardness, the one of training (train.py --posterior; the tiny recipe does)."""
         if self.config.hardness is None:
             return logits[..., 1] + cosine
         return logits[..., 1] - logits[..., 0] + self.config.hardness * cosine / self.temperature.to(cosine)
 
-    def forward(self, images, captions, identity, params=StepParams(), generator=None):
-        """Both losses for B pairs: images (B, 3, S, S), packed captions, identity (B,), equal
-        numbers meaning the same person; generator: a CPU generator for drawing negatives."""
+    def forward(self, images: torch.Tensor, captions: Captions, identity: torch.Tensor,
+                params: StepParams = StepParams(), generator: torch.Generator | None = None):
+        """Both losses for B pairs: images (B, 3, S, S), packed captions, identity (B,), where equal
+        numbers mean the same person. generator: a CPU generator for sampling negatives."""
         if params.with_itm:
             image_tokens, image_features = self.student.image_tokens_and_features(images)
         else:
             image_features = self.student.image_features(images)
         text_features = self.student.text_features(captions)
         image_momentum, text_momentum = image_features.detach(), text_features.detach()
-        if params.momentum > 0:         # else it is a copy: what the student said will do
+        if params.momentum > 0:         # at 0 it is a copy of the student: reuse its features
             with torch.no_grad():
                 image_momentum = self.momentum_encoder.image_features(images)
                 text_momentum = self.momentum_encoder.text_features(captions)
         image_keys, text_keys, all_identity = map(all_gather, (image_momentum, text_momentum, identity))
         queue_part = slice(params.queue_length)
-        image_keys_and_queue = [image_keys, self.image_queue[queue_part]]  # keys: batch and queue, two pieces as they lie
+        # ITC's keys in two pieces, batch and queue: concatenating them would copy the queue
+        image_keys_and_queue = [image_keys, self.image_queue[queue_part]]
         text_keys_and_queue = [text_keys, self.text_queue[queue_part]]
         shared = identity, [all_identity, self.queue_identity[queue_part]], self.temperature, params.alpha
         image_to_text = contrastive_loss(image_features, image_momentum, text_keys_and_queue, *shared)
@@ -207,30 +207,28 @@ class FLIP(nn.Module):
         itc = (image_to_text + text_to_image) / 2
         itm = itc.new_zeros(())
         if params.with_itm:
-            negatives = self.sample_negatives(all_gather(image_features), all_gather(text_features), all_identity,
-                                              params.hardness, generator)
+            negatives = self.sample_negatives(all_gather(image_features), all_gather(text_features),
+                                              all_identity, params.hardness, generator)
             itm = self.itm_loss(image_tokens, captions, *negatives)
         return FLIPOutput(itc, itm, image_keys, text_keys, all_identity)
 
     @torch.no_grad()
     def sample_negatives(self, image_features, text_features, identity, hardness=1.0, generator=None):
-        """One negative image for every caption and one negative caption for every image: two (A,)
-        CPU tensors.
+        """Sample a negative image for every caption and a negative caption for every image: two CPU
+        tensors (A,). Raises ValueError if there is only one identity or a feature is not finite.
 
-        The first process draws for all, since probabilities may differ between processes in their
-        last bit. The host waits for the GPU: which captions were drawn decides how many tokens
-        there are. """
+        Rank 0 samples for all ranks, because their probabilities may differ in the last bit. This is
+        a host sync: the sampled captions determine the number of tokens. """
         if (identity == identity[0]).all():
-            raise ValueError("every pair of this batch shows the same person, so nothing in it is a wrong "
-                             "answer; use larger batches or more people")
+            raise ValueError("all pairs of this batch show the same person, so there are no negatives; use "
+                             "larger batches or more people")
         with torch.autocast(image_features.device.type, enabled=False):
             similarity = text_features @ image_features.T                           # (A texts, A images)
             image_probs = hard_negative_probabilities(similarity, identity, self.temperature, hardness)
             text_probs = hard_negative_probabilities(similarity.T, identity, self.temperature, hardness)
         probabilities = torch.cat([image_probs, text_probs]).cpu()                  # (2 A, A)
         if not probabilities.isfinite().all():
-            raise ValueError("the features are no longer finite numbers: training has diverged; use a "
-                             "smaller --lr")
+            raise ValueError("some features are NaN or infinite: training has diverged; use a smaller --lr")
         sampled = torch.multinomial(probabilities, 1, generator=generator)
         if dist.is_initialized():
             sampled = sampled.to(identity.device)
@@ -238,15 +236,14 @@ class FLIP(nn.Module):
         return sampled.cpu().squeeze(1).chunk(2)
 
     def itm_loss(self, image_tokens, captions, negative_image, negative_text):
-        """ITM over 3 A pairs: each pair itself, each caption with its negative image, each image
-        with its negative caption. Captions travel between processes, a few bytes each, while image
-        tokens and their gradients stay where they are: a process judges the pairs whose image it
-        owns.
+        """ITM over 3 A pairs: the true pairs, each caption with its negative image, each image with its
+        negative caption. Each rank scores the pairs whose image it owns: captions are gathered, a few
+        bytes each, while image tokens and their gradients stay on their rank.
 
-        Two processes with B = 2, of which rank 0 owns the pairs 0 and 1, rank 1 the pairs 2 and 3;
-        with negative_image = [1, 2, 0, 0] and negative_text = [3, 0, 1, 2]:
+        Two processes with B = 2; rank 0 owns the pairs 0 and 1, rank 1 the pairs 2 and 3; with
+        negative_image = [1, 2, 0, 0] and negative_text = [3, 0, 1, 2]:
 
-            image  0 1 2 3 | 1 2 0 0 | 0 1 2 3      rank 0 judges the seven columns with image
+            image  0 1 2 3 | 1 2 0 0 | 0 1 2 3      rank 0 scores the seven columns with image
             text   0 1 2 3 | 0 1 2 3 | 3 0 1 2      0 or 1, rank 1 the five with image 2 or 3
         """
         (rank, world_size), B = rank_and_world_size(), len(captions)
@@ -254,22 +251,22 @@ class FLIP(nn.Module):
         image_index = torch.cat([own, negative_image, own])                         # (3 A,)
         text_index = torch.cat([own, own, negative_text])
         mine = (image_index // B == rank).nonzero().squeeze(1)
-        mine = mine[image_index[mine].argsort(stable=True)]         # captions of an image side by side
+        mine = mine[image_index[mine].argsort(stable=True)]         # sorted by image
         is_match = (mine < world_size * B).long().to(image_tokens.device, non_blocking=True)
         logits = self.itm_logits(image_tokens, all_gather_captions(captions).select(text_index[mine]),
                                  captions_per_image=(image_index[mine] - rank * B).bincount())
         return matching_loss(logits, is_match, denominator=3 * B)
 
-    # ---- changes of state, called by the training loop ----
+    # ---- state changes, called by the training loop ----
     @torch.no_grad()
-    def update_momentum(self, momentum):
-        """momentum encoder = momentum * itself + (1 - momentum) * student; so 0 makes it a copy."""
+    def update_momentum(self, momentum: float):
+        """momentum encoder = momentum * itself + (1 - momentum) * student; 0 makes it a copy."""
         ours, theirs = list(self.momentum_encoder.parameters()), list(self.student.parameters())
         torch._foreach_lerp_(ours, theirs, 1 - momentum)
 
     @torch.no_grad()
     def enqueue(self, image_keys, text_keys, identity):
-        """Replace the oldest queue entries by these momentum features (A, E); the ring wraps."""
+        """Overwrite the oldest queue entries with momentum features (A, E); the ring buffer wraps."""
         Q = self.config.queue_size
         image_keys, text_keys, identity = image_keys[-Q:], text_keys[-Q:], identity[-Q:]
         slots = (self.queue_pointer + torch.arange(len(identity), device=identity.device)) % Q
@@ -281,19 +278,19 @@ class FLIP(nn.Module):
     def clamp_temperature(self):
         self.temperature.clamp_(0.001, 0.5)
 
-    # ---- for those who have pictures and sentences ----
-    def similarity(self, images, texts):
-        """Cosines (I, T), on the model's device, of pictures (paths or PIL images) and sentences: ITC's
-        measure, from -1 to 1. One of either may come without a list."""
+    # ---- use from Python, on images and sentences ----
+    def similarity(self, images: list[str | Path | Image.Image], texts: list[str]):
+        """Cosines (I, T) of the features of images (paths or PIL images) and sentences, from -1 to 1. A
+        single image or sentence need not be in a list."""
         with eval_mode(self):
             text_features = self.student.text_features_chunked(self.tokenize(texts))
             return torch.cat([self.student.image_features(pixels) @ text_features.T
                               for pixels in self.load_images(images)])
 
-    def match_probability(self, images, texts):
-        """(I, T): how likely, from 0 to 1, ITM's head finds it that picture and sentence belong together.
-        It reads every pair, so ask `similarity` first where there are many. It was taught to tell apart
-        what ITC finds similar: to rank, put the two together (`rerank_score`)."""
+    def match_probability(self, images: list[str | Path | Image.Image], texts: list[str]):
+        """Probability of a match (I, T) from the matching head, from 0 to 1. Every pair costs a pass of
+        the text encoder, so filter large sets with `similarity` first. The head was trained on pairs
+        that ITC finds similar; to rank, combine both (`rerank_score`)."""
         with eval_mode(self):
             captions = self.tokenize(texts)
             logits = [self.score_pairs(tokens, captions)
@@ -301,49 +298,52 @@ class FLIP(nn.Module):
             return torch.cat(logits).softmax(1)[:, 1].unflatten(0, (-1, len(captions)))
 
     def load_images(self, images):
-        """Yield batches of pixels (B, 3, S, S) of pictures (paths or PIL images)."""
+        """Yield batches of pixels (B, 3, S, S) from paths or PIL images."""
         images = as_list(images, (str, Path, Image.Image), "paths or PIL images")
         size, device = self.config.vit.image_size, self.temperature.device
         for _, pixels in iterate_images(lambda i, size: load_image(images[i], size=size), len(images), size,
-                                        "reading pictures", show=len(images) > 128):
+                                        "reading images", show=len(images) > 128):
             yield pixels.to(device)
 
     def tokenize(self, texts):
-        """Sentences -> packed captions; a ValueError, or a warning, for words that say nothing."""
+        """Sentences -> packed captions. Warns of words that are not in the vocabulary; raises ValueError
+        if a sentence has no known word."""
         texts, tokenizer = as_list(texts, str, "sentences"), self.require_tokenizer()
         for text in texts:
             known, unknown = tokenizer.split_known(text)
             if not known:
-                raise ValueError(f"the model's vocabulary knows no word of {text!r}: nothing can be found")
+                raise ValueError(f"no word of {text!r} is in the model's vocabulary")
             if unknown:
-                warnings.warn(f"not in the model's vocabulary, so they say nothing: {', '.join(unknown)}")
+                warnings.warn(f"not in the model's vocabulary: {', '.join(unknown)}")
         captions = tokenizer(texts).to(self.temperature.device)
         if captions.sequences.max_length >= MAX_TOKENS:
-            warnings.warn(f"the longest of these sentences is read no further than {MAX_TOKENS} tokens")
+            warnings.warn(f"the longest sentence is truncated at {MAX_TOKENS} tokens")
         return captions
 
     def require_tokenizer(self):
-        """The tokenizer, which an official checkpoint does not bring."""
+        """The tokenizer. Raises ValueError if there is none, as after loading an official checkpoint."""
         if self.tokenizer is None:
-            raise ValueError("the checkpoint holds no vocabulary; give one with --vocabulary (in Python "
-                             "from_pretrained(vocabulary=...)): bert-base-uncased or a vocab.txt")
+            raise ValueError("the checkpoint contains no vocabulary; pass --vocabulary (in Python: "
+                             "from_pretrained(vocabulary=...)), bert-base-uncased or a vocab.txt")
         return self.tokenizer
 
     # ---- checkpoints ----
     def checkpoint(self):
-        """All that `from_pretrained` needs: plain tensors, numbers and text."""
+        """Everything `from_pretrained` needs, as plain tensors, numbers and text."""
         return {"flip": asdict(self.config), "model": self.state_dict(),
                 "tokenizer": self.tokenizer.to_json() if self.tokenizer else None}
 
     @staticmethod
-    def from_pretrained(path, config=None, saved=None, vocabulary=None):
-        """A model, in evaluation mode, from one of our checkpoints or from the official
-        FLIP-base.pth: a file, a folder that holds it, or a hub name.
+    def from_pretrained(path: str, config: FLIPConfig | None = None, saved: dict | None = None,
+                        vocabulary: str | None = None):
+        """Load a model, in evaluation mode, from one of our checkpoints or the official FLIP-base.pth,
+        given as a file, a folder containing it, or a hub name.
 
-        config: needed only where an official file's widths are not multiples of 64, since head
-        counts are not in it. An image size other than the file's resizes the position tables. Our
-        checkpoints bring their tokenizer; for others, vocabulary: file, folder or hub name. saved: what
-        `read_checkpoint` found, if it was asked before. """
+        config: overrides the checkpoint's. An official file needs it if its widths are not multiples
+        of 64, because it does not store the number of heads; another image size resizes the position
+        embeddings. vocabulary (file, folder or hub name): for checkpoints without one, as the
+        official. saved: the result of `read_checkpoint`, if already read. Raises ValueError if the
+        file is damaged or does not fit. """
         saved = saved or read_checkpoint(path)
         weights, ours = dict(saved["model"]), "flip" in saved
         name_of = str if ours else official_name
@@ -356,10 +356,10 @@ class FLIP(nn.Module):
                 weights[table] = resize_position_embedding(weights[table], config.vit.num_patches)
             tokenizer = saved.get("tokenizer") and Tokenizer.from_json(saved["tokenizer"], str(path))
             if not all(tensor.isfinite().all() for tensor in weights.values()):
-                raise ValueError(f"{path}: some weights are not finite numbers: its training had diverged")
+                raise ValueError(f"{path}: some weights are NaN or infinite: its training had diverged")
             if tokenizer is None and vocabulary:
                 tokenizer = Tokenizer.load(vocabulary)
-            with torch.device("meta"):          # costs no memory
+            with torch.device("meta"):          # without allocating memory
                 check_weights(FLIP(config), weights, name_of, str(path))
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: damaged, or written by another version "
@@ -371,7 +371,7 @@ class FLIP(nn.Module):
 
 @contextlib.contextmanager
 def eval_mode(model):
-    """In evaluation mode and without gradients; afterwards in the mode it was in."""
+    """Evaluation mode without gradients; restores the previous mode at the end."""
     was_training = model.training
     model.eval()
     try:
@@ -381,26 +381,26 @@ def eval_mode(model):
         model.train(was_training)
 
 
-def as_list(things, kinds, expected):
-    """A list of what is of these kinds, or one such thing alone, as a list; TypeError for others."""
-    alone = isinstance(things, kinds) or not hasattr(things, "__iter__")
-    things = [things] if alone else list(things)
-    for i, thing in enumerate(things):
-        if not isinstance(thing, kinds):
-            raise TypeError(f"expected {expected}, found {type(thing).__name__} in place {i}")
-    if not things:
+def as_list(items, kinds, expected: str):
+    """One item or an iterable of items -> a list. Raises TypeError if an item is not of these kinds."""
+    single = isinstance(items, kinds) or not hasattr(items, "__iter__")
+    items = [items] if single else list(items)
+    for i, item in enumerate(items):
+        if not isinstance(item, kinds):
+            raise TypeError(f"expected {expected}, found {type(item).__name__} at index {i}")
+    if not items:
         raise ValueError(f"expected {expected}, found an empty list")
-    return things
+    return items
 
 
 @torch.no_grad()
-def rerank(model, image_tokens, captions, similarity, k, progress=False):
-    """Score each query's k most similar candidates again with the matching head (BLIP's evaluation;
-    unlike the official FLIP, which judges from [CLS] here though it trains on [ENC]).
+def rerank(model: FLIP, image_tokens, captions: Captions, similarity, k: int, progress: bool = False):
+    """Re-rank each query's k most similar candidates with the matching head (BLIP's evaluation; the
+    official FLIP uses [CLS] here although it trains [ENC]).
 
-    image_tokens (I, L, D), T packed captions, similarity (I, T): cosines. Returns (image_to_text
-    (I, T), text_to_image (T, I)): `rerank_score` for the k candidates of a query; the others rank
-    below them in order of cosine. A pair that both directions ask for is judged once. """
+    image_tokens (I, L, D), T packed captions, similarity (I, T): cosines. Returns image_to_text (I, T)
+    and text_to_image (T, I): `rerank_score` for the k candidates of a query; all others rank below
+    them by cosine. A pair needed in both directions is scored once, and ranks share the pairs. """
     rank, world_size = rank_and_world_size()
     for_image = torch.zeros_like(similarity, dtype=torch.bool)
     for_text = for_image.clone()
@@ -417,7 +417,7 @@ def rerank(model, image_tokens, captions, similarity, k, progress=False):
 
 
 def all_gather_captions(captions):
-    """Captions of every process."""
+    """The captions of all processes, in the order of their ranks."""
     if rank_and_world_size()[1] == 1:
         return captions
     device = captions.ids.device

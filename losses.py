@@ -1,20 +1,18 @@
-"""What pre-training minimises, and what it is judged by, as pure functions (FLIP paper, section
-4.2).
+"""The two pre-training losses as pure functions (FLIP paper, section 4.2).
 
-    ITC  image-text contrastive: an image's feature should be closer to its own caption's than to
-         any other's. Cross-entropy of softmax(cosines / temperature) with a target: an even share
-         for the captions of the same person, mixed with what the momentum encoder thinks. Written
-         down in kernels/contrastive.py, as `reference`, and computed there without ever holding
-         all its logits at once
-    ITM  image-text matching: shown an image and a caption together, say whether they belong
-         together; asked about true pairs and about wrong ones, drawn more often the more similar
-         ITC finds them. It stands here
+    ITC  image-text contrast: an image's feature should be closer to its own caption's feature than
+         to any other's. Cross-entropy between softmax(cosines / temperature) and a target
+         distribution over the keys (`soft_targets`). `contrastive_loss_reference` is its definition;
+         training calls kernels.contrastive.contrastive_loss, which computes the same without
+         storing the logits, on CPUs as well
+    ITM  image-text matching: binary classification of image-caption pairs, true ones and hard
+         negatives, which are sampled more often the more similar ITC finds them
 
-Departures from the official code: pairs of the same identity count as positives in batch and queue
-(there the code for it exists and is never reached); negatives are masked *before* the softmax, so a
-row cannot lose all its mass to rounding.
+Departures from the official code: pairs with the same identity count as positives, in batch and
+queue (the official code for this is never reached); negatives are masked *before* the softmax, so
+rounding cannot leave a row without probability mass.
 
-Shapes: see vit.py. Run `python losses.py` to see what three faces and three captions become.
+Shapes: see vit.py. Run `python losses.py` for an example worked by hand.
 """
 import argparse
 
@@ -26,15 +24,24 @@ from common.script import run_script
 
 # ---- image-text contrastive ----------------------------------------------------------------------
 @torch.no_grad()
-def soft_targets(momentum_feature, keys, identity, key_identity, temperature, alpha):
-    """y (B, K): how much of a row's mass of 1 each key deserves."""
+def soft_targets(momentum_feature, keys, identity, key_identity, temperature, alpha: float):
+    """ITC's targets y (B, K), rows sum to 1: alpha x the momentum encoder's softmax over the keys (soft)
+    + (1 - alpha) x a uniform distribution over the keys of the row's own identity (positives).
+
+    momentum_feature (B, E), keys (K, E), identity (B,), key_identity (K,); see `contrastive_loss_reference`.
+    """
     same = (identity[:, None] == key_identity[None, :]).to(momentum_feature.dtype)
     soft = (momentum_feature @ keys.T / temperature).softmax(1)
     return alpha * soft + (1 - alpha) * same / same.sum(1, keepdim=True)
 
 
 def contrastive_loss_reference(feature, momentum_feature, keys, identity, key_identity, temperature, alpha):
-    """The loss as the papers write it, with its logits: the rest of this file does without them."""
+    """One direction of ITC, mean over the batch, a tensor (): the definition, with all logits in memory.
+
+    feature (B, E): the student's, of one modality; momentum_feature (B, E): the momentum encoder's, of
+    the same inputs; keys (K, E): momentum features of the other modality, from batch and queue. All
+    have length 1. Equal numbers in identity (B,) and key_identity (K,) mean the same person.
+    """
     logits = feature @ keys.T / temperature                                         # (B, K)
     y = soft_targets(momentum_feature, keys, identity, key_identity, temperature, alpha)
     return -(y * logits.log_softmax(1)).sum(1).mean()
@@ -42,31 +49,30 @@ def contrastive_loss_reference(feature, momentum_feature, keys, identity, key_id
 
 # ---- image-text matching -------------------------------------------------------------------------
 def hard_negative_probabilities(similarity, identity, temperature, hardness=1.0):
-    """For each row, the probability with which each column is drawn as its negative, (B, B); pair i
-    is row i and column i.
+    """P (B, B): row i contains the probability of sampling each column as the negative of item i.
 
-    softmax(hardness * similarity / temperature) over the columns of *other* identities: hardness 1
-    is the paper's rule (similar pairs are drawn more often), 0 draws evenly. Every row must have a
-    column of another identity.
+    softmax(hardness * similarity / temperature) over the columns of *other* identities. Hardness 1 is
+    the paper's rule: similar pairs are sampled more often. Hardness 0 samples uniformly. Every row
+    needs at least one column of another identity.
     """
     logits = hardness * similarity / temperature
     return logits.masked_fill(identity[:, None] == identity[None, :], -torch.inf).softmax(1)
 
 
-def matching_loss(logits, is_match, denominator):
-    """Two-way cross-entropy of ITM logits (P, 2), class 1 = match; is_match (P,) of 0 and 1.
+def matching_loss(logits, is_match, denominator: int):
+    """ITM: two-way cross-entropy of logits (P, 2), class 1 = match; is_match (P,) of 0 and 1.
 
-    On one process P equals `denominator`, and this is the mean. Several processes share the pairs out
-    unevenly: each divides its own sum by their average number, `denominator`, so that the average over
-    the processes, which is what DistributedDataParallel takes, is the mean over all pairs. """
+    With one process P equals `denominator`, and this is the mean. With several, P differs between
+    processes: each divides its sum by the average P, `denominator`, so that the average over processes
+    that DistributedDataParallel takes is the mean over all pairs. """
     return F.cross_entropy(logits, is_match, reduction="sum") / denominator
 
 
 # ---- an example worked by hand -------------------------------------------------------------------
 def main():
-    parser = argparse.ArgumentParser(description="Both losses of three faces and captions, step by step.")
+    parser = argparse.ArgumentParser(description="Both losses for three images and captions, step by step.")
     parser.add_argument("--temperature", type=float, default=0.07, help="divides cosines (%(default)s)")
-    parser.add_argument("--alpha", type=float, default=0.4, help="share of the soft targets (%(default)s)")
+    parser.add_argument("--alpha", type=float, default=0.4, help="weight of the soft targets (%(default)s)")
     parser.add_argument("--hardness", type=float, default=1.0, help="of the negatives (%(default)s)")
     args = parser.parse_args()
     if not (args.temperature > 0 and 0 <= args.alpha <= 1 and args.hardness >= 0):
@@ -74,8 +80,8 @@ def main():
     identity, temperature = torch.tensor([7, 8, 7]), torch.tensor(args.temperature)
     student = torch.tensor([[0.50, 0.30, 0.40], [0.20, 0.60, 0.25], [0.45, 0.10, 0.50]])
     momentum = torch.tensor([[0.48, 0.35, 0.38], [0.20, 0.55, 0.30], [0.40, 0.12, 0.52]])
-    keys = torch.eye(3)         # one-hot: the rows above, taken for features, times these are the cosines
-    wanted = soft_targets(momentum, keys, identity, identity, temperature, args.alpha)
+    keys = torch.eye(3)         # one-hot: with the rows above as features, these products are the cosines
+    targets = soft_targets(momentum, keys, identity, identity, temperature, args.alpha)
     itc = contrastive_loss_reference(student, momentum, keys, identity, identity, temperature, args.alpha)
     negatives = hard_negative_probabilities(student, identity, temperature, args.hardness)
     logits = torch.tensor([[-1.0, 1.5], [-2.0, 1.0], [0.2, 0.1],            # of the three pairs
@@ -83,15 +89,18 @@ def main():
                            [0.8, -0.9], [1.1, -1.0], [0.1, 0.6]])           # images with a negative caption
     is_match = torch.tensor([1, 1, 1, 0, 0, 0, 0, 0, 0])
     for title, shown in (
-            ("Three photos (rows) and their captions (columns); the first and third show one person. "
-             "Cosines of\nthe student:", student), ("of the momentum encoder:", momentum),
-            (f"ITC: what a row should find, {1 - args.alpha:g} x an even share for its person's captions + "
-             f"{args.alpha:g} x softmax(\nmomentum encoder's cosines / temperature):", wanted),
-            ("and its cross-entropy with softmax(student's cosines / temperature) (chance: ln 3):", itc),
-            ("ITM: how likely a caption is drawn as the row's negative, the same person's never:", negatives),
-            ("P(match) that a head may give to the pairs, to captions with a negative image and to images\n"
-             "with a negative caption:", logits.softmax(1)[:, 1].unflatten(0, (3, 3))),
-            ("and the cross-entropy (0.6365 without looking):", matching_loss(logits, is_match, 9))):
+            ("Three images (rows) and their captions (columns); images 1 and 3 show the same person.\n"
+             "Cosines of the student:", student), ("Cosines of the momentum encoder:", momentum),
+            (f"ITC targets (`soft_targets`): {1 - args.alpha:g} x uniform over the same person's captions + "
+             f"{args.alpha:g} x\nsoftmax(momentum encoder's cosines / temperature):", targets),
+            ("ITC loss: cross-entropy of softmax(student's cosines / temperature) with them (chance: ln 3):",
+             itc),
+            ("ITM: probability of sampling each caption as the row's negative, never the same person's:",
+             negatives),
+            ("P(match) that a matching head might output for the pairs, for captions with a negative image\n"
+             "and for images with a negative caption:", logits.softmax(1)[:, 1].unflatten(0, (3, 3))),
+            ("ITM loss: their cross-entropy (0.6365 if the head ignores its input):",
+             matching_loss(logits, is_match, 9))):
         print(f"{title}\n{shown.numpy().round(3) if shown.ndim else round(shown.item(), 3)}\n")
 
 

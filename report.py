@@ -1,4 +1,7 @@
-"""What is in a set of faces."""
+"""Report on a data set of faces: sizes, copies and captions, beside FLIP's (arXiv 2407.08515, section 3).
+
+    python report.py --data DIR     # writes report.png and report.json; without --data: drawn faces
+"""
 import argparse
 import functools
 import itertools
@@ -19,8 +22,8 @@ from common.script import run_script
 from data import FaceDataset, augment, load_toy_faces, open_faces
 from readers.index import COLUMNS, SPLITS, collect_errors
 
-GROUPS = {      # of attributes, and the share of FLIP's labels that they have, in percent (section 3)
-    "facial features": (34.0, ""),          # all that no other group has
+GROUPS = {      # groups of attributes, and their percentage of FLIP's labels (section 3)
+    "facial features": (34.0, ""),          # all attributes that are in no other group
     "elementary": (26.5, "Male Young Attractive Smiling Chubby Pale_Skin"),
     "beard": (14.8, "5_o_Clock_Shadow Goatee Mustache No_Beard Sideburns"),
     "hairstyle": (14.0, "Bald Bangs Black_Hair Blond_Hair Brown_Hair Gray_Hair Receding_Hairline "
@@ -32,23 +35,22 @@ GROUPS = {      # of attributes, and the share of FLIP's labels that they have, 
 
 @functools.cache
 def fact_patterns():
-    """For each fact a pattern of the ways to say it: the grammar read backwards."""
-    said_of, stats = {}, []                 # {part of the face: what can be said of it}
+    """A regular expression per fact that matches its phrases: the inverse of the grammar."""
+    words_of, patterns = {}, []             # {kind of phrase: all words of that kind}
     for kind, words in itertools.chain(*PHRASES):
-        said_of.setdefault(kind, []).append(words)
+        words_of.setdefault(kind, []).append(words)
     for fact, phrases in zip(FACTS, PHRASES):
-        ways = {"Male": ["he", "his"], "not Male": ["she", "her"]}.get(fact, [])
+        alternatives = {"Male": ["he", "his"], "not Male": ["she", "her"]}.get(fact, [])
         for kind, words in phrases:
-            words, others = words.replace("{his}", "(?:his|her|their)"), "|".join(said_of[kind])
-            ways += [words] if kind not in FACE_PARTS else [rf"{words},? (?:(?:{others}),? )*{kind}",
-                                                            rf"{kind} (?:is|are) (?:(?:{others}) and )*{words}"]
-        stats.append(re.compile(rf"\b(?:{'|'.join(ways)})\b"))
-    return stats
+            words, others = words.replace("{his}", "(?:his|her|their)"), "|".join(words_of[kind])
+            alternatives += [words] if kind not in FACE_PARTS else [
+                rf"{words},? (?:(?:{others}),? )*{kind}", rf"{kind} (?:is|are) (?:(?:{others}) and )*{words}"]
+        patterns.append(re.compile(rf"\b(?:{'|'.join(alternatives)})\b"))
+    return patterns
 
 
-def find_facts(text):
-    """The facts that a text states in the grammar's words, bool (42,); what is said otherwise goes
-    unseen."""
+def find_facts(text: str):
+    """Facts that a text states in the grammar's wording, bool (42,); other wordings are missed."""
     return np.array([pattern.search(text.lower()) is not None for pattern in fact_patterns()])
 
 
@@ -61,102 +63,101 @@ def sharpness(picture):
     return steps.std() / max(grey.std(), 1.0)
 
 
-def difference_hash(picture):
-    """256 bits: is a pixel of 17 x 16 lighter than the one to its left? Mostly equal for copies of
-    one picture, also at another size or quality."""
-    grey = np.asarray(picture.convert("L").resize((17, 16), Image.Resampling.BILINEAR))
+def difference_hash(image: Image.Image):
+    """256-bit difference hash (dHash), equal for most copies of an image, even at another size or quality."""
+    grey = np.asarray(image.convert("L").resize((17, 16), Image.Resampling.BILINEAR))
     return np.packbits(grey[:, 1:] > grey[:, :-1]).tobytes()
 
 
-def compute_stats(parts, count, rng):
-    """Figures of a set {split: Faces}, ready for json; all but its size are of `count` faces of the
-    first part, of whose pictures at most 2,000 are looked at."""
-    faces = next(iter(parts.values()))
+def compute_stats(splits: dict, count: int, rng: np.random.Generator):
+    """Statistics of {split: Faces}, ready for JSON. All but the numbers of faces describe a sample of `count`
+    faces of the first split, of which at most 2,000 images are read."""
+    faces = next(iter(splits.values()))
     chosen = rng.choice(len(faces), min(count, len(faces)), replace=False).tolist()
-    seen, sizes, sharp, outlines, errors = [], [], [], Counter(), []
-    for i in tqdm(sorted(chosen[:2000]), "looking at pictures", leave=False):
+    valid, sizes, sharp, hashes, errors = [], [], [], Counter(), []
+    for i in tqdm(sorted(chosen[:2000]), "reading images", leave=False):
         with collect_errors(errors):
-            picture = faces.picture(i)
-            seen.append(i)
-            sizes.append(picture.size)
-            sharp.append(sharpness(picture))
-            outlines[difference_hash(picture)] += 1
-    stats = {"set": faces.name, "faces": {split: len(part) for split, part in parts.items()},
+            image = faces.picture(i)
+            valid.append(i)
+            sizes.append(image.size)
+            sharp.append(sharpness(image))
+            hashes[difference_hash(image)] += 1
+    stats = {"set": faces.name, "faces": {split: len(split_faces) for split, split_faces in splits.items()},
              "captions looked at": len(chosen) * faces.has_text, "pictures looked at": len(sizes),
-             "unreadable": len(errors), "like another": len(sizes) - len(outlines),
-             "shown": seen[::len(seen) // 4 + 1], "sizes": sizes, "sharpness": np.round(sharp, 3).tolist()}
+             "unreadable": len(errors), "like another": len(sizes) - len(hashes),
+             "shown": valid[::len(valid) // 4 + 1], "sizes": sizes, "sharpness": np.round(sharp, 3).tolist()}
     if not faces.has_text:
         return stats
-    texts = [faces.caption(i, rng) for i in tqdm(chosen, "reading captions", leave=False)]
+    texts = [faces.caption(i, rng) for i in tqdm(chosen, "sampling captions", leave=False)]
     words, grams, four_grams = [text.split() for text in texts], set(), []
-    for tenth in np.array_split(np.arange(len(words)), 10):
-        grams.update(gram for n in tenth for gram in zip(words[n], words[n][1:], words[n][2:], words[n][3:]))
+    for chunk in np.array_split(np.arange(len(words)), 10):
+        grams.update(gram for n in chunk for gram in zip(words[n], words[n][1:], words[n][2:], words[n][3:]))
         four_grams.append(len(grams))
-    stated = np.mean([find_facts(text) for text in tqdm(texts, "reading facts", leave=False)], axis=0)
-    stated[NEGATABLE] += stated[len(ATTRIBUTES):]       # a label is stated where it is said not to hold, too
+    stated = np.mean([find_facts(text) for text in tqdm(texts, "finding facts", leave=False)], axis=0)
+    stated[NEGATABLE] += stated[len(ATTRIBUTES):]       # a negation states the label, too
     labels = dict(zip(ATTRIBUTES, stated.tolist()))
     total = max(sum(labels.values()), 1e-9)
     shares = {group: 100 * sum(labels[name] for name in names.split()) / total
               for group, (_, names) in GROUPS.items()}
     shares["facial features"] = 100 - sum(shares.values())
-    own = len(faces.captions[chosen[0]]) if faces.captions is not None else "by the grammar"
-    return stats | {"captions of the first face": own, "equal captions": len(texts) - len(set(texts)),
+    per_face = len(faces.captions[chosen[0]]) if faces.captions is not None else "sampled from the grammar"
+    return stats | {"captions of the first face": per_face, "equal captions": len(texts) - len(set(texts)),
                     "words": [len(text) for text in words], "four-grams": four_grams,
                     "labels in a caption": total, "shares of groups": shares, "labels": labels}
 
 
-def format_stats(stats):
-    """What a report says, in lines; FLIP's figures (section 3) in brackets."""
+def format_stats(stats: dict):
+    """Lines of text that summarise the statistics; FLIP's figures (section 3) in brackets."""
     lines = [f"{split}: {count:,} faces" for split, count in stats["faces"].items()]
-    lines += [f"{stats['pictures looked at']:,} pictures seen: {stats['like another']} look like another; "
+    lines += [f"{stats['pictures looked at']:,} images: {stats['like another']} copies, "
               f"{stats['unreadable']} unreadable"]
     if stats["sizes"]:
         width, height = np.mean(stats["sizes"], axis=0)
-        lines += [f"size {width:.0f} x {height:.0f} in the mean (285 x 285)",
-                  f"sharpness {np.median(stats['sharpness']):.2f} in the median"]
+        lines += [f"mean size {width:.0f} x {height:.0f} pixels (285 x 285)",
+                  f"median sharpness {np.median(stats['sharpness']):.2f}"]
     if stats["captions looked at"]:
         words = np.array(stats["words"])
-        lines += [f"{stats['captions looked at']:,} captions read: {stats['equal captions']} equal another",
+        lines += [f"{stats['captions looked at']:,} captions: {stats['equal captions']} equal to another",
                   f"captions of the first face: {stats['captions of the first face']}",
-                  f"words: mean {words.mean():.1f} (30), mode {np.bincount(words).argmax()} (20 to 22), "
-                  f"{words.min()} to {words.max()} (10 to 75)",
+                  f"words per caption: mean {words.mean():.1f} (30), mode {np.bincount(words).argmax()} "
+                  f"(20 to 22), {words.min()} to {words.max()} (10 to 75)",
                   f"{stats['four-grams'][-1]:,} distinct 4-grams",
-                  f"{stats['labels in a caption']:.1f} labels in a caption, in the grammar's words"]
+                  f"{stats['labels in a caption']:.1f} labels stated per caption, in the grammar's wording"]
     return lines
 
 
-def plot_stats(stats, faces, path):
-    """The summary, histograms and some faces on a page."""
+def plot_stats(stats: dict, faces, path):
+    """Save a page with the summary, histograms and some faces."""
     from matplotlib.figure import Figure
-    page, rows = Figure(figsize=(15, 9), layout="constrained"), []
+    figure, rows = Figure(figsize=(15, 9), layout="constrained"), []
     for i in stats["shown"]:
-        rng, picture = np.random.default_rng(i), faces.picture(i, 128)
-        rows.append((faces.caption(i, rng) if faces.has_text else "", [(picture, "as it is", False), *(
-            (augment(picture, rng), "augmented", False) for _ in range(3))]))
-    plots = page.subplot_mosaic([["faces", "text", "words"], ["faces", "sizes", "grams"],
-                                 ["faces", "sharp", "groups"]], width_ratios=(1.3, 1, 1))
+        rng, image = np.random.default_rng(i), faces.picture(i, 128)
+        rows.append((faces.caption(i, rng) if faces.has_text else "", [(image, "original", False), *(
+            (augment(image, rng), "augmented", False) for _ in range(3))]))
+    axes = figure.subplot_mosaic([["faces", "text", "words"], ["faces", "sizes", "grams"],
+                                  ["faces", "sharp", "groups"]], width_ratios=(1.3, 1, 1))
     if rows:
-        plots["faces"].imshow(contact_sheet(rows))
-        plots["sizes"].hist(np.prod(stats["sizes"], axis=1) ** 0.5, 40)
-        plots["sharp"].hist(stats["sharpness"], 40)
-    plots["sizes"].set(title="pixels of a face, root of width x height (285)")
-    plots["sharp"].set(title="sharpness (noise counts as sharp)")
-    plots["text"].text(0, 1, "\n".join(format_stats(stats)), va="top", fontsize=9)
+        axes["faces"].imshow(contact_sheet(rows))
+        axes["sizes"].hist(np.prod(stats["sizes"], axis=1) ** 0.5, 40)
+        axes["sharp"].hist(stats["sharpness"], 40)
+    axes["sizes"].set(title="sqrt(width x height) in pixels (285)")
+    axes["sharp"].set(title="sharpness (noise counts as sharp)")
+    axes["text"].text(0, 1, "\n".join(format_stats(stats)), va="top", fontsize=9)
     if stats["captions looked at"]:
-        plots["words"].hist(stats["words"], np.arange(80))
-        plots["words"].set(title="words in a caption (mode 20 to 22)")
-        plots["grams"].plot(range(10, 101, 10), stats["four-grams"], "o-")
-        plots["grams"].set(title="distinct 4-grams over % of the captions", ylim=0)
-        places = np.arange(len(GROUPS))
-        plots["groups"].barh(places + 0.2, stats["shares of groups"].values(), 0.4, label="here")
-        plots["groups"].barh(places - 0.2, [share for share, _ in GROUPS.values()], 0.4, label="FLIP",
-                             color="lightgrey")
-        plots["groups"].set(yticks=places, yticklabels=list(GROUPS), title="% of the labels stated")
-        plots["groups"].legend()
-    plots["faces"].axis("off")
-    plots["text"].axis("off")
-    page.suptitle(stats["set"])
-    page.savefig(path, dpi=90)
+        axes["words"].hist(stats["words"], np.arange(80))
+        axes["words"].set(title="words per caption (mode 20 to 22)")
+        axes["grams"].plot(range(10, 101, 10), stats["four-grams"], "o-")
+        axes["grams"].set(title="distinct 4-grams by % of captions", ylim=0)
+        ticks = np.arange(len(GROUPS))
+        axes["groups"].barh(ticks + 0.2, stats["shares of groups"].values(), 0.4, label="this data set")
+        axes["groups"].barh(ticks - 0.2, [share for share, _ in GROUPS.values()], 0.4, label="FLIP",
+                            color="lightgrey")
+        axes["groups"].set(yticks=ticks, yticklabels=list(GROUPS), title="% of the labels stated in captions")
+        axes["groups"].legend()
+    axes["faces"].axis("off")
+    axes["text"].axis("off")
+    figure.suptitle(stats["set"])
+    figure.savefig(path, dpi=90)
 
 
 def print_references(attributes):
@@ -197,38 +198,37 @@ def print_times(faces, tokenizer, size=224, count=300):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="What is in a set of faces: figures, a page of histograms.")
-    parser.add_argument("--data", help="a folder of faces, or a json list of them (default: drawn faces)")
-    parser.add_argument("--out", default="report.png", help="the page; the figures go beside it as .json "
-                                                            "(%(default)s)")
-    parser.add_argument("--sample", type=int, default=10_000, help="how many captions to read (%(default)s)")
-    parser.add_argument("--cache", default="cache", help="folder for drawn faces, or the index (%(default)s)")
+    parser = argparse.ArgumentParser(description="Statistics of a data set of faces, on one page.")
+    parser.add_argument("--data", help="folder or JSON annotation file of faces (default: drawn faces)")
+    parser.add_argument("--out", default="report.png", help="output image, beside a .json file (%(default)s)")
+    parser.add_argument("--sample", type=int, default=10_000, help="captions to sample (%(default)s)")
+    parser.add_argument("--cache", default="cache", help="folder for drawn faces or the index (%(default)s)")
     parser.add_argument("--columns", nargs="+", default=COLUMNS[:2], choices=COLUMNS,
-                        help="FaceCaption-15M's columns that the captions are from (caption, face_caption)")
+                        help="caption columns of FaceCaption-15M (caption, face_caption)")
     parser.add_argument("--time", action="store_true", help="time reading a picture, stage by stage, instead")
     args = parser.parse_args()
     if args.sample < 10:
-        raise ValueError(f"--sample {args.sample}: expected 10 or more faces")
-    parts, missing = {}, ""
+        raise ValueError(f"--sample {args.sample}: expected at least 10")
+    splits, missing = {}, ""
     for split in SPLITS if args.data else ():
         try:
-            parts[split] = open_faces(args.data, split, args.cache, tuple(args.columns), max_errors=100)
+            splits[split] = open_faces(args.data, split, args.cache, tuple(args.columns), max_errors=100)
         except ValueError as error:
             missing = error
-    if missing and not parts:
+    if missing and not splits:
         raise missing
-    parts = parts or {"train": load_toy_faces(1000, 192, seed=0, folder=args.cache)}
-    faces = next(iter(parts.values()))
+    splits = splits or {"train": load_toy_faces(1000, 192, seed=0, folder=args.cache)}
+    faces = next(iter(splits.values()))
     if args.time:
         captions = [faces.caption(i, np.random.default_rng(i)) for i in range(min(100, len(faces)))]
         return print_times(faces, Tokenizer.train(captions))
-    stats = compute_stats(parts, args.sample, np.random.default_rng(0))
+    stats = compute_stats(splits, args.sample, np.random.default_rng(0))
     plot_stats(stats, faces, args.out)
     Path(args.out).with_suffix(".json").write_text(json.dumps(stats, indent=1))
     print("\n".join([stats["set"], *(f"  {line}" for line in format_stats(stats))]))
     if faces.attributes is not None and faces.captions is None:
         print_references(np.array(faces.attributes[:1000]))
-    print(f"{args.out}: these figures beside FLIP's, and some faces")
+    print(f"written: {args.out}, with FLIP's figures for comparison")
 
 
 if __name__ == "__main__":

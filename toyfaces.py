@@ -1,27 +1,25 @@
-"""Drawn faces with the 40 CelebA attributes: the data this project trains on if there is no other.
+"""Render toy faces with CelebA's 40 attributes: the default training data of this project.
 
-A face is drawn in three steps, each of which can be read alone:
+A face is rendered in three steps, each readable on its own:
 
-1. `sample_attributes` decides the 40 labels from a small table of CelebA's frequencies;
-2. `describe` turns them, and what no caption mentions (pose, colours, proportions), into `Shape`s;
-3. `paint` turns the head, rounds the shapes into curves and fills them with Pillow.
+1. `sample_attributes` samples the 40 labels from small tables of CelebA's frequencies;
+2. `build_shapes` turns them, plus pose, colours and proportions that no caption mentions, into `Shape`s;
+3. `render` rotates the head, smooths the outlines and fills them with Pillow (both: drawing/portrait.py).
 
-Every attribute can be seen. Most are drawn literally; these need a convention:
+Every attribute is visible. Most are drawn literally; these follow a convention:
 
-- Attractive: even features and clear skin; without it, features are lopsided and the skin has
-  blemishes. Young: without it, lines on the forehead, beside eyes and mouth, and heavier jowls.
-- High_Cheekbones: a highlight on the cheekbone with a shadow below. Pointy_Nose: an angular nose
-  with a sharp tip.
-- Pale_Skin: nearly white. No_Beard absent with none of the four beards present: a full beard.
-- No hair colour: copper, auburn or dyed. Straight_Hair and Wavy_Hair hang loose, to the nape for
-  men; with neither, hair is put up (women) or cropped (men).
+- Attractive: even features and clear skin; if absent, features are lopsided and the skin has blemishes.
+- Young: if absent, lines on the forehead and beside eyes and mouth, and heavier jowls.
+- High_Cheekbones: a highlight on the cheekbone with a shadow below. Pointy_Nose: an angular, sharp tip.
+- Pale_Skin: nearly white. No_Beard: if absent without any of the four BEARDS, a full beard.
+- No hair colour: copper, auburn or dyed. Straight_Hair and Wavy_Hair hang loose, to the nape for men;
+  with neither, hair is put up (women) or cropped (men).
 
-`sketch` draws the same face as a person with a pen would, stroke by stroke: what one has while a
-sketch is still being drawn. It is made of the outlines of the same shapes, as far as the picture
-shows them, and knows no colour.
+`sketch` draws the same face in pen strokes and returns all stages up to the complete sketch. The strokes
+are the visible outlines of the same shapes, without colour (drawing/sketch.py).
 
-    python toyfaces.py --sheet sheet.png                # every attribute, without and with it
-    python toyfaces.py --sketch sketch.png              # some faces, and sketches of them that grow
+    python toyfaces.py --sheet sheet.png                # every attribute, absent and present
+    python toyfaces.py --sketch sketch.png              # some faces, and their sketches in stages
     python toyfaces.py --out faces --count 1000 --size 64
     python toyfaces.py --tars tars --count 2000         # with captions, as a download of FaceCaption-15M
 """
@@ -42,10 +40,10 @@ from common.script import run_script
 from drawing.portrait import BEARDS, build_shapes, render
 from drawing.sketch import rasterize_strokes, stroke_points
 
-# ---- who there is: frequencies close to CelebA's -------------------------------------------------
+# ---- attribute probabilities, close to CelebA's frequencies --------------------------------------
 P_MALE = 0.42
-P_YOUNG = {False: 0.87, True: 0.64}  # given Male
-P_INDEPENDENT = {  # young woman, older woman, young man, older man
+P_YOUNG = {False: 0.87, True: 0.64}  # P(Young | Male)
+P_INDEPENDENT = {  # for young women, older women, young men, older men
     "Arched_Eyebrows":   (.43, .36, .06, .06),
     "Attractive":        (.74, .28, .38, .07),
     "Bags_Under_Eyes":   (.07, .28, .27, .49),
@@ -64,7 +62,7 @@ P_INDEPENDENT = {  # young woman, older woman, young man, older man
     "Wearing_Earrings":  (.29, .40, .03, .015),
     "Wearing_Lipstick":  (.83, .68, .005, .005),
 }
-P_EXCLUSIVE = (  # at most one of each block
+P_EXCLUSIVE = (  # at most one attribute of each block
     {"Black_Hair":        (.22, .12, .36, .20),
      "Blond_Hair":        (.24, .26, .03, .02),
      "Brown_Hair":        (.26, .20, .20, .09),
@@ -78,7 +76,7 @@ P_EXCLUSIVE = (  # at most one of each block
     {"Wearing_Necklace":  (.20, .21, .01, .005),
      "Wearing_Necktie":   (.002, .002, .11, .28)},
 )
-P_CONDITIONAL = {  # attribute: another one, probability with it, probability without it
+P_CONDITIONAL = {  # attribute: (condition, probability if the condition holds, if not)
     "Mouth_Slightly_Open": ("Smiling", .76, .22),
     "High_Cheekbones":     ("Smiling", .80, .13),
     "Heavy_Makeup":        ("Wearing_Lipstick", .80, .01),
@@ -92,30 +90,30 @@ P_CONDITIONAL = {  # attribute: another one, probability with it, probability wi
 HAIR = ("Black_Hair", "Blond_Hair", "Brown_Hair", "Gray_Hair", "Straight_Hair", "Wavy_Hair")
 
 
-def sample_attributes(rng):
-    """The labels of one person: the tables above, read from top to bottom."""
-    chance = dict(zip(ATTRIBUTES, rng.random(len(ATTRIBUTES)).tolist()))
-    male = chance["Male"] < P_MALE
-    young = chance["Young"] < P_YOUNG[male]
+def sample_attributes(rng: np.random.Generator) -> np.ndarray:
+    """Sample the labels of one person, bool (40,), from the tables above in their order."""
+    uniform = dict(zip(ATTRIBUTES, rng.random(len(ATTRIBUTES)).tolist()))
+    male = uniform["Male"] < P_MALE
+    young = uniform["Young"] < P_YOUNG[male]
     group = 2 * male + (not young)
     has = {"Male": male, "Young": young}
     for name, probability in P_INDEPENDENT.items():
-        has[name] = chance[name] < probability[group]
+        has[name] = uniform[name] < probability[group]
     for block in P_EXCLUSIVE:
-        left = chance[next(iter(block))]  # one draw for the block; each name owns an interval of it
+        remainder = uniform[next(iter(block))]  # one number per block; each attribute has an interval of it
         for name, probability in block.items():
-            has[name] = 0 <= left < probability[group]
-            left -= probability[group]
-    for name, (other, with_it, without_it) in P_CONDITIONAL.items():
-        has[name] = chance[name] < (with_it if has[other] else without_it)
+            has[name] = 0 <= remainder < probability[group]
+            remainder -= probability[group]
+    for name, (condition, if_true, if_false) in P_CONDITIONAL.items():
+        has[name] = uniform[name] < (if_true if has[condition] else if_false)
     if has["Bald"]:
         has.update(dict.fromkeys(HAIR, False))
     return np.array([has[name] for name in ATTRIBUTES])
 
 
 # ---- faces and sketches --------------------------------------------------------------------------
-def draw(attributes, rng, size=64):
-    """One face, size x size; `rng` decides only what no attribute mentions."""
+def draw(attributes: np.ndarray, rng: np.random.Generator, size=64) -> Image.Image:
+    """Render one face, size x size; `rng` determines only what no attribute describes."""
     look, shapes = build_shapes(attributes, rng)
     oversampling = 3 if size < 128 else 2
     image = render(look, shapes, size * oversampling).reduce(oversampling)
@@ -124,16 +122,16 @@ def draw(attributes, rng, size=64):
     return image
 
 
-def face(index, seed=0, size=64):
-    """(picture, attributes) of face `index` of set `seed`: the same in any process, order, size."""
+def face(index: int, seed=0, size=64) -> tuple[Image.Image, np.ndarray]:
+    """(image, attributes) of face `index` of data set `seed`, the same in any process, order and size."""
     rng = np.random.default_rng((seed, index))
     attributes = sample_attributes(rng)
     return draw(attributes, rng, size), attributes
 
 
-def sketch(index, seed=0, size=64, steps=70):
-    """(steps, size, size) uint8: face `index` of the set `seed` while it is drawn, white on black,
-    in the end complete. Every step adds the same length of line."""
+def sketch(index: int, seed=0, size=64, steps=70) -> np.ndarray:
+    """Stages of the sketch of face `index` of data set `seed`, white on black, uint8 (steps, size, size).
+    Every step adds the same stroke length; the last stage is the complete sketch."""
     rng = np.random.default_rng((seed, index))
     points, lengths = stroke_points(*build_shapes(sample_attributes(rng), rng))
     drawn = np.cumsum(lengths)
@@ -141,9 +139,9 @@ def sketch(index, seed=0, size=64, steps=70):
     return rasterize_strokes(points, step, steps, size)
 
 
-# ---- sheets, and the command ---------------------------------------------------------------------
-def attribute_rows(size, pairs=5):
-    """For `contact_sheet`: a person without and, framed, with each attribute, else the same."""
+# ---- contact sheets and command line -------------------------------------------------------------
+def attribute_rows(size, pairs_per_row=5):
+    """Rows for `contact_sheet`: for each attribute the same person without it and, framed, with it."""
     men = {*BEARDS, "No_Beard", "Bald", "Receding_Hairline", "Bushy_Eyebrows", "Gray_Hair", "Wearing_Necktie"}
     tiles = []
     for i, name in enumerate(ATTRIBUTES):
@@ -151,27 +149,27 @@ def attribute_rows(size, pairs=5):
         for has, label in ((others - {name}, name), (others | {name}, "")):
             image = draw(np.isin(ATTRIBUTES, list(has)), np.random.default_rng(i), size)
             tiles.append((image, label, name in has))
-    return [("", tiles[start:start + 2 * pairs]) for start in range(0, len(tiles), 2 * pairs)]
+    return [("", tiles[start:start + 2 * pairs_per_row]) for start in range(0, len(tiles), 2 * pairs_per_row)]
 
 
 def sketch_rows(seed, size, count=6, stages=(10, 25, 40, 60, 80, 100)):
-    """For `contact_sheet`: a face, and its sketch when so many percent of it are drawn."""
+    """Rows for `contact_sheet`: a face, and its sketch at these percentages of the total stroke length."""
     for index in range(count):
         frames = sketch(index, seed, size, steps=100)
         yield "", [(face(index, seed, size)[0], "", False),
                    *((Image.fromarray(frames[stage - 1]), f"{stage} %", False) for stage in stages)]
 
 
-def write_faces(folder, count, size, seed):
-    """DIR/000000.png ... and DIR/attributes.csv: name, then the 40 labels as 1 or -1."""
+def write_faces(folder: Path, count, size, seed):
+    """Write 000000.png ... and attributes.csv (name, then the 40 labels as 1 or -1) to a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "attributes.csv", "w", newline="") as file:
-        table = csv.writer(file)
-        table.writerow(["name", *ATTRIBUTES])
+        writer = csv.writer(file)
+        writer.writerow(["name", *ATTRIBUTES])
         for index in tqdm(range(count), desc="faces"):
             image, attributes = face(index, seed, size)
             image.save(folder / f"{index:06}.png")
-            table.writerow([f"{index:06}.png", *np.where(attributes, 1, -1)])
+            writer.writerow([f"{index:06}.png", *np.where(attributes, 1, -1)])
 
 
 def write_tars(folder, count, size, seed, per_tar=1000):
@@ -202,23 +200,23 @@ def write_tars(folder, count, size, seed, per_tar=1000):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Draw faces with the 40 CelebA attributes.")
-    parser.add_argument("--out", type=Path, help="folder for pictures and attributes.csv")
+    parser = argparse.ArgumentParser(description="Render toy faces with CelebA's 40 attributes.")
+    parser.add_argument("--out", type=Path, help="folder for images and attributes.csv")
     parser.add_argument("--tars", type=Path, help="folder for tars with captions, as img2dataset leaves them")
-    parser.add_argument("--count", type=int, default=1000, help="how many faces (default %(default)s)")
-    parser.add_argument("--size", type=int, default=64, help="pixels on a side (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="which set of faces (default %(default)s)")
-    parser.add_argument("--sheet", type=Path, help="a file for every attribute, without and with it")
-    parser.add_argument("--sketch", type=Path, help="a file for some faces and their growing sketches")
+    parser.add_argument("--count", type=int, default=1000, help="number of faces (default %(default)s)")
+    parser.add_argument("--size", type=int, default=64, help="image size in pixels (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the data set (default %(default)s)")
+    parser.add_argument("--sheet", type=Path, help="image file to write: every attribute, absent and present")
+    parser.add_argument("--sketch", type=Path, help="image file to write: faces and stages of their sketches")
     args = parser.parse_args()
     if not (args.out or args.tars or args.sheet or args.sketch):
         parser.error("nothing to do: give --out, --tars, --sheet, --sketch or several of them")
-    for flag, value, low in (("count", args.count, 1), ("size", args.size, 8), ("seed", args.seed, 0)):
-        if value < low:
-            raise ValueError(f"--{flag} {value}: expected at least {low}")
+    for flag, value, minimum in (("count", args.count, 1), ("size", args.size, 8), ("seed", args.seed, 0)):
+        if value < minimum:
+            raise ValueError(f"--{flag} {value}: expected at least {minimum}")
     for path in (args.sheet, args.sketch):
         if path and path.suffix.lower() not in IMAGE_SUFFIXES:
-            raise ValueError(f"{path}: expected a picture's name, one that ends in {', '.join(IMAGE_SUFFIXES)}")
+            raise ValueError(f"{path}: expected a file name ending in {', '.join(IMAGE_SUFFIXES)}")
     if args.sheet:
         contact_sheet(attribute_rows(96), tile=96).save(args.sheet)
     if args.sketch:

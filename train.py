@@ -1,21 +1,25 @@
-"""Pre-train FLIP (arXiv 2407.08515, section 4).
+"""Pre-train FLIP (arXiv 2407.08515, section 4): schedules, one training step, the loop, and setting up
+a run.
 
-    python train.py                         drawn faces, a tiny model, ten minutes on two CPU cores
-    python train.py --data DIR              your own faces (the layouts that data.py reads)
-    python train.py --data DIR --init FILE  the same, beginning with a trained FLIP, ours or official
-    python train.py --resume                go on where the run in --out stopped
+    python train.py                         drawn faces, the tiny model, minutes on two CPU cores
+    python train.py --data DIR              your own faces (layouts: readers/layouts.py)
+    python train.py --data DIR --init FILE  the same, starting from a trained FLIP, ours or the official
+    python train.py --resume                resume the run in --out
     torchrun --nproc_per_node 8 train.py --model base --data DIR \\
         --clip openai/clip-vit-base-patch16 --bert bert-base-uncased
-                                            the paper's recipe: 8 processes of 80 pairs
+                                            the paper's recipe: 8 processes with 80 pairs each
 
-The configuration is one dataclass whose fields are the flags. Its defaults are the paper's; but
-what runs when nothing else is asked for is the tiny model, and RECIPES says what that does
-differently, and why. What changes during a run (learning rate, momentum, hardness of the negatives,
-...) is a schedule: a pure function of the step. So are the data and all random numbers, which is
-why a run that was stopped and resumed computes what it would have computed.
+Flags, the paper's values and the tiny model's recipe are in config.py. Everything that changes
+during a run (learning rate, momentum, hardness of the negatives, ...) is a schedule, a pure function
+of the step. So are the data and all random numbers; hence a resumed run computes exactly what an
+uninterrupted one does. A step uses these random numbers, each with a generator of its own:
 
-Into --out go flip.pt (model, vocabulary, and all that --resume needs), log.jsonl, curves.png and
-retrieval.png.
+    order of the faces                  (seed, epoch)           BatchLoader.batch_indices
+    caption and augmentation            (seed, epoch, index)    FaceDataset.__getitem__
+    dropout                             (seed, step, rank)      train_step
+    negatives, sampled on rank 0        (seed, step)            train_step
+
+--out receives flip.pt (model, vocabulary, training state), log.jsonl, curves.png and retrieval.png.
 
 Shapes: see vit.py; B pairs per process and micro-batch.
 """
@@ -42,20 +46,20 @@ from common.resume import Log, graceful_stop, load_run, save
 from common.script import run_script
 from common.weights import load_bert, load_clip, resize_position_embedding
 from config import MODELS, TINY, Config, parse_arguments
-from data import BatchLoader, drop_unreadable, load_toy_faces, open_faces
+from data import Batch, BatchLoader, Faces, drop_unreadable, load_toy_faces, open_faces
 from evaluation import Validation, evaluate_and_draw, recall_table
 from flip import FLIP, FLIPConfig, StepParams
+from vit import ViTConfig
 
 
 # ---- schedules: pure functions of the step -------------------------------------------------------
-def ramp(x, start, end):
-    """0 until start, 1 from end on, a straight line between."""
+def ramp(x: float, start: float, end: float) -> float:
+    """0 up to start, 1 from end on, linear in between."""
     return float(x >= end) if end <= start else min(1.0, max(0.0, (x - start) / (end - start)))
 
 
 def warmup_decay(step, steps, warmup, lr, lr_start=0.0, lr_min=0.0, decay="cosine"):
-    """A straight line from lr_start to lr over the warm-up, then down to lr_min along half a cosine
-    or, with decay "linear", another straight line."""
+    """Linear warm-up from lr_start to lr, then cosine or linear decay to lr_min at step `steps`."""
     if step < warmup:
         return lr_start + (lr - lr_start) * step / warmup
     done = ramp(step, warmup, steps)
@@ -63,8 +67,8 @@ def warmup_decay(step, steps, warmup, lr, lr_start=0.0, lr_min=0.0, decay="cosin
     return lr_min + (lr - lr_min) * left
 
 
-def learning_rate(step, config, steps_per_epoch):
-    """`warmup_decay`, or after the warm-up x 0.9 per epoch (the first is epoch 0)."""
+def learning_rate(step: int, config: Config, steps_per_epoch: int) -> float:
+    """`warmup_decay`, or x 0.9 per epoch after the warm-up, as in the paper."""
     warmup = min(config.warmup, config.steps // 5)
     if config.lr_decay == "epoch" and step >= warmup:
         return max(config.lr_min, config.lr * 0.9 ** (step // steps_per_epoch))
@@ -72,10 +76,10 @@ def learning_rate(step, config, steps_per_epoch):
                         config.lr_decay)
 
 
-def schedule(step, config):
-    """All else that changes during a run."""
-    queue_length = config.queue_size        # in the paper full from the start, of random negatives
-    if config.queue_from > 0:               # used later, only what was written so far counts
+def schedule(step: int, config: Config) -> StepParams:
+    """Everything else that changes during a run."""
+    queue_length = config.queue_size        # the paper's queue is full of random negatives at step 0
+    if config.queue_from > 0:               # a queue that is used later has only the entries written so far
         pairs_seen = step * config.accumulate * config.batch_size * rank_and_world_size()[1]
         queue_length = min(config.queue_size, pairs_seen) if step >= config.queue_from * config.steps else 0
     return StepParams(alpha=config.alpha * ramp(step / config.steps, *config.alpha_ramp),
@@ -87,30 +91,29 @@ def schedule(step, config):
 
 # ---- the step and the loop -----------------------------------------------------------------------
 class TrainState(NamedTuple):
-    """What the loop works on."""
-    config: Config                  # with the number of steps decided
+    """What the training loop works on."""
+    config: Config                  # with the number of steps set
     model: FLIP
-    ddp_model: nn.Module            # the model itself, or DistributedDataParallel around it
+    ddp_model: nn.Module            # DistributedDataParallel(model), or with one process the model
     optimizers: list[torch.optim.Optimizer]
     loader: BatchLoader
     steps_per_epoch: int
-    validation: "Validation"
-    log: "Log"
-    start_step: int                     # the first step to do
+    validation: Validation
+    log: Log
+    start_step: int
 
 
-def train_step(run, micro_batches, step):
-    """One step on `accumulate` micro-batches; everything that changes state is here. Returns (ITC,
-    ITM) as one tensor (2,); ITM is 0 in steps that do not train it."""
+def train_step(run: TrainState, micro_batches: list[Batch], step: int) -> torch.Tensor:
+    """One optimiser step on `accumulate` micro-batches; all changes of state are here. Returns the mean
+    (ITC, ITM) loss as a tensor (2,); ITM is 0 in steps that skip it."""
     config, model, rank = run.config, run.model, rank_and_world_size()[0]
     device, params = model.temperature.device, schedule(step, config)
     torch.manual_seed(derive_seed(config.seed, step, rank))                     # dropout
-    generator = torch.Generator().manual_seed(derive_seed(config.seed, step))   # negatives: one draw for all
+    generator = torch.Generator().manual_seed(derive_seed(config.seed, step))   # negatives, for all ranks
     model.update_momentum(params.momentum)
     losses = torch.zeros(2, device=device)
     for number, batch in enumerate(micro_batches, start=1):
-        # DistributedDataParallel averages gradients in the last backward only; without it this does
-        # nothing.
+        # DistributedDataParallel averages gradients in the last backward pass only
         run.ddp_model.require_backward_grad_sync = number == len(micro_batches)
         with autocast(config, device):
             batch = batch.to(device)
@@ -128,12 +131,12 @@ def train_step(run, micro_batches, step):
     return losses
 
 
-def train(config):
-    """The whole run; returns the trained model and its metrics."""
+def train(config: Config):
+    """Run the training; returns the model and its final validation metrics."""
     run = setup(config)
     config, log, rank = run.config, run.log, rank_and_world_size()[0]
     is_due = lambda done: done % config.eval_every == 0 or done == config.steps
-    # A checkpoint is saved before its evaluation, which is therefore still to do.
+    # a checkpoint is saved before its evaluation, so a resumed run evaluates first
     metrics = evaluate_and_draw(run, run.start_step) if run.start_step and is_due(run.start_step) else None
     stream = run.loader.iterate_from(run.start_step * config.accumulate)
     recent, begin, saved = [], time.time(), time.time()
@@ -163,32 +166,32 @@ def train(config):
 
 
 def next_batches(run, stream, step, stop):
-    """The micro-batches of a step. Where a process was asked to stop, or met a damaged picture, all
-    hear of it, the first one saves, and each ends, with a sentence: nothing that was learned is
-    lost."""
-    problem, micro_batches = None, []
+    """The micro-batches of a step. If any rank received a stop signal or failed to read its batch, all
+    ranks agree to stop, rank 0 saves a checkpoint, and every rank exits with a message."""
+    failure, micro_batches = None, []
     try:
         micro_batches = list(itertools.islice(stream, run.config.accumulate))
-    except (ValueError, RuntimeError) as error:     # RuntimeError: a process that reads pictures was killed
-        problem = error
-    ends = torch.tensor([problem is not None, bool(stop)], dtype=torch.float32,
-                        device=run.model.temperature.device)
+    except (ValueError, RuntimeError) as error:     # RuntimeError: a data worker was killed
+        failure = error
+    flags = torch.tensor([failure is not None, bool(stop)], dtype=torch.float32,
+                         device=run.model.temperature.device)
     if dist.is_initialized():
-        dist.all_reduce(ends)
-    failed, stopped = (ends > 0).tolist()
+        dist.all_reduce(flags)
+    failed, stopped = (flags > 0).tolist()
     if (failed or stopped) and step > run.start_step:
         save(run, step)
     if failed:
-        raise ValueError(f"{problem or 'another process could not read its batch'} "
-                         f"({step} steps are saved: --resume)")
+        raise ValueError(f"{failure or 'another process could not read its batch'} "
+                         f"(step {step} is saved; continue with --resume)")
     if stopped:
-        first = rank_and_world_size()[0] == 0               # one sentence, not one from each process
-        raise SystemExit(f"stopped after step {step}; continue with --resume" if first else 1)
+        is_main = rank_and_world_size()[0] == 0             # only rank 0 prints the message
+        raise SystemExit(f"stopped after step {step}; continue with --resume" if is_main else 1)
     return micro_batches
 
 
 def mean_losses(losses, steps, run):
-    """Mean losses of the recent steps over all processes; ITM is None where no step trained it."""
+    """Mean losses of these steps over all processes, for the log; ITM is None if no step trained it.
+    Raises ValueError if a loss is not finite."""
     stacked = torch.stack(losses)                                               # (steps, 2)
     bad, total = (~stacked.isfinite()).any(1).float(), stacked.sum(0)           # (steps,), (2,)
     if dist.is_initialized():
@@ -196,8 +199,8 @@ def mean_losses(losses, steps, run):
         dist.all_reduce(total)
         total /= dist.get_world_size()
     if bad.any():
-        raise ValueError(f"a loss of step {steps[int(bad.argmax())] + 1} is not a finite number: training "
-                         f"has diverged; begin again with a smaller --lr, or with --grad_clip")
+        raise ValueError(f"a loss of step {steps[int(bad.argmax())] + 1} is NaN or infinite: training has "
+                         f"diverged; start a new run with a smaller --lr, or with --grad_clip")
     itc, itm = total.tolist()
     matched = sum(schedule(step, run.config).with_itm for step in steps)
     return {"itc": itc / len(losses), "itm": itm / matched if matched else None,
@@ -205,42 +208,41 @@ def mean_losses(losses, steps, run):
             "lr": learning_rate(steps[-1], run.config, run.steps_per_epoch)}
 
 
-def derive_seed(*numbers):
-    """One seed that depends on all the numbers and on how many they are (alone, SeedSequence
-    ignores a last 0)."""
+def derive_seed(*numbers: int) -> int:
+    """One seed from several numbers and their count (SeedSequence alone ignores trailing zeros)."""
     return int(np.random.SeedSequence((len(numbers), *numbers)).generate_state(1)[0])
 
 
 # ---- what a run starts from ----------------------------------------------------------------------
-def setup(config):
-    """Data, model and optimisers, new or as the checkpoint in --out has them."""
+def setup(config: Config) -> TrainState:
+    """Data, model and optimisers: new, or from the checkpoint in --out."""
     device, (rank, world_size) = init_distributed(), rank_and_world_size()
     path = Path(config.out) / "flip.pt"
     if path.exists() and not config.resume:
-        raise ValueError(f"{path} is there already; continue that run with --resume, or choose another --out")
+        raise ValueError(f"{path} already exists; use --resume, or choose another --out")
     checkpoint = load_run(path) if path.exists() else {}
     saved = checkpoint.get("training")
     if config.resume and not saved and rank == 0:
-        print(f"nothing was saved in {config.out} yet: the run begins")
+        print(f"no checkpoint in {config.out} yet: starting a new run")
     if rank > 0:
-        dist.barrier()              # until the first process has drawn or listed data, and downloaded weights
+        dist.barrier()              # until rank 0 has drawn or indexed the data and downloaded the weights
     model = FLIP.from_pretrained(path, saved=checkpoint) if saved else load_initial(config)
     vit = model.config.vit if model else MODELS[config.model][0]
     vit = dataclasses.replace(vit, image_size=config.image_size or vit.image_size)
     faces, validation = load_data(config, vit.image_size)
     if saved and (saved["processes"], saved["faces"]) != (world_size, len(faces)):
         raise ValueError(f"--resume: the run in {path} had {saved['processes']} processes and "
-                         f"{saved['faces']} faces, now there are {world_size} and {len(faces)}; use the same")
+                         f"{saved['faces']} faces, found {world_size} and {len(faces)}; use the same")
     if not saved:
         model = build_model(config, vit, faces, initial=model)
     model.to(device).train()
     if rank == 0 and world_size > 1:
         dist.barrier()
-    batches = BatchLoader(faces, model.tokenizer, model.config.vit.image_size, config.batch_size,
-                           config.seed, config.augment, rank, world_size, config.workers, config.max_errors)
-    steps_per_epoch = batches.batches_per_epoch // config.accumulate
+    loader = BatchLoader(faces, model.tokenizer, model.config.vit.image_size, config.batch_size,
+                         config.seed, config.augment, rank, world_size, config.workers, config.max_errors)
+    steps_per_epoch = loader.batches_per_epoch // config.accumulate
     if steps_per_epoch == 0:
-        raise ValueError(f"an epoch has {batches.batches_per_epoch} batches, fewer than --accumulate "
+        raise ValueError(f"an epoch has {loader.batches_per_epoch} batches, fewer than --accumulate "
                          f"{config.accumulate}")
     config = dataclasses.replace(config, steps=config.steps or config.epochs * steps_per_epoch)
     if rank == 0 and not saved:
@@ -253,27 +255,27 @@ def setup(config):
     log = Log(Path(config.out) / "log.jsonl", lines, writes=rank == 0)
     ddp_model = model if world_size == 1 else DistributedDataParallel(
         model, broadcast_buffers=False, find_unused_parameters=config.itm_from > 0 or config.itm_every > 1)
-    return TrainState(config, model, ddp_model, optimizers, batches, steps_per_epoch, Validation.of(validation), log,
-                      start_step=saved["step"] if saved else 0)
+    return TrainState(config, model, ddp_model, optimizers, loader, steps_per_epoch,
+                      Validation.of(validation), log, start_step=saved["step"] if saved else 0)
 
 
-def load_data(config, size):
-    """Faces to train on, faces to validate on, in a size that suits size x size pixels."""
+def load_data(config: Config, size: int) -> tuple[Faces, Faces]:
+    """Training and validation faces, for a model with an input of size x size pixels."""
     if config.data:
         train, validation = (
             open_faces(config.data, split, config.cache, config.columns, config.max_errors)
             for split in ("train", "val"))
         validation = validation.subset(range(min(config.validation, len(validation))))
-        return train, drop_unreadable(validation, config.max_errors, size)  # or every evaluation would stop
+        return train, drop_unreadable(validation, config.max_errors, size)
     return (load_toy_faces(config.faces, size, seed=0, folder=config.cache),
             load_toy_faces(config.validation, size, seed=1, folder=config.cache))
 
 
 @torch.no_grad()
-def build_model(config, vit, faces, initial):
-    """FLIP with the ViTConfig `vit`, else as --init has it (`initial`) or --model says, from random
-    weights, CLIP's or BERT's; without any text encoder to start from, with a vocabulary from captions
-    of `faces`."""
+def build_model(config: Config, vit: ViTConfig, faces: Faces, initial: FLIP | None) -> FLIP:
+    """A new model with the image encoder `vit`, otherwise sized like `initial` (from --init) or --model.
+    Weights are those of `initial`, of --clip and --bert, or random. Without --init and --bert the
+    vocabulary is built from captions of `faces`."""
     torch.manual_seed(config.seed)
     _, bert, embed_dim = MODELS[config.model]
     if initial:
@@ -285,7 +287,7 @@ def build_model(config, vit, faces, initial):
     hardness = config.hardness if posterior else None
     flip_config = FLIPConfig(vit, bert, embed_dim, config.queue_size, hardness)
     model = init_model(flip_config, tokenizer)
-    if initial:                     # all that is learned; queue and momentum encoder begin anew
+    if initial:                     # all learned weights; queue and momentum encoder start anew
         learned = initial.student.state_dict()
         learned["image.positions"] = resize_position_embedding(learned["image.positions"], vit.num_patches)
         model.student.load_state_dict(learned)
@@ -299,47 +301,46 @@ def build_model(config, vit, faces, initial):
     return model
 
 
-def load_initial(config):
-    """The model that --init names, or None."""
+def load_initial(config: Config) -> FLIP | None:
+    """The model of --init, or None. Raises ValueError if its width is not that of --model."""
     if not config.init:
         return None
     initial = FLIP.from_pretrained(config.init, vocabulary=config.vocabulary)
     width, expected = initial.config.vit.width, MODELS[config.model][0].width
     if width != expected:
         raise ValueError(f"--init {config.init}: its image encoder is {width} wide, that of --model "
-                         f"{config.model} {expected}; give the --model whose size, and recipe, it has")
+                         f"{config.model} {expected}; choose the --model with its size")
     initial.require_tokenizer()
     return initial
 
 
-def print_plan(config, faces, validation, world_size, tokenizer):
-    """Say how long the run is, and what about it will disappoint."""
+def print_plan(config: Config, faces: Faces, validation: Faces, world_size: int, tokenizer: Tokenizer):
+    """Print the length of the run, and warnings about few faces or unknown words."""
     passes = config.steps * config.accumulate * config.batch_size * world_size / len(faces)
     chance = 100 * min(1, 10 / len(validation))
-    print(f"{len(faces):,} faces to train on, {len(validation):,} to validate on; {config.steps:,} steps are "
-          f"{passes:.1f} passes over the former")
+    print(f"{len(faces):,} training faces, {len(validation):,} validation faces; {config.steps:,} steps are "
+          f"{passes:.1f} passes over the training faces")
     if passes > 60:
-        print(f"so often seen, faces are learned by heart: try --steps "
-              f"{round(30 * config.steps / passes)}, or more faces")
+        print(f"so many passes will overfit: try --steps {round(30 * config.steps / passes)}, or more faces")
     if chance > 4:
-        print(f"among {len(validation)} faces chance alone reaches {chance:.0f} % at R@10: figures say more "
-              f"with more faces to validate on (at most --validation {config.validation})")
+        print(f"with {len(validation)} validation faces, R@10 is {chance:.0f} % by chance; more faces give "
+              f"more meaningful figures (at most --validation {config.validation})")
     if config.init:
-        unknown = Counter(word for text in sample_captions(faces, 500) for word in tokenizer.split_known(text)[1])
+        captions = sample_captions(faces, 500)
+        unknown = Counter(word for text in captions for word in tokenizer.split_known(text)[1])
         if unknown:
             words = ", ".join(word for word, _ in unknown.most_common(10))
-            print(f"{len(unknown)} words of the captions are not in the vocabulary of --init, and are "
-                  f"spelled in letters: {words}{', ...' if len(unknown) > 10 else ''}")
+            print(f"{len(unknown)} words of the captions are not in the vocabulary of --init and are spelled "
+                  f"out: {words}{', ...' if len(unknown) > 10 else ''}")
 
 
 @torch.no_grad()
-def init_model(flip_config, tokenizer):
-    """A FLIP with random weights, CLIP's and BERT's initial values, or, for the tiny model, which
-    starts from nothing else, larger ones: Xavier for all linear layers; in the text encoder's
-    self-attention, values and outputs larger still, since BERT's 0.02 at width 128 leaves [CLS]
-    nearly blind to the caption; words louder than their positions, so that captions with other words
-    differ from the first step; the image encoder's positions as large as what the patches bring, so
-    that it can tell an eyebrow from a moustache."""
+def init_model(flip_config: FLIPConfig, tokenizer: Tokenizer) -> FLIP:
+    """A FLIP with random weights, initialised like CLIP and BERT. The tiny model, trained from scratch,
+    needs larger values: Xavier for all linear layers; larger still for value and output of the text
+    self-attention, since with BERT's 0.02 at width 128 [CLS] barely depends on the caption; word
+    embeddings larger than positions, so that captions differ from step one; image positions on the
+    scale of the patch embeddings, so that an eyebrow can be told from a moustache."""
     model = FLIP(flip_config, tokenizer)
     if flip_config.vit.width != TINY[0].width:
         return model
@@ -354,11 +355,11 @@ def init_model(flip_config, tokenizer):
     return model
 
 
-def sample_captions(faces, count=3000):
-    """Two captions of each of the first faces, the same each time, to learn a vocabulary from."""
+def sample_captions(faces: Faces, count: int = 3000) -> list[str]:
+    """Two captions of each of the first `count` faces, the same in every call."""
     return [faces.caption(i, np.random.default_rng((i, k)))
             for i in range(min(count, len(faces))) for k in range(2)]
 
 
 if __name__ == "__main__":
-    run_script(lambda: train(parse_arguments()))
+    run_script(lambda: train(parse_arguments(description=__doc__)))

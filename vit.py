@@ -1,30 +1,29 @@
-"""The image encoder: a Vision Transformer, as CLIP has it (ViT-B/16; FLIP paper, section 4.1).
+"""The image encoder: CLIP's Vision Transformer (ViT-B/16; FLIP paper, section 4.1).
 
-    image -> patches -> one linear map each -> [class token; patches] + positions -> LayerNorm
-          -> `depth` blocks of (attention, MLP), each normalised before and added after
+    image -> patches -> linear projection -> [class token; patches] + positions -> LayerNorm
+          -> `depth` pre-norm blocks of (attention, MLP) with residual connections
           -> LayerNorm of all tokens
 
-The class token is what the contrastive loss sees; all tokens are what the text encoder reads in
-image-grounded mode. CLIP's particulars, kept so that its weights load: a LayerNorm before the first
-block, the activation x * sigmoid(1.702 x), a patch convolution without bias. The last LayerNorm is
-where readers differ: CLIP in Hugging Face applies it to the class token alone, all that it pools;
-FLIP's official code applies it to all tokens, because captions read them all, and so do we. (A
-misspelt name makes the official code lose CLIP's weights for it; here they load.)
+The contrastive loss uses the class token; in image-grounded mode the text encoder attends to all
+tokens. Three details follow CLIP, so that its weights load: a LayerNorm before the first block, the
+activation x * sigmoid(1.702 x), a patch convolution without bias. Implementations differ in the
+final LayerNorm: Hugging Face's CLIP applies it only to the pooled class token, the official FLIP to
+all tokens, because cross-attention reads them; so do we. (A misspelt key makes the official code
+drop CLIP's weights for this layer; here they load.)
 
-Capital letters are sizes, the same in every file of this project:
-    B samples in a batch      S pixels on a side       L tokens of an image (1 + its patches)
-    D width of a token        H heads of d = D / H     N tokens of many sequences in one list
-    E size of a feature       Q entries in the queue   K keys of the contrastive loss
-    P captions, each of which may read an image        I images and T texts of a set or gallery
-Files beyond this one add at most a letter or two, and say so.
+Capital letters are sizes, the same in every file:
+    B items of a batch on one process    S pixels on a side         L tokens of an image (1 + patches)
+    D width of a token                   H heads of d = D / H       N tokens of many packed sequences
+    E size of a feature                  Q entries of the queue     K keys of the contrastive loss
+    P captions that attend to images     I images, T texts of a data set or gallery
+A file that adds a letter says so.
 
-Inside the encoders tokens are packed: those of a batch lie in one list (N, D), beside `Sequences`,
-which say where each sequence begins (its `firsts`) and of which sequence, at which of its `places`,
-a token is; `Sequences.uniform(B, L)` are B images of L tokens. Tokens of sequence i look at
-sequence i, of the same list or of another one with as many sequences. All this is
-kernels/attention.py, which may be read later.
+The encoders work on packed tokens: one tensor (N, D) for the whole batch, and a `Sequences` with the
+offset of each sequence. `Sequences.uniform(B, L)` describes B images of L tokens. Sequence i attends
+to sequence i, of the same tensor or of another with as many sequences. Read kernels/attention.py
+next, up to the line where Triton begins: it holds `Sequences` and the attention itself.
 
-Run `python vit.py photo.jpg` to see what an image becomes.
+Run `python vit.py photo.jpg` to see the shapes on the way.
 """
 import argparse
 from dataclasses import dataclass
@@ -61,12 +60,11 @@ class ViTConfig:
         return (self.image_size // self.patch_size) ** 2
 
 
-# ---- the encoder ---------------------------------------------------------------------------------
 class Attention(nn.Module):
-    """Multi-head attention with its four projections; also BERT's, whose cross-attention has keys
-    of another width."""
+    """Multi-head attention with its four projections. BERT uses it too; in cross-attention the keys
+    and values have another width, `key_width`."""
 
-    def __init__(self, width, heads, key_width=None, dropout=0.0):
+    def __init__(self, width: int, heads: int, key_width: int | None = None, dropout: float = 0.0):
         super().__init__()
         self.heads, self.dropout = heads, dropout
         self.query = nn.Linear(width, width)
@@ -74,8 +72,8 @@ class Attention(nn.Module):
         self.value = nn.Linear(key_width or width, width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x, x_sequences, context, context_sequences):
-        """Tokens x (Nx, D) look at the tokens of `context` (Nc, Dc), sequence i at sequence i."""
+    def forward(self, x, x_sequences: Sequences, context, context_sequences: Sequences):
+        """Tokens x (Nx, D) attend to the tokens `context` (Nc, Dc), sequence i to sequence i."""
         query = self.query(x).unflatten(-1, (self.heads, -1))               # (Nx, H, d)
         key = self.key(context).unflatten(-1, (self.heads, -1))             # (Nc, H, d)
         value = self.value(context).unflatten(-1, (self.heads, -1))
@@ -85,12 +83,12 @@ class Attention(nn.Module):
 
 
 def quick_gelu(x):
-    """x * sigmoid(1.702 x), so written that torch computes it at once: silu(y) = y sigmoid(y)."""
+    """x * sigmoid(1.702 x), as one fused operation: silu(y) = y * sigmoid(y)."""
     return F.silu(1.702 * x) / 1.702
 
 
 class ViTBlock(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config: ViTConfig):
         super().__init__()
         self.norm_attention = nn.LayerNorm(config.width)
         self.attention = Attention(config.width, config.heads)
@@ -99,20 +97,21 @@ class ViTBlock(nn.Module):
         self.down = nn.Linear(4 * config.width, config.width)
 
     def forward(self, x, sequences, first_token_only=False):
-        """x (B L, D) packed -> the same; with first_token_only -> (B, D), computed for the first token of
-        each image alone (it still looks at the whole image). That is for the last block, when what
-        follows reads no other token."""
+        """x (B L, D) packed -> (B L, D); with first_token_only -> (B, D): only the class tokens are
+        computed, which still attend to the whole image. The last block uses this when no other
+        token is needed."""
         y = self.norm_attention(x)
         query, query_sequences = y, sequences
         if first_token_only:
-            x, query = x.index_select(0, sequences.first_index), y.index_select(0, sequences.first_index)  # (B, D)
+            first = sequences.first_index
+            x, query = x.index_select(0, first), y.index_select(0, first)                   # (B, D)
             query_sequences = Sequences.uniform(len(x), 1, x.device)
         x = x + self.attention(query, query_sequences, y, sequences)
         return x + self.down(quick_gelu(self.up(self.norm_mlp(x))))
 
 
 class ViT(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config: ViTConfig):
         super().__init__()
         self.config = config
         D, patch = config.width, config.patch_size
@@ -124,11 +123,11 @@ class ViT(nn.Module):
         self.norm_after = nn.LayerNorm(D)
         self.init_weights()
 
-    def forward(self, images, first_token_only=False, return_hidden=False):
-        """images (B, 3, S, S) -> tokens (B, L, D), the class token first.
+    def forward(self, images: torch.Tensor, first_token_only: bool = False, return_hidden: bool = False):
+        """images (B, 3, S, S), normalised -> tokens (B, L, D), the class token first.
 
-        first_token_only: the class tokens (B, D), for which the last block computes nothing else.
-        return_hidden: also a list with the tokens after each block, before the final LayerNorm.
+        first_token_only: return the class tokens (B, D) and skip all others in the last block.
+        return_hidden: also return the list of tokens after each block, before the final LayerNorm.
         """
         size = self.config.image_size
         if images.shape[1:] != (3, size, size):
@@ -151,8 +150,8 @@ class ViT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """CLIP's initial values as Hugging Face has them: a block's contribution shrinks with
-        depth, so that the sum of all keeps its scale."""
+        """Initialise like Hugging Face's CLIP: each block contributes less the more blocks there are,
+        so that the residual stream keeps its scale."""
         D, depth = self.config.width, self.config.depth
         nn.init.normal_(self.class_token, std=D ** -0.5)
         nn.init.normal_(self.positions, std=0.02)
@@ -168,7 +167,7 @@ class ViT(nn.Module):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Show what the image encoder makes of one photograph.")
+    parser = argparse.ArgumentParser(description="Show what the image encoder computes for one image.")
     parser.add_argument("image", nargs="?", help="an image file (default: a grey square)")
     parser.add_argument("--clip", help="weights: file, folder or hub name (openai/clip-vit-base-patch16)")
     args = parser.parse_args()
@@ -184,7 +183,7 @@ def main():
     print(f"pixels       {tuple(pixels.shape)}   normalised, {pixels.min():.2f} to {pixels.max():.2f}")
     for index, tokens_after in enumerate(hidden, start=1):
         length = tokens_after.norm(dim=-1).mean()
-        print(f"block {index:2}     {tuple(tokens_after.shape)}   mean length of a token {length:.2f}")
+        print(f"block {index:2}     {tuple(tokens_after.shape)}   mean norm of a token {length:.2f}")
     print(f"tokens       {tuple(tokens.shape)}   class token first, then {config.num_patches} patches")
     print(f"parameters   {sum(p.numel() for p in vit.parameters()):,}")
 

@@ -1,4 +1,4 @@
-"""What all scripts share: running them, errors, files, flags, tables."""
+"""Helpers of all scripts: running `main`, errors, atomic writes, command-line flags, tables."""
 import argparse
 import contextlib
 import ctypes
@@ -13,20 +13,19 @@ import torch
 
 
 def tune_cpu():
-    """Two things on which a CPU wastes its time. Numbers below 1e-38, which attention that has learned
-    to look at few tokens gives to all others, cost it far more than others do; in a long run steps came
-    to take nearly twice the time, so they are taken for 0 (in threads, too, if said before there are
-    any). And large tensors, whose memory glibc returns to the system as soon as they are freed; to fetch
-    and clear it anew costs several percent. It may keep up to 32 MB a tensor, the most one can ask."""
+    """Avoid two slowdowns on a CPU. Denormals (below 1e-38), which peaked attention produces, nearly doubled
+    the step time of a long run: flush them to zero. (Threads inherit this setting: call this before any
+    starts.) And glibc returns large freed tensors to the system; mapping and zeroing new memory costs several
+    percent: make it keep blocks of up to 32 MB, the maximum it allows."""
     torch.set_flush_denormal(True)
-    with contextlib.suppress(OSError, AttributeError, TypeError):       # there is no glibc
+    with contextlib.suppress(OSError, AttributeError, TypeError):       # without glibc
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-3, 32 * 2 ** 20)           # M_MMAP_THRESHOLD: smaller ones come from the heap
-        mallopt(-1, 2 ** 31 - 1)            # M_TRIM_THRESHOLD: how much of the heap may lie unused
+        mallopt(-3, 32 * 2 ** 20)           # M_MMAP_THRESHOLD: smaller blocks come from the heap
+        mallopt(-1, 2 ** 31 - 1)            # M_TRIM_THRESHOLD: free bytes at which the heap shrinks
 
 
 def run_script(main):
-    """Run a script: what its user can mend ends in a sentence, not in a traceback."""
+    """Run `main`. Print a ValueError or OSError, which the user can fix, in one line, without a traceback."""
     tune_cpu()
     warnings.formatwarning = lambda message, *_: f"{message}\n"
     try:
@@ -37,38 +36,39 @@ def run_script(main):
         raise SystemExit("interrupted")
 
 
-def escape_control_chars(text):
-    """A file's name, for example, whose odd characters cannot steer a terminal."""
+def escape_control_chars(text) -> str:
+    """Escape unprintable characters, so that a file's name, for example, cannot control the terminal."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
 
-def short_message(error):
-    """An error's text, as far as it fits into a sentence."""
+def short_message(error: Exception) -> str:
+    """The first line of an error's message, or its type if it has none."""
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
 @contextlib.contextmanager
-def error_context(what, where):
-    """Whatever goes wrong inside becomes one sentence, which ends with what Python says of it."""
+def error_context(expected: str, where):
+    """Turn any error inside into a one-line ValueError: where, what was expected, Python's message."""
     try:
         yield
     except Exception as error:
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        raise ValueError(f"{where}: expected {what} ({kind}{short_message(error)})") from error
+        raise ValueError(f"{where}: expected {expected} ({kind}{short_message(error)})") from error
 
 
 def check_ranges(config, **limits):
-    """Sizes are read from files, too: better a sentence than all the memory there is."""
-    for name, bound in limits.items():
+    """Raise a ValueError unless every named size is an integer from 1 to its limit. Sizes may come from a
+    file: reject absurd ones before they exhaust memory."""
+    for name, limit in limits.items():
         size = getattr(config, name)
-        if not (isinstance(size, int) and 1 <= size <= bound):
-            raise ValueError(f"{type(config).__name__}: {name} is {size!r}, expected a whole number from 1 "
-                             f"to {bound}")
+        if not (isinstance(size, int) and 1 <= size <= limit):
+            raise ValueError(f"{type(config).__name__}: {name} is {size!r}, expected an integer from 1 to "
+                             f"{limit}")
 
 
 @contextlib.contextmanager
-def atomic_write(path):
-    """A name to write to; the file appears at `path` whole, or, after an error, not at all."""
+def atomic_write(path: str | Path):
+    """Yield a temporary path. It replaces `path` at the end of the block, or is deleted after an error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.urandom(4).hex()}.partial")
@@ -80,42 +80,42 @@ def atomic_write(path):
 
 
 def markdown_table(header, rows):
-    """A table of texts."""
+    """Format a header and rows of cells as a Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
 def flag(default, help, low=0, high=2 ** 62, choices=(), was=""):
-    """A field that is a flag: its default, what it is, what it may be (both ends included), its old name."""
+    """A dataclass field that is a flag: its default, help text, range (inclusive) or choices, former name."""
     return field(default=default, metadata=dict(help=help, low=low, high=high, choices=choices, was=was))
 
 
 def renamed_flags(config, values):
-    """{name: value} as an older version saved them, under the names of today."""
-    today = {f.metadata.get("was"): f.name for f in dataclasses.fields(config)}
-    return {today.get(name, name): value for name, value in values.items()}
+    """Rename the keys of `values`, {flag: value} as an older version saved them, to the current flags."""
+    current = {f.metadata.get("was"): f.name for f in dataclasses.fields(config)}
+    return {current.get(name, name): value for name, value in values.items()}
 
 
 def check_flags(config):
-    """ValueError for the first field that is out of its range; a pair must not fall."""
+    """Raise a ValueError for the first field out of its range; pairs must be in ascending order."""
     for f in filter(lambda f: f.metadata, dataclasses.fields(config)):
         value, rule = getattr(config, f.name), f.metadata
         values = value if isinstance(value, tuple) else (value,)
         if rule["choices"] and not set(values) <= set(rule["choices"]):
             raise ValueError(f"--{f.name} {value}: expected one of {', '.join(rule['choices'])}")
         numbers = [x for x in values if isinstance(x, (int, float))]
-        if not all(rule["low"] <= x <= rule["high"] for x in numbers):          # so nan is refused as well
-            most = "" if rule["high"] == 2 ** 62 else f" and at most {rule['high']}"
-            raise ValueError(f"--{f.name} {value}: expected at least {rule['low']}{most}")
+        if not all(rule["low"] <= x <= rule["high"] for x in numbers):          # also rejects NaN
+            upper = "" if rule["high"] == 2 ** 62 else f" and at most {rule['high']}"
+            raise ValueError(f"--{f.name} {value}: expected at least {rule['low']}{upper}")
         if f.type == tuple[float, float] and (len(value) != 2 or value[0] > value[1]):
             raise ValueError(f"--{f.name} {value}: expected two numbers, the smaller first")
 
 
-def parse_flags(parser, config, argv):
-    """A flag for every field of a configuration; what was given, {name: value}."""
+def parse_flags(parser: argparse.ArgumentParser, config, argv):
+    """Add a flag for every field of the dataclass `config`; return those given in `argv`, {name: value}."""
     for f in filter(lambda f: f.metadata, dataclasses.fields(config)):
-        shown = f" ({f.default})" if f.default not in ("", ()) else ""
-        options = {"default": argparse.SUPPRESS, "help": f.metadata["help"] + shown}
+        default = f" ({f.default})" if f.default not in ("", ()) else ""
+        options = {"default": argparse.SUPPRESS, "help": f.metadata["help"] + default}
         if f.type is bool:
             options["action"] = argparse.BooleanOptionalAction
         elif isinstance(f.default, tuple):

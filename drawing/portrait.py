@@ -1,4 +1,4 @@
-"""From attributes to shapes to pixels."""
+"""Portraits of toy faces: from attributes to `Shape`s (`build_shapes`) to pixels (`render`)."""
 import functools
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -9,51 +9,48 @@ from PIL import Image, ImageDraw
 from captions import ATTRIBUTES
 
 
-# ---- from attributes to pixels -------------------------------------------------------------------
+# ---- shapes, curves and rendering ----------------------------------------------------------------
 class Shape(NamedTuple):
-    """A filled outline, or a stroke where `width` > 0. Lengths are in face units: the chin is at
-    y = 1, the top of the skull at y = -1, x = 0 is the middle."""
+    """A filled outline, or a stroke if `width` > 0. Lengths are in face units: the top of the skull is at
+    y = -1, the chin at y = 1, the middle at x = 0."""
     part: str
     points: list           # (x, y) control points
     colour: tuple          # r, g, b or r, g, b, opacity
     width: float = 0.0
-    smooth: bool = True    # a curve through the points rather than straight lines
-    depth: float = 1.0     # 1 lies on the face, more stands out (nose), 0 is in the plane of the ears
+    smooth: bool = True    # a curve through the points instead of straight lines
+    depth: float = 1.0     # 1: on the face; larger: in front of it (nose); 0: in the plane of the ears
 
 
-BODY = {"neck", "clothes", "tie", "necklace"}  # the parts that do not move with the head
+BODY = {"neck", "clothes", "tie", "necklace"}  # parts that do not move with the head
 
 
-def build_shapes(attributes, rng):
-    """(look, shapes): the person behind the labels, and all that is to be painted, back to front.
-
-    All random numbers are taken at once, whatever the attributes, so one `rng` state is one person:
-    change a label and only that changes in the picture.
-    """
+def build_shapes(attributes: np.ndarray, rng: np.random.Generator):
+    """Return (look, shapes): colours and proportions of one person, and the shapes to paint, back to front.
+    All labels use the same random numbers, so flipping one changes only that attribute in the image."""
     has = {name for name, value in zip(ATTRIBUTES, attributes) if value}
     numbers = iter(rng.random(80).tolist())
-    between = lambda low, high: low + (high - low) * next(numbers)
+    uniform = lambda low, high: low + (high - low) * next(numbers)
     pick = lambda options: options[int(next(numbers) * len(options))]
-    look = SimpleNamespace(**choose_colours(has, between, pick), **choose_proportions(has, between, pick))
-    return look, [shape for part in PART_FUNCTIONS for shape in part(has, look)]
+    look = SimpleNamespace(**choose_colours(has, uniform, pick), **choose_proportions(has, uniform, pick))
+    return look, [shape for part_shapes in PART_FUNCTIONS for shape in part_shapes(has, look)]
 
 
 @functools.lru_cache(maxsize=None)
-def spline(count, closed, steps):
-    """The matrix that takes `count` points to a Catmull-Rom curve through them: `steps` straight
-    lines from each to the next; steps = 1 gives the points themselves. A closed curve returns."""
-    t = np.arange(steps) / steps
+def spline(count, closed, segments):
+    """Matrix that maps `count` control points to a Catmull-Rom curve through them, with `segments` straight
+    lines between neighbours (1: the control points only). A closed curve ends at its first point."""
+    t = np.arange(segments) / segments
     basis = np.stack([-t + 2 * t**2 - t**3, 2 - 5 * t**2 + 3 * t**3, t + 4 * t**2 - 3 * t**3, t**3 - t**2], 1)
     corners = np.arange(count + closed)
-    around = corners[:, None] + (-1, 0, 1, 2)  # the points that shape the curve up to the next corner
-    around = around % count if closed else around.clip(0, count - 1)
-    curve = (basis / 2) @ np.eye(count)[around]  # (corners, steps, count)
-    return curve.reshape(-1, count)[:steps * (len(corners) - 1) + 1]
+    neighbours = corners[:, None] + (-1, 0, 1, 2)  # control points of the curve up to the next corner
+    neighbours = neighbours % count if closed else neighbours.clip(0, count - 1)
+    curve = (basis / 2) @ np.eye(count)[neighbours]  # (corners, segments, count)
+    return curve.reshape(-1, count)[:segments * (len(corners) - 1) + 1]
 
 
-def project_outlines(look, shapes, canvas, steps):
-    """One (n, 2) array of pixels per shape: the head turned, nodding, tilted about the neck, and
-    put in the picture, with `steps` straight lines from point to point of a curve."""
+def project_outlines(look, shapes: list[Shape], canvas, segments):
+    """Outlines in pixels, one array (n, 2) per shape, after the head's yaw, pitch and roll about the neck.
+    Curves have `segments` straight lines between neighbouring control points."""
     counts = [len(shape.points) for shape in shapes]
     x, y = np.array([point for shape in shapes for point in shape.points]).T
     depth = np.repeat([shape.depth * (shape.part not in BODY) for shape in shapes], counts)
@@ -62,12 +59,12 @@ def project_outlines(look, shapes, canvas, steps):
     x, y = x + z * look.yaw, y + z * look.pitch - 1.0
     x, y = x * np.cos(roll) - y * np.sin(roll), x * np.sin(roll) + y * np.cos(roll) + 1.0
     pixels = (np.stack([x, y], 1) * look.scale + look.centre) * canvas
-    return [spline(len(points), shape.width == 0, steps if shape.smooth else 1) @ points
+    return [spline(len(points), shape.width == 0, segments if shape.smooth else 1) @ points
             for shape, points in zip(shapes, np.split(pixels, np.cumsum(counts)[:-1]))]
 
 
-def render(look, shapes, canvas):
-    """The picture, canvas x canvas: a background between four colours, then shape over shape."""
+def render(look, shapes: list[Shape], canvas: int) -> Image.Image:
+    """Paint the shapes in order over a gradient of four corner colours; return an image, canvas x canvas."""
     corners = Image.frombytes("RGB", (2, 2), bytes(value for colour in look.backdrop for value in colour))
     image = corners.resize((canvas, canvas), Image.BILINEAR, box=(0.5, 0.5, 1.5, 1.5))
     pen = ImageDraw.Draw(image, "RGBA")
@@ -79,7 +76,7 @@ def render(look, shapes, canvas):
     return image
 
 
-# ---- colours, proportions, and one function per part ---------------------------------------------
+# ---- colours, proportions, and one function per part of the portrait -----------------------------
 BEARDS = ("5_o_Clock_Shadow", "Goatee", "Mustache", "Sideburns")
 CIRCLE = [(float(np.cos(angle)), float(np.sin(angle))) for angle in np.arange(8) * np.pi / 4]
 
@@ -89,24 +86,24 @@ def oval(x, y, half_width, half_height):
 
 
 def mix(a, b, amount):
-    """The colour `amount` of the way from a to b."""
+    """The colour a fraction `amount` of the way from a to b."""
     return tuple(int(x + (y - x) * amount) for x, y in zip(a, b))
 
 
 def mirrored(side, *points):
-    """Points given for the right half (x > 0), put on `side`: 1 as they are, -1 mirrored."""
+    """Points of the right half (x > 0), mirrored to the left if `side` is -1."""
     return [(side * x, y) for x, y in points]
 
 
 def symmetric(right):
-    """The closed outline whose right half is given; points with x = 0 are not doubled."""
+    """Closed outline from its right half; points with x = 0 are not duplicated."""
     return [*right, *((-x, y) for x, y in right[::-1] if x)]
 
 
 BLACK, WHITE = (20, 16, 18), (255, 255, 255)
 SKINS = ((248, 212, 184), (236, 188, 152), (212, 158, 118), (170, 116, 82), (120, 78, 54))
 HAIRS = {"Bald": (112, 68, 40), "Black_Hair": (36, 30, 36), "Blond_Hair": (234, 196, 106),
-         "Gray_Hair": (176, 178, 184), "Brown_Hair": (112, 68, 40)}  # the first counts; of the bald: brows
+         "Gray_Hair": (176, 178, 184), "Brown_Hair": (112, 68, 40)}  # first match wins; Bald: for the brows
 OTHER_HAIRS = ((196, 86, 36), (150, 46, 34), (210, 110, 62), (176, 70, 44), (170, 60, 110), (74, 110, 140))
 IRISES = ((82, 52, 32), (58, 104, 150), (74, 120, 74), (120, 84, 40))
 LIPSTICKS = ((200, 30, 58), (216, 62, 110), (156, 24, 66), (224, 70, 60))
@@ -119,13 +116,13 @@ METALS = ((246, 206, 84), (236, 240, 246))
 FRAMES = ((30, 30, 36), (120, 40, 40), (60, 44, 30))
 
 
-def choose_colours(has, between, pick):
-    """Every colour of the picture; what captions do not name comes from `between` and `pick`."""
-    skin = mix(*pick(tuple(zip(SKINS, SKINS[1:]))), between(0, 1))
+def choose_colours(has, uniform, pick):
+    """All colours of an image; those that no attribute determines are random."""
+    skin = mix(*pick(tuple(zip(SKINS, SKINS[1:]))), uniform(0, 1))
     if "Pale_Skin" in has:
         skin = mix(skin, (255, 242, 238), 0.84)
     hair = next((colour for name, colour in HAIRS.items() if name in has), pick(OTHER_HAIRS))
-    shade = between(-0.12, 0.12)
+    shade = uniform(-0.12, 0.12)
     hair = mix(hair, WHITE if shade > 0 else BLACK, abs(shade))
     lipstick, cloth, backdrop, second = pick(LIPSTICKS), pick(CLOTHES), pick(BACKDROPS), pick(BACKDROPS)
     return dict(
@@ -134,38 +131,38 @@ def choose_colours(has, between, pick):
         lips=lipstick if "Wearing_Lipstick" in has else mix(skin, (160, 56, 60), 0.46),
         cloth=cloth, cloth_dark=mix(cloth, BLACK, 0.25), line=mix(skin, (40, 10, 14), 0.58),
         iris=pick(IRISES), eye_shadow=pick(EYE_SHADOWS), metal=pick(METALS), frame=pick(FRAMES),
-        accent=pick(CLOTHES[:5]), backdrop=[mix(backdrop, second, between(0, 0.6)) for _ in range(4)])
+        accent=pick(CLOTHES[:5]), backdrop=[mix(backdrop, second, uniform(0, 0.6)) for _ in range(4)])
 
 
-def choose_proportions(has, between, pick):
-    """Where things are and how large: attributes set the range, `between` the person within it."""
+def choose_proportions(has, uniform, pick):
+    """Positions and sizes: attributes set the range, `uniform` samples the person within it."""
     male, oval_face, chubby, young = (name in has for name in ("Male", "Oval_Face", "Chubby", "Young"))
     return dict(
-        skew=pick((-1, 1)) * between(0.05, 0.075) * ("Attractive" not in has),
-        width=between(0.73, 0.79) - 0.11 * oval_face + 0.13 * chubby,
-        jaw=between(0.58, 0.63) + 0.06 * male - 0.13 * oval_face + 0.18 * chubby + 0.03 * (not young),
-        chin=between(0.24, 0.29) + 0.07 * male - 0.06 * oval_face + 0.10 * chubby,
-        eye_x=between(0.32, 0.35), eye_y=between(-0.10, -0.04), eye_width=between(0.19, 0.215),
-        eye_height=between(0.125, 0.145) * (0.36 if "Narrow_Eyes" in has else 1), gaze=between(-0.03, 0.03),
-        brow_y=between(-0.35, -0.30), nose_y=between(0.27, 0.33),
-        mouth_y=between(0.60, 0.65), mouth_width=between(0.22, 0.26), neck=0.33 + 0.11 * male + 0.10 * chubby,
-        volume=between(0.12, 0.22), parting=between(-0.2, 0.2), length=between(0.95, 1.7),
-        hat_height=between(0.32, 0.5), brimmed=pick((False, True)), round_glasses=pick((False, True)),
-        spots=[(between(-0.5, 0.5), between(-0.5, 0.75), between(0.034, 0.05)) for _ in range(6)],
-        light=pick((-1, 1)), shading=int(between(30, 75)),
-        yaw=between(-0.28, 0.28), pitch=between(-0.10, 0.10), roll=between(-0.10, 0.10),
-        scale=between(0.33, 0.36), centre=(between(0.475, 0.525), between(0.465, 0.495)))
+        skew=pick((-1, 1)) * uniform(0.05, 0.075) * ("Attractive" not in has),
+        width=uniform(0.73, 0.79) - 0.11 * oval_face + 0.13 * chubby,
+        jaw=uniform(0.58, 0.63) + 0.06 * male - 0.13 * oval_face + 0.18 * chubby + 0.03 * (not young),
+        chin=uniform(0.24, 0.29) + 0.07 * male - 0.06 * oval_face + 0.10 * chubby,
+        eye_x=uniform(0.32, 0.35), eye_y=uniform(-0.10, -0.04), eye_width=uniform(0.19, 0.215),
+        eye_height=uniform(0.125, 0.145) * (0.36 if "Narrow_Eyes" in has else 1), gaze=uniform(-0.03, 0.03),
+        brow_y=uniform(-0.35, -0.30), nose_y=uniform(0.27, 0.33),
+        mouth_y=uniform(0.60, 0.65), mouth_width=uniform(0.22, 0.26), neck=0.33 + 0.11 * male + 0.10 * chubby,
+        volume=uniform(0.12, 0.22), parting=uniform(-0.2, 0.2), length=uniform(0.95, 1.7),
+        hat_height=uniform(0.32, 0.5), brimmed=pick((False, True)), round_glasses=pick((False, True)),
+        spots=[(uniform(-0.5, 0.5), uniform(-0.5, 0.75), uniform(0.034, 0.05)) for _ in range(6)],
+        light=pick((-1, 1)), shading=int(uniform(30, 75)),
+        yaw=uniform(-0.28, 0.28), pitch=uniform(-0.10, 0.10), roll=uniform(-0.10, 0.10),
+        scale=uniform(0.33, 0.36), centre=(uniform(0.475, 0.525), uniform(0.465, 0.495)))
 
 
 def face_outline(look, grow=0.0):
-    """The contour of the head, from the top of the skull clockwise."""
+    """Contour of the head, clockwise from the top of the skull."""
     w, jaw, chin = look.width + grow, look.jaw + grow, look.chin + grow / 2
     return symmetric([(0, -1.0), (w * 0.55, -0.92), (w * 0.93, -0.55), (w, -0.05), (w * 0.96, 0.28),
                       (jaw, 0.60), (chin, 0.93 + grow), (0, 1.0 + grow)])
 
 
 def back_hair(has, look):
-    """What hangs behind the head, to the nape for men; a woman's other hair is put up."""
+    """Hair behind the head, to the nape for men. Women's hair that is neither straight nor wavy is put up."""
     w, top, end = look.width, -1 - look.volume, 0.42 if "Male" in has else look.length
     if "Wavy_Hair" in has:
         heights = np.linspace(-0.5, end, 8).tolist()
@@ -180,7 +177,7 @@ def back_hair(has, look):
 
 
 def bust(has, look):
-    """Neck, shoulders and collar, with a necktie a dark jacket over a white shirt; a necklace."""
+    """Neck, shoulders and collar (with a necktie, a dark jacket over a white shirt), and a necklace."""
     tie, w = "Wearing_Necktie" in has, look.neck
     yield Shape("neck", symmetric([(w, 0.5), (w + 0.04, 1.3), (0, 1.75)]), look.skin, smooth=False)
     shadow = [(x, y + 0.16) for x, y in face_outline(look, -0.1)]
@@ -202,7 +199,7 @@ def bust(has, look):
 
 
 def head(has, look):
-    """Ears, the face, its side away from the light, and a second chin below the first."""
+    """Ears, face, shading of the side away from the light, and a double chin."""
     for x in (-look.width, look.width):
         yield Shape("ear", oval(x, 0.02, 0.11, 0.19), mix(look.skin, look.skin_dark, 0.4), depth=0)
         yield Shape("ear", oval(x * 1.04, 0.02, 0.05, 0.10), look.skin_dark, depth=0)
@@ -220,7 +217,7 @@ def head(has, look):
 
 
 def skin(has, look):
-    """High or rosy cheeks, blemishes, and lines of age on the forehead, beside mouth and eyes."""
+    """High cheekbones, rosy cheeks, blemishes, and wrinkles on the forehead and beside mouth and eyes."""
     for side in (-1, 1):
         if "High_Cheekbones" in has:
             hollow = mirrored(side, (0.34, 0.42), (0.5, 0.29), (0.68, 0.1), (0.66, 0.3), (0.55, 0.46))
@@ -244,9 +241,9 @@ def skin(has, look):
 
 
 def beard(has, look):
-    """All facial hair but the moustache, which lies over the lips."""
+    """All facial hair except the moustache, which is painted over the lips (see `mouth`)."""
     full = not has & {"No_Beard", *BEARDS}
-    if full or "5_o_Clock_Shadow" in has:  # the cheeks below `top`, the chin and the upper lip
+    if full or "5_o_Clock_Shadow" in has:  # cheeks below `top`, chin and upper lip
         top, reach, colour = (0.05, 1.04, look.hair_dark) if full else (0.28, 0.97, (48, 50, 64, 90))
         edge = [(look.width * 0.95 * reach, top), (look.jaw * reach, 0.60), (look.chin * reach, 0.93 * reach)]
         inner = [(look.width * 0.82, top + 0.02), (look.jaw * 0.72, 0.45), (0.1, 0.45)]
@@ -258,8 +255,8 @@ def beard(has, look):
     if "Sideburns" in has:
         w = look.width
         for side in (-1, 1):
-            outline = mirrored(side, (w + 0.02, -0.3), (w + 0.02, 0.25), (look.jaw + 0.02, 0.56), (w - 0.2, 0.42),
-                               (w - 0.13, 0.0), (w - 0.1, -0.3))
+            outline = mirrored(side, (w + 0.02, -0.3), (w + 0.02, 0.25), (look.jaw + 0.02, 0.56),
+                               (w - 0.2, 0.42), (w - 0.13, 0.0), (w - 0.1, -0.3))
             yield Shape("beard", outline, look.hair_dark)
 
 
@@ -283,7 +280,7 @@ def eyes(has, look):
     makeup, w, h = "Heavy_Makeup" in has, look.eye_width, look.eye_height
     for side in (-1, 1):
         x, y = side * look.eye_x, look.eye_y + side * look.skew
-        # A point of the eye: x from the inner (-1) to the outer (1) corner, y in eye heights.
+        # points of the eye: x from the inner (-1) to the outer corner (1), y in eye heights
         place = lambda *points: [(x + side * w * px, y + h * py) for px, py in points]
         if makeup:
             above = y - h - 0.12
@@ -315,7 +312,8 @@ def brows(has, look):
         y = look.brow_y - 1.2 * side * look.skew - thick / 2
         upper = [(0.14, y - 0.01), (0.26, y - rise * 0.75), (0.40, y - rise), (0.50, y - rise * 0.5)]
         lower = [(px, py + thick) for px, py in upper[::-1]]
-        yield Shape("brow", mirrored(side, *upper, (0.57, y + 0.09), *lower), mix(look.hair_dark, BLACK, 0.35))
+        yield Shape("brow", mirrored(side, *upper, (0.57, y + 0.09), *lower),
+                    mix(look.hair_dark, BLACK, 0.35))
 
 
 def mouth(has, look):
@@ -346,7 +344,7 @@ def mouth(has, look):
 
 
 def top_hair(has, look):
-    """The cap of hair: an outer arc over the skull, and the hairline as its inner edge."""
+    """Hair on top of the head: an outer arc over the skull, with the hairline as inner edge."""
     if "Bald" in has:
         yield Shape("shine", oval(look.light * 0.3, -0.75, 0.16, 0.09), (*look.skin_light, 170))
         return
@@ -365,7 +363,7 @@ def top_hair(has, look):
 
 
 def strands(has, look):
-    """How loose hair falls from the parting; a sheen on hair that is neither straight nor wavy."""
+    """Strands of loose hair from the parting down; a sheen on hair that is neither straight nor wavy."""
     if has & {"Bald", "Receding_Hairline", "Wearing_Hat"}:
         return
     top = -0.97 - look.volume * 0.6
@@ -421,11 +419,13 @@ def accessories(has, look):
             outline = mirrored(side, *lens)
             yield Shape("glasses", outline, (225, 240, 250, 60), smooth=look.round_glasses)
             yield Shape("glasses", outline + outline[:1], look.frame, 0.06, look.round_glasses)
-            yield Shape("glasses", mirrored(side, (x + w, y - 0.06), (look.width, y - 0.08)), look.frame, 0.06)
+            yield Shape("glasses", mirrored(side, (x + w, y - 0.06), (look.width, y - 0.08)),
+                        look.frame, 0.06)
         yield Shape("glasses", [(w - x, y - 0.04), (0, y - 0.08), (x - w, y - 0.04)], look.frame, 0.06)
     if "Wearing_Earrings" in has:
         for side in (-1, 1):
             yield Shape("earring", oval(side * (look.width + 0.04), 0.34, 0.075, 0.11), look.metal, depth=0)
 
 
-PART_FUNCTIONS = (back_hair, bust, head, skin, beard, nose, eyes, mouth, top_hair, strands, locks, bangs, brows, accessories)
+PART_FUNCTIONS = (back_hair, bust, head, skin, beard, nose, eyes, mouth, top_hair, strands, locks, bangs,
+                  brows, accessories)  # in painting order

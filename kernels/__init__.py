@@ -1,6 +1,6 @@
-"""The GPU hot path: the two places where time and memory go, each a file with the mathematics,
-plain PyTorch, the Triton kernels and the public function. `python bench.py` compares and
-times them, `--compile-only` compiles them without a GPU."""
+"""All attention and all ITC (contrastive loss) of this project, on CPUs as well as GPUs. Each file has the
+mathematics, a plain PyTorch version, which CPUs run, Triton kernels for NVIDIA GPUs, and a public function
+that picks one. `python bench.py` checks and times both; `--compile-only` compiles them without a GPU."""
 from types import SimpleNamespace
 
 import torch
@@ -8,12 +8,12 @@ import torch
 try:
     import triton
     import triton.language as tl
-except ImportError:         # Triton comes for Linux only; elsewhere the kernels are text that nobody runs
+except ImportError:         # Triton is for Linux only; elsewhere the kernels are defined but never run
     triton = SimpleNamespace(jit=lambda kernel=None, **_: kernel or (lambda kernel: kernel))
     tl = SimpleNamespace(constexpr=lambda value: value)
 
 
-def triton_supports(tensor):
-    """Whether Triton is here and the tensor on a GPU that we compile for: NVIDIA, 8.0 or more."""
+def triton_supports(tensor: torch.Tensor) -> bool:
+    """Whether Triton is installed and the tensor on an NVIDIA GPU of compute capability 8.0 or higher."""
     return (tensor.is_cuda and hasattr(triton, "compile") and torch.version.hip is None
             and torch.cuda.get_device_capability(tensor.device) >= (8, 0))

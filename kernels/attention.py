@@ -1,23 +1,22 @@
-"""Attention over packed sequences: the only attention of this project.
+"""Multi-head attention over packed sequences: all attention of this project, on CPUs and GPUs.
 
-Sentences differ in length, so tokens travel packed: instead of a rectangle (sentences, longest),
-filled up with padding, all tokens lie in one long list, and `Sequences` says where each sequence
-starts. Linear layers and norms then spend nothing on padding. One function serves three uses:
+Captions differ in length, so tokens are packed: one tensor stores the tokens of all sequences contiguously,
+without padding, and `Sequences` says where each sequence begins. Linear layers and norms then compute
+nothing for padding. `attention` serves three uses:
 
-    images attending to themselves      queries = keys = image tokens, every sequence equally long
-    captions attending to themselves    queries = keys = text tokens, lengths differ
-    captions attending to images        query sequence i: all captions that read image i, one after
-                                        the other, since it does not matter to a token who else
-                                        looks at the image; its keys and values are there once
+    self-attention of images       queries = keys = image tokens, all sequences equally long
+    self-attention of captions     queries = keys = text tokens, lengths differ
+    captions attending to images   query sequence i: all captions that attend to image i, as one sequence,
+                                   since queries do not interact; image i's keys and values are stored once
 
-Two paths compute the same. On a GPU the Triton kernels, in the second half of this file, read the
-packed tokens where they lie. Elsewhere it is softmax(q k^T / sqrt(d)) v as it stands, on rectangles:
-`padded_attention` pads what comes in and takes the padding out of the result.
+On a CPU attention pads: `padded_attention`, in plain PyTorch, pads queries, keys and values to the longest
+sequence, computes softmax(q k^T / sqrt(d)) v, and removes the padding from the result. On a GPU the Triton
+kernels in the second half of this file work on the packed tokens, without padding.
 
-Capital letters are sizes, here as in the whole project: B sequences, the samples of a batch, have
-N tokens in all and up to L each; H heads of d = D / H channels share the width D. Where queries and
-keys differ, query sequences have up to Lq tokens and key sequences up to Lk.
-Run `python bench.py attention` to compare and time it.
+Capital letters are sizes, as in vit.py: B sequences, one for each item of a batch on one process, have N
+tokens in all and up to L_max each (L for images); H heads of d = D / H channels share the width D. Where
+they differ, L_max is Lq for query and Lk for key sequences.
+Run `python bench.py attention` to check and time it.
 """
 from dataclasses import dataclass
 
@@ -31,33 +30,33 @@ from kernels import tl, triton, triton_supports
 # ---- packed sequences ----------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Sequences:
-    """Where each of B sequences lies in one long list of N tokens: sequence s is
-    tokens[starts[s]:starts[s + 1]]. What is computed from this lies on the tokens' device."""
+    """Layout of B sequences packed into one tensor of N tokens: tokens[offsets[i]:offsets[i + 1]] is
+    sequence i. All tensors but `lengths`, including the properties, are on the tokens' device."""
     lengths: Tensor     # (B,) int64, always on the CPU, so that sizes are known without waiting for the GPU
-    offsets: Tensor     # (B + 1,) int32, on the device of the tokens
-    max_length: int     # L
-    num_tokens: int        # N
+    offsets: Tensor     # (B + 1,) int32
+    max_length: int     # L_max
+    num_tokens: int     # N
 
     @staticmethod
-    def from_lengths(lengths, device="cpu"):
+    def from_lengths(lengths: Tensor | list[int], device="cpu") -> "Sequences":
         lengths = torch.as_tensor(lengths, dtype=torch.int64)
         offsets = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
         max_length, tokens = int(lengths.max()), int(lengths.sum())
         return Sequences(lengths, offsets.to(device, non_blocking=True), max_length, tokens)
 
     @staticmethod
-    def uniform(count, length, device="cpu"):
+    def uniform(count: int, length: int, device="cpu") -> "Sequences":
         offsets = torch.arange(count + 1, dtype=torch.int32, device=device) * length
         return Sequences(torch.full((count,), length), offsets, length, count * length)
 
-    def merge_groups(self, counts):
-        """Neighbours made one: the first counts[0] sequences, the next counts[1], and so on; counts:
-        int64, on the CPU."""
+    def merge_groups(self, counts: Tensor) -> "Sequences":
+        """Merge consecutive sequences: the first counts[0], the next counts[1], ... (int64, on the CPU)."""
         ends = F.pad(self.lengths.cumsum(0), (1, 0))[F.pad(counts.cumsum(0), (1, 0))]
         return Sequences.from_lengths(ends.diff(), self.offsets.device)
 
     def to(self, device):
-        return Sequences(self.lengths, self.offsets.to(device, non_blocking=True), self.max_length, self.num_tokens)
+        return Sequences(self.lengths, self.offsets.to(device, non_blocking=True), self.max_length,
+                         self.num_tokens)
 
     def __len__(self):
         return len(self.lengths)
@@ -73,127 +72,126 @@ class Sequences:
 
     @property
     def sequence_ids(self):
-        """Which sequence each token belongs to, (N,) int64."""
+        """Index of the sequence each token belongs to, (N,) int64."""
         tokens = torch.arange(self.num_tokens, device=self.offsets.device)
         return torch.searchsorted(self.offsets, tokens, right=True) - 1
 
     @property
     def position_ids(self):
-        """0, 1, 2, ... anew for each sequence: every token's place in its own, (N,) int64."""
+        """Position of each token in its sequence, (N,) int64: 0, 1, 2, ..., restarting at every sequence."""
         return torch.arange(self.num_tokens, device=self.offsets.device) - self.offsets[self.sequence_ids]
 
     @property
     def padded_index(self):
-        """Every token's place in the padded (B * L) layout, (N,) int64."""
+        """Index of each token in the padded layout (B * L_max), (N,) int64."""
         return self.sequence_ids * self.max_length + self.position_ids
 
     @property
     def token_mask(self):
-        """Which places of the padded (B, L) layout hold a token, bool."""
+        """True where the padded layout (B, L_max) holds a token, False for padding."""
         return torch.arange(self.max_length, device=self.offsets.device) < self.offsets.diff()[:, None]
 
 
 def pad(tokens, sequences):
-    """Packed (N, H, d) -> (B, H, L, d), zeros where there is no token."""
-    B, L = len(sequences), sequences.max_length
+    """Packed (N, H, d) -> padded with zeros (B, H, L_max, d)."""
+    B, L_max = len(sequences), sequences.max_length
     if not sequences.is_uniform:
-        tokens = tokens.new_zeros(B * L, *tokens.shape[1:]).index_copy(0, sequences.padded_index, tokens)
-    return tokens.unflatten(0, (B, L)).transpose(1, 2)
+        tokens = tokens.new_zeros(B * L_max, *tokens.shape[1:]).index_copy(0, sequences.padded_index, tokens)
+    return tokens.unflatten(0, (B, L_max)).transpose(1, 2)
 
 
 def unpad(padded, sequences):
-    """(B, H, L, d) -> packed (N, H, d)."""
+    """Padded (B, H, L_max, d) -> packed (N, H, d)."""
     tokens = padded.transpose(1, 2).flatten(0, 1)
     return tokens if sequences.is_uniform else tokens.index_select(0, sequences.padded_index)
 
 
 # ---- attention -----------------------------------------------------------------------------------
 def dropout_mask(weights, dropout):
-    """1 for the weights that dropout leaves, 0 for the others. 16 random bits decide about each, since
-    drawing a number for every weight takes a CPU longer than all the rest of attention."""
+    """A mask like `weights`: 0 with probability `dropout`, else 1. Uses 16 random bits per weight: on a CPU,
+    drawing a full random number for each would take longer than the rest of attention."""
     count = weights.numel()
     random = torch.randint(-2 ** 63, 2 ** 63 - 1, (-(-count // 4),), device=weights.device)     # 64 bits each
-    lots = random.view(torch.int16)[:count].view(weights.shape)
-    return (lots >= round(dropout * 2 ** 16) - 2 ** 15).to(weights.dtype)
+    bits = random.view(torch.int16)[:count].view(weights.shape)
+    return (bits >= round(dropout * 2 ** 16) - 2 ** 15).to(weights.dtype)
 
 
 def padded_attention(query, key, value, query_sequences, key_sequences, dropout=0.0):
-    """The formula as it stands, on sequences that are padded to one length."""
+    """`attention` in plain PyTorch, on sequences padded to one length."""
     query = pad(query * query.shape[-1] ** -0.5, query_sequences)                   # (B, H, Lq, d)
     key, value = pad(key, key_sequences), pad(value, key_sequences)                 # (B, H, Lk, d)
-    with torch.autocast(query.device.type, enabled=False):      # it would make the softmax float32
+    with torch.autocast(query.device.type, enabled=False):      # autocast would run the softmax in float32
         logits = query @ key.mT                                                     # (B, H, Lq, Lk)
         if not key_sequences.is_uniform:
-            nothing = ~key_sequences.token_mask[:, None, None]
-            logits = logits.masked_fill(nothing, torch.finfo(logits.dtype).min)
+            padding = ~key_sequences.token_mask[:, None, None]                      # (B, 1, 1, Lk)
+            logits = logits.masked_fill(padding, torch.finfo(logits.dtype).min)
         weights = logits.softmax(-1)
         if dropout > 0:
             weights, value = weights * dropout_mask(weights, dropout), value / (1 - dropout)
         return unpad(weights @ value, query_sequences)                              # (N, H, d)
 
 
-def attention(query, key, value, query_sequences, key_sequences, dropout=0.0):
-    """softmax(q k^T / sqrt(d)) v for every head, where query sequence i looks at key sequence i.
+def attention(query: Tensor, key: Tensor, value: Tensor, query_sequences: Sequences,
+              key_sequences: Sequences, dropout: float = 0.0) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v for every head; query sequence i attends to key sequence i.
 
-    query: (N, H, d), packed as query_sequences says; key, value: the same, as key_sequences says.
-    dropout: the probability with which an attention weight is dropped. Returns the shape of query.
-    Under autocast it computes in autocast's type.
-    """
-    found = len(query), len(key), len(key_sequences)
-    if (query_sequences.num_tokens, key_sequences.num_tokens, len(query_sequences)) != found:
+    query: (N, H, d), packed as `query_sequences`; key, value: likewise, as `key_sequences`; dropout: the
+    probability of dropping an attention weight. Returns a tensor of query's shape, under autocast in
+    autocast's dtype. Raises ValueError if tensors and sequences do not match."""
+    sizes = len(query), len(key), len(key_sequences)
+    if (query_sequences.num_tokens, key_sequences.num_tokens, len(query_sequences)) != sizes:
         raise ValueError(
-            f"attention: {len(query)} queries for {len(query_sequences)} sequences of "
-            f"{query_sequences.num_tokens} tokens, {len(key)} keys for {len(key_sequences)} of "
-            f"{key_sequences.num_tokens}: expected one for each token, and as many sequences of both")
+            f"attention: expected a query and a key per token and as many query as key sequences, found "
+            f"{len(query)} queries for {len(query_sequences)} sequences of {query_sequences.num_tokens} "
+            f"tokens, {len(key)} keys for {len(key_sequences)} of {key_sequences.num_tokens}")
     device = query.device.type
     if torch.is_autocast_enabled(device):
         query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
     if not uses_triton(query):
         return padded_attention(query, key, value, query_sequences, key_sequences, dropout)
-    seed = torch.randint(2 ** 62, ())       # on the CPU: the host need not wait for the GPU to read it
-    out, _ = attention_forward(query.contiguous(), key.contiguous(), value.contiguous(), query_sequences.offsets,
-                               key_sequences.offsets, query_sequences.max_length, key_sequences.max_length, dropout,
-                               seed)
+    seed = torch.randint(2 ** 62, ())       # on the CPU, so that reading it does not wait for the GPU
+    out, _ = attention_forward(query.contiguous(), key.contiguous(), value.contiguous(),
+                               query_sequences.offsets, key_sequences.offsets,
+                               query_sequences.max_length, key_sequences.max_length, dropout, seed)
     return out
 
 
-# ==== A first reading may stop here: the same without padding and copies, as Triton kernels ====
+# ==== The rest is Triton; a first reading can stop here ====
 #
-# For one head and one pair of sequences, with queries q (Lq, d), keys k and values v (Lk, d),
-# scores s and weights w, where * multiplies element by element:
+# The same without padding or copies. For one head and one pair of sequences, with queries q (m, d), keys k
+# and values v (n, d), scores s and weights w, where * multiplies element by element:
 #
 #     s = q k^T / sqrt(d)      w = softmax(s) = exp(s - lse)      o = (w * r) v
-#     r: what dropout leaves, 0 or 1 / (1 - dropout); 1 without dropout
+#     r: the dropout factor of each weight, 0 or 1 / (1 - dropout); 1 without dropout
 #
-# The kernels never write s or w (FlashAttention, arXiv 2205.14135 and 2307.08691): blocks of keys
-# stream by while each query keeps the largest score so far, the sum of weights and the weighted sum
-# of values. For the backward pass only o and lse, the logarithm of the sum of exp(s), one number a
-# row, are kept beside the inputs; w comes back block by block as exp(s - lse). From do, the
-# gradient of the loss by o, follow the others:
+# The kernels never store s or w (FlashAttention, arXiv 2205.14135 and 2307.08691). They stream over blocks
+# of keys, and each query keeps the largest score so far (row_max), the sum of weights (row_sum) and the
+# weighted sum of values (acc). For the backward pass only the inputs, o and lse, the log-sum-exp of each row
+# of s, are saved; w is recomputed block by block. With do, the gradient of the loss with respect to o:
 #
 #     dv = (w * r)^T do        dw = r * (do v^T)
 #     ds = w * (dw - delta)    delta_i = do_i o_i, which equals sum_j w_ij dw_ij
 #     dq = ds k / sqrt(d)      dk = ds^T q / sqrt(d)
 #
-# Two backward kernels: one program per block of queries gathers dq; one per block of keys gathers
-# dk and dv from every query that reads them. Nobody adds to anyone else's sum, so there
-# are no atomics, and equal runs give equal bits.
+# Two backward kernels: one program per query block accumulates dq; one per key block accumulates dk and dv.
+# No two programs add to one sum, so there are no atomics, and runs are bit-identical.
 #
-# 197 tokens are three blocks of 64 and 5 left over. The full blocks need no mask; what is left over
-# is done in steps of TAIL = 16, so 208 columns are computed instead of 256.
+# 197 tokens are three blocks of 64 and a remainder of 5. Full blocks need no mask; the remainder is processed
+# in blocks of TAIL = 16, so 208 columns are computed instead of 256.
 #
-# Programs run in a grid (sequences, blocks of the longest, heads). What a kernel declares
-# tl.constexpr is known when it is compiled, and so it is in the functions that it calls.
+# The grid is (sequences, blocks of the longest sequence, heads). Each program loops over blocks of BLOCK_N
+# keys for its BLOCK_M queries, but in bwd_dkdv over BLOCK_N queries for its BLOCK_M keys. Arguments declared
+# tl.constexpr are compile-time constants, also in the functions that a kernel calls.
 
-# ---- what the kernels share ----------------------------------------------------------------------
-LOG2_E = tl.constexpr(1.4426950408889634)       # the hardware has exp2, not exp: s and lse carry this factor
+# ---- shared by the kernels -----------------------------------------------------------------------
+LOG2_E = tl.constexpr(1.4426950408889634)       # GPUs have exp2, not exp: s and lse include this factor
 
 
 @triton.jit
 def load(tensor, start, end, ROWS, d, BLOCK_D, MASKED):
-    """One head of the tokens start to start + ROWS of a tensor (N, H, d): (ROWS, BLOCK_D), zeros
-    beyond d and, if MASKED, from token `end` on. lse and delta are (N, H), so they have d = 1."""
-    stride = tl.num_programs(2) * d             # from token to token: H d
+    """Load tokens start to start + ROWS of one head of a tensor (N, H, d): (ROWS, BLOCK_D), zeros beyond
+    channel d and, if MASKED, from token `end` on. lse and delta are (N, H), so their d is 1."""
+    stride = tl.num_programs(2) * d             # between tokens: H d
     first = tensor + start * stride.to(tl.int64) + tl.program_id(2) * d     # start * stride may exceed int32
     rows, channels = tl.arange(0, ROWS)[:, None], tl.arange(0, BLOCK_D)[None, :]
     mask = channels < d
@@ -204,7 +202,7 @@ def load(tensor, start, end, ROWS, d, BLOCK_D, MASKED):
 
 @triton.jit
 def store(tensor, start, end, x, d):
-    """The reverse: x (ROWS, BLOCK_D) becomes tokens start to start + ROWS, none from `end` on."""
+    """Store x (ROWS, BLOCK_D) as tokens start to start + ROWS of one head, omitting those from `end` on."""
     stride = tl.num_programs(2) * d
     first = tensor + start * stride.to(tl.int64) + tl.program_id(2) * d
     rows, channels = tl.arange(0, x.shape[0])[:, None], tl.arange(0, x.shape[1])[None, :]
@@ -214,19 +212,17 @@ def store(tensor, start, end, x, d):
 
 @triton.jit
 def dot(a, b):
-    """Matrix product, summed in float32; float32 inputs are multiplied nearly as exactly."""
+    """Matrix product accumulated in float32; "tf32x3" gives float32 inputs nearly float32 precision."""
     return tl.dot(a, b, input_precision="tf32x3")
 
 
 @triton.jit
 def apply_dropout(x, seed, key, query, dropout):
-    """r * x, for x that belongs to these keys and queries.
-
-    r is not stored but computed anew where it is needed: Philox (Salmon et al. 2011, "Parallel
-    random numbers: as easy as 1, 2, 3") is a hash of (seed; key, query, head), a key and a query by
-    their number in the list of all tokens. So forward and backward drop the same weights."""
+    """r * x, where x belongs to these keys and queries. r is recomputed instead of stored: Philox (Salmon et
+    al. 2011, "Parallel random numbers: as easy as 1, 2, 3") hashes (seed; key, query, head), with keys and
+    queries as indices of packed tokens. So forward and backward drop the same weights."""
     if dropout > 0:
-        zero = (key + query) * 0                # brings all that is hashed to one shape, (queries, keys)
+        zero = (key + query) * 0                # broadcasts all hashed values to one shape
         random, _, _, _ = tl.philox(seed, key + zero, query + zero, tl.program_id(2) + zero, zero)
         x = tl.where(random >= int(dropout * 2 ** 32), x * (1 / (1 - dropout)), 0.0)
     return x
@@ -234,9 +230,9 @@ def apply_dropout(x, seed, key, query, dropout):
 
 # ---- forward -------------------------------------------------------------------------------------
 @triton.jit
-def fwd_block(q, i, row_max, row_sum, acc, key, value, start, end, seed, d, dropout, BLOCK_D, BLOCK_N, MASKED):
-    """Queries i look at keys start to start + WIDTH; what they have seen so far shrinks when a
-    larger score turns up."""
+def fwd_block(q, i, row_max, row_sum, acc, key, value, start, end, seed,
+              d, dropout, BLOCK_D, BLOCK_N, MASKED):
+    """Add keys start to start + BLOCK_N to the sums of queries i; a larger score rescales earlier sums."""
     j = start + tl.arange(0, BLOCK_N)
     k = load(key, start, end, BLOCK_N, d, BLOCK_D, MASKED)
     v = load(value, start, end, BLOCK_N, d, BLOCK_D, MASKED)
@@ -248,7 +244,7 @@ def fwd_block(q, i, row_max, row_sum, acc, key, value, start, end, seed, d, drop
     rescale = tl.exp2(row_max - new_max)
     row_sum = row_sum * rescale + tl.sum(w, 1)
     w = apply_dropout(w, seed, j[None, :], i[:, None], dropout)
-    acc = acc * rescale[:, None] + dot(w.to(v.dtype), v)                        # o = (w * r) v, times mass
+    acc = acc * rescale[:, None] + dot(w.to(v.dtype), v)                        # o = (w * r) v, times row_sum
     return new_max, row_sum, acc
 
 
@@ -256,7 +252,7 @@ def fwd_block(q, i, row_max, row_sum, acc, key, value, start, end, seed, d, drop
 def fwd_kernel(query, key, value, out, lse, query_offsets, key_offsets, seed,
                d: tl.constexpr, dropout: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
                BLOCK_N: tl.constexpr, TAIL: tl.constexpr):
-    """One program: BLOCK queries of a sequence, one head."""
+    """One program: o and lse of BLOCK_M queries of one sequence and head."""
     sequence = tl.program_id(0)
     first_query, end_query = tl.load(query_offsets + sequence), tl.load(query_offsets + sequence + 1)
     first_key, end_key = tl.load(key_offsets + sequence), tl.load(key_offsets + sequence + 1)
@@ -275,16 +271,15 @@ def fwd_kernel(query, key, value, out, lse, query_offsets, key_offsets, seed,
     for start in range(tail, end_key, TAIL):
         row_max, row_sum, acc = fwd_block(q, i, row_max, row_sum, acc, key, value, start, end_key, seed,
                                           d, dropout, BLOCK_D, TAIL, True)
-    row_sum = tl.where(row_sum > 0, row_sum, 1.0)           # who looks at an empty sequence sees zeros
+    row_sum = tl.where(row_sum > 0, row_sum, 1.0)           # an empty key sequence gives zeros
     store(lse, begin, end_query, (row_max + tl.log2(row_sum))[:, None], 1)
     store(out, begin, end_query, acc / row_sum[:, None], d)
 
 
 # ---- backward ------------------------------------------------------------------------------------
 @triton.jit
-def dq_block(q, do, i, lse, delta, dq, key, value, start, end, seed,
-             d, dropout, BLOCK_D, BLOCK_N, MASKED):
-    """What keys start to start + WIDTH add to dq of queries i."""
+def dq_block(q, do, i, lse, delta, dq, key, value, start, end, seed, d, dropout, BLOCK_D, BLOCK_N, MASKED):
+    """Add keys start to start + BLOCK_N to dq of queries i."""
     j = start + tl.arange(0, BLOCK_N)
     k = load(key, start, end, BLOCK_N, d, BLOCK_D, MASKED)
     v = load(value, start, end, BLOCK_N, d, BLOCK_D, MASKED)
@@ -294,14 +289,14 @@ def dq_block(q, do, i, lse, delta, dq, key, value, start, end, seed,
     w = tl.exp2(s - lse)                                                        # w = exp(s - lse)
     dw = apply_dropout(dot(do, tl.trans(v)), seed, j[None, :], i[:, None], dropout)  # dw = r * (do v^T)
     ds = w * (dw - delta)                                                       # ds = w * (dw - delta)
-    return dq + dot(ds.to(k.dtype), k)                                          # dq = ds k / sqrt(d), later
+    return dq + dot(ds.to(k.dtype), k)                                          # dq sqrt(d) = ds k
 
 
 @triton.jit(do_not_specialize=["seed"])
 def bwd_dq_kernel(grad, query, key, value, out, lse, dq_out, delta_out, query_offsets, key_offsets, seed,
                   d: tl.constexpr, dropout: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
                   BLOCK_N: tl.constexpr, TAIL: tl.constexpr):
-    """One program: dq and delta of BLOCK queries of a sequence, one head."""
+    """One program: dq and delta of BLOCK_M queries of one sequence and head."""
     sequence = tl.program_id(0)
     first_query, end_query = tl.load(query_offsets + sequence), tl.load(query_offsets + sequence + 1)
     first_key, end_key = tl.load(key_offsets + sequence), tl.load(key_offsets + sequence + 1)
@@ -329,8 +324,7 @@ def bwd_dq_kernel(grad, query, key, value, out, lse, dq_out, delta_out, query_of
 @triton.jit
 def dkdv_block(k, v, j, dk, dv, grad, query, lse, delta, start, end, seed,
                d, dropout, BLOCK_D, BLOCK_N, MASKED):
-    """What queries start to start + WIDTH add to dk and dv of keys j. Here s, w, r, dw and ds lie
-    transposed, (keys, queries)."""
+    """Add queries start to start + BLOCK_N to dk and dv of keys j; s, w, r, dw, ds are (keys, queries)."""
     i = start + tl.arange(0, BLOCK_N)
     q = load(query, start, end, BLOCK_N, d, BLOCK_D, MASKED)
     do = load(grad, start, end, BLOCK_N, d, BLOCK_D, MASKED)
@@ -342,7 +336,7 @@ def dkdv_block(k, v, j, dk, dv, grad, query, lse, delta, start, end, seed,
     ds = w * (dw - delta)                                                       # ds = w * (dw - delta)
     w = apply_dropout(w, seed, j[:, None], i[None, :], dropout)
     dv += dot(w.to(do.dtype), do)                                               # dv = (w * r)^T do
-    dk += dot(ds.to(q.dtype), q)                                                # dk = ds^T q / sqrt(d), later
+    dk += dot(ds.to(q.dtype), q)                                                # dk sqrt(d) = ds^T q
     return dk, dv
 
 
@@ -350,7 +344,7 @@ def dkdv_block(k, v, j, dk, dv, grad, query, lse, delta, start, end, seed,
 def bwd_dkdv_kernel(grad, query, key, value, lse, delta, dk_out, dv_out, query_offsets, key_offsets, seed,
                     d: tl.constexpr, dropout: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
                     BLOCK_N: tl.constexpr, TAIL: tl.constexpr):
-    """One program: dk and dv of BLOCK keys of a sequence, one head."""
+    """One program: dk and dv of BLOCK_M keys of one sequence and head."""
     sequence = tl.program_id(0)
     first_query, end_query = tl.load(query_offsets + sequence), tl.load(query_offsets + sequence + 1)
     first_key, end_key = tl.load(key_offsets + sequence), tl.load(key_offsets + sequence + 1)
@@ -374,11 +368,10 @@ def bwd_dkdv_kernel(grad, query, key, value, lse, delta, dk_out, dv_out, query_o
 
 
 # ---- launching -----------------------------------------------------------------------------------
-TAIL = 16       # the narrowest block that a matrix product takes
+TAIL = 16       # the smallest block that tl.dot accepts
 MAX_D = 128
-# (kernel, bytes per number): rows of (largest d, BLOCK, WIDTH, warps, stages). With Triton 3.6 to
-# 3.9 they compile for compute capability 8.0 and 9.0 without spilling registers, which
-# `python bench.py --compile-only` shows; none has been tuned on a card yet.
+# (kernel, bytes per element): rows of (largest d, BLOCK_M, BLOCK_N, warps, stages), not tuned on a GPU yet.
+# None spills registers on compute capability 8.0 or 9.0, with Triton 3.6 to 3.9 (`bench.py --compile-only`).
 LAUNCH_CONFIGS = {("fwd", 2): [(64, 64, 64, 4, 2), (128, 64, 64, 8, 2)],
                   ("fwd", 4): [(64, 32, 32, 8, 1), (128, 16, 32, 4, 1)],
                   ("bwd_dq", 2): [(64, 64, 64, 4, 2), (128, 64, 32, 8, 2)],
@@ -392,18 +385,18 @@ def uses_triton(query):
 
 
 def launch_config(kernel, d, itemsize):
-    """What a kernel is compiled with for d channels per head."""
+    """Compile-time arguments and launch options of a kernel, for d channels per head."""
     _, BLOCK_M, BLOCK_N, warps, stages = next(row for row in LAUNCH_CONFIGS[kernel, itemsize] if d <= row[0])
     return dict(d=d, BLOCK_D=max(16, triton.next_power_of_2(d)), BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, TAIL=TAIL,
                 num_warps=warps, num_stages=stages)
 
 
-# Two operators that PyTorch knows: torch.compile takes each as one step, autograd finds the second.
+# Two custom operators: torch.compile treats each as one node; the second is the first's backward pass.
 @torch.library.custom_op("flip::attention", mutates_args=())
 def attention_forward(query: Tensor, key: Tensor, value: Tensor, query_offsets: Tensor, key_offsets: Tensor,
                       max_query_length: int, max_key_length: int, dropout: float,
                       seed: Tensor) -> tuple[Tensor, Tensor]:
-    """o and lse."""
+    """o (N, H, d) and lse (N, H)."""
     _, H, d = query.shape
     out, lse = torch.empty_like(query), query.new_empty(query.shape[:2], dtype=torch.float32)
     meta = launch_config("fwd", d, query.element_size())
@@ -416,17 +409,17 @@ def attention_forward(query: Tensor, key: Tensor, value: Tensor, query_offsets: 
 def attention_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
                        query_offsets: Tensor, key_offsets: Tensor, max_query_length: int, max_key_length: int,
                        dropout: float, seed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv."""
+    """dq, dk and dv, in the shapes of query, key and value."""
     (_, H, d), B = query.shape, len(key_offsets) - 1
     dq, dk, dv, delta = map(torch.empty_like, (query, key, value, lse))
     meta = launch_config("bwd_dq", d, query.element_size())
     bwd_dq_kernel[B, triton.cdiv(max_query_length, meta["BLOCK_M"]), H](
-        grad, query, key, value, out, lse, dq, delta, query_offsets, key_offsets, int(seed), dropout=dropout,
-        **meta)
+        grad, query, key, value, out, lse, dq, delta, query_offsets, key_offsets, int(seed),
+        dropout=dropout, **meta)
     meta = launch_config("bwd_dkdv", d, query.element_size())
     bwd_dkdv_kernel[B, triton.cdiv(max_key_length, meta["BLOCK_M"]), H](
-        grad, query, key, value, lse, delta, dk, dv, query_offsets, key_offsets, int(seed), dropout=dropout,
-        **meta)
+        grad, query, key, value, lse, delta, dk, dv, query_offsets, key_offsets, int(seed),
+        dropout=dropout, **meta)
     return dq, dk, dv
 
 
@@ -442,7 +435,7 @@ def _(grad, query, key, value, *_):
 
 def save(ctx, inputs, output):
     *tensors, max_query_length, max_key_length, dropout, seed = inputs
-    ctx.save_for_backward(*tensors[:3], *output, *tensors[3:], seed)        # as attention_backward takes them
+    ctx.save_for_backward(*tensors[:3], *output, *tensors[3:], seed)        # in attention_backward's order
     ctx.numbers = max_query_length, max_key_length, dropout
 
 
