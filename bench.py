@@ -8,8 +8,8 @@
                                       capability 8.0 (A100) and 9.0 (H100); needs no GPU
 
 "Ours" is the Triton kernel on a CUDA GPU, elsewhere the PyTorch path; "baseline" is our model, run as the
-official code runs its own. Times are medians (minima for step and rerank) and include launch overhead; memory
-is the peak allocated beyond the inputs. Compare only within a table: each is measured in one run.
+official code runs its own. Times are medians (minima for step and rerank) and include launch overhead;
+memory is the GPU's peak beyond the inputs. Compare only within a table: each is measured in one run.
 """
 import argparse
 import datetime
@@ -17,10 +17,13 @@ import itertools
 import os
 import platform
 import re
+import statistics
 import subprocess
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -29,9 +32,8 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-import vit
 from bert import MAX_TOKENS, Captions
-from common.optim import build_optimizers
+from common.optim import build_optimizers, set_learning_rate
 from common.script import markdown_table, run_script
 from flip import FLIP, FLIPConfig, FLIPOutput, StepParams, project, rerank
 from kernels import attention as attention_file
@@ -45,40 +47,32 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 # ---- measuring -----------------------------------------------------------------------------------
-def synchronize():
-    """Wait until the GPU has finished: launches are asynchronous."""
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
+synchronize = torch.get_device_module(DEVICE).synchronize       # GPU launches are asynchronous
+
+
+def seconds(call):
+    """Duration of a call, its work on the GPU included."""
+    synchronize()
+    begin = time.perf_counter()
+    call()
+    synchronize()
+    return time.perf_counter() - begin
 
 
 def milliseconds(call, repeats=15):
-    """Median, smallest and largest time of a call."""
-    times = []
-    for repeat in range(repeats + 3):
-        synchronize()
-        begin = time.perf_counter()
-        call()
-        synchronize()
-        if repeat >= 3:                             # the first three compile and warm up caches
-            times.append(1000 * (time.perf_counter() - begin))
-    times.sort()
-    return times[len(times) // 2], times[0], times[-1]
+    """Median, smallest and largest time of a call, after three that compile and warm up caches."""
+    times = [1000 * seconds(call) for _ in range(3 + repeats)][3:]
+    return statistics.median(times), min(times), max(times)
 
 
-def megabytes(call):
-    """Peak memory that a call allocates, in MB (10^6 bytes)."""
-    if DEVICE == "cuda":
-        synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        return (torch.cuda.max_memory_allocated() - before) / 1e6
-    with torch.autograd.profiler.profile(profile_memory=True) as profile:
-        call()
-    events = [event for event in profile.kineto_results.events() if event.name() == "[memory]"]
-    events.sort(key=lambda event: event.start_ns())
-    levels = itertools.accumulate(event.nbytes() for event in events)       # negative: memory is freed
-    return max(levels, default=0) / 1e6
+def peak_megabytes(call):
+    """Peak GPU memory that a call allocates, in MB (10^6 bytes); "-" on a CPU."""
+    if DEVICE == "cpu":
+        return "-"
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    return f"{(torch.cuda.max_memory_allocated() - before) / 1e6:.1f}"
 
 
 MEASURE_HEADER = ["", "forward, ms (range)", "forward and backward, ms (range)", "memory, MB"]
@@ -94,7 +88,7 @@ def measure_row(name, forward, inputs):
         with torch.no_grad():
             alone = milliseconds(forward)
         times = [f"{mid:.2f} ({low:.2f} to {high:.2f})" for mid, low, high in (alone, milliseconds(both))]
-        return [name, *times, f"{megabytes(both):.1f}"]
+        return [name, *times, peak_megabytes(both)]
     except Exception as error:                      # unsupported input of a backend, no compiler
         return [name, f"does not run: {str(error).strip().splitlines()[0][:60]}", "", ""]
 
@@ -166,37 +160,31 @@ def bench_attention():
 
 # ---- contrastive loss ----------------------------------------------------------------------------
 def contrastive_inputs(B, Q, E):
-    """Arguments of `contrastive_loss` except alpha; feature and temperature require gradients."""
+    """Arguments of `contrastive_loss`; feature and temperature require gradients."""
     torch.manual_seed(0)
-
-    def unit(rows):
-        return F.normalize(torch.randn(rows, E), dim=-1).to(DEVICE)
-
+    feature, momentum, *keys = (F.normalize(torch.randn(n, E), dim=-1).to(DEVICE) for n in (B, B, B, Q))
     identity, queue_id = torch.arange(B, device=DEVICE), torch.full((Q,), -100, device=DEVICE)
     temperature = torch.tensor(0.07, device=DEVICE, requires_grad=True)
-    return unit(B).requires_grad_(), unit(B), [unit(B), unit(Q)], identity, [identity, queue_id], temperature
+    return (feature.requires_grad_(), momentum, keys, identity, [identity, queue_id], temperature,
+            StepParams().alpha)
 
 
-def contrastive_errors(B, Q, E, alpha=0.4):
+def contrastive_errors(B, Q, E):
     """Relative errors of loss, dq, dtau."""
-    feature, momentum, keys, identity, key_identity, temperature = contrastive_inputs(B, Q, E)
-    all_keys, all_identity = torch.cat(keys).double(), torch.cat(key_identity)
+    feature, momentum, keys, identity, key_identity, temperature, alpha = contrastive_inputs(B, Q, E)
+    exact = momentum.double(), torch.cat(keys).double(), identity, torch.cat(key_identity)
     return relative_errors(
         lambda q, tau: contrastive_loss(q, momentum, keys, identity, key_identity, tau, alpha),
-        lambda q, tau: contrastive_loss_reference(
-            q, momentum.double(), all_keys, identity, all_identity, tau, alpha),
-        [feature, temperature])
+        lambda q, tau: contrastive_loss_reference(q, *exact, tau, alpha), [feature, temperature])
 
 
-def contrastive_rows(B, Q, E, alpha=0.4):
+def contrastive_rows(B, Q, E):
     """Yield the rows of ours and of "direct", the loss with logits, whose keys are already concatenated."""
-    feature, momentum, keys, identity, key_identity, temperature = contrastive_inputs(B, Q, E)
-    ours = feature, momentum, keys, identity, key_identity, temperature, alpha
+    ours = feature, momentum, keys, identity, key_identity, temperature, alpha = contrastive_inputs(B, Q, E)
     direct = feature, momentum, torch.cat(keys), identity, torch.cat(key_identity), temperature, alpha
-    compiled = torch.compile(contrastive_loss_reference)
-    yield measure_row("ours", lambda: contrastive_loss(*ours), [feature, temperature])
-    yield measure_row("direct", lambda: contrastive_loss_reference(*direct), [feature, temperature])
-    yield measure_row("direct, torch.compile", lambda: compiled(*direct), [feature, temperature])
+    for name, loss, case in (("ours", contrastive_loss, ours), ("direct", contrastive_loss_reference, direct),
+                             ("direct, torch.compile", torch.compile(contrastive_loss_reference), direct)):
+        yield measure_row(name, partial(loss, *case), [feature, temperature])
 
 
 def bench_contrastive(B=80, Q=61_440, E=256):
@@ -213,48 +201,47 @@ def bench_contrastive(B=80, Q=61_440, E=256):
 # Our modules and weights, used as the official code uses its own: captions are padded to MAX_TOKENS, every
 # layer computes all tokens, each pair projects its image's keys and values again, and attention and
 # contrastive loss compute all logits.
-def written_attention(query, key, value, query_sequences, key_sequences, dropout=0.0):
+def baseline_attention(query, key, value, query_sequences, key_sequences, dropout=0.0):
     """Replaces `attention`, for sequences that are all padded to one length."""
-    query, key, value = (tokens.unflatten(0, (len(sequences), -1)).transpose(1, 2) for tokens, sequences in (
-        (query, query_sequences), (key, key_sequences), (value, key_sequences)))            # (B, H, L_max, d)
+    query, key, value = pad(query, query_sequences), pad(key, key_sequences), pad(value, key_sequences)
     logits = query @ key.mT / query.shape[-1] ** 0.5
     lengths = key_sequences.lengths.to(query.device)
     if (lengths < key_sequences.max_length).any():
         padding = torch.arange(key_sequences.max_length, device=query.device) >= lengths[:, None]
         logits = logits + padding[:, None, None] * torch.finfo(logits.dtype).min
-    return (F.dropout(logits.softmax(-1), dropout) @ value).transpose(1, 2).flatten(0, 1)
+    return unpad(F.dropout(logits.softmax(-1), dropout) @ value, query_sequences)
 
 
-def padded(captions):
+def pad_captions(captions):
     """Pad captions to MAX_TOKENS tokens each; `lengths` stay those without padding."""
-    P, packed, device = len(captions), captions.sequences, captions.ids.device
-    padded_index = packed.sequence_ids * MAX_TOKENS + packed.position_ids
-    ids = captions.ids.new_zeros(P * MAX_TOKENS).index_copy(0, padded_index, captions.ids)
-    uniform = Sequences.uniform(P, MAX_TOKENS, device)
-    return Captions(ids, Sequences(packed.lengths, uniform.offsets, MAX_TOKENS, len(ids)))
+    packed, ids = captions.sequences, captions.ids.new_zeros(len(captions), MAX_TOKENS)
+    ids[packed.sequence_ids, packed.position_ids] = captions.ids
+    uniform = Sequences.uniform(*ids.shape, ids.device)
+    return Captions(ids.flatten(), replace(uniform, lengths=packed.lengths))
 
 
 def baseline_logits(model, image_tokens, captions):
     """ITM logits (P, 2) of caption i with the image tokens i."""
-    captions = padded(captions.with_first_token(model.student.text.enc_id))
+    captions = pad_captions(captions.with_first_token(model.student.text.enc_id))
     tokens = model.student.text(captions, image_tokens)                             # (P * MAX_TOKENS, D)
     return model.matching_head(tokens[captions.sequences.first_index].float())
 
 
-def baseline_losses(model, images, captions, identity, generator=None):
+@patch("vit.attention", baseline_attention)
+def baseline_losses(model, images, captions, identity, generator):
     """The losses of `FLIP.forward`, on one process, with the schedules' final values."""
     def text_feature(encoders):
-        tokens = encoders.text(padded(captions))
+        tokens = encoders.text(pad_captions(captions))
         return project(tokens[::MAX_TOKENS], encoders.text_projection)
     image_tokens, image_feature = model.student.image_tokens_and_features(images)
     features = image_feature, text_feature(model.student)
     with torch.no_grad():
         keys = (model.momentum_encoder.image_tokens_and_features(images)[1],
                 text_feature(model.momentum_encoder))
-    identities = identity, torch.cat([identity, model.queue_identity])
+    shared = identity, torch.cat([identity, model.queue_identity]), model.temperature, StepParams().alpha
     with torch.autocast(images.device.type, enabled=False):
         pools = [torch.cat(pool) for pool in zip(keys, (model.image_queue, model.text_queue))]
-        itc = sum(contrastive_loss_reference(feature, momentum, pool, *identities, model.temperature, 0.4)
+        itc = sum(contrastive_loss_reference(feature, momentum, pool, *shared)
                   for feature, momentum, pool in zip(features, keys, pools[::-1])) / 2
     negative_image, negative_text = model.sample_negatives(*features, identity, generator=generator)
     indices = torch.arange(len(images))
@@ -266,6 +253,7 @@ def baseline_losses(model, images, captions, identity, generator=None):
 
 
 @torch.no_grad()
+@patch("vit.attention", baseline_attention)
 def baseline_rerank(model, image_tokens, captions, similarity, k):
     """Like `rerank`, but query by query: each image with k captions, then each caption with k images."""
     both_ways = similarity - 100, similarity.T - 100        # -100: other candidates rank below these k
@@ -278,25 +266,13 @@ def baseline_rerank(model, image_tokens, captions, similarity, k):
     return both_ways
 
 
-def time_interleaved(calls, repeats):
-    """Minimum seconds of each of {name: call} in `repeats` rounds. Calls alternate, for equal conditions."""
-    times = {name: [] for name in calls}
-    for _ in tqdm(range(repeats), "rounds", leave=False):
-        for name, call in calls.items():
-            synchronize()
-            begin = time.perf_counter()
-            call()
-            synchronize()
-            times[name].append(time.perf_counter() - begin)
-    return {name: min(seconds) for name, seconds in times.items()}
-
-
 def print_seconds(calls, repeats):
-    """Print the results of `time_interleaved`, with speed-ups over the first call."""
-    seconds = time_interleaved(calls, repeats)
-    first = next(iter(seconds.values()))
-    print(markdown_table(["", "seconds", "speed-up"],
-                         [[name, f"{s:.2f}", f"{first / s:.2f}"] for name, s in seconds.items()]), "\n")
+    """Print the minimum seconds of each of {name: call}, and speed-ups over the first. Calls alternate, for
+    equal conditions."""
+    rounds = [[seconds(call) for call in calls.values()] for _ in tqdm(range(repeats), "rounds", leave=False)]
+    minima = [min(times) for times in zip(*rounds)]
+    print(markdown_table(["", "seconds", "speed-up"], [[name, f"{least:.2f}", f"{minima[0] / least:.2f}"]
+                                                       for name, least in zip(calls, minima)]), "\n")
 
 
 def model_inputs(config: FLIPConfig, images: int, texts: int):
@@ -308,50 +284,39 @@ def model_inputs(config: FLIPConfig, images: int, texts: int):
     return model, Captions(ids, Sequences.from_lengths(lengths)).to(DEVICE)
 
 
-def using_baseline_attention():
-    """Context manager that replaces the model's attention by `written_attention`."""
-    return patch.object(vit, "attention", written_attention)
-
-
 def bench_step(config=FLIPConfig(), B=8, repeats=4):
     model, captions = model_inputs(config, B, B)
     images = torch.randn(B, 3, config.vit.image_size, config.vit.image_size, device=DEVICE)
-    identity = torch.arange(B, device=DEVICE)
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    identity, momentum = torch.arange(B, device=DEVICE), StepParams().momentum
 
     def forward(baseline):
-        inputs = images, captions, identity
-        generator = torch.Generator().manual_seed(0)
-        if not baseline:
-            return model(*inputs, generator=generator)
-        with using_baseline_attention():
-            return baseline_losses(model, *inputs, generator)
+        losses = partial(baseline_losses, model) if baseline else model
+        return losses(images, captions, identity, generator=torch.Generator().manual_seed(0))
 
     def step(baseline, dtype):
-        optimizer = optimizers[baseline]
         if baseline:
             for average, p in zip(model.momentum_encoder.parameters(), model.student.parameters()):
-                average.data = average.data * StepParams().momentum + p.data * (1 - StepParams().momentum)
+                average.data = average.data * momentum + p.data * (1 - momentum)
         else:
-            model.update_momentum(StepParams().momentum)
+            model.update_momentum(momentum)
         with torch.autocast(DEVICE, dtype, enabled=dtype != torch.float32):
             out = forward(baseline)
             (out.itc + out.itm).backward()
         model.enqueue(out.image_keys, out.text_keys, out.identity)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizers[baseline].step()
+        optimizers[baseline].zero_grad(set_to_none=True)
 
     with torch.no_grad():
         model.eval()                    # without dropout both must give the same losses
-        ours, theirs = (torch.stack(forward(is_baseline)[:2]) for is_baseline in (False, True))
+        ours, theirs = (torch.stack(forward(baseline)[:2]) for baseline in (False, True))
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
     model.train()
-    optimizers = build_optimizers(model, 0.05)[0], torch.optim.AdamW(parameters, weight_decay=0.05)
-    for group in optimizers[0].param_groups + optimizers[1].param_groups:
-        group["lr"] = 1e-6
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizers = build_optimizers(model, 0.05)[0], torch.optim.AdamW(trained, lr=1e-6, weight_decay=0.05)
+    set_learning_rate(optimizers[:1], 1e-6)
     print(f"## A training step: {B} images, {B} captions of {captions.sequences.num_tokens} tokens\n")
-    print_seconds({f"{name}, {dtype}": lambda is_baseline=is_baseline, dtype=dtype: step(is_baseline, dtype)
-                   for name, is_baseline in (("baseline", True), ("ours", False))
+    print_seconds({f"{name}, {dtype}": partial(step, baseline, dtype)
+                   for name, baseline in (("baseline", True), ("ours", False))
                    for dtype in (torch.float32, torch.bfloat16)}, repeats)
 
 
@@ -359,17 +324,12 @@ def bench_rerank(config=FLIPConfig(queue_size=1), images=48, texts=48, k=16, rep
     model, captions = model_inputs(config, images, texts)
     tokens = torch.randn(images, config.vit.num_patches + 1, config.vit.width, device=DEVICE)
     case = model.eval(), tokens, captions, torch.rand(images, texts, device=DEVICE), k
-
-    def baseline(*case):
-        with using_baseline_attention():
-            return baseline_rerank(*case)
-
     small = model, tokens[:5], captions.select(torch.arange(6)), case[3][:5, :6], 3
-    for ours, theirs in zip(rerank(*small), baseline(*small)):
+    for ours, theirs in zip(rerank(*small), baseline_rerank(*small)):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
     print(f"## Re-ranking: {images} images, {texts} captions of {captions.sequences.num_tokens} tokens, "
           f"k {k}, float32\n")
-    print_seconds({"baseline": lambda: baseline(*case), "ours": lambda: rerank(*case)}, repeats)
+    print_seconds({"baseline": partial(baseline_rerank, *case), "ours": partial(rerank, *case)}, repeats)
 
 
 # ---- compiling without a GPU ---------------------------------------------------------------------
@@ -396,29 +356,25 @@ def launched_configs():
                 meta = attention_file.launch_config(name, d, 4 if dtype == "fp32" else 2)
                 yield f"{name}_kernel", dtype, dict(dropout=dropout, **meta), capability
         for dtype, E in itertools.product(("fp32", "bf16"), (32, 64, 128, 256)):
-            yield ("triton_sums_kernel", dtype, dict(E=E, BLOCK_E=E, **contrastive_file.LAUNCH_CONFIG),
-                   capability)
+            meta = dict(E=E, BLOCK_E=E, **contrastive_file.LAUNCH_CONFIG)
+            yield "triton_sums_kernel", dtype, meta, capability
 
 
 def compile_one(name, dtype, meta, capability):
     """Compile a configuration; returns registers and spilled bytes per thread, shared memory in bytes."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-    kernel, signature, constants, aligned = KERNELS[name], {}, {}, {}
-    for i, argument in enumerate(kernel.arg_names):
-        signature[argument] = "constexpr" if argument in meta else TYPE_OF.get(argument, f"*{dtype}")
-        if argument in meta:
-            constants[i,] = meta[argument]
-        elif signature[argument].startswith("*"):
-            aligned[i,] = [["tt.divisibility", 16]]         # PyTorch's allocations are aligned
-    compiled = triton.compile(ASTSource(kernel, signature, constants, aligned),
-                              target=GPUTarget("cuda", capability, 32),
+    kernel = KERNELS[name]
+    constants = {argument: meta[argument] for argument in kernel.arg_names if argument in meta}
+    signature = {argument: "constexpr" if argument in meta else TYPE_OF.get(argument, f"*{dtype}")
+                 for argument in kernel.arg_names}
+    aligned = {(i,): [["tt.divisibility", 16]]              # PyTorch's allocations are aligned
+               for i, kind in enumerate(signature.values()) if kind.startswith("*")}
+    compiled = triton.compile(triton.compiler.ASTSource(kernel, signature, constants, aligned),
+                              target=triton.backends.compiler.GPUTarget("cuda", capability, 32),
                               options=dict(num_warps=meta["num_warps"], num_stages=meta["num_stages"]))
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.TemporaryDirectory() as folder:
-        binary = Path(folder) / "kernel.cubin"
-        binary.write_bytes(compiled.asm["cubin"])
-        usage = subprocess.run([tool, "-res-usage", binary], capture_output=True, text=True, check=True)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as binary:
+        Path(binary.name).write_bytes(compiled.asm["cubin"])
+        usage = subprocess.run([tool, "-res-usage", binary.name], capture_output=True, text=True, check=True)
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout).groups())
     return registers, stack, compiled.metadata.shared
 
@@ -438,8 +394,7 @@ def compile_all():
     print(markdown_table(["kernel", "dtype", "d or E", "dropout", "capability", "registers", "spilled bytes",
                           "shared KB"], rows))
     if failures:
-        raise ValueError(f"{len(failures)} configurations spill or exceed shared memory; use smaller blocks: "
-                         f"{failures}")
+        raise ValueError(f"spilled registers or too much shared memory; use smaller blocks: {failures}")
 
 
 BENCHES = {"attention": bench_attention, "contrastive": bench_contrastive, "step": bench_step,

@@ -91,6 +91,11 @@ class Captions:
         starts = self.sequences.first_index[indices.to(device, non_blocking=True)]
         return Captions(self.ids[starts[chosen.sequence_ids] + chosen.position_ids], chosen)
 
+    @staticmethod
+    def concatenate(parts: list["Captions"]) -> "Captions":
+        lengths = torch.cat([part.sequences.lengths for part in parts])
+        return Captions(torch.cat([part.ids for part in parts]), Sequences.from_lengths(lengths))
+
     def with_first_token(self, token: int) -> "Captions":
         """The same captions with their first token replaced by the id `token`."""
         return Captions(self.ids.index_fill(0, self.sequences.first_index.long(), token), self.sequences)

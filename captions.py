@@ -100,12 +100,10 @@ def facts_of(attributes: np.ndarray) -> np.ndarray:
 
 
 def sample_caption(attributes: np.ndarray, rng: np.random.Generator) -> tuple[str, np.ndarray]:
-    """Sample a caption of a face with attributes bool (40,); return (text, stated).
-
-    stated int8 (40,): +1 if the text states that the attribute is true, -1 that it is false (Male and
-    Young only), 0 if it does not mention it. Facts are sampled independently with PROBABILITIES, and
-    resampled until at least MIN_FACTS (or all, if fewer) are stated. `log_likelihood` relies on exactly this.
-    """
+    """Sample a caption of a face with attributes bool (40,); return (text, stated int8 (40,)). `stated` is
+    +1 if the text states that the attribute is true, -1 that it is false (Male and Young only), 0 if it is
+    not mentioned. Facts are sampled independently with PROBABILITIES, and resampled until at least
+    MIN_FACTS (or all, if fewer) are stated. `log_likelihood` relies on exactly this."""
     facts = np.flatnonzero(facts_of(attributes))
     chosen = facts[:0]
     while len(chosen) < min(MIN_FACTS, len(facts)):
@@ -118,10 +116,8 @@ def sample_caption(attributes: np.ndarray, rng: np.random.Generator) -> tuple[st
 
 
 def verbalize(facts: list[int], rng: random.Random) -> str:
-    """A text of SHORTEST to LONGEST words that states exactly these facts (indices into FACTS).
-
-    Longer texts are regenerated, not truncated; the retries suffice for every realistic face.
-    """
+    """A text of SHORTEST to LONGEST words that states exactly these facts (indices into FACTS). Longer
+    texts are regenerated, not truncated; the retries suffice for every realistic face."""
     for _ in range(20):
         sentences = compose_sentences(facts, rng)
         while sum(text.count(" ") + 1 for text in sentences) < SHORTEST:
@@ -134,8 +130,7 @@ def verbalize(facts: list[int], rng: random.Random) -> str:
 
 def compose_sentences(facts, rng):
     """List of sentences that state these facts."""
-    # 0: few sentences with long lists; 1: one sentence per phrase. Skewed towards 0, as in FLIP's captions,
-    # and lower for more than 10 facts
+    # 0: few sentences with long lists; 1: a sentence per phrase. Skewed towards 0, as in FLIP's captions
     verbosity = rng.random()**1.5 * min(1, 10 / len(facts))
     phrases = choose_phrases(facts, verbosity, rng)
     he, his = (("he", "his") if MAN_FACT in facts else
@@ -158,11 +153,9 @@ def compose_sentences(facts, rng):
 
 
 def choose_phrases(facts, verbosity, rng):
-    """Phrases that state the facts, {kind: [phrase]}, in random order.
-
-    All adjectives of one part of the face form one phrase, either of kind "has" ("arched, thick eyebrows")
-    or a clause of kind "part" ("{his} eyebrows are arched and thick").
-    """
+    """Phrases that state the facts, {kind: [phrase]}, in random order. All adjectives of one part of the
+    face form one phrase, either of kind "has" ("arched, thick eyebrows") or a clause of kind "part" ("{his}
+    eyebrows are arched and thick")."""
     phrases = {kind: [] for kind in ("noun", "photo", "is", "has", "wears", "part")}
     adjectives = {}
     for fact in rng.sample(facts, len(facts)):
@@ -273,12 +266,9 @@ def prob_min_facts(facts):
 
 
 def expected_recall(scores: np.ndarray, k: tuple[int, ...]) -> dict:
-    """Expected recall at each n in k, {n: recall}, from scores float (I, I) of queries (rows) x candidates.
-
-    Matches are on the diagonal. Ties are broken at random: with `better` candidates above the match and
-    `tied` equal to it (itself included), it is in the top n with probability (n - better) / tied,
-    clipped to [0, 1].
-    """
+    """Expected recall at each n in k, {n: recall}, of scores float (I, I), queries x candidates, matches on
+    the diagonal. Ties are broken at random: with `better` candidates above the match and `tied` equal to it
+    (itself included), it is in the top n with probability (n - better) / tied, clipped to [0, 1]."""
     true = np.diag(scores)[:, None]
     better = (scores > true + 1e-9).sum(1)          # tolerance for rounding: true ties are exact
     tied = (scores >= true - 1e-9).sum(1) - better
@@ -286,21 +276,20 @@ def expected_recall(scores: np.ndarray, k: tuple[int, ...]) -> dict:
 
 
 def reference_recall(stated: np.ndarray, attributes: np.ndarray, k=(1, 5, 10)) -> dict:
-    """Recall of two rankings by the true attributes: {reference: {direction: {n: recall}}} with the
-    references "consistency" and "ceiling" and the directions "text_to_image" and "image_to_text".
+    """Recall of two rankings by the true attributes, {reference: {direction: {n: recall}}}. Caption i was
+    sampled for face i; stated int8 (I, 40), attributes bool (I, 40).
 
-    stated int8 (I, 40), attributes bool (I, 40); caption i was sampled for face i.
-    Attribute match ("consistency"): all candidates that satisfy the stated facts tie.
-    Bayes optimum ("ceiling"): the Bayes-optimal ranking under the grammar. Text to image, with a uniform
-    prior over faces, it ranks by P(stated | face). Image to text, it ranks captions by the posterior of this
-    face among the gallery, P(stated | face) / sum over faces of P(stated | face). So a long caption that
-    fits only this face, with a tiny likelihood, still beats a short one that fits all. (Each pair is scored
-    on its own; that each face has exactly one caption is not used, as no model that scores pairs can use it.)
+    "attribute match": all candidates that satisfy the stated facts tie.
+    "Bayes optimum": the Bayes-optimal ranking under the grammar. Text to image, with a uniform prior over
+    faces, it ranks by P(stated | face). Image to text, it ranks captions by the posterior of this face in
+    the gallery, P(stated | face) / sum over faces of P(stated | face). So a long caption that fits only
+    this face, with a tiny likelihood, still beats a short one that fits all. (Each pair is scored on its
+    own; that each face has exactly one caption is not used, as no model that scores pairs can use it.)
     """
     fits = np.where(satisfies(stated, attributes), 0.0, -np.inf)
     log_p = log_likelihood(stated, attributes)
     posterior = log_p - np.logaddexp.reduce(log_p, axis=1, keepdims=True)
-    return {"consistency": {"text_to_image": expected_recall(fits, k),
-                            "image_to_text": expected_recall(fits.T, k)},
-            "ceiling": {"text_to_image": expected_recall(log_p, k),
-                        "image_to_text": expected_recall(posterior.T, k)}}
+    return {"attribute match": {"text_to_image": expected_recall(fits, k),
+                                "image_to_text": expected_recall(fits.T, k)},
+            "Bayes optimum": {"text_to_image": expected_recall(log_p, k),
+                              "image_to_text": expected_recall(posterior.T, k)}}

@@ -19,18 +19,27 @@ MODELS = {"tiny": TINY, "base": (ViTConfig(), BertConfig(), 256),
 
 
 @dataclass(frozen=True)
-class Config:
+class SharedFlags:
+    """Flags of both train.py and finetune.py."""
+    data: str = flag("", "folder or json list of faces; default: drawn faces, cached in --cache")
+    cache: str = flag("cache", "folder for drawn faces and for the index of --data")
+    max_errors: float = flag(1.0, "percent of records or images that may be invalid; these are skipped and "
+                                  "counted, more stop the run, 0 allows none", high=100, was="max_lost")
+    vocabulary: str = flag("", "for a checkpoint without one (the official): file, folder or hub name")
+    precision: str = flag("auto", "float32, bf16 (autocast), or auto: bf16 on CUDA, float32 on CPUs",
+                          choices=("auto", "float32", "bf16"))
+    k_test: int = flag(256, "candidates per query to re-rank with the ITM head", low=1)
+
+
+@dataclass(frozen=True)
+class Config(SharedFlags):
     """The flags. Defaults are the paper's, except for the model: `RECIPES` overrides many of them for the
     tiny model, which is the default. Fractions refer to the whole run."""
     model: str = flag("tiny", "tiny (for drawn faces, trains on two CPU cores), base (the paper's ViT-B/16 "
                               "and BERT-base) or large (ViT-L/16)", choices=tuple(MODELS))
-    data: str = flag("", "folder or json list of faces to train on; default: drawn faces, cached in --cache")
     out: str = flag("out", "folder for checkpoint, log and plots")
-    cache: str = flag("cache", "folder for drawn faces and for the index of --data")
     columns: tuple[str, ...] = flag(COLUMNS[:2], "columns of FaceCaption-15M to take captions from; one "
                                                  "caption is sampled at a time", choices=COLUMNS)
-    max_errors: float = flag(1.0, "percent of records or images that may be invalid; these are skipped and "
-                                  "counted, more stop the run, 0 allows none", high=100, was="max_lost")
     faces: int = flag(20_000, "number of faces to draw for training", low=1)
     validation: int = flag(1000, "maximum number of validation faces", low=1)
     resume: bool = flag(False, "resume the run in --out, or start it if no checkpoint exists; flags come "
@@ -38,7 +47,6 @@ class Config:
                                "--log_every, --eval_every and --save_every, which may change")
     seed: int = flag(0, "seed of initial weights, data order, captions, dropout and negatives")
     init: str = flag("", "initialise from this FLIP, ours or the official one: file, folder or hub name")
-    vocabulary: str = flag("", "for an --init without one (the official): file, folder or hub name")
     image_size: int = flag(0, "side of the model's input in pixels; 0: as in --init or --model")
     clip: str = flag("", "initialise the image encoder from CLIP: file, folder or hub name")
     bert: str = flag("", "initialise the text encoder from BERT and use its vocabulary: folder or hub name")
@@ -75,12 +83,9 @@ class Config:
                                                           "from 0", high=1, was="hard_ramp")
     augment: bool = flag(True, "augment the images as in the paper")
     workers: int = flag(8, "data loading processes per training process")
-    precision: str = flag("auto", "float32, bf16 (autocast), or auto: bf16 on CUDA, float32 on CPUs",
-                          choices=("auto", "float32", "bf16"))
     log_every: int = flag(50, "steps between log lines", low=1)
     eval_every: int = flag(5000, "steps between evaluations; each also saves a checkpoint", low=1)
     save_every: float = flag(30.0, "minutes between further checkpoints")
-    k_test: int = flag(256, "candidates per query to re-rank with the ITM head", low=1)
     posterior: bool = flag(False, "re-rank by log-odds + hardness * cosine / temperature (see "
                                   "FLIP.rerank_score) instead of the paper's logit + cosine")
 

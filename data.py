@@ -13,14 +13,11 @@ Departures from the official code: a face without captions gets a new one from t
 (seed, epoch), and caption and augmentation are functions of (seed, epoch, index), so a run resumed
 at any step, with any number of workers, sees the batches of an uninterrupted one. Invalid input is
 reported with file and record. (Capital letters are sizes, see vit.py.)
+Run `python data.py` to see one batch.
 """
-import hashlib
 import itertools
-import multiprocessing
-import signal
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -33,7 +30,7 @@ from bert import Captions, Tokenizer
 from captions import ATTRIBUTES as ATTRIBUTES
 from captions import sample_caption
 from common.images import TarImage, iterate_images, load_image, normalize_batch, resize_to_array
-from common.script import atomic_write, error_context
+from common.script import run_script
 from readers.index import COLUMNS, check_error_rate, open_split
 from readers.layouts import LAYOUTS
 
@@ -118,6 +115,14 @@ def open_faces(path: str, split: str, cache: str = "cache", columns: tuple = COL
     of the records are invalid, and names the first. (max_lost is the old name of max_errors.)"""
     max_errors = max_errors if max_lost is None else max_lost
     return Faces(**open_split(path, split, LAYOUTS, cache, columns, max_errors))
+
+
+def load_toy_faces(count: int, size: int, seed: int, folder: str, steps: int = 0) -> Faces:
+    """`count` faces drawn by toyfaces.py, size x size pixels, with `steps` steps of a sketch; cached in
+    `folder`."""
+    drawn = toyfaces.draw_cached(count, size, seed, folder, steps)
+    return Faces(f"drawn faces (seed {seed})", drawn["picture"], np.arange(count),
+                 np.array(drawn["attributes"]), sketches=drawn["sketches"] if steps else None)
 
 
 def drop_unreadable(faces: Faces, max_errors: float, size: int) -> Faces:
@@ -270,38 +275,17 @@ class BatchLoader:
             number = 0                          # later epochs start at their first batch
 
 
-# ---- drawn faces ---------------------------------------------------------------------------------
-def load_toy_faces(count: int, size: int, seed: int, folder: str, steps: int = 0) -> Faces:
-    """`count` faces of size x size pixels drawn by toyfaces.py, with sketches of `steps` steps; cached in
-    `folder`."""
-    # the file name contains a hash of the drawing code, so that an old cache is never used for new code
-    here = Path(__file__).parent
-    code = [Path(toyfaces.__file__), here / "captions.py", *sorted(here.glob("drawing/*.py"))]
-    version = hashlib.sha256(b"".join(path.read_bytes() for path in code)).hexdigest()[:8]
-    path = Path(folder) / f"faces-{count}x{size}-{steps}steps-seed{seed}-{version}.npy"
-    if not path.exists():
-        dtype = np.dtype([("attributes", bool, len(ATTRIBUTES)), ("picture", np.uint8, (size, size, 3)),
-                         ("sketches", np.uint8, (steps, size, size))])
-        tasks = [(index, seed, size, steps) for index in range(count)]
-        with atomic_write(path) as partial:
-            drawn = np.lib.format.open_memmap(partial, "w+", dtype, (count,))
-            # the workers ignore Ctrl-C: this process handles it
-            with multiprocessing.Pool(None, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
-                for i, face in enumerate(tqdm(pool.imap(render_toy_face, tasks, 16), "drawing faces", count)):
-                    drawn[i] = face
-            drawn.flush()
-    with error_context("drawn faces; delete this file to draw them again", path):
-        drawn = np.load(path, mmap_mode="r")
-    return Faces(f"drawn faces (seed {seed})", drawn["picture"], np.arange(count),
-                 np.array(drawn["attributes"]), sketches=drawn["sketches"] if steps else None)
-
-
-def render_toy_face(task):
-    index, seed, size, steps = task
-    image, attributes = toyfaces.face(index, seed, size)
-    sketches = toyfaces.sketch(index, seed, size, steps) if steps else np.empty((0, size, size))
-    return attributes, np.asarray(image), sketches
+def main():
+    """Show one batch of drawn faces."""
+    if sys.argv[1:]:
+        raise ValueError("data.py takes no arguments; for statistics, run python report.py --data DIR")
+    faces = load_toy_faces(100, 48, seed=0, folder="cache")
+    tokenizer = Tokenizer.train([faces.caption(i, np.random.default_rng(i)) for i in range(len(faces))])
+    batch = next(BatchLoader(faces, tokenizer, image_size=48, batch_size=4).iterate_from(0))
+    print(f"images    {tuple(batch.images.shape)} {batch.images.dtype}\nidentity  {batch.identity.tolist()}")
+    print(f"captions  {batch.captions.sequences.lengths.tolist()} tokens, packed:")
+    print(" ".join(tokenizer.pieces(batch.captions)).replace(" [CLS]", "\n[CLS]"))
 
 
 if __name__ == "__main__":
-    raise SystemExit("error: python data.py --data ... is now python report.py --data ...")
+    run_script(main)

@@ -1,5 +1,5 @@
 """Evaluation by retrieval (FLIP paper, section 5.1): recall by ITC alone and after re-ranking with the
-matching head, the references beside it (captions.py), the final table and the plots."""
+matching head, the references beside it (captions.py), and the final table."""
 from pathlib import Path
 from typing import NamedTuple
 
@@ -8,7 +8,8 @@ import torch
 
 from captions import reference_recall, sample_caption
 from common.distributed import autocast, rank_and_world_size
-from common.images import contact_sheet, iterate_images
+from common.images import iterate_images
+from common.plots import plot_curves, plot_retrieval
 from common.script import markdown_table
 from data import Faces
 from flip import FLIP, eval_mode, rerank
@@ -75,7 +76,7 @@ def evaluate(model: FLIP, validation: Validation, config):
                 tokens, features = model.student.image_tokens_and_features(pixels.to(device))
                 image_tokens.append(tokens.cpu())
                 image_features.append(features)
-            text_features = model.student.text_features_chunked(captions)
+            text_features = model.student.text_features(captions)
         similarity = torch.cat(image_features) @ text_features.T                    # (I, T), in float32
         return rerank_metrics(model, torch.cat(image_tokens), captions, similarity, validation.image_of_text,
                               config)
@@ -101,45 +102,9 @@ def recall_table(metrics: dict, validation: Validation) -> str:
         rows[name] = [metrics[f"{prefix}{way}_r{k}"] for way in ("img", "txt") for k in (1, 5, 10)]
     ours = rows["this model, re-ranked"]
     for name in validation.references:
-        rows[f"share of {name}"] = [100 * a / b for a, b in zip(ours, validation.references[name])]
+        rows[f"% of {name}"] = [100 * a / b for a, b in zip(ours, validation.references[name])]
     header = ["recall in %", "text to image R@1", "R@5", "R@10", "image to text R@1", "R@5", "R@10"]
     return markdown_table(header, [[name, *(f"{value:.1f}" for value in row)] for name, row in rows.items()])
-
-
-def plot_retrieval(validation, text_to_image, path, queries=6, top=5):
-    """Save the top-ranked faces for some captions, with scores; the caption's own face is framed."""
-    rows = []
-    for t in np.linspace(0, len(validation.texts) - 1, queries).astype(int):
-        own, scores = validation.image_of_text[t], text_to_image[t]
-        rows.append((validation.texts[t], [(validation.faces.picture(i), f"score {scores[i]:.1f}", i == own)
-                                           for i in scores.argsort(descending=True)[:top].tolist()]))
-    contact_sheet(rows, legend="green frame: the face the caption was written for").save(path)
-
-
-def new_figure(width, height, columns=1):
-    from matplotlib.figure import Figure  # without pyplot: no window, nothing to close
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots(1, columns)
-
-
-def plot_curves(log, validation, path):
-    """Plot losses and recalls over steps, with the references as dotted and dashed lines."""
-    figure, (left, right) = new_figure(12, 4.5, columns=2)
-    for name in ("itc", "itm"):
-        points = [(line["step"], line[name]) for line in log if line.get(name) is not None]
-        left.plot(*zip(*points) if points else ([], []), label=name.upper())
-    left.set(xlabel="step", title="training losses")
-    evaluations = [line for line in log if "img_r10" in line]
-    for column, k, colour in ((0, 1, "tab:blue"), (1, 5, "tab:orange"), (2, 10, "tab:green")):
-        steps, recall = zip(*((line["step"], line[f"img_r{k}"]) for line in evaluations))
-        right.plot(steps, recall, "o-", color=colour, label=f"R@{k}")
-        for name, style in zip(validation.references, (":", "--")):
-            right.axhline(validation.references[name][column], color=colour, linestyle=style, linewidth=0.8)
-    right.set(xlabel="step", ylabel="%", ylim=(0, 100), xlim=(0, None),
-              title="recall, text to image, re-ranked\n(dotted: consistency, dashed: ceiling)")
-    left.legend()
-    right.legend()
-    figure.savefig(path, dpi=110)
 
 
 def evaluate_and_draw(run, step: int) -> dict:

@@ -28,11 +28,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from captions import ATTRIBUTES
 from common.distributed import autocast
 from common.optim import build_optimizers, set_learning_rate
 from common.resume import Log
 from common.script import check_flags, flag, markdown_table, parse_flags, run_script
+from config import SharedFlags
 from data import Faces
 from flip import FLIP
 from readers.index import SPLITS
@@ -42,18 +42,13 @@ from train import init_model, warmup_decay
 
 # ---- configuration -------------------------------------------------------------------------------
 @dataclass(frozen=True)
-class Config:
+class Config(SharedFlags):
     """The flags. Defaults are the paper's for retrieval; a task's `recipe` overrides them, and for drawn
     faces its `toy_recipe`."""
     task: str = field(default="")
     checkpoint: tuple[str, ...] = flag(("out/flip.pt",), "one or more: from train.py, or the official one")
-    vocabulary: str = flag("", "for a checkpoint without one (the official): file, folder or hub name")
     random: bool = flag(True, "also train on a frozen encoder with random weights, for comparison")
-    data: str = flag("", "folder or json list of faces; default: drawn faces, cached in --cache")
     out: str = flag("out", "folder for the results, in a subfolder named after the task")
-    cache: str = flag("cache", "folder for drawn faces and for the index of --data")
-    max_errors: float = flag(1.0, "percent of records or images that may be invalid; these are skipped and "
-                                  "counted, more stop the run, 0 allows none", high=100, was="max_lost")
     faces: int = flag(4000, "number of faces to draw for training", low=2)
     validation: int = flag(1000, "number of faces to draw for validation; with --data the maximum", low=2)
     test: int = flag(1000, "number of faces to draw for the test split", low=2)
@@ -68,21 +63,15 @@ class Config:
     itm_every: int = flag(1, "train the matching head in every n-th step", low=1)
     fractions: tuple[float, ...] = flag((0.01, 0.1, 1.0), "attributes: fractions of the training split to "
                                                           "train on", low=1e-6, high=1, was="shares")
-    labels: tuple[str, ...] = flag((), "attributes to learn (default: all)", choices=ATTRIBUTES)
     num_evaluations: int = flag(5, "number of validation runs; the best one is kept", low=1,
                                 was="evaluations")
-    k_test: int = flag(256, "candidates per query to re-rank with the ITM head", low=1)
-    precision: str = flag("auto", "float32, bf16 (autocast), or auto: bf16 on CUDA, float32 on CPUs",
-                          choices=("auto", "float32", "bf16"))
 
     def __post_init__(self):
         check_flags(self)
-        for name in ("fractions", "labels"):
-            values = getattr(self, name)
-            if len(set(values)) < len(values):
-                raise ValueError(f"--{name} {values}: expected no duplicates")
-            if self.task != "attributes" and values != getattr(Config, name):
-                raise ValueError(f"--{name} is a flag of attributes, not of {self.task}")
+        if len(set(self.fractions)) < len(self.fractions):
+            raise ValueError(f"--fractions {self.fractions}: expected no duplicates")
+        if self.task != "attributes" and self.fractions != Config.fractions:
+            raise ValueError(f"--fractions is a flag of attributes, not of {self.task}")
 
 
 # ---- training ------------------------------------------------------------------------------------

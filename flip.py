@@ -20,10 +20,11 @@ its features are used, without gradient; ITM uses the student alone.
 each: `update_momentum`, `enqueue`, `clamp_temperature`. (The official forward does all of this.)
 
 Shapes: see vit.py; A pairs of all processes together (A = B on one).
-From Python: `FLIP.from_pretrained`, `similarity`, `match_probability`.
+Run `python flip.py` to trace one batch. From Python: `from_pretrained`, `similarity`, `match_probability`.
 """
 import contextlib
 import copy
+import sys
 import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -39,20 +40,12 @@ from tqdm import tqdm
 from bert import MAX_TOKENS, Bert, BertConfig, Captions, Tokenizer
 from common.distributed import all_gather, all_gather_objects, rank_and_world_size
 from common.images import iterate_images, load_image
-from common.script import check_ranges
-from common.weights import (
-    check_weights,
-    copy_weights,
-    official_name,
-    official_sizes,
-    read_checkpoint,
-    read_official,
-    resize_position_embedding,
-)
+from common.script import as_list, check_ranges, run_script
+from common.weights import load_state, official_sizes, read_checkpoint
+from common.weights import official_name as official_name
 from common.weights import official_state as official_state
-from kernels.attention import Sequences
 from kernels.contrastive import contrastive_loss
-from losses import hard_negative_probabilities, matching_loss
+from losses import contrastive_loss_reference, hard_negative_probabilities, matching_loss, soft_targets
 from vit import ViT, ViTConfig
 
 
@@ -112,12 +105,14 @@ class Encoders(nn.Module):
 
     def text_features(self, captions: Captions):
         """Packed captions -> features (P, E) of length 1."""
-        return project(self.text(captions, first_token_only=True), self.text_projection)
+        return project(self.cls_tokens(captions), self.text_projection)
 
-    def text_features_chunked(self, captions: Captions):
-        """The same for any number of captions, 500 at a time."""
-        chunks = torch.arange(len(captions)).split(500)
-        return torch.cat([self.text_features(captions.select(chunk)) for chunk in chunks])
+    def cls_tokens(self, captions: Captions):
+        """Packed captions -> [CLS] tokens (P, D), in chunks of at most 500 captions."""
+        chunks = [captions]
+        if len(captions) > 500:
+            chunks = [captions.select(indices) for indices in torch.arange(len(captions)).split(500)]
+        return torch.cat([self.text(chunk, first_token_only=True) for chunk in chunks])
 
 
 def project(first_tokens, projection: nn.Linear):
@@ -247,13 +242,16 @@ class FLIP(nn.Module):
             text   0 1 2 3 | 0 1 2 3 | 3 0 1 2      0 or 1, rank 1 the five with image 2 or 3
         """
         (rank, world_size), B = rank_and_world_size(), len(captions)
+        if world_size > 1:
+            everyone = all_gather_objects(captions.to("cpu"))
+            captions = Captions.concatenate(everyone).to(image_tokens.device)       # (A,)
         own = torch.arange(world_size * B)
         image_index = torch.cat([own, negative_image, own])                         # (3 A,)
         text_index = torch.cat([own, own, negative_text])
         mine = (image_index // B == rank).nonzero().squeeze(1)
         mine = mine[image_index[mine].argsort(stable=True)]         # sorted by image
         is_match = (mine < world_size * B).long().to(image_tokens.device, non_blocking=True)
-        logits = self.itm_logits(image_tokens, all_gather_captions(captions).select(text_index[mine]),
+        logits = self.itm_logits(image_tokens, captions.select(text_index[mine]),
                                  captions_per_image=(image_index[mine] - rank * B).bincount())
         return matching_loss(logits, is_match, denominator=3 * B)
 
@@ -280,10 +278,9 @@ class FLIP(nn.Module):
 
     # ---- use from Python, on images and sentences ----
     def similarity(self, images: list[str | Path | Image.Image], texts: list[str]):
-        """Cosines (I, T) of the features of images (paths or PIL images) and sentences, from -1 to 1. A
-        single image or sentence need not be in a list."""
+        """Cosines (I, T) of images (paths or PIL images) and sentences; a single one needs no list."""
         with eval_mode(self):
-            text_features = self.student.text_features_chunked(self.tokenize(texts))
+            text_features = self.student.text_features(self.tokenize(texts))
             return torch.cat([self.student.image_features(pixels) @ text_features.T
                               for pixels in self.load_images(images)])
 
@@ -336,36 +333,27 @@ class FLIP(nn.Module):
     @staticmethod
     def from_pretrained(path: str, config: FLIPConfig | None = None, saved: dict | None = None,
                         vocabulary: str | None = None):
-        """Load a model, in evaluation mode, from one of our checkpoints or the official FLIP-base.pth,
-        given as a file, a folder containing it, or a hub name.
+        """Load a model, in evaluation mode, from one of our checkpoints or the official FLIP-base.pth: a
+        file, a folder containing it, or a hub name. Raises ValueError if it is damaged or does not fit.
 
-        config: overrides the checkpoint's. An official file needs it if its widths are not multiples
-        of 64, because it does not store the number of heads; another image size resizes the position
-        embeddings. vocabulary (file, folder or hub name): for checkpoints without one, as the
-        official. saved: the result of `read_checkpoint`, if already read. Raises ValueError if the
-        file is damaged or does not fit. """
+        config: overrides the checkpoint's. An official file needs it if its widths are not multiples of 64,
+        because it does not store the number of heads; another image size resizes the position embeddings.
+        saved: the result of `read_checkpoint`, if already read. vocabulary (file, folder or hub name): for
+        checkpoints without one, as the official."""
         saved = saved or read_checkpoint(path)
-        weights, ours = dict(saved["model"]), "flip" in saved
-        name_of = str if ours else official_name
+        weights = saved["model"]
         try:
-            if not ours:
-                weights = read_official(weights, path)
-            config = config or FLIPConfig.from_dict(saved["flip"] if ours else official_sizes(weights, path))
-            for encoders in ("student", "momentum_encoder"):
-                table = name_of(f"{encoders}.image.positions")
-                weights[table] = resize_position_embedding(weights[table], config.vit.num_patches)
-            tokenizer = saved.get("tokenizer") and Tokenizer.from_json(saved["tokenizer"], str(path))
+            config = config or FLIPConfig.from_dict(saved.get("flip") or official_sizes(weights, path))
             if not all(tensor.isfinite().all() for tensor in weights.values()):
                 raise ValueError(f"{path}: some weights are NaN or infinite: its training had diverged")
+            tokenizer = saved.get("tokenizer") and Tokenizer.from_json(saved["tokenizer"], str(path))
             if tokenizer is None and vocabulary:
                 tokenizer = Tokenizer.load(vocabulary)
-            with torch.device("meta"):          # without allocating memory
-                check_weights(FLIP(config), weights, name_of, str(path))
+            model = FLIP(config, tokenizer)
+            load_state(model.state_dict() if "flip" in saved else official_state(model), weights, path)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: damaged, or written by another version "
                              f"({type(error).__name__}: {error})") from error
-        model = FLIP(config, tokenizer)
-        copy_weights(model, weights, name_of, str(path))
         return model.eval()
 
 
@@ -379,18 +367,6 @@ def eval_mode(model):
             yield
     finally:
         model.train(was_training)
-
-
-def as_list(items, kinds, expected: str):
-    """One item or an iterable of items -> a list. Raises TypeError if an item is not of these kinds."""
-    single = isinstance(items, kinds) or not hasattr(items, "__iter__")
-    items = [items] if single else list(items)
-    for i, item in enumerate(items):
-        if not isinstance(item, kinds):
-            raise TypeError(f"expected {expected}, found {type(item).__name__} at index {i}")
-    if not items:
-        raise ValueError(f"expected {expected}, found an empty list")
-    return items
 
 
 @torch.no_grad()
@@ -416,16 +392,59 @@ def rerank(model: FLIP, image_tokens, captions: Captions, similarity, k: int, pr
     return torch.where(for_image, scores, similarity - 100), torch.where(for_text, scores, similarity - 100).T
 
 
-def all_gather_captions(captions):
-    """The captions of all processes, in the order of their ranks."""
-    if rank_and_world_size()[1] == 1:
-        return captions
-    device = captions.ids.device
-    ids, lengths = zip(*all_gather_objects((captions.ids.cpu(), captions.sequences.lengths)))
-    return Captions(torch.cat(ids).to(device), Sequences.from_lengths(torch.cat(lengths), device))
+def main():
+    """Trace a batch of four pairs through a training step: shapes, values, and the function of each line."""
+    if sys.argv[1:]:
+        raise ValueError("flip.py takes no arguments; to search images, run python search.py --images DIR")
 
+    def show(function, text, values=None):
+        print(f"{function:36}{text}" + ("" if values is None else f"\n{values.detach().numpy().round(2)}\n"))
 
+    torch.manual_seed(0)
+    texts = ["a smiling woman with blond hair", "a bald man", "she has blond hair", "an old man with a hat"]
+    identity = torch.tensor([7, 8, 7, 9])               # images 0 and 2 show the same person
+    tokenizer, images = Tokenizer.train(texts), torch.randn(4, 3, 32, 32)
+    bert = BertConfig(tokenizer.vocab_size, width=64, depth=2, heads=4, dropout=0.0)
+    config = FLIPConfig(ViTConfig(32, 8, width=64, depth=2, heads=4), bert, embed_dim=16, queue_size=6)
+    model, captions = FLIP(config, tokenizer), tokenizer(texts)
+    student, momentum = model.student, model.momentum_encoder
+    model.enqueue(*F.normalize(torch.randn(2, 2, 16), dim=-1), torch.tensor([5, 7]))        # an earlier batch
+
+    show("bert.Tokenizer", f"captions of {captions.sequences.lengths.tolist()} tokens -> packed ids "
+                           f"{tuple(captions.ids.shape)}: {' '.join(tokenizer.pieces(captions)[:9])} ...")
+    tokens, image = student.image_tokens_and_features(images)
+    show("Encoders.image_tokens_and_features", f"images {tuple(images.shape)} -> tokens "
+         f"{tuple(tokens.shape)}, features {tuple(image.shape)}, norm {image[0].norm():.2f}")
+    text = student.text_features(captions)
+    show("Encoders.text_features", f"captions -> features {tuple(text.shape)}")
+    with torch.no_grad():
+        image_momentum = momentum.image_features(images)
+        keys = torch.cat([momentum.text_features(captions), model.text_queue])
+    key_identity = torch.cat([identity, model.queue_identity])
+    inputs = image_momentum, keys, identity, key_identity, model.temperature, 0.4
+    show("losses.soft_targets", "0.6 spread over keys of the image's identity + 0.4 x softmax; images x keys."
+         f"\nIdentities of the 4 + 6 keys, batch and queue: {key_identity.tolist()}", soft_targets(*inputs))
+    itc = contrastive_loss_reference(image, *inputs)
+    show("losses.contrastive_loss_reference", f"image to text {itc:.4f}")
+    probabilities = hard_negative_probabilities(text @ image.T, identity, model.temperature)
+    show("losses.hard_negative_probabilities", "captions x images, 0 for the same person", probabilities)
+    negatives = model.sample_negatives(image, text, identity, generator=torch.Generator().manual_seed(0))
+    show("FLIP.sample_negatives", "an image for each caption {}, a caption for each image {}".format(
+        *(indices.tolist() for indices in negatives)))
+    itm = model.itm_loss(tokens, captions, *negatives)
+    show("FLIP.itm_loss", f"4 true and 8 wrong pairs: {itm:.4f} (chance: ln 2 = 0.6931)")
+    out = model(images, captions, identity, generator=torch.Generator().manual_seed(0))
+    show("FLIP.forward", f"all of this: ITC {out.itc:.4f}, the mean of both directions; ITM {out.itm:.4f}")
+    before = model.queue_identity.tolist()
+    model.enqueue(out.image_keys, out.text_keys, out.identity)
+    show("FLIP.enqueue", f"identities of the queue {before} -> {model.queue_identity.tolist()}")
+    (out.itc + out.itm).backward()
+    torch.optim.SGD(student.parameters(), lr=0.1).step()
+    distance = lambda: (momentum.image_projection.weight - student.image_projection.weight).norm()
+    before = distance()
+    model.update_momentum(0.995)
+    show("FLIP.update_momentum", f"distance to the student {before:.4f} -> {distance():.4f}, x 0.995")
 
 
 if __name__ == "__main__":
-    raise SystemExit("error: python flip.py --images ... is now python search.py --images ...")
+    run_script(main)

@@ -14,8 +14,6 @@ rounding cannot leave a row without probability mass.
 
 Shapes: see vit.py. Run `python losses.py` for an example worked by hand.
 """
-import argparse
-
 import torch
 import torch.nn.functional as F
 
@@ -70,20 +68,13 @@ def matching_loss(logits, is_match, denominator: int):
 
 # ---- an example worked by hand -------------------------------------------------------------------
 def main():
-    parser = argparse.ArgumentParser(description="Both losses for three images and captions, step by step.")
-    parser.add_argument("--temperature", type=float, default=0.07, help="divides cosines (%(default)s)")
-    parser.add_argument("--alpha", type=float, default=0.4, help="weight of the soft targets (%(default)s)")
-    parser.add_argument("--hardness", type=float, default=1.0, help="of the negatives (%(default)s)")
-    args = parser.parse_args()
-    if not (args.temperature > 0 and 0 <= args.alpha <= 1 and args.hardness >= 0):
-        raise ValueError("expected --temperature above 0, --alpha from 0 to 1, --hardness not below 0")
-    identity, temperature = torch.tensor([7, 8, 7]), torch.tensor(args.temperature)
+    identity, temperature, alpha = torch.tensor([7, 8, 7]), torch.tensor(0.07), 0.4
     student = torch.tensor([[0.50, 0.30, 0.40], [0.20, 0.60, 0.25], [0.45, 0.10, 0.50]])
     momentum = torch.tensor([[0.48, 0.35, 0.38], [0.20, 0.55, 0.30], [0.40, 0.12, 0.52]])
     keys = torch.eye(3)         # one-hot: with the rows above as features, these products are the cosines
-    targets = soft_targets(momentum, keys, identity, identity, temperature, args.alpha)
-    itc = contrastive_loss_reference(student, momentum, keys, identity, identity, temperature, args.alpha)
-    negatives = hard_negative_probabilities(student, identity, temperature, args.hardness)
+    targets = soft_targets(momentum, keys, identity, identity, temperature, alpha)
+    itc = contrastive_loss_reference(student, momentum, keys, identity, identity, temperature, alpha)
+    negatives = hard_negative_probabilities(student, identity, temperature)
     logits = torch.tensor([[-1.0, 1.5], [-2.0, 1.0], [0.2, 0.1],            # of the three pairs
                            [1.0, -1.0], [2.0, -1.5], [0.5, 0.3],            # captions with a negative image
                            [0.8, -0.9], [1.1, -1.0], [0.1, 0.6]])           # images with a negative caption
@@ -91,8 +82,8 @@ def main():
     for title, shown in (
             ("Three images (rows) and their captions (columns); images 1 and 3 show the same person.\n"
              "Cosines of the student:", student), ("Cosines of the momentum encoder:", momentum),
-            (f"ITC targets (`soft_targets`): {1 - args.alpha:g} x uniform over the same person's captions + "
-             f"{args.alpha:g} x\nsoftmax(momentum encoder's cosines / temperature):", targets),
+            (f"ITC targets (`soft_targets`): {1 - alpha:g} x uniform over the same person's captions + "
+             f"{alpha:g} x\nsoftmax(momentum encoder's cosines / temperature):", targets),
             ("ITC loss: cross-entropy of softmax(student's cosines / temperature) with them (chance: ln 3):",
              itc),
             ("ITM: probability of sampling each caption as the row's negative, never the same person's:",

@@ -7,19 +7,16 @@ import functools
 import itertools
 import json
 import re
-import time
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from bert import Tokenizer
-from captions import ATTRIBUTES, FACE_PARTS, FACTS, NEGATABLE, PHRASES, reference_recall, sample_caption
-from common.images import TarImage, contact_sheet, resize_to_array
+from captions import ATTRIBUTES, FACE_PARTS, FACTS, NEGATABLE, PHRASES
+from common.images import contact_sheet
 from common.script import run_script
-from data import FaceDataset, augment, load_toy_faces, open_faces
+from data import augment, load_toy_faces, open_faces
 from readers.index import COLUMNS, SPLITS, collect_errors
 
 GROUPS = {      # groups of attributes, and their percentage of FLIP's labels (section 3)
@@ -54,15 +51,6 @@ def find_facts(text: str):
     return np.array([pattern.search(text.lower()) is not None for pattern in fact_patterns()])
 
 
-def sharpness(picture):
-    """How much a face of 128 x 128 pixels differs from its neighbouring pixels, relative to its
-    contrast: low for what is blurred or was enlarged. It needs no download, and is worth as much:
-    noise counts as sharp, and nothing is said of the light or the pose."""
-    grey = np.asarray(picture.convert("L").resize((128, 128), Image.Resampling.BICUBIC), float)
-    steps = np.concatenate([np.diff(grey, axis=0).ravel(), np.diff(grey, axis=1).ravel()])
-    return steps.std() / max(grey.std(), 1.0)
-
-
 def difference_hash(image: Image.Image):
     """256-bit difference hash (dHash), equal for most copies of an image, even at another size or quality."""
     grey = np.asarray(image.convert("L").resize((17, 16), Image.Resampling.BILINEAR))
@@ -74,18 +62,17 @@ def compute_stats(splits: dict, count: int, rng: np.random.Generator):
     faces of the first split, of which at most 2,000 images are read."""
     faces = next(iter(splits.values()))
     chosen = rng.choice(len(faces), min(count, len(faces)), replace=False).tolist()
-    valid, sizes, sharp, hashes, errors = [], [], [], Counter(), []
+    valid, sizes, hashes, errors = [], [], set(), []
     for i in tqdm(sorted(chosen[:2000]), "reading images", leave=False):
         with collect_errors(errors):
             image = faces.picture(i)
             valid.append(i)
             sizes.append(image.size)
-            sharp.append(sharpness(image))
-            hashes[difference_hash(image)] += 1
+            hashes.add(difference_hash(image))
     stats = {"set": faces.name, "faces": {split: len(split_faces) for split, split_faces in splits.items()},
              "captions looked at": len(chosen) * faces.has_text, "pictures looked at": len(sizes),
              "unreadable": len(errors), "like another": len(sizes) - len(hashes),
-             "shown": valid[::len(valid) // 4 + 1], "sizes": sizes, "sharpness": np.round(sharp, 3).tolist()}
+             "shown": valid[::len(valid) // 4 + 1], "sizes": sizes}
     if not faces.has_text:
         return stats
     texts = [faces.caption(i, rng) for i in tqdm(chosen, "sampling captions", leave=False)]
@@ -100,10 +87,9 @@ def compute_stats(splits: dict, count: int, rng: np.random.Generator):
     shares = {group: 100 * sum(labels[name] for name in names.split()) / total
               for group, (_, names) in GROUPS.items()}
     shares["facial features"] = 100 - sum(shares.values())
-    per_face = len(faces.captions[chosen[0]]) if faces.captions is not None else "sampled from the grammar"
-    return stats | {"captions of the first face": per_face, "equal captions": len(texts) - len(set(texts)),
-                    "words": [len(text) for text in words], "four-grams": four_grams,
-                    "labels in a caption": total, "shares of groups": shares, "labels": labels}
+    return stats | {"equal captions": len(texts) - len(set(texts)), "words": [len(text) for text in words],
+                    "four-grams": four_grams, "labels in a caption": total, "shares of groups": shares,
+                    "labels": labels}
 
 
 def format_stats(stats: dict):
@@ -113,12 +99,10 @@ def format_stats(stats: dict):
               f"{stats['unreadable']} unreadable"]
     if stats["sizes"]:
         width, height = np.mean(stats["sizes"], axis=0)
-        lines += [f"mean size {width:.0f} x {height:.0f} pixels (285 x 285)",
-                  f"median sharpness {np.median(stats['sharpness']):.2f}"]
+        lines += [f"mean size {width:.0f} x {height:.0f} pixels (285 x 285)"]
     if stats["captions looked at"]:
         words = np.array(stats["words"])
         lines += [f"{stats['captions looked at']:,} captions: {stats['equal captions']} equal to another",
-                  f"captions of the first face: {stats['captions of the first face']}",
                   f"words per caption: mean {words.mean():.1f} (30), mode {np.bincount(words).argmax()} "
                   f"(20 to 22), {words.min()} to {words.max()} (10 to 75)",
                   f"{stats['four-grams'][-1]:,} distinct 4-grams",
@@ -135,13 +119,11 @@ def plot_stats(stats: dict, faces, path):
         rows.append((faces.caption(i, rng) if faces.has_text else "", [(image, "original", False), *(
             (augment(image, rng), "augmented", False) for _ in range(3))]))
     axes = figure.subplot_mosaic([["faces", "text", "words"], ["faces", "sizes", "grams"],
-                                  ["faces", "sharp", "groups"]], width_ratios=(1.3, 1, 1))
+                                  ["faces", "sizes", "groups"]], width_ratios=(1.3, 1, 1))
     if rows:
         axes["faces"].imshow(contact_sheet(rows))
         axes["sizes"].hist(np.prod(stats["sizes"], axis=1) ** 0.5, 40)
-        axes["sharp"].hist(stats["sharpness"], 40)
     axes["sizes"].set(title="sqrt(width x height) in pixels (285)")
-    axes["sharp"].set(title="sharpness (noise counts as sharp)")
     axes["text"].text(0, 1, "\n".join(format_stats(stats)), va="top", fontsize=9)
     if stats["captions looked at"]:
         axes["words"].hist(stats["words"], np.arange(80))
@@ -160,43 +142,6 @@ def plot_stats(stats: dict, faces, path):
     figure.savefig(path, dpi=90)
 
 
-def print_references(attributes):
-    """How well an ideal reader finds one face, or caption, among these."""
-    rng = np.random.default_rng(0)
-    stated = np.stack([sample_caption(row, rng)[1] for row in attributes])
-    print(f"recall at 1 / 5 / 10 among {len(attributes)} in %, for a reader who knows all attributes:")
-    for name, recalls in reference_recall(stated, attributes).items():
-        for direction, recall in recalls.items():
-            numbers = " / ".join(f"{100 * share:.1f}" for share in recall.values())
-            print(f"  {name:<11} {direction.replace('_', ' '):<13} {numbers}")
-
-
-def print_times(faces, tokenizer, size=224, count=300):
-    """Milliseconds that a picture takes on one core, stage by stage. Decoding reads the file again,
-    by then from memory."""
-    clock, samples = Counter(), FaceDataset(faces, tokenizer, size, 0, True)
-
-    def timed(stage, work):
-        begin = time.perf_counter()
-        result = work()
-        clock[stage] += 1000 * (time.perf_counter() - begin)
-        return result
-
-    for n in tqdm(range(count), "timing", leave=False):
-        i, rng = n * len(faces) // count, np.random.default_rng(n)
-        stored = faces.images[i]
-        with collect_errors([]):
-            if not isinstance(stored, np.ndarray):
-                timed("read the file", stored.content if isinstance(stored, TarImage) else stored.read_bytes)
-            image = timed("decode, cut, resize", lambda: faces.picture(i, size))
-            timed("augment", lambda: augment(image, rng))
-            text = timed("choose or write a caption", lambda: faces.caption(i, rng))
-            timed("batch", lambda: samples.collate([(resize_to_array(image, size), text, 0, {})]))
-    for stage, total in clock.items():
-        print(f"  {stage:<26} {total / count:6.2f} ms")
-    print(f"  {1000 * count / sum(clock.values()):.0f} pictures of {size} x {size} a second on one core")
-
-
 def main():
     parser = argparse.ArgumentParser(description="Statistics of a data set of faces, on one page.")
     parser.add_argument("--data", help="folder or JSON annotation file of faces (default: drawn faces)")
@@ -205,29 +150,20 @@ def main():
     parser.add_argument("--cache", default="cache", help="folder for drawn faces or the index (%(default)s)")
     parser.add_argument("--columns", nargs="+", default=COLUMNS[:2], choices=COLUMNS,
                         help="caption columns of FaceCaption-15M (caption, face_caption)")
-    parser.add_argument("--time", action="store_true", help="time reading a picture, stage by stage, instead")
     args = parser.parse_args()
     if args.sample < 10:
         raise ValueError(f"--sample {args.sample}: expected at least 10")
-    splits, missing = {}, ""
+    splits, errors = {}, []
     for split in SPLITS if args.data else ():
-        try:
+        with collect_errors(errors):
             splits[split] = open_faces(args.data, split, args.cache, tuple(args.columns), max_errors=100)
-        except ValueError as error:
-            missing = error
-    if missing and not splits:
-        raise missing
+    if errors and not splits:
+        raise ValueError(errors[-1])
     splits = splits or {"train": load_toy_faces(1000, 192, seed=0, folder=args.cache)}
-    faces = next(iter(splits.values()))
-    if args.time:
-        captions = [faces.caption(i, np.random.default_rng(i)) for i in range(min(100, len(faces)))]
-        return print_times(faces, Tokenizer.train(captions))
     stats = compute_stats(splits, args.sample, np.random.default_rng(0))
-    plot_stats(stats, faces, args.out)
+    plot_stats(stats, next(iter(splits.values())), args.out)
     Path(args.out).with_suffix(".json").write_text(json.dumps(stats, indent=1))
     print("\n".join([stats["set"], *(f"  {line}" for line in format_stats(stats))]))
-    if faces.attributes is not None and faces.captions is None:
-        print_references(np.array(faces.attributes[:1000]))
     print(f"written: {args.out}, with FLIP's figures for comparison")
 
 

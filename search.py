@@ -76,8 +76,7 @@ class SearchResult(NamedTuple):
 
 @torch.no_grad()
 def search(model: FLIP, features: dict[Path, torch.Tensor], query: str, top=8, k=32) -> list[SearchResult]:
-    """The `top` best images for a sentence: the ITM head re-ranks the k most similar of `features`, which
-    `encode_folder` returns (k is raised to `top` if it is smaller)."""
+    """The `top` best images for a sentence: the ITM head re-ranks the k >= top most similar of `features`."""
     captions, paths = model.tokenize(query), list(features)
     similarity = torch.stack(list(features.values())) @ model.student.text_features(captions)[0].cpu()  # (I,)
     cosines, best = similarity.topk(min(max(k, top), len(paths)))
@@ -90,8 +89,7 @@ def search(model: FLIP, features: dict[Path, torch.Tensor], query: str, top=8, k
 
 
 def split_phrases(query: str, tokenizer) -> list[str]:
-    """Split a sentence into phrases and drop those without a known word: "a man with a goatee and a tie" ->
-    a man, a goatee, a tie."""
+    """The phrases of a sentence with a known word: "a man with a hat and a tie" -> a man, a hat, a tie."""
     separators = r"(?<![\w-])(?<!not )(?:he|she|and|with|who|has|have|is|are|wears|wearing)(?![\w-])"
     phrases = re.split(rf"[,.;]|{separators}", query.lower())
     return [phrase.strip() for phrase in phrases if tokenizer.split_known(phrase)[0]]
@@ -161,8 +159,7 @@ def serve(model: FLIP, folder: str | Path, cache: Path, top: int, sentence=""):
         return contact_sheet(result_rows(model, query, [results[event.index]], explain=True), tile=192)
 
     with gradio.Blocks(title="FLIP", delete_cache=(600, 600)) as page:      # gradio copies the faces it shows
-        gradio.Markdown(f"# Search {len(features)} faces\nBelow each face: score, cosine, match probability. "
-                        f"Click a face for a heatmap per phrase of the query.")
+        gradio.Markdown(f"# {len(features)} faces\nScore, cosine, match probability; click for heatmaps")
         query, last_search = gradio.Textbox(sentence, label="query", autofocus=True), gradio.State()
         gallery = gradio.Gallery(columns=4, object_fit="contain", allow_preview=False, show_label=False)
         heatmaps = gradio.Image(show_label=False)
@@ -174,17 +171,13 @@ def serve(model: FLIP, folder: str | Path, cache: Path, top: int, sentence=""):
 def main():
     parser = argparse.ArgumentParser(description="Search a folder of face images with a sentence.")
     parser.add_argument("query", nargs="?", help='a sentence, such as "a smiling woman with blond hair"')
-    parser.add_argument("--checkpoint", default="out/flip.pt",
-                        help="a checkpoint of train.py, or the official FLIP-base.pth")
+    parser.add_argument("--checkpoint", default="out/flip.pt", help="from train.py, or the official one")
     parser.add_argument("--images", required=True, help="folder of images, including its subfolders")
-    parser.add_argument("--vocabulary", help="vocab.txt, tokenizer.json, folder or hub name; only for the "
-                                             "official checkpoint, which needs bert-base-uncased")
+    parser.add_argument("--vocabulary", help="for the official checkpoint: bert-base-uncased, or its folder")
     parser.add_argument("--top", type=int, default=8, help="number of faces to show")
     parser.add_argument("--out", default="out/search.png", help="file for the contact sheet")
-    parser.add_argument("--explain", action="store_true",
-                        help="show a heatmap per phrase of the query beside each face")
-    parser.add_argument("--serve", action="store_true",
-                        help="open a local web page for any number of queries (pip install gradio)")
+    parser.add_argument("--explain", action="store_true", help="show a heatmap per phrase beside each face")
+    parser.add_argument("--serve", action="store_true", help="open a local web page (pip install gradio)")
     args = parser.parse_args()
     out = Path(args.out)
     if args.top < 1:

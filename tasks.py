@@ -14,10 +14,7 @@ Shapes: see vit.py; I images, T captions, V pooled vectors per image.
 """
 import dataclasses
 import math
-import shutil
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -30,9 +27,11 @@ from bert import Captions
 from captions import ATTRIBUTES
 from common.distributed import autocast
 from common.images import contact_sheet, iterate_images
+from common.plots import new_figure, plot_retrieval
+from common.script import temporary_memmap
 from common.weights import write_checkpoint
 from data import Faces, drop, load_toy_faces, open_faces
-from evaluation import Validation, new_figure, plot_retrieval, rerank_metrics
+from evaluation import Validation, rerank_metrics
 from flip import FLIP, project
 from kernels.contrastive import contrastive_loss
 
@@ -98,17 +97,6 @@ class Task:
         return out[:done] if done else torch.empty(0)
 
 
-def temporary_memmap(shape, folder):
-    """An empty float16 tensor in an unnamed file in `folder`, deleted when the run ends: the encoded tokens
-    of a large data set do not fit in memory. Raises ValueError if the disk is too full."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    size, free = 2 * math.prod(shape), shutil.disk_usage(folder).free
-    if size > free:             # the file is sparse: it would fail only when written to
-        raise ValueError(f"{folder} has {free / 1e9:.0f} GB free, but the encoded images need "
-                         f"{size / 1e9:.0f} GB; choose another --out")
-    return torch.from_numpy(np.memmap(tempfile.TemporaryFile(dir=folder), np.float16, "w+", shape=shape))
-
-
 # ---- attributes: pooled tokens of four depths, LayerNorm, weighted sum, linear -------------------
 def pool_tokens(vit, images):
     """Images (B, 3, S, S) -> V pooled vectors (B, V, D): class token, mean and maximum of the patch tokens,
@@ -140,13 +128,12 @@ class Attributes(Task):
     recipe = dict(epochs=100, batch_size=256, lr=1e-3, warmup=0, weight_decay=0.0)
     toy_recipe = dict(epochs=60, lr=3e-3, validation=500)
     selection_metric = "accuracy"
-    columns = {"accuracy": "accuracy", "balanced": "balanced accuracy",
-               "average_precision": "average precision"}
+    columns = {"accuracy": "accuracy", "balanced": "balanced accuracy"}
     baseline_name, has_own_head = "majority class", True
 
     def __init__(self, config):
         super().__init__(config)
-        self.names, self.fractions = config.labels or ATTRIBUTES, sorted(config.fractions)
+        self.fractions = sorted(config.fractions)
 
     def open(self, split, model):
         faces = super().open(split, model)
@@ -158,13 +145,12 @@ class Attributes(Task):
         """Fill vectors (I, V, D) and labels (I, labels), float, 0 or 1."""
         compute = lambda images: pool_tokens(model.student.image, images)
         vectors, faces = self.encode_faces(compute, faces, model)
-        labels = faces.attributes[:, [ATTRIBUTES.index(name) for name in self.names]]
-        labels = torch.from_numpy(labels).float()
+        labels = torch.from_numpy(np.array(faces.attributes)).float()
         return EncodedSplit(count=len(faces), faces=faces, vectors=vectors, labels=labels)
 
     def trainable_module(self, model, samples):
         _, vectors, width = samples.vectors.shape
-        return AttributeHead(vectors, width, len(self.names)).to(model.temperature.device)
+        return AttributeHead(vectors, width, len(ATTRIBUTES)).to(model.temperature.device)
 
     def loss(self, head, samples, indices, rng, step):
         """Binary cross-entropy, mean over samples and labels."""
@@ -175,9 +161,9 @@ class Attributes(Task):
     @torch.no_grad()
     def metrics(self, head, samples):
         """In percent, means over labels. For rare attributes, always predicting "absent" has high
-        accuracy; balanced accuracy (mean of true positive and true negative rate) and average precision
-        correct for that. Labels with a single class count towards accuracy only. The majority class is
-        that of these samples."""
+        accuracy; balanced accuracy, the mean of true positive and true negative rate, corrects for that.
+        Labels with a single class count towards accuracy only. The majority class is that of these
+        samples."""
         device = head.weights.device
         logits = torch.cat([head(chunk.to(device).float()).cpu() for chunk in samples.vectors.split(1024)])
         truth, predicted = samples.labels.bool(), logits > 0                            # (I, labels)
@@ -185,18 +171,14 @@ class Attributes(Task):
         sensitivity = (predicted & truth).sum(0).double() / truth.sum(0)
         specificity = (~predicted & ~truth).sum(0).double() / (~truth).sum(0)
         balanced = (sensitivity + specificity) / 2                                      # NaN if one class
-        precision = torch.stack([average_precision(*pair) for pair in zip(logits.T, truth.T)])
-        precision[balanced.isnan()] = torch.nan
         frequency = truth.double().mean(0)
-        columns = {"accuracy": accuracy, "balanced": balanced, "average_precision": precision,
+        columns = {"accuracy": accuracy, "balanced": balanced,
                    "majority": torch.maximum(frequency, 1 - frequency)}
         per_label = {name: {column: 100 * values[n].item() for column, values in columns.items()}
-                     for n, name in enumerate(self.names)}
+                     for n, name in enumerate(ATTRIBUTES)}
         means = {column: 100 * values.nanmean().item() for column, values in columns.items()}
-        positives = truth.sum(0)[~balanced.isnan()].double()
-        baseline = {"accuracy": means["majority"], "balanced": 50.0,
-                    "average_precision": 100 * chance_precision(positives, len(truth)).mean().item()}
-        return means | {"per_label": per_label, "baseline": baseline}
+        return means | {"per_label": per_label,
+                        "baseline": {"accuracy": means["majority"], "balanced": 50.0}}
 
     def draw(self, results, faces, folder):
         """Plot the accuracy per attribute, trained on the largest fraction, beside the majority class."""
@@ -214,23 +196,7 @@ class Attributes(Task):
         figure.savefig(folder / "attributes.png", dpi=110)
 
     def save(self, model, head, folder):
-        write_checkpoint({"model": head.state_dict(), "attributes": list(self.names)}, folder / "head.pt")
-
-
-def average_precision(scores, labels):
-    """Mean precision at the rank of each positive; scores, labels (I,); ties in the samples'
-    order."""
-    hits = labels[scores.argsort(descending=True, stable=True)].double()
-    precision = hits.cumsum(0) / torch.arange(1, len(hits) + 1)
-    return (precision * hits).sum() / hits.sum()
-
-
-def chance_precision(positives, count):
-    """The average precision expected of an order by chance. At the rank n of a positive, it is a
-    hit itself, and each of the n - 1 before it with probability (positives - 1) / (count - 1); the
-    mean over all n has a harmonic number in it."""
-    harmonic = (1 / torch.arange(1, count + 1).double()).sum()
-    return (harmonic + (positives - 1) / (count - 1) * (count - harmonic)) / count
+        write_checkpoint({"model": head.state_dict(), "attributes": list(ATTRIBUTES)}, folder / "head.pt")
 
 
 # ---- retrieval: FLIP's own projections, matching head and temperature ----------------------------
@@ -268,19 +234,12 @@ class Retrieval(Task):
         else:
             validation = Validation.of(faces)
             texts, image_of_text = validation.texts, validation.image_of_text
-        captions = model.tokenizer(texts)
+        captions, device = model.tokenizer(texts), model.temperature.device
+        with torch.no_grad(), autocast(self.config, device):
+            cls_tokens = model.student.cls_tokens(captions.to(device)).float().cpu()
         return EncodedSplit(count=len(faces), faces=faces, tokens=tokens, captions=captions,
-                            image_of_text=image_of_text, cls_tokens=self.encode_captions(model, captions),
+                            image_of_text=image_of_text, cls_tokens=cls_tokens,
                             identity=torch.tensor(faces.identity))
-
-    @torch.no_grad()
-    def encode_captions(self, model, captions):
-        """[CLS] token of each caption (T, D)."""
-        device, chunks = model.temperature.device, torch.arange(len(captions)).split(500)
-        with autocast(self.config, device):
-            return torch.cat([
-                model.student.text(captions.select(chunk).to(device), first_token_only=True).float().cpu()
-                for chunk in tqdm(chunks, "encoding captions", leave=False)])
 
     def trainable_module(self, model, samples):
         """The model itself, with only projections, matching head and temperature trainable."""

@@ -65,8 +65,8 @@ from common.images import (
 )
 from common.optim import Muon, build_optimizers, newton_schulz
 from common.resume import Log, save
-from common.script import run_script
-from common.weights import CLIP_KEYS, bert_key, map_key, resize_position_embedding, write_checkpoint
+from common.script import run_script, temporary_memmap
+from common.weights import BERT_KEYS, CLIP_KEYS, map_key, resize_position_embedding, write_checkpoint
 from drawing import portrait
 from drawing import sketch as drawing_sketch
 from flip import FLIP, FLIPConfig, StepParams, official_name, official_state, rerank
@@ -294,7 +294,7 @@ def test_gradients_reach_feature_and_temperature_through_the_operator_and_it_kee
     inputs = [case[i].requires_grad_() for i in (0, 5)]
     found = with_gradients(3 * contrastive_loss(*case), inputs)
     agree(found, [3 * exact for exact in expected_contrastive(*case)], 1e-5)
-    torch.library.opcheck(contrastive_file.contrastive, case)
+    torch.library.opcheck(contrastive_file.contrastive_forward, case)
 
 
 def test_the_contrastive_loss_stays_in_float32_under_autocast_and_from_half_precision_features():
@@ -306,16 +306,17 @@ def test_the_contrastive_loss_stays_in_float32_under_autocast_and_from_half_prec
 
 
 def test_the_memory_of_the_contrastive_loss_does_not_grow_with_the_queue():
-    """At B 80, Q 61,440, E 256; the logits alone would be 20 MB."""
-    def needed(Q):
-        feature, *others, temperature = bench.contrastive_inputs(80, Q, 256)
-        return bench.megabytes(lambda: with_gradients(
-            contrastive_loss(feature, *others, temperature, 0.4), (feature, temperature)))
-    assert needed(61_440) <= 15
-    assert DEVICE == "cuda" or needed(61_440) == pytest.approx(needed(6_144), rel=0.1)
+    """At B 80, Q 61,440, E 256 no operator allocates 10 MB; the logits alone would be 20 MB."""
+    def largest(Q):
+        case = bench.contrastive_inputs(80, Q, 256)
+        with torch.profiler.profile(profile_memory=True) as profile:
+            with_gradients(contrastive_loss(*case), (case[0], case[5]))
+        return max(event.self_cpu_memory_usage + event.self_device_memory_usage for event in profile.events())
+    assert 0 < largest(61_440) < 10e6
+    assert DEVICE == "cuda" or largest(61_440) == largest(6_144)
 
 
-# ---- kernels/bench.py ----------------------------------------------------------------------------
+# ---- bench.py ----------------------------------------------------------------------------
 def test_the_bench_prints_its_tables(monkeypatch, capsys):
     """Small, each once, and without the compiler."""
     monkeypatch.setattr(bench, "attention_cases", lambda images, cases=bench.attention_cases: cases(2))
@@ -324,6 +325,7 @@ def test_the_bench_prints_its_tables(monkeypatch, capsys):
     bench.bench_attention()
     bench.bench_contrastive(B=4, Q=50, E=16)
     printed = capsys.readouterr().out
+    assert ("1.00) | - |" in printed) == (DEVICE == "cpu"), "memory is measured on a GPU only"
     assert printed.count("| ours | 1.00") == 4 and printed.count("| SDPA, math, padded | 1.00") == 3
     assert len(re.findall(r"\d\.\de-\d\d", printed)) >= 3 * 4 + 2 * 3
 
@@ -333,7 +335,7 @@ def test_the_straightforward_step_and_reranking_give_what_ours_give(monkeypatch,
     """The bench refuses to time what differs."""
     bench.BENCHES[name](dataclasses.replace(GOLDEN_CONFIG, queue_size=40), **sizes, repeats=1)
     assert "| baseline" in capsys.readouterr().out
-    monkeypatch.setattr(bench, "written_attention", lambda query, *others, **options: query)
+    monkeypatch.setattr(bench, "baseline_logits", lambda _, tokens, captions: torch.eye(2)[[0] * len(captions)])
     with pytest.raises(AssertionError, match="not close"):
         bench.BENCHES[name](GOLDEN_CONFIG, **sizes, repeats=1)
 
@@ -429,10 +431,21 @@ def test_clip_weights_for_another_image_size_have_their_position_table_resized(t
     close(grid.mean((0, 1)), source.positions[1:].mean(0), 1e-3)
 
 
+@pytest.mark.parametrize("key, value, sentence", [
+    ("epoch", 3, "expected tensors alone, found int under 'epoch'"), ("a", torch.ones(1), "a is unexpected"),
+    ("vision_model.pre_layrnorm.bias", torch.ones(3), ": pre_layrnorm.bias has shape (3,), expected (24,)")])
+def test_weights_that_do_not_fit_are_named_as_in_the_file_and_none_is_loaded(tmp_path, key, value, sentence):
+    encoder = ViT(GOLDEN_CONFIG.vit)
+    before = copy.deepcopy(encoder.state_dict())
+    torch.save(clip_weights(ViT(GOLDEN_CONFIG.vit)) | {key: value}, tmp_path / "pytorch_model.bin")
+    assert sentence in error_of(load_clip, encoder, tmp_path)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in encoder.state_dict().items())
+
+
 def test_bert_weights_load_with_token_type_zero_folded_in_and_new_parts_left_alone(tmp_path):
     encoder, source = (Bert(GOLDEN_CONFIG.bert, image_width=24) for _ in range(2))
     own, theirs = copy.deepcopy(encoder.state_dict()), source.state_dict()
-    weights = {bert_key(name): x for name, x in theirs.items() if "cross_attention" not in name}
+    weights = {map_key(name, BERT_KEYS): x for name, x in theirs.items() if "cross_attention" not in name}
     official = {name for name in recorded("checkpoint.text_encoder.") if "crossattention" not in name}
     assert weights.keys() | {"embeddings.position_ids"} == official
     types = torch.randn(2, 20)
@@ -525,6 +538,14 @@ def test_the_official_checkpoint_loads_with_nothing_missing_or_left_over_and_sav
     assert saved.keys() == recorded("checkpoint.").keys()
     for name, expected in recorded("checkpoint.").items():
         assert saved[name].dtype == expected.dtype and torch.equal(saved[name], expected), name
+
+
+def test_another_image_size_resizes_the_position_embeddings_of_both_encoders(official, tmp_path):
+    vit_config = dataclasses.replace(GOLDEN_CONFIG.vit, image_size=64)
+    larger = FLIP.from_pretrained(tmp_path / "official.pth", dataclasses.replace(GOLDEN_CONFIG, vit=vit_config))
+    for encoders in ("student", "momentum_encoder"):
+        table, resized = (getattr(model, encoders).image.positions for model in (official, larger))
+        close(resized, resize_position_embedding(table, 64), 0)
 
 
 @pytest.mark.parametrize("first", ["enc", "cls"])
@@ -779,7 +800,7 @@ def test_every_part_of_a_portrait_is_drawn_by_some_face():
 
 
 @pytest.mark.parametrize("arguments, sentence", [
-    ("--out faces --count 0", "--count 0: expected at least 1"), ("--out a_file", "File exists: 'a_file'"),
+    ("--out faces --count 0", "--count 0: expected at least 1"), ("--out a_file", "Not a directory: 'a_file"),
     ("--out faces --size 3", "--size 3: expected at least 8"), ("--sketch absent/s.png", "absent/s.png"),
     ("--out faces --seed -1", "--seed -1: expected at least 0"),
     ("--sheet sheet.txt", "sheet.txt: expected a file name ending in .jpg")])
@@ -789,6 +810,17 @@ def test_wrong_arguments_of_toyfaces_end_in_a_sentence(tmp_path, monkeypatch, ar
     monkeypatch.setattr(sys, "argv", ["toyfaces.py", *arguments.split()])
     with pytest.raises(SystemExit, match=f"^error: .*{sentence}"):
         run_script(toyfaces.main)
+
+
+@pytest.mark.parametrize("count, sizes", [(20, [16, 2, 2]), (3, [1, 1, 1])])
+def test_written_faces_open_as_celebas_splits_with_their_attributes_and_pixels(tmp_path, count, sizes):
+    toyfaces.write_faces(tmp_path, count, size=24, seed=3)
+    splits = parts_of(tmp_path)
+    assert [len(split) for split in splits] == sizes
+    for index, (split, i) in enumerate((split, i) for split in splits for i in range(len(split))):
+        image, attributes = toyfaces.face(index, 3, 24)
+        assert split.images[i].name == f"{index + 1:06}.png" and (split.attributes[i] == attributes).all()
+        assert (np.asarray(split.picture(i)) == np.asarray(image)).all()
 
 
 # ---- data.py: the caption grammar --------------------------------------------------------------
@@ -879,17 +911,18 @@ def test_references_on_captions_worked_by_hand():
     """Two men: 'a bald young man' fits one, 'a young man' both, but leaves baldness unsaid."""
     attributes = np.stack([with_true("Male", "Young", "Bald"), with_true("Male", "Young")])
     references = grammar.reference_recall(attributes.astype(np.int8), attributes, k=(1,))
-    assert references == {"consistency": {"text_to_image": {1: (1 + 1 / 2) / 2}, "image_to_text": {1: 3 / 4}},
-                          "ceiling": {"text_to_image": {1: 1.0}, "image_to_text": {1: 1.0}}}
+    assert references == {
+        "attribute match": {"text_to_image": {1: (1 + 1 / 2) / 2}, "image_to_text": {1: 3 / 4}},
+        "Bayes optimum": {"text_to_image": {1: 1.0}, "image_to_text": {1: 1.0}}}
 
 
 def test_drawn_captions_are_as_hard_as_planned():
     faces, rng = random_faces(1000), np.random.default_rng(0)
     stated = np.stack([grammar.sample_caption(attributes, rng)[1] for attributes in faces])
-    consistency, ceiling = grammar.reference_recall(stated, faces).values()
+    match, optimum = grammar.reference_recall(stated, faces).values()
     for direction in ("text_to_image", "image_to_text"):
-        assert all(ceiling[direction][k] > consistency[direction][k] for k in (1, 5, 10))
-    assert 0.6 < consistency["text_to_image"][5] < 0.8
+        assert all(optimum[direction][k] > match[direction][k] for k in (1, 5, 10))
+    assert 0.6 < match["text_to_image"][5] < 0.8
 
 
 # ---- data.py: sets on disk ---------------------------------------------------------------------
@@ -1029,8 +1062,8 @@ def write_dialog(folder, records=(), images="images"):
 
 
 @pytest.mark.parametrize("images", ["images", "image", "."])
-def test_celeba_dialog_is_read_without_the_picture_that_never_was(tmp_path, images):
-    records = {f"{n}.jpg": {"overall_caption": f"face {n}"} for n in (5380, *range(39), 24000)}
+def test_celeba_dialog_is_read_from_any_image_folder(tmp_path, images):
+    records = {f"{n}.jpg": {"overall_caption": f"face {n}"} for n in (*range(39), 24000)}
     parts = {"Bangs": "Short bangs.", "Young": "", "Smiling": "No smile."}
     records["1.jpg"] = {"overall_caption": " ", "attribute_wise_captions": parts}
     train, val, test = parts_of(write_dialog(tmp_path, records, images))
@@ -1132,7 +1165,7 @@ def test_a_download_in_tars_is_read_in_place_cropped_and_split_by_address(tmp_pa
     parts = parts_of(write_tar(tmp_path, NO_PICTURE, 200, status="failed_to_download"))
     names = [picture.name for faces in parts for picture in faces.images]
     assert len(names) == len(set(names)) == 199 and "000000003.jpg" not in names
-    assert re.search("199 faces; skipped .see .*[.]errors.: 1 x incomplete face", capsys.readouterr().out)
+    assert re.search("199 faces; invalid records skipped: 1, listed in .*[.]errors", capsys.readouterr().out)
     addresses = [{int(texts[0].split()[1]) // 2 for texts in faces.captions} for faces in parts]
     assert len(set.union(*addresses)) == sum(map(len, addresses)) == 100
     i = next(i for i, texts in enumerate(parts[0].captions) if int(texts[0].split()[1]) % 4 == 2)
@@ -1214,7 +1247,7 @@ def test_a_box_is_where_it_was_in_the_original_however_img2dataset_resized(tmp_p
         assert np.abs(np.subtract(crop.box, true)).max() <= 1, (crop, true)
 
 
-def test_half_broken_downloads_are_counted_by_kind_and_the_rest_is_read(tmp_path):
+def test_half_broken_downloads_are_listed_and_the_rest_is_read(tmp_path):
     bomb = png_of(Image.new("1", (20_000, 20_000)))                 # 50 KB that would take 1.2 GB
     broken = {"000000001.jpg": b"no picture", "000000002.json": b"{", "000000005.jpg": bomb,
               "000000006.json": b'{"status": "success", "box": [90, 0, 99, 9], "caption": "x", "url": 1}',
@@ -1471,7 +1504,7 @@ SKETCH, PICKLE = "sketch/train/photo1_image0104_7.png", "train/filenames.pickle"
     (write_captions, "train.json", (b"the face", rb"binary \u0000"), "(found 'binary \\x00 0')"),
     (write_celeba, VALUES, (b"02.jpg  -1", b"02.jpg  2"), "/000002.jpg): expected 1, 0 or -1 for every"),
     (write_celeba, PARTITION, (b"3.jpg 0", b"2.jpg 2"), "test, found '0 and 2 in list_eval"),
-    (pickled, "test/filenames.pickle", pickle.dumps(["2"]), "face 2: images/2.jpg is already listed in"),
+    (pickled, "test/filenames.pickle", pickle.dumps(["2"]), "face 2: 2.jpg is already in split test"),
     (write_sde, SKETCH, None, "photo1/image0104.jpg has no step 7, unlike most"),
     (write_sde, SKETCH.replace("7", "13"), b"", "photo1/image0104.jpg has a step 13, unlike most"),
     # and what the readers do
@@ -1491,14 +1524,14 @@ SKETCH, PICKLE = "sketch/train/photo1_image0104_7.png", "train/filenames.pickle"
     (lambda d: write_tar(d, box=None), "x", b"", "00000.tar: 000000003.json: expected img2d"),
     (lambda d: write_tar(d, box="[9, 0, 9, 5]"), "x", b"", "(found box (9.0, 0.0, 9.0, 5.0) and url"),
     (lambda d: write_tar(d, box="[" * 100_000), "x", b"", "(RecursionError"),
-    (lambda d: write_tar(d, {"000000003.json": b"{}"}), "x", b"", "'status'"),
+    (lambda d: write_tar(d, {"000000003.json": b"{}"}), "x", b"", "'box'"),
     (lambda d: write_tar(d, NO_PICTURE), "x", b"", "00000.tar: 000000003 has no image (1 of"),
     (lambda d: write_lfwa_matlab(d, label=np.ones((50, 40))), "x", b"", "att_40.mat: expected a com"),
     (lambda d: write_lfwa_matlab(d, indices_img_train=np.arange(40)), "x", b"", "to 60 (KeyError: 0)"),
-    (write_sde, "photo/photo1/image0104.jpg", None, "(photo1_image0104 matches no image, or several"),
-    (lambda d: write_sde(d, "{stem}_{step}"), "photo/photo2/image0104.jpg", b"", "(image0104 matches no"),
+    (write_sde, "photo/photo1/image0104.jpg", None, "(KeyError: 'photo1_image0104')"),
+    (lambda d: write_sde(d, "{stem}_{step}"), "photo/photo2/image0104.jpg", b"", "(KeyError: 'image0104')"),
     (write_sde, SKETCH.replace("7", "07"), b"", "_07.png has the same step)"),
-    (write_sde, "sketch/train/image.png", b"", "image.png: expected a name such as image0110_7.png (photo and"),
+    (write_sde, "sketch/train/image.png", b"", "image.png: expected image0110_7.png or, if not unique, photo1_im"),
     (write_sde, "train.json", b'[{"image": "image0101.jpg", "caption": "x"}]', "image0100.jpg): expected"),
     (write_sde, "train.json", b'[{"image": "1/image0101.jpg"}, {"image": "2/image0101.jpg"}]', "both match"),
     (write_fs2k, "sketch/sketch1/sketch0104.png", None, "FS2K train: anno_train.json record 15 (counted"),
@@ -1545,9 +1578,6 @@ def test_a_report_counts_copies_damage_and_words(tmp_path, monkeypatch, capsys):
     assert found["like another"] == 5 and found["sizes"] == [[60, 50]] * 29
     assert found["equal captions"] == 20 and max(found["words"]) == 8 and found["labels"]["Wearing_Hat"] == 1
     assert Image.open(tmp_path / "page.png").width > 1000 and "FLIP" in capsys.readouterr().out
-    monkeypatch.setattr(sys, "argv", [*map(str, arguments), "--time"])
-    report.main()
-    assert "pictures of 224 x 224 a second" in capsys.readouterr().out
 
 
 # ---- data.py: drawn faces ----------------------------------------------------------------------
@@ -1560,7 +1590,7 @@ def test_drawn_faces_are_kept_and_an_interrupted_drawing_leaves_nothing(tmp_path
 
     def interrupt(*_):
         raise KeyboardInterrupt
-    monkeypatch.setattr(data, "tqdm", interrupt)
+    monkeypatch.setattr(toyfaces, "tqdm", interrupt)
     with pytest.raises(KeyboardInterrupt):
         data.load_toy_faces(6, 24, 3, tmp_path)
     path, = tmp_path.iterdir()
@@ -1678,7 +1708,7 @@ def test_a_run_stopped_or_killed_and_resumed_has_the_log_of_one_never_stopped(
         (tmp_path / "log.jsonl").write_text("torn")             # the log rides in the checkpoint
         config = train_config.parse_arguments(["--out", str(tmp_path), "--resume"])
     train.train(config)
-    logs = [[line | {"seconds": 0} for line in log_of(out)[1:]] for out in (tmp_path, uninterrupted)]
+    logs = [[line | {"seconds": 0, "data_seconds": 0} for line in log_of(out)[1:]] for out in (tmp_path, uninterrupted)]
     assert logs[0] == logs[1]
 
 
@@ -1710,7 +1740,7 @@ def test_a_run_goes_on_from_a_flip_ours_or_official_and_at_another_image_size(
     faces = train.load_data(config, 64)[0].subset(range(20))
     train.print_plan(config, faces, faces, 1, Tokenizer.train(["a face"]))
     printed = capsys.readouterr().out
-    assert "words of the captions are not in the vocabulary of --init and are spelled" in printed
+    assert "words of the captions are not in the vocabulary of --init, for example" in printed
     assert "120.0 passes" in printed and "will overfit: try --steps 75, or" in printed
     assert "with 20 validation faces, R@10 is 50 % by chance" in printed
     for change, sentence in ((dict(init=official["init"]), "contains no vocabulary; pass --vocabulary"),
@@ -1881,8 +1911,8 @@ def test_a_retrieval_table_stands_beside_chance_and_both_references(uninterrupte
     metrics = {f"{way}_r{k}": 10.0 for way in ("img", "txt", "itc_img", "itc_txt") for k in (1, 5, 10)}
     lines = evaluation.recall_table(metrics, validation).splitlines()
     assert [line.split(" | ")[0][2:] for line in lines[2:]] == [
-        "chance", "consistency", "ceiling", "this model, ITC alone", "this model, re-ranked",
-        "share of consistency", "share of ceiling"]
+        "chance", "attribute match", "Bayes optimum", "this model, ITC alone", "this model, re-ranked",
+        "% of attribute match", "% of Bayes optimum"]
     assert lines[2].split(" | ")[1:4] == ["5.0", "25.0", "50.0"]
 
 
@@ -1935,16 +1965,16 @@ def test_a_photo_as_similar_as_the_true_one_ranks_before_it_and_nan_is_never_a_h
     assert tasks.sketch_ranks(similarity).tolist() == [[2, 1], [3, 2], [3, 1]]
 
 
-def test_average_precision_and_balanced_accuracy_are_their_definitions():
+def test_balanced_accuracy_is_its_definition(monkeypatch):
     head = tasks.AttributeHead(1, 4, 3)
     head.forward = lambda vectors: vectors[:, 0, :3]
     logits = torch.tensor([[1.0, -1, 2], [2.0, -1, 1], [-1.0, -1, 1], [3.0, -1, 1]])
     labels = torch.tensor([[1.0, 0, 1], [1, 0, 1], [1, 1, 1], [0, 0, 1]])       # the third everyone has
     samples = tasks.EncodedSplit(vectors=F.pad(logits, (0, 1))[:, None], labels=labels)
-    task = tasks.Attributes(finetune.Config(task="attributes", labels=("Male", "Young", "Bald")))
+    monkeypatch.setattr(tasks, "ATTRIBUTES", ("Male", "Young", "Bald"))
+    task = tasks.Attributes(finetune.Config(task="attributes"))
     found = task.metrics(head, samples)
-    for name, expected in {"Male": [50, 100 / 3, 100 * (1 / 2 + 2 / 3 + 3 / 4) / 3, 75],
-                           "Young": [75, 50, 100 / 3, 75], "Bald": [100, np.nan, np.nan, 100]}.items():
+    for name, expected in {"Male": [50, 100 / 3, 75], "Young": [75, 50, 75], "Bald": [100, np.nan, 100]}.items():
         assert list(found["per_label"][name].values()) == pytest.approx(expected, nan_ok=True)
     assert found["accuracy"] == pytest.approx(75) and found["balanced"] == pytest.approx((100 / 3 + 50) / 2)
     assert found["baseline"]["accuracy"] == found["majority"] == pytest.approx(250 / 3)
@@ -1959,11 +1989,6 @@ def test_chance_is_what_orders_by_chance_come_to():
         assert np.mean([metrics[name] for metrics in found]) == pytest.approx(expected[name], abs=1)
     few = tasks.chance_recalls(torch.arange(3))
     assert few["txt_r5"] == few["itc_img_r10"] == 100
-    for positives in (1, 2, 4):                             # the mean over all orders of five samples
-        precisions = [tasks.average_precision(torch.tensor(order), torch.arange(5) < positives)
-                      for order in itertools.permutations(range(5))]
-        expected = tasks.chance_precision(torch.tensor(positives).double(), 5)
-        close(expected, torch.stack(precisions).mean(), 1e-12)
 
 
 def test_the_loss_within_a_batch_is_the_symmetric_cross_entropy_with_positives_of_equal_identity():
@@ -2101,14 +2126,14 @@ def test_the_test_part_decides_nothing(tuned, tmp_path, monkeypatch):
 
 
 def test_a_table_has_a_column_for_each_share_and_a_row_for_each_encoder_the_last_first():
-    metrics = {"accuracy": 1.0, "balanced": 2.0, "average_precision": 3.0}
+    metrics = {"accuracy": 1.0, "balanced": 2.0}
     shares = dict.fromkeys((0.02, 1.0), metrics | {"baseline": metrics})
     task = tasks.Attributes(finetune.Config(task="attributes", fractions=(1.0, 0.02)))
     table = finetune.table([finetune.Result(name, {}, shares) for name in "ab"], task)
     header, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
     assert header[:3] == ["%", "accuracy, 2 %", "accuracy, 100 %"]
     assert [name for name, *_ in rows] == ["majority class", "b, tuned", "a, tuned"]
-    assert all(values == ["1.0", "1.0", "2.0", "2.0", "3.0", "3.0"] for _, *values in rows)
+    assert all(values == ["1.0", "1.0", "2.0", "2.0"] for _, *values in rows)
 
 
 def write_parted_celeba(folder):
@@ -2117,14 +2142,12 @@ def write_parted_celeba(folder):
     (write_celeba(folder, count=40) / PARTITION).write_text("\n".join(lines))
 
 
-def test_attributes_are_learned_from_celeba_with_the_columns_named(tuned, tmp_path):
+def test_attributes_are_learned_from_celeba(tuned, tmp_path):
     write_parted_celeba(tmp_path)
-    columns = ("Smiling", "Male")
-    results = finetune.finetune(tuned("attributes", data=str(tmp_path), labels=columns))
-    assert tuple(results[0].final["per_label"]) == columns
-    assert torch.load(tmp_path / "attributes/head.pt")["attributes"] == list(columns)
-    attributes = open_faces(tmp_path, "test").attributes
-    test = attributes[:, [ATTRIBUTES.index(name) for name in columns]].mean(0)
+    results = finetune.finetune(tuned("attributes", data=str(tmp_path)))
+    assert tuple(results[0].final["per_label"]) == ATTRIBUTES
+    assert torch.load(tmp_path / "attributes/head.pt")["attributes"] == list(ATTRIBUTES)
+    test = open_faces(tmp_path, "test").attributes.mean(0)
     assert results[0].final["majority"] == pytest.approx(100 * np.maximum(test, 1 - test).mean())
 
 
@@ -2195,8 +2218,7 @@ def write_one_person(folder):
 ])
 def test_what_a_task_cannot_use_is_refused_with_one_sentence_before_anything_is_encoded(
         tuned, uninterrupted, tmp_path, monkeypatch, task, write, change, sentence):
-    for name in ("encode_pictures", "encode_captions"):
-        monkeypatch.setattr(tasks.TASKS[task], name, lambda *_: pytest.fail("encoded"), raising=False)
+    monkeypatch.setattr(tasks.Task, "encode_pictures", lambda *_: pytest.fail("encoded"))
     write(tmp_path)
     saved = torch.load(uninterrupted / "flip.pt")
     if change:
@@ -2353,17 +2375,17 @@ def test_search_computes_features_of_new_pictures_only(uninterrupted, tmp_path, 
 
 
 @pytest.mark.parametrize("arguments, shows", [
-    ("vit.py", "class token first"), ("vit.py absent.jpg", "error: absent.jpg cannot be read"),
+    ("vit.py", "class token first"), ("vit.py absent.jpg", "error: absent.jpg cannot be read: No such"),
     ("bert.py a-smiling-woman", "[CLS]"), ("bert.py --bert nowhere.txt", "error: nowhere.txt: no such file"),
-    ("losses.py", "cross-entropy"), ("losses.py --alpha 2", "error: expected"),
+    ("losses.py", "cross-entropy"), ("flip.py", "FLIP.update_momentum"),
     ("search.py --images nowhere query", "error: nowhere: no such folder"),
     ("toyfaces.py --out faces --count 3 --size 48", "written: faces"),
     ("toyfaces.py --sheet s.png --sketch k.png", "written: s.png k.png"),
     ("report.py --sample 20", "distinct"), ("report.py --data nowhere", "error: nowhere: no such folder or file"),
     ("train.py --lr -1", "error: --lr -1.0: expected at least 0"),
-    ("finetune.py sketch --labels Male", "error: --labels is a flag of attributes"),
-    ("bench.py attention --help", "compile"), ("flip.py --images DIR query", "error: python flip.py --images ... is now"),
-    ("data.py --data DIR", "error: python data.py --data ... is now")])
+    ("finetune.py sketch --fractions 0.5", "error: --fractions is a flag of attributes"),
+    ("bench.py attention --help", "compile"), ("flip.py --images DIR query", "error: flip.py takes no arguments; to search"),
+    ("data.py", "[CLS]"), ("data.py --data DIR", "error: data.py takes no arguments")])
 def test_every_file_shows_what_it_is_about_and_a_wrong_argument_ends_in_a_sentence(
         tmp_path, arguments, shows):
     script, *arguments = arguments.split()
@@ -2381,7 +2403,7 @@ def test_a_script_takes_numbers_that_slow_a_cpu_down_for_0_in_all_threads():
 
 
 # ---- the layout ----------------------------------------------------------------------------------
-ORDER = """kernels/__init__ kernels/attention kernels/contrastive common/script common/images common/weights
+ORDER = """kernels/__init__ kernels/attention kernels/contrastive common/script common/images common/plots common/weights
     common/distributed common/optim common/resume vit bert losses flip captions drawing/portrait drawing/sketch
     toyfaces readers/index readers/tars readers/layouts data config evaluation train tasks finetune search
     report bench test_all""".split()
@@ -2417,11 +2439,10 @@ def test_imports_run_down_only():
     (lambda: train_config.Config(hardness_ramp=(0.9, 0.1)), "--hardness_ramp (0.9, 0.1): expected two numbers, the smaller"),
     (lambda: train_config.Config(model="huge"), "--model huge: expected one of tiny, base, large"),
     (lambda: train_config.Config(lr=float("nan")), "--lr nan: expected at least 0"),
-    (lambda: finetune.Config(labels=("Smilling",)), "--labels ('Smilling',): expected one of 5_o_Clock_"),
     (lambda: finetune.Config(fractions=(0.1, 2.0)), "--fractions (0.1, 2.0): expected at least"),
-    (lambda: finetune.Config("attributes", labels=("Male", "Male")), "('Male', 'Male'): expected no duplicates"),
-    (lambda: finetune.Config("sketch", labels=("Male",)), "--labels is a flag of attributes, not of sketch"),
-    (lambda: tasks.temporary_memmap((2 ** 30, 2 ** 30), "."), "GB free, but"),
+    (lambda: finetune.Config(task="attributes", fractions=(0.1, 0.1)), "(0.1, 0.1): expected no duplicates"),
+    (lambda: finetune.Config(task="sketch", fractions=(0.1,)), "--fractions is a flag of attributes, not of"),
+    (lambda: temporary_memmap((2 ** 30, 2 ** 30), "."), "GB free, but"),
     (lambda: drawn(3).subset([]), "drawn: no faces, expected at least one in this split"),
     (lambda: dataclasses.replace(drawn(3), captions=[["a"]] * 2), "drawn: 3 images, but 2 entries in c"),
     (lambda: data.BatchLoader(dataclasses.replace(drawn(), attributes=None), TOKENIZER, 8, 2),
@@ -2474,7 +2495,7 @@ def test_every_command_of_the_readme_works(tmp_path, monkeypatch):
     less = {"train.py": "--faces 64 --validation 20 --steps 4 --batch_size 8", "toyfaces.py": "--count 60",
             "finetune.py": "--faces 16 --validation 3 --test 6 --epochs 1"}
     blocks, ran = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL), set()
-    for command in "".join(blocks).replace("\\\n", " ").splitlines():
+    for command in re.split(r"\n| && ", "".join(blocks).strip()):
         program, *arguments = shlex.split(command.replace("bert-base-uncased", "vocab.txt"))
         if program == "torchrun":
             train_config.parse_arguments(arguments[arguments.index("train.py") + 1:])
@@ -2485,7 +2506,7 @@ def test_every_command_of_the_readme_works(tmp_path, monkeypatch):
         ran.add(program)
     assert ran == {"pip", "python", "pytest", "torchrun"}
     [lines] = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    exec(lines.replace("000324", "000032"), {})             # there are fewer
+    exec(lines.replace("000325", "000032"), {})             # there are fewer
 
 
 @pytest.fixture(scope="module")
@@ -2503,7 +2524,7 @@ def test_the_default_run_finds_faces_more_often_than_knowing_all_attributes_does
     """Text to image; by as much as RESULTS.md says, but for three points."""
     config, metrics = default_run
     references = evaluation.Validation.of(train.load_data(config, 48)[1]).references
-    assert 60 <= references["consistency"][1] <= 80 and references["ceiling"][0] > 65
+    assert 60 <= references["attribute match"][1] <= 80 and references["Bayes optimum"][0] > 65
     assert all(metrics[name] >= least for name, least in (("img_r1", 48), ("img_r5", 78), ("img_r10", 86)))
 
 
@@ -2862,6 +2883,7 @@ def what_can_break(tmp_path, uninterrupted):
                  "mm/test/filenames.pickle", "dialog/captions_hq.json", "tars/00000.tar",
                  "lfwa/lfw_att_40.mat", "lfwa/indices_train_test.mat", "fs2k/anno_train.json"):
         readers[name] = lambda path, folder=name.split("/")[0]: count_faces(tmp_path / folder)
+    readers["dialog/captions_hq.json"] = lambda path: len(count_faces(path.parent))     # equal names hide a face
     return {tmp_path / name: read for name, read in readers.items()}
 
 

@@ -1,10 +1,9 @@
 """Render toy faces with CelebA's 40 attributes: the default training data of this project.
 
-A face is rendered in three steps, each readable on its own:
-
-1. `sample_attributes` samples the 40 labels from small tables of CelebA's frequencies;
-2. `build_shapes` turns them, plus pose, colours and proportions that no caption mentions, into `Shape`s;
-3. `render` rotates the head, smooths the outlines and fills them with Pillow (both: drawing/portrait.py).
+1. `sample_attributes` samples the 40 labels from small tables of CelebA's frequencies.
+2. `build_shapes` turns them, plus pose, colours and proportions that no caption mentions, into `Shape`s.
+3. `render` rotates the head, smooths the outlines and fills them with Pillow (both: drawing/portrait.py);
+   `sketch` draws the visible outlines in pen strokes instead, stage by stage (drawing/sketch.py).
 
 Every attribute is visible. Most are drawn literally; these follow a convention:
 
@@ -15,28 +14,24 @@ Every attribute is visible. Most are drawn literally; these follow a convention:
 - No hair colour: copper, auburn or dyed. Straight_Hair and Wavy_Hair hang loose, to the nape for men;
   with neither, hair is put up (women) or cropped (men).
 
-`sketch` draws the same face in pen strokes and returns all stages up to the complete sketch. The strokes
-are the visible outlines of the same shapes, without colour (drawing/sketch.py).
-
     python toyfaces.py --sheet sheet.png                # every attribute, absent and present
     python toyfaces.py --sketch sketch.png              # some faces, and their sketches in stages
-    python toyfaces.py --out faces --count 1000 --size 64
-    python toyfaces.py --tars tars --count 2000         # with captions, as a download of FaceCaption-15M
+    python toyfaces.py --out DIR --count 1000           # a data set for train.py --data DIR
 """
 import argparse
-import csv
-import io
-import json
-import tarfile
+import functools
+import hashlib
+import multiprocessing
+import signal
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageFilter
 from tqdm import tqdm
 
-from captions import ATTRIBUTES, sample_caption
+from captions import ATTRIBUTES
 from common.images import IMAGE_SUFFIXES, contact_sheet
-from common.script import run_script
+from common.script import atomic_write, error_context, run_script
 from drawing.portrait import BEARDS, build_shapes, render
 from drawing.sketch import rasterize_strokes, stroke_points
 
@@ -139,6 +134,35 @@ def sketch(index: int, seed=0, size=64, steps=70) -> np.ndarray:
     return rasterize_strokes(points, step, steps, size)
 
 
+def draw_cached(count: int, size: int, seed: int, folder: str, steps: int) -> np.ndarray:
+    """The first `count` faces of data set `seed`, drawn on all cores or read from `folder`: a memory-mapped
+    structured array with attributes (40,), picture (size, size, 3) and sketches (steps, size, size)."""
+    # the file name contains a hash of the drawing code, so that an old cache is never used for new code
+    here = Path(__file__).parent
+    code = [Path(__file__), here / "captions.py", *sorted(here.glob("drawing/*.py"))]
+    version = hashlib.sha256(b"".join(path.read_bytes() for path in code)).hexdigest()[:8]
+    path = Path(folder) / f"faces-{count}x{size}-{steps}steps-seed{seed}-{version}.npy"
+    if not path.exists():
+        dtype = [("attributes", bool, len(ATTRIBUTES)), ("picture", np.uint8, (size, size, 3)),
+                 ("sketches", np.uint8, (steps, size, size))]
+        draw_one = functools.partial(face_and_sketch, seed=seed, size=size, steps=steps)
+        with atomic_write(path) as partial:
+            drawn = np.lib.format.open_memmap(partial, "w+", dtype, (count,))
+            # the workers ignore Ctrl-C: this process handles it
+            with multiprocessing.Pool(None, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
+                for i, row in enumerate(tqdm(pool.imap(draw_one, range(count), 16), "drawing faces", count)):
+                    drawn[i] = row
+            drawn.flush()
+    with error_context("drawn faces; delete this file to draw them again", path):
+        return np.load(path, mmap_mode="r")
+
+
+def face_and_sketch(index, seed, size, steps):
+    image, attributes = face(index, seed, size)
+    frames = sketch(index, seed, size, steps) if steps else np.empty((0, size, size))
+    return attributes, np.asarray(image), frames
+
+
 # ---- contact sheets and command line -------------------------------------------------------------
 def attribute_rows(size, pairs_per_row=5):
     """Rows for `contact_sheet`: for each attribute the same person without it and, framed, with it."""
@@ -161,56 +185,34 @@ def sketch_rows(seed, size, count=6, stages=(10, 25, 40, 60, 80, 100)):
 
 
 def write_faces(folder: Path, count, size, seed):
-    """Write 000000.png ... and attributes.csv (name, then the 40 labels as 1 or -1) to a folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "attributes.csv", "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["name", *ATTRIBUTES])
-        for index in tqdm(range(count), desc="faces"):
-            image, attributes = face(index, seed, size)
-            image.save(folder / f"{index:06}.png")
-            writer.writerow([f"{index:06}.png", *np.where(attributes, 1, -1)])
-
-
-def write_tars(folder, count, size, seed, per_tar=1000):
-    """DIR/00000.tar ..., as img2dataset leaves FaceCaption-15M: for each face N.jpg, somewhere on
-    which it is, N.txt and N.json, which says where, with two captions; and 00000_stats.json."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for first in tqdm(range(0, count, per_tar), desc="tars"):
-        name, numbers = f"{first // per_tar:05}", range(first, min(first + per_tar, count))
-        with tarfile.open(folder / f"{name}.tar", "w") as tar:
-            for index in numbers:
-                image, attributes = face(index, seed, size)
-                rng = np.random.default_rng((seed, index, 1))
-                edge, (x, y) = size + size // 2, rng.integers(0, size // 2 + 1, 2).tolist()
-                ground = tuple(rng.integers(256, size=3).tolist())
-                photo, jpeg = Image.new("RGB", (edge, edge), ground), io.BytesIO()
-                photo.paste(image, (x, y))
-                photo.save(jpeg, "jpeg", quality=95)
-                captions = [sample_caption(attributes, rng)[0] for _ in range(2)]
-                record = {"status": "success", "url": f"drawn://{seed}/{index}", "caption": captions,
-                          "box": str([x, y, x + size, y + size]), "width": edge, "height": edge,
-                          "original_width": edge, "original_height": edge}
-                for suffix, content in ((".jpg", jpeg.getvalue()), (".txt", captions[0].encode()),
-                                        (".json", json.dumps(record).encode())):
-                    member = tarfile.TarInfo(f"{index:09}{suffix}")
-                    member.size = len(content)
-                    tar.addfile(member, io.BytesIO(content))
-        (folder / f"{name}_stats.json").write_text(json.dumps({"successes": len(numbers)}))
+    """Write a data set in CelebA's layout, as Kaggle distributes it. Image n is face n - 1. The validation
+    and the test split are the last 20 % of the faces, one half each."""
+    images = folder / "img_align_celeba"
+    images.mkdir(parents=True, exist_ok=True)
+    held_out = max(count // 10, int(count >= 3))  # faces each of the validation and the test split
+    split = np.repeat([0, 1, 2], [count - 2 * held_out, held_out, held_out])  # train, val, test
+    labels, partition = [("image_id", *ATTRIBUTES)], [("image_id", "partition")]
+    for index in tqdm(range(count), desc="faces"):
+        image, attributes = face(index, seed, size)
+        name = f"{index + 1:06}.png"
+        image.save(images / name)
+        labels.append((name, *np.where(attributes, 1, -1)))
+        partition.append((name, split[index]))
+    np.savetxt(folder / "list_attr_celeba.csv", labels, "%s", ",")
+    np.savetxt(folder / "list_eval_partition.csv", partition, "%s", ",")
 
 
 def main():
     parser = argparse.ArgumentParser(description="Render toy faces with CelebA's 40 attributes.")
-    parser.add_argument("--out", type=Path, help="folder for images and attributes.csv")
-    parser.add_argument("--tars", type=Path, help="folder for tars with captions, as img2dataset leaves them")
+    parser.add_argument("--out", type=Path, help="folder for a data set in CelebA's layout")
     parser.add_argument("--count", type=int, default=1000, help="number of faces (default %(default)s)")
     parser.add_argument("--size", type=int, default=64, help="image size in pixels (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the data set (default %(default)s)")
     parser.add_argument("--sheet", type=Path, help="image file to write: every attribute, absent and present")
     parser.add_argument("--sketch", type=Path, help="image file to write: faces and stages of their sketches")
     args = parser.parse_args()
-    if not (args.out or args.tars or args.sheet or args.sketch):
-        parser.error("nothing to do: give --out, --tars, --sheet, --sketch or several of them")
+    if not (args.out or args.sheet or args.sketch):
+        parser.error("nothing to do: give --out, --sheet, --sketch or several of them")
     for flag, value, minimum in (("count", args.count, 1), ("size", args.size, 8), ("seed", args.seed, 0)):
         if value < minimum:
             raise ValueError(f"--{flag} {value}: expected at least {minimum}")
@@ -221,11 +223,9 @@ def main():
         contact_sheet(attribute_rows(96), tile=96).save(args.sheet)
     if args.sketch:
         contact_sheet(list(sketch_rows(args.seed, 160)), tile=160).save(args.sketch)
-    if args.tars:
-        write_tars(args.tars, args.count, args.size, args.seed)
     if args.out:
         write_faces(args.out, args.count, args.size, args.seed)
-    print("written:", *filter(None, (args.sheet, args.sketch, args.tars, args.out)))
+    print("written:", *filter(None, (args.sheet, args.sketch, args.out)))
 
 
 if __name__ == "__main__":

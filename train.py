@@ -27,7 +27,6 @@ import dataclasses
 import itertools
 import math
 import time
-from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
@@ -44,7 +43,7 @@ from common.distributed import autocast, init_distributed, rank_and_world_size
 from common.optim import build_optimizers, set_learning_rate
 from common.resume import Log, graceful_stop, load_run, save
 from common.script import run_script
-from common.weights import load_bert, load_clip, resize_position_embedding
+from common.weights import load_bert, load_clip, load_state
 from config import MODELS, TINY, Config, parse_arguments
 from data import Batch, BatchLoader, Faces, drop_unreadable, load_toy_faces, open_faces
 from evaluation import Validation, evaluate_and_draw, recall_table
@@ -139,19 +138,23 @@ def train(config: Config):
     # a checkpoint is saved before its evaluation, so a resumed run evaluates first
     metrics = evaluate_and_draw(run, run.start_step) if run.start_step and is_due(run.start_step) else None
     stream = run.loader.iterate_from(run.start_step * config.accumulate)
-    recent, begin, saved = [], time.time(), time.time()
+    recent, waited, begin, saved = [], 0.0, time.time(), time.time()
     bar = tqdm(range(run.start_step, config.steps), "training", initial=run.start_step, total=config.steps,
                disable=rank > 0)
     with graceful_stop() as stop:
         for step in bar:
-            recent.append(train_step(run, next_batches(run, stream, step, stop), step))
+            waiting = time.time()
+            micro_batches = next_batches(run, stream, step, stop)
+            waited += time.time() - waiting
+            recent.append(train_step(run, micro_batches, step))
             done = step + 1
             if done % config.log_every == 0 or done == config.steps:
                 line = mean_losses(recent, range(done - len(recent), done), run)
-                log.write(step=done, **line, seconds=(time.time() - begin) / len(recent),
-                          num_errors=len(run.loader.errors))
-                bar.set_postfix(itc=line["itc"], itm=line["itm"])
-                recent, begin = [], time.time()
+                line["seconds"] = (time.time() - begin) / len(recent)       # per step, and of that
+                line["data_seconds"] = waited / len(recent)                 # waiting for data
+                log.write(step=done, **line, num_errors=len(run.loader.errors))
+                bar.set_postfix({name: line[name] for name in ("itc", "itm", "seconds", "data_seconds")})
+                recent, waited, begin = [], 0.0, time.time()
             if is_due(done) or time.time() - saved > 60 * config.save_every:
                 save(run, done)
                 saved = time.time()
@@ -288,9 +291,7 @@ def build_model(config: Config, vit: ViTConfig, faces: Faces, initial: FLIP | No
     flip_config = FLIPConfig(vit, bert, embed_dim, config.queue_size, hardness)
     model = init_model(flip_config, tokenizer)
     if initial:                     # all learned weights; queue and momentum encoder start anew
-        learned = initial.student.state_dict()
-        learned["image.positions"] = resize_position_embedding(learned["image.positions"], vit.num_patches)
-        model.student.load_state_dict(learned)
+        load_state(model.student.state_dict(), initial.student.state_dict(), config.init)
         model.matching_head.load_state_dict(initial.matching_head.state_dict())
         model.temperature.copy_(initial.temperature)
     if config.clip:
@@ -326,12 +327,10 @@ def print_plan(config: Config, faces: Faces, validation: Faces, world_size: int,
         print(f"with {len(validation)} validation faces, R@10 is {chance:.0f} % by chance; more faces give "
               f"more meaningful figures (at most --validation {config.validation})")
     if config.init:
-        captions = sample_captions(faces, 500)
-        unknown = Counter(word for text in captions for word in tokenizer.split_known(text)[1])
+        unknown = {word for text in sample_captions(faces, 500) for word in tokenizer.split_known(text)[1]}
         if unknown:
-            words = ", ".join(word for word, _ in unknown.most_common(10))
-            print(f"{len(unknown)} words of the captions are not in the vocabulary of --init and are spelled "
-                  f"out: {words}{', ...' if len(unknown) > 10 else ''}")
+            print(f"{len(unknown)} words of the captions are not in the vocabulary of --init, for example "
+                  f"{min(unknown)!r}")
 
 
 @torch.no_grad()

@@ -19,9 +19,7 @@ SCALE, OFFSET = 1 / (255 * STD), MEAN / STD     # (x / 255 - MEAN) / STD = x * S
 
 def resize_to_array(image: Image.Image, size):
     """A PIL image -> uint8 (S, S, 3), resized to a square without cropping (FLIP paper, section 4.2)."""
-    if image.size != (size, size):
-        image = image.resize((size, size), Image.Resampling.BICUBIC)
-    return np.asarray(image.convert("RGB"))
+    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC).convert("RGB"))
 
 
 def normalize_batch(pixels) -> torch.Tensor:
@@ -43,15 +41,14 @@ def checked_open(file, name):
         with (file.copy() if isinstance(file, Image.Image)
               else Image.open(file, formats=IMAGE_FORMATS)) as image:
             if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"expected at most {MAX_PIXELS:,} pixels, found {image.width} x "
-                                 f"{image.height}")
+                raise ValueError(f"expected at most {MAX_PIXELS:,} pixels, found {image.size}")
             if image.mode in ("I", "F") or image.mode.startswith("I;"):     # convert("RGB") clips to white
                 raise ValueError(f"expected 8 bits per channel, found Pillow's mode {image.mode}; convert it")
             yield image
     except UnidentifiedImageError:
         raise ValueError(f"{name} is not an image") from None
-    except Exception as error:                      # Pillow raises OSError, SyntaxError and others
-        raise ValueError(f"{name} cannot be read: {error}") from None
+    except Exception as error:          # Pillow raises many types; an OSError's text repeats the file's name
+        raise ValueError(f"{name} cannot be read: {getattr(error, 'strerror', None) or error}") from None
 
 
 def read_image_size(file, name=None) -> tuple[int, int]:
@@ -65,8 +62,7 @@ def load_image(file, name=None, box=None, size=None) -> Image.Image:
     the box (x1, y1, x2, y2) in stored pixels. Raises ValueError if it is not an image or is damaged.
 
     With a size, resize to size x size (the outermost pixels blend in a little from outside the box). A JPEG
-    at least twice that large is decoded at 1/2, 1/4 or 1/8 scale in the DCT domain, several times as fast.
-    """
+    at least twice that large is decoded at 1/2, 1/4 or 1/8 scale in the DCT domain, several times as fast."""
     with checked_open(file, name or file) as image:
         full_width = image.width
         if size:
@@ -124,9 +120,9 @@ def iterate_images(read, count, size, title, batch_size=128, show=True, errors=N
         for indices, next_indices in zip(bar, [*batches[1:], ()]):
             results = pending.pop().get()
             pending.append(pool.map_async(pixels_of, next_indices))
-            valid = [i for i, pixels in zip(indices, results) if pixels is not None]
+            valid = {i: pixels for i, pixels in zip(indices, results) if pixels is not None}
             if valid:
-                yield valid, normalize_batch([pixels for pixels in results if pixels is not None])
+                yield list(valid), normalize_batch(list(valid.values()))
 
 
 def contact_sheet(rows, tile=128, legend="") -> Image.Image:
@@ -147,9 +143,8 @@ def contact_sheet(rows, tile=128, legend="") -> Image.Image:
             x = margin + column * (tile + margin)
             if framed:
                 draw.rectangle((x - 4, y - 4, x + tile + 3, y + tile + 3), fill=(40, 160, 70))
-                draw.rectangle((x, y, x + tile - 1, y + tile - 1), fill="white")
-            image = ImageOps.contain(image.convert("RGB"), (tile, tile), Image.Resampling.LANCZOS)
-            sheet.paste(image, (x + (tile - image.width) // 2, y + (tile - image.height) // 2))
+            image = image.convert("RGB")
+            sheet.paste(ImageOps.pad(image, (tile, tile), Image.Resampling.LANCZOS, color="white"), (x, y))
             while font.getlength(label) > tile + margin:
                 label = label[:-2] + "…"
             draw.text((x, y + tile + 4), label, fill=(90, 90, 90), font=font)

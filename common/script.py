@@ -2,21 +2,23 @@
 import argparse
 import contextlib
 import ctypes
-import dataclasses
+import math
 import os
+import shutil
+import tempfile
 import typing
 import warnings
-from dataclasses import field
+from dataclasses import field, fields
 from pathlib import Path
 
+import numpy as np
 import torch
 
 
 def tune_cpu():
-    """Avoid two slowdowns on a CPU. Denormals (below 1e-38), which peaked attention produces, nearly doubled
-    the step time of a long run: flush them to zero. (Threads inherit this setting: call this before any
-    starts.) And glibc returns large freed tensors to the system; mapping and zeroing new memory costs several
-    percent: make it keep blocks of up to 32 MB, the maximum it allows."""
+    """Avoid two slowdowns on a CPU; call this before any thread starts. Denormals (below 1e-38), which peaked
+    attention produces, nearly doubled the step time of a long run: flush them to zero. And glibc returns
+    large freed tensors to the system; mapping new memory costs several percent: keep blocks up to 32 MB."""
     torch.set_flush_denormal(True)
     with contextlib.suppress(OSError, AttributeError, TypeError):       # without glibc
         mallopt = ctypes.CDLL(None).mallopt
@@ -79,6 +81,17 @@ def atomic_write(path: str | Path):
         partial.unlink(missing_ok=True)
 
 
+def temporary_memmap(shape, folder):
+    """An empty float16 tensor in an unnamed file in `folder`, deleted when the run ends: the encoded tokens
+    of a large data set do not fit in memory. Raises ValueError if the disk is too full."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    size, free = 2 * math.prod(shape), shutil.disk_usage(folder).free
+    if size > free:             # the file is sparse: it would fail only when written to
+        raise ValueError(f"{folder} has {free / 1e9:.0f} GB free, but the encoded images need "
+                         f"{size / 1e9:.0f} GB; choose another --out")
+    return torch.from_numpy(np.memmap(tempfile.TemporaryFile(dir=folder), np.float16, "w+", shape=shape))
+
+
 def markdown_table(header, rows):
     """Format a header and rows of cells as a Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
@@ -92,13 +105,13 @@ def flag(default, help, low=0, high=2 ** 62, choices=(), was=""):
 
 def renamed_flags(config, values):
     """Rename the keys of `values`, {flag: value} as an older version saved them, to the current flags."""
-    current = {f.metadata.get("was"): f.name for f in dataclasses.fields(config)}
+    current = {f.metadata.get("was"): f.name for f in fields(config)}
     return {current.get(name, name): value for name, value in values.items()}
 
 
 def check_flags(config):
     """Raise a ValueError for the first field out of its range; pairs must be in ascending order."""
-    for f in filter(lambda f: f.metadata, dataclasses.fields(config)):
+    for f in filter(lambda f: f.metadata, fields(config)):
         value, rule = getattr(config, f.name), f.metadata
         values = value if isinstance(value, tuple) else (value,)
         if rule["choices"] and not set(values) <= set(rule["choices"]):
@@ -113,16 +126,27 @@ def check_flags(config):
 
 def parse_flags(parser: argparse.ArgumentParser, config, argv):
     """Add a flag for every field of the dataclass `config`; return those given in `argv`, {name: value}."""
-    for f in filter(lambda f: f.metadata, dataclasses.fields(config)):
-        default = f" ({f.default})" if f.default not in ("", ()) else ""
-        options = {"default": argparse.SUPPRESS, "help": f.metadata["help"] + default}
-        if f.type is bool:
-            options["action"] = argparse.BooleanOptionalAction
-        elif isinstance(f.default, tuple):
-            options |= {"type": typing.get_args(f.type)[0], "nargs": "+", "metavar": f.name.upper()}
-        else:
-            options |= {"type": f.type, "metavar": f.name.upper()}
+    for f in filter(lambda f: f.metadata, fields(config)):
         names = [f"--{name}" for name in (f.name, f.metadata["was"]) if name]
-        parser.add_argument(*names, dest=f.name, **options)
+        default = f" ({f.default})" if f.default not in ("", ()) else ""
+        options = {"type": f.type}
+        if f.type is bool:
+            options = {"action": argparse.BooleanOptionalAction}
+        elif isinstance(f.default, tuple):
+            options = {"type": typing.get_args(f.type)[0], "nargs": "+"}
+        parser.add_argument(*names, dest=f.name, default=argparse.SUPPRESS, help=f.metadata["help"] + default,
+                            **options)
     given = vars(parser.parse_args(argv))
     return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+
+
+def as_list(items, kinds, expected: str):
+    """One item or an iterable of items -> a list. Raises TypeError if an item is not of these kinds."""
+    single = isinstance(items, kinds) or not hasattr(items, "__iter__")
+    items = [items] if single else list(items)
+    for i, item in enumerate(items):
+        if not isinstance(item, kinds):
+            raise TypeError(f"expected {expected}, found {type(item).__name__} at index {i}")
+    if not items:
+        raise ValueError(f"expected {expected}, found an empty list")
+    return items

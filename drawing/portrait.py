@@ -11,10 +11,9 @@ from captions import ATTRIBUTES
 
 # ---- shapes, curves and rendering ----------------------------------------------------------------
 class Shape(NamedTuple):
-    """A filled outline, or a stroke if `width` > 0. Lengths are in face units: the top of the skull is at
-    y = -1, the chin at y = 1, the middle at x = 0."""
+    """A filled outline, or a stroke if `width` > 0. The face is centred at (0, 0), its half height is 1."""
     part: str
-    points: list           # (x, y) control points
+    points: list           # (x, y) control points; y = -1: top of the skull, y = 1: chin
     colour: tuple          # r, g, b or r, g, b, opacity
     width: float = 0.0
     smooth: bool = True    # a curve through the points instead of straight lines
@@ -261,9 +260,8 @@ def beard(has, look):
 
 
 def nose(has, look):
-    x, y, w, light = look.skew, look.nose_y, 0.13, look.light
-    if "Big_Nose" in has:
-        y, w = y + 0.06, 0.26
+    big, light = "Big_Nose" in has, look.light
+    x, y, w = look.skew, look.nose_y + 0.06 * big, 0.26 if big else 0.13
     if "Pointy_Nose" in has:
         tip, wing, shadow = (x, y + 0.08), w * 0.85 * light, mix(look.skin_dark, look.line, 0.3)
         yield Shape("nose", [(-0.04 * light, -0.1), (-wing, y - 0.02), tip], shadow, smooth=False, depth=1.25)

@@ -13,11 +13,9 @@ PIECE_LENGTH = 1 / 400  # in image widths: maximum length of a stroke piece, and
 
 
 def stroke_points(look, shapes: list) -> tuple[np.ndarray, np.ndarray]:
-    """Pen positions (m, 2) in image widths, and the stroke length that each represents (m,).
-
-    Only visible edges, in DRAWING_ORDER, then in painting order. Colours only determine where one area ends
-    and the next begins. Transparent shapes have no outline.
-    """
+    """Pen positions (m, 2) in image widths, in DRAWING_ORDER, then in painting order, and the stroke length
+    that each represents (m,). Only visible edges are drawn: colours only determine where one area ends and
+    the next begins. Transparent shapes have no outline."""
     shapes = [shape for shape in shapes if shape.part in ORDER_OF_PART and len(shape.colour) == 3]
     lines = project_outlines(look, shapes, 1, 6)
     points, direction, shape_index = split_lines(lines)
@@ -71,11 +69,9 @@ def visible(shapes, lines, points, direction, shape_index):
 
 
 def rasterize_strokes(points: np.ndarray, step: np.ndarray, steps: int, size: int) -> np.ndarray:
-    """Rasterise pen positions `points` (m, 2), reached at `step` (m,), ascending: uint8 (steps, size, size).
-
-    Each pixel of an oversampled canvas stores the first step at which the round pen covers it. The brightness
-    of an output pixel is the fraction of its canvas pixels covered so far.
-    """
+    """Rasterise pen positions `points` (m, 2), reached at `step` (m,), ascending: uint8 (steps, size,
+    size). Each pixel of an oversampled canvas stores the first step at which the round pen covers it. The
+    brightness of an output pixel is the fraction of its canvas pixels covered so far."""
     oversampling = 4 if size < 128 else 2
     canvas, radius = size * oversampling, size * oversampling / 120
     margin = int(np.ceil(radius))

@@ -1,24 +1,21 @@
 """Multi-head attention over packed sequences: all attention of this project, on CPUs and GPUs.
 
-Captions differ in length, so tokens are packed: one tensor stores the tokens of all sequences contiguously,
-without padding, and `Sequences` says where each sequence begins. Linear layers and norms then compute
-nothing for padding. `attention` serves three uses:
+Captions differ in length, so tokens are packed: one tensor stores all sequences contiguously, without
+padding, and `Sequences` says where each begins. So linear layers and norms compute nothing for padding.
+Queries do not interact, so several captions can form one sequence. `attention` serves three uses:
 
     self-attention of images       queries = keys = image tokens, all sequences equally long
     self-attention of captions     queries = keys = text tokens, lengths differ
-    captions attending to images   query sequence i: all captions that attend to image i, as one sequence,
-                                   since queries do not interact; image i's keys and values are stored once
+    captions attending to images   query sequence i: those attending to image i, whose keys are stored once
 
-On a CPU attention pads: `padded_attention`, in plain PyTorch, pads queries, keys and values to the longest
-sequence, computes softmax(q k^T / sqrt(d)) v, and removes the padding from the result. On a GPU the Triton
-kernels in the second half of this file work on the packed tokens, without padding.
+On a CPU `padded_attention`, in plain PyTorch, pads all sequences to the longest, computes
+softmax(q k^T / sqrt(d)) v and removes the padding. On a GPU the Triton kernels below need no padding.
 
 Capital letters are sizes, as in vit.py: B sequences, one for each item of a batch on one process, have N
-tokens in all and up to L_max each (L for images); H heads of d = D / H channels share the width D. Where
-they differ, L_max is Lq for query and Lk for key sequences.
-Run `python bench.py attention` to check and time it.
+tokens in all and up to L_max each (L for images, Lq for queries, Lk for keys); H heads of d = D / H
+channels share the width D. Run `python bench.py attention` to check and time it.
 """
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -55,8 +52,7 @@ class Sequences:
         return Sequences.from_lengths(ends.diff(), self.offsets.device)
 
     def to(self, device):
-        return Sequences(self.lengths, self.offsets.to(device, non_blocking=True), self.max_length,
-                         self.num_tokens)
+        return replace(self, offsets=self.offsets.to(device, non_blocking=True))
 
     def __len__(self):
         return len(self.lengths)
@@ -82,11 +78,6 @@ class Sequences:
         return torch.arange(self.num_tokens, device=self.offsets.device) - self.offsets[self.sequence_ids]
 
     @property
-    def padded_index(self):
-        """Index of each token in the padded layout (B * L_max), (N,) int64."""
-        return self.sequence_ids * self.max_length + self.position_ids
-
-    @property
     def token_mask(self):
         """True where the padded layout (B, L_max) holds a token, False for padding."""
         return torch.arange(self.max_length, device=self.offsets.device) < self.offsets.diff()[:, None]
@@ -95,15 +86,19 @@ class Sequences:
 def pad(tokens, sequences):
     """Packed (N, H, d) -> padded with zeros (B, H, L_max, d)."""
     B, L_max = len(sequences), sequences.max_length
-    if not sequences.is_uniform:
-        tokens = tokens.new_zeros(B * L_max, *tokens.shape[1:]).index_copy(0, sequences.padded_index, tokens)
-    return tokens.unflatten(0, (B, L_max)).transpose(1, 2)
+    if sequences.is_uniform:
+        return tokens.unflatten(0, (B, L_max)).transpose(1, 2)
+    padded = tokens.new_zeros(B, L_max, *tokens.shape[1:])
+    padded[sequences.sequence_ids, sequences.position_ids] = tokens
+    return padded.transpose(1, 2)
 
 
 def unpad(padded, sequences):
     """Padded (B, H, L_max, d) -> packed (N, H, d)."""
-    tokens = padded.transpose(1, 2).flatten(0, 1)
-    return tokens if sequences.is_uniform else tokens.index_select(0, sequences.padded_index)
+    padded = padded.transpose(1, 2)                                                 # (B, L_max, H, d)
+    if sequences.is_uniform:
+        return padded.flatten(0, 1)
+    return padded[sequences.sequence_ids, sequences.position_ids]
 
 
 # ---- attention -----------------------------------------------------------------------------------
@@ -150,10 +145,9 @@ def attention(query: Tensor, key: Tensor, value: Tensor, query_sequences: Sequen
     if not uses_triton(query):
         return padded_attention(query, key, value, query_sequences, key_sequences, dropout)
     seed = torch.randint(2 ** 62, ())       # on the CPU, so that reading it does not wait for the GPU
-    out, _ = attention_forward(query.contiguous(), key.contiguous(), value.contiguous(),
-                               query_sequences.offsets, key_sequences.offsets,
-                               query_sequences.max_length, key_sequences.max_length, dropout, seed)
-    return out
+    return attention_forward(query.contiguous(), key.contiguous(), value.contiguous(),
+                             query_sequences.offsets, key_sequences.offsets,
+                             query_sequences.max_length, key_sequences.max_length, dropout, seed)[0]
 
 
 # ==== The rest is Triton; a first reading can stop here ====
@@ -212,15 +206,14 @@ def store(tensor, start, end, x, d):
 
 @triton.jit
 def dot(a, b):
-    """Matrix product accumulated in float32; "tf32x3" gives float32 inputs nearly float32 precision."""
+    """Matrix product accumulated in float32; "tf32x3": three passes give nearly float32 precision."""
     return tl.dot(a, b, input_precision="tf32x3")
 
 
 @triton.jit
 def apply_dropout(x, seed, key, query, dropout):
-    """r * x, where x belongs to these keys and queries. r is recomputed instead of stored: Philox (Salmon et
-    al. 2011, "Parallel random numbers: as easy as 1, 2, 3") hashes (seed; key, query, head), with keys and
-    queries as indices of packed tokens. So forward and backward drop the same weights."""
+    """r * x for these keys and queries (indices of packed tokens). r is recomputed, not stored: Philox
+    (Salmon et al. 2011) hashes (seed; key, query, head), so forward and backward drop the same weights."""
     if dropout > 0:
         zero = (key + query) * 0                # broadcasts all hashed values to one shape
         random, _, _, _ = tl.philox(seed, key + zero, query + zero, tl.program_id(2) + zero, zero)

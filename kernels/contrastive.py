@@ -26,9 +26,8 @@ multiprocessors can process a range of keys. e is a softmax, too: of logits 0 fo
 One pass over the keys gives the loss and both gradients; the backward pass only scales them. All of it runs
 in float32, even under autocast: at tau 0.01 half-precision cosines are too coarse.
 
-Sizes: B rows (3 B in the kernel, one for each of a row's three averages), K keys in any number of pieces, E
-feature size. losses.py defines the same loss with logits, `contrastive_loss_reference`, which training never
-calls. Run `python bench.py contrastive` to check and time this file.
+Sizes: B rows (3 B in the kernel: three averages each), K keys, E feature size. losses.py defines the same
+loss with logits, `contrastive_loss_reference`. Run `python bench.py contrastive` to check and time it.
 """
 from typing import NamedTuple
 
@@ -61,9 +60,7 @@ def chunk_sums(queries, keys, identity, key_identity, temperature):
 
 def stack_sums(sums):
     """Stack several `SoftmaxSums`, over different keys, along a new first dimension."""
-    return SoftmaxSums(max_logit=torch.stack([s.max_logit for s in sums]),
-                       denominator=torch.stack([s.denominator for s in sums]),
-                       key_sum=torch.stack([s.key_sum for s in sums]))
+    return SoftmaxSums(*map(torch.stack, zip(*sums)))
 
 
 def merge_sums(stacked):
@@ -101,10 +98,9 @@ def loss_and_gradients(sums, feature, temperature, alpha):
 def triton_sums_kernel(queries, keys, identity, key_identity, temperature, max_out, denominator_out, key_out,
                        B, K, keys_per_program, E: tl.constexpr, BLOCK_E: tl.constexpr,
                        BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_K: tl.constexpr):
-    """One program: `SoftmaxSums` of BLOCK_ROWS of the 3 B rows over `keys_per_program` keys.
-
-    queries (3, B, E): student, momentum encoder, zeros for the positives; outputs (num_splits, 3, B) and
-    (num_splits, 3, B, E). BLOCK_K: features per step of the product q k_j."""
+    """One program: `SoftmaxSums` of BLOCK_ROWS of the 3 B rows over `keys_per_program` keys. queries (3, B,
+    E): student, momentum encoder, zeros for the positives; outputs (num_splits, 3, B) and (num_splits, 3,
+    B, E). BLOCK_K: features per step of the product q k_j."""
     rows, split = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS), tl.program_id(1)
     columns = tl.arange(0, BLOCK_E)
     is_row, is_column = rows < 3 * B, columns < E
@@ -147,9 +143,8 @@ def triton_sums_kernel(queries, keys, identity, key_identity, temperature, max_o
              mask=is_row[:, None] & is_column[None, :])
 
 
-# "tf32x3" multiplies float32 matrices on tensor cores in three passes, with nearly float32 precision. With
-# Triton 3.6 to 3.9 these blocks compile for compute capability 8.0 and 9.0 without spilling registers up to
-# MAX_E (`python bench.py --compile-only`); they have not been tuned on a GPU yet.
+# Not tuned on a GPU yet. Up to MAX_E features no registers spill on compute capability 8.0 or 9.0, with
+# Triton 3.6 to 3.9 (`bench.py --compile-only`). For "tf32x3" see `dot` in attention.py.
 LAUNCH_CONFIG = dict(BLOCK_ROWS=32, BLOCK_KEYS=32, BLOCK_K=32, num_warps=8, num_stages=1)
 MAX_E = 256
 
@@ -182,9 +177,9 @@ def triton_sums(feature, momentum_feature, keys, identity, key_identity, tempera
 
 # ---- the public function -------------------------------------------------------------------------
 @torch.library.custom_op("flip::contrastive", mutates_args=())
-def contrastive(feature: Tensor, momentum_feature: Tensor, keys: list[Tensor], identity: Tensor,
-                key_identity: list[Tensor], temperature: Tensor,
-                alpha: float) -> tuple[Tensor, Tensor, Tensor]:
+def contrastive_forward(feature: Tensor, momentum_feature: Tensor, keys: list[Tensor], identity: Tensor,
+                        key_identity: list[Tensor], temperature: Tensor,
+                        alpha: float) -> tuple[Tensor, Tensor, Tensor]:
     """The loss and its gradients with respect to feature and temperature; one node for torch.compile."""
     with torch.autocast(feature.device.type, enabled=False):
         softmax_sums = triton_sums if uses_triton(feature) else torch_sums
@@ -192,7 +187,7 @@ def contrastive(feature: Tensor, momentum_feature: Tensor, keys: list[Tensor], i
         return loss_and_gradients(sums, feature, temperature, alpha)
 
 
-@contrastive.register_fake
+@contrastive_forward.register_fake
 def _(feature, momentum_feature, keys, identity, key_identity, temperature, alpha):
     return feature.new_empty(()), torch.empty_like(feature), torch.empty_like(temperature)
 
@@ -208,23 +203,22 @@ def scale_gradients(ctx, grad_loss, *_):
     return grad_loss * d_feature, None, no_grads, None, no_grads, grad_loss * d_temperature, None
 
 
-contrastive.register_autograd(scale_gradients, setup_context=save_gradients)
+contrastive_forward.register_autograd(scale_gradients, setup_context=save_gradients)
 
 
 def contrastive_loss(feature: Tensor, momentum_feature: Tensor, keys: list[Tensor], identity: Tensor,
                      key_identity: list[Tensor], temperature: Tensor, alpha: float) -> Tensor:
     """Cross-entropy with soft targets in one direction of ITC, averaged over the batch, a tensor ().
 
-    feature (B, E): student features of one modality; momentum_feature (B, E): momentum features of the same
-    inputs; keys [(K1, E), (K2, E), ...]: momentum features of the other modality in any number of pieces,
-    such as batch and queue; all features have unit length. identity (B,), key_identity [(K1,), (K2,), ...]:
-    equal numbers mean the same person, hence a positive; every row needs at least one positive. temperature:
-    a tensor () on the same device; alpha: weight of the soft targets, from 0 to 1. Gradients flow into
-    feature and temperature only. Raises ValueError if there are no keys."""
+    feature, momentum_feature (B, E): student and momentum features of one modality; keys [(K1, E), ...]:
+    momentum features of the other, in pieces, such as batch and queue; all of unit length. identity (B,),
+    key_identity [(K1,), ...]: equal numbers mean the same person, hence a positive; every row needs one.
+    temperature: a tensor () on the same device; alpha: weight of the soft targets, from 0 to 1. Gradients
+    flow into feature and temperature only. Raises ValueError if there are no keys."""
     pieces = [piece for piece in zip(keys, key_identity) if len(piece[0])]
     if not pieces:
         raise ValueError("contrastive loss: expected at least one key, found none; pass the batch's own keys")
     keys, key_identity = map(list, zip(*pieces))
     dtype = torch.promote_types(feature.dtype, torch.float32)
-    return contrastive(feature.to(dtype), momentum_feature.detach().to(dtype), keys, identity, key_identity,
-                       temperature.to(dtype), alpha)[0]
+    return contrastive_forward(feature.to(dtype), momentum_feature.detach().to(dtype), keys, identity,
+                               key_identity, temperature.to(dtype), alpha)[0]

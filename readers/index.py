@@ -3,9 +3,10 @@
 How does a line of a new layout become a row of a batch?
 
     line of an annotation file -> `Record`        a reader in layouts.py or tars.py, such as `read_celeba`
+    -> record of an existing image                `validate_files` (not for images in tars)
     -> valid record, encoded                      `validate_record`, called by `index_records`
     -> row of index-*.npy, line of index-*.txt    `write_index`
-    -> `IndexColumn`s, the fields of `Faces`      `open_split`, called by `data.open_faces`
+    -> `IndexColumn`s, the fields of `Faces`      `open_split`
     -> image, caption and identity                `FaceDataset.__getitem__`
     -> row of a `Batch`                           `FaceDataset.collate`
 """
@@ -13,13 +14,11 @@ import bisect
 import contextlib
 import functools
 import hashlib
-import itertools
 import json
 import multiprocessing
 import os
 import re
 import signal
-from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,18 +26,17 @@ import numpy as np
 from tqdm import tqdm
 
 from bert import clean_caption
-from captions import ATTRIBUTES
 from common.images import TarImage
 from common.script import atomic_write, error_context
 
 SPLITS = ("train", "val", "test")
 COLUMNS = ("caption", "face_caption", "pcfg", "laion_caption")      # text columns of FaceCaption-15M
+ATTRIBUTE_VALUES = {"1": True, "0": False, "-1": False}             # as annotation files write them
 
 
 class Record(NamedTuple):
-    """One face as annotated on disk, not yet validated. A reader maps a folder to the records of all splits
-    (or, for a data set of many files, to one function per file, which yields records and appends errors to
-    the list it is given). To support another layout, add a reader and a row of `LAYOUTS`."""
+    """One face as annotated on disk, not yet validated. A reader maps a path to the records of all splits; to
+    support another layout, add a reader and a row of `LAYOUTS`."""
     where: str                      # location for error messages: "list_attr_celeba.txt line 7"
     image: object                   # file name below the layout's image folder, Path or `TarImage`
     split: str                      # one of SPLITS
@@ -68,14 +66,14 @@ def open_split(path: str | Path, split: str, layouts, cache: str | Path, columns
     index = Path(cache) / f"index-{fingerprint(folder, path, columns, Path(cache).resolve())}.npy"
     try:
         if not index.exists():
-            write_index(index, layout, path, folder, columns)
+            write_index(index, layout.jobs(path), path, columns)
         rows = np.load(index, mmap_mode="r")
         errors = index.with_suffix(".errors").read_text(encoding="utf-8").splitlines()
         check_error_rate(errors, len(rows) + len(errors), max_errors)
         begin, end = (bisect.bisect_left(rows["split"], SPLITS.index(split) + n) for n in (0, 1))
         if begin == end:
-            found = dict(zip(SPLITS, np.bincount(rows["split"], minlength=len(SPLITS)).tolist()))
-            raise ValueError(f"expected at least one face in this split, found {found}")
+            counts = dict(zip(SPLITS, np.bincount(rows["split"], minlength=len(SPLITS)).tolist()))
+            raise ValueError(f"expected at least one face in this split, found {counts}")
     except (ValueError, FileNotFoundError) as error:
         raise ValueError(f"{name}: {error}") from error
     rows, text = rows[begin:end], np.memmap(index.with_suffix(".txt"), np.uint8, "r")
@@ -124,51 +122,46 @@ def fingerprint(folder: Path, path: Path, columns: tuple, cache: Path):
     return digest.hexdigest()[:16]
 
 
-def write_index(index: Path, layout, path: Path, folder: Path, columns: tuple):
-    """Validate all records of a data set and write its index atomically, index-*.npy last."""
-    rows, size, kinds = [], 0, Counter()
+def write_index(index: Path, jobs: list, path: Path, columns: tuple):
+    """Validate the records of all jobs (see `Layout`) and write their index atomically, index-*.npy last."""
+    rows, size, skipped = [], 0, 0
     with (atomic_write(index) as to_rows, atomic_write(index.with_suffix(".txt")) as to_text,
-          atomic_write(index.with_suffix(".errors")) as to_errors):
-        with open(to_text, "wb") as text, open(to_errors, "w", encoding="utf-8", errors="replace") as skipped:
-            for chunk, lines, errors in index_jobs(layout.reader(path), layout, folder, columns):
-                chunk["start"] += size
-                size += text.write(lines)
-                rows.append(chunk)
-                skipped.writelines(" ".join(message.split()) + "\n" for message in errors)
-                kinds.update(message.split(":")[0] for message in errors)
+          atomic_write(index.with_suffix(".errors")) as to_errors, open(to_rows, "wb") as table,
+          open(to_text, "wb") as text, open(to_errors, "w", encoding="utf-8", errors="replace") as invalid):
+        for chunk, lines, errors in parallel_map(functools.partial(index_records, columns=columns), jobs):
+            chunk["start"] += size
+            size += text.write(lines)
+            rows.append(chunk)
+            invalid.writelines(" ".join(message.split()) + "\n" for message in errors)
+            skipped += len(errors)
         rows = np.concatenate(rows)
-        with open(to_rows, "wb") as file:
-            np.save(file, rows[rows["split"].argsort(kind="stable")])
-    if kinds:
-        counts = ", ".join(f"{count:,} x {kind}" for kind, count in kinds.most_common())
-        print(f"{path}: {len(rows):,} faces; skipped (see {index.with_suffix('.errors')}): {counts}")
+        np.save(table, rows[rows["split"].argsort(kind="stable")])
+    if skipped:
+        print(f"{path}: {len(rows):,} faces; invalid records skipped: {skipped:,}, listed in "
+              f"{index.with_suffix('.errors')}")
 
 
-def index_jobs(source, layout, folder: Path, columns: tuple):
-    """Yield the result of `index_records` for a reader's records or, on all cores, for each of its jobs."""
-    if layout.one_job_per_file:
-        with multiprocessing.Pool(None, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
-            results = pool.imap(functools.partial(index_records, columns=columns), source)
-            yield from tqdm(results, "indexing files", len(source))
+def parallel_map(function, jobs: list):
+    """Yield function(job) for each job: several run on all cores, a single one in this process."""
+    if len(jobs) == 1:
+        yield function(jobs[0])
     else:
-        records = tqdm(source, "indexing records", leave=False)
-        yield index_records(functools.partial(validate_files, records, layout, folder), columns)
+        with multiprocessing.Pool(None, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
+            yield from tqdm(pool.imap(function, jobs), "indexing files", len(jobs))
 
 
-def index_records(read, columns: tuple):
-    """Validate the records that `read(errors)` yields -> (rows, bytes of their lines, errors)."""
-    valid, errors = [], []
-    for record in read(errors):
+def index_records(job, columns: tuple):
+    """Validate the records that `job(errors)` yields -> (rows, bytes of their lines, errors)."""
+    rows, lines, errors, start = [], [], [], 0
+    for record in job(errors):
         with collect_errors(errors):
-            valid.append(validate_record(record, columns))
-    splits, people, attributes, lines = zip(*valid) if valid else ((), (), (b"",), ())
-    rows = np.zeros(len(valid), np.dtype([
-        ("identity", np.int64), ("start", np.int64), ("length", np.int32), ("split", np.uint8),
-        ("attributes", bool, len(attributes[0]))], align=True))
-    rows["identity"], rows["split"], rows["length"] = people, splits, [len(line) for line in lines]
-    rows["start"] = rows["length"].cumsum(dtype=np.int64) - rows["length"]
-    rows["attributes"] = np.frombuffer(b"".join(attributes), bool).reshape(rows["attributes"].shape)
-    return rows, b"".join(lines), errors
+            person, split, attributes, line = validate_record(record, columns)
+            rows.append((person, start, len(line), split, attributes))
+            lines.append(line)
+            start += len(line)
+    dtype = np.dtype([("identity", np.int64), ("start", np.int64), ("length", np.int32), ("split", np.uint8),
+                      ("attributes", bool, len(rows[0][-1]) if rows else 0)], align=True)
+    return np.array(rows, dtype), b"".join(lines), errors
 
 
 @contextlib.contextmanager
@@ -180,51 +173,40 @@ def collect_errors(errors: list):
         errors.append(str(error))
 
 
-def validate_files(records, layout, folder: Path, errors: list):
-    """Yield the records whose image exists and is no duplicate, with paths relative to `folder`. Images are
-    looked up in the first of the layout's `image_folders` that contains one of the first ten."""
-    records, split_of, prefix = iter(records), {}, os.path.join(folder, "")
-    first = list(itertools.islice(records, 10))
-    matching = [base for base in layout.image_folders
-                if any(os.path.isfile(os.path.join(folder, base, str(record.image))) for record in first)]
-    base = [*matching, *layout.image_folders, ""][0]
-    relative = lambda path: os.path.join(base, str(path).removeprefix(prefix))
-    names_in = functools.cache(lambda at: set(os.listdir(folder / at) if os.path.isdir(folder / at) else ()))
-    for record in itertools.chain(first, records):
+def validate_files(reader, image_folders: tuple, path: Path, errors: list):
+    """Yield the records whose image exists and is in no other split, with paths relative to the folder."""
+    folder, split_of = path if path.is_dir() else path.parent, {}
+    relative = lambda file: str(file).removeprefix(os.path.join(folder, ""))
+    for record in tqdm(reader(path), "indexing records", leave=False):
         with collect_errors(errors):
             if not isinstance(record.image, (str, Path)):
                 raise ValueError(f"no image name: {record.where} names no image")
-            image, earlier = relative(record.image), split_of.get(record.image)
-            if earlier and (earlier != record.split or not layout.allow_duplicates):
-                raise ValueError(f"duplicate: {record.where}: {image} is already listed in split {earlier}")
-            split_of[record.image] = record.split
-            directory, name = os.path.split(image)
-            if name not in names_in(directory):
-                raise ValueError(f"no file: {record.where}: {folder / image} does not exist")
-            sketches = record.sketches and [relative(path) for path in record.sketches]
+            earlier = split_of.setdefault(record.image, record.split)
+            if earlier != record.split:
+                raise ValueError(f"duplicate: {record.where}: {record.image} is already in split {earlier}")
+            places = [os.path.join(base, relative(record.image)) for base in image_folders]
+            image = next((place for place in places if os.path.isfile(os.path.join(folder, place))), None)
+            if not image:
+                raise ValueError(f"no file: {record.where}: {folder}: {' or '.join(places)} does not exist")
+            sketches = record.sketches and [relative(sketch) for sketch in record.sketches]
             yield record._replace(image=image, sketches=sketches)
 
 
 def validate_record(record: Record, columns: tuple):
-    """(split number, person hash, 0 or 40 attribute bytes, JSON line); ValueError if a field is invalid."""
-    line, where = {"images": record.image}, f"{record.where} ({record.image})"
+    """(person hash, split number, 0 or 40 attributes, JSON line); raises ValueError if a field is invalid."""
+    line, where, attributes = {"images": record.image}, f"{record.where} ({record.image})", ()
     if record.split not in SPLITS:
         raise ValueError(f"split: {where}: expected train, val or test, found {record.split!r}")
-    attributes = b""
     if record.attribute_values is not None:
         with error_context("1, 0 or -1 for every attribute", f"attributes: {where}"):
-            attributes = bytes(map(ATTRIBUTE_VALUES.__getitem__, record.attribute_values))
+            attributes = tuple(ATTRIBUTE_VALUES[value] for value in record.attribute_values)
     if record.captions is not None:
         with error_context("non-empty text captions", f"captions: {where}"):
             line["captions"] = valid_captions(record.captions, columns)
     if record.sketches is not None:
         line["sketches"] = record.sketches
-    person_id = stable_hash(record.person_id or str(record.image))
-    return SPLITS.index(record.split), person_id, attributes, json.dumps(line).encode() + b"\n"
-
-
-LOWER_CASE = [name.lower() for name in ATTRIBUTES]
-ATTRIBUTE_VALUES = {"1": True, "0": False, "-1": False}
+    person = stable_hash(record.person_id or str(record.image))
+    return person, SPLITS.index(record.split), attributes, json.dumps(line).encode() + b"\n"
 
 
 def valid_captions(captions: dict, columns: tuple):
@@ -243,15 +225,6 @@ def check_error_rate(errors: list, count: int, max_errors: float):
     if len(errors) > count * max_errors / 100:
         raise ValueError(f"{errors[0]} ({len(errors):,} of {count:,} are invalid, more than --max_errors "
                          f"{max_errors:g} percent)")
-
-
-def read_json(content: bytes):
-    """Parse JSON. Raises ValueError for repeated keys: damage can merge two records into one."""
-    def record_of(pairs):
-        if len(dict(pairs)) < len(pairs):
-            raise ValueError(f"repeated key in {str(pairs)[:100]}")
-        return dict(pairs)
-    return json.loads(content, object_pairs_hook=record_of)
 
 
 def stable_hash(text: str):

@@ -1,16 +1,18 @@
 """Readers of the supported data set layouts: each maps a folder to `Record`s (see index.py)."""
+import functools
 import io
+import json
 import operator
 import pickle
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
 from captions import ATTRIBUTES
 from common.images import IMAGE_SUFFIXES
 from common.script import error_context
-from readers.index import COLUMNS, LOWER_CASE, Record, read_json, split_by_hash, stable_hash
-from readers.tars import read_facecaption
+from readers.index import COLUMNS, SPLITS, Record, split_by_hash, stable_hash, validate_files
+from readers.tars import facecaption_jobs
 
 
 # ---- shared by the readers -----------------------------------------------------------------------
@@ -25,7 +27,7 @@ def hold_out_validation(records: list, fraction: float):
 def json_records(path: Path):
     """Yield (where, item) for each item of a JSON list."""
     with error_context("a JSON list", path):
-        records = read_json(path.read_bytes())
+        records = json.loads(path.read_bytes())
         if not isinstance(records, list):
             raise ValueError(f"found a {type(records).__name__}")
     for number, record in enumerate(records):
@@ -42,7 +44,7 @@ def read_table(folder: Path, stem: str):
     for number, line in enumerate(lines, 1):
         if line.strip():
             fields = line.replace('"', " ").split(separator)
-            yield f"{path.name} line {number}", [field.strip() for field in fields] if separator else fields
+            yield f"{path.name} line {number}", [field.strip() for field in fields]
 
 
 def attribute_records(rows):
@@ -52,9 +54,10 @@ def attribute_records(rows):
     if len(header) == 1:                    # CelebA's .txt begins with the number of images
         expected, (where, header) = header[0], next(rows, (where, []))
     names = [name.strip().replace(" ", "_").lower() for name in header[-len(ATTRIBUTES):]]
-    if sorted(names) != sorted(LOWER_CASE):
+    ordered = [name.lower() for name in ATTRIBUTES]
+    if sorted(names) != sorted(ordered):
         raise ValueError(f"{where}: expected CelebA's 40 attribute names, found {' '.join(header)[:1000]}")
-    in_order = operator.itemgetter(*(names.index(name) for name in LOWER_CASE))
+    in_order = operator.itemgetter(*(names.index(name) for name in ordered))
     for num_images, (where, (image, *values)) in enumerate(rows, 1):
         if len(values) != len(names):
             raise ValueError(f"{where}: expected {len(names)} values, found {len(values)} ({image})")
@@ -64,15 +67,13 @@ def attribute_records(rows):
 
 
 def read_celeba(folder: Path):
-    """CelebA as distributed, or Kaggle's copy. CelebA's identities are not used: every image counts as a
-    person of its own."""
-    splits = {}                             # {image: the split numbers in its line, normally one}
+    """CelebA as distributed, or Kaggle's copy. Its identities are not used: each image is its own person."""
+    splits = defaultdict(list)              # {image: its split numbers, normally one}
     for _, (image, *numbers) in read_table(folder, "list_eval_partition"):
-        number = " and ".join(numbers)
-        splits[image] = f"{splits[image]} and {number}" if image in splits else number
+        splits[image] += numbers
     splits.pop("image_id", None)            # Kaggle's header
     for record in attribute_records(read_table(folder, "list_attr_celeba")):
-        number = splits.pop(record.image, "none")
+        number = " and ".join(splits.pop(record.image, ["none"]))
         split = {"0": "train", "1": "val", "2": "test"}.get(number, f"{number} in list_eval_partition")
         yield record._replace(split=split)
     if splits:
@@ -141,7 +142,7 @@ def read_caption_list(path: Path, split=None):
 def read_caption_lists(path: Path):
     """train.json, val.json and test.json of a folder, or its only JSON file, or the given file."""
     if (path / "train.json").is_file():
-        for split in ("train", "val", "test"):
+        for split in SPLITS:
             if (path / f"{split}.json").is_file():
                 yield from read_caption_list(path / f"{split}.json", split)
     else:
@@ -187,19 +188,17 @@ def read_mm_celeba(folder: Path):
 
 
 def read_celeba_dialog(folder: Path):
-    """CelebA-Dialog: captions_hq.json and N.jpg in images/, image/ or the folder itself. A face has one
-    caption: the overall one or, if that is empty, the attribute-wise ones joined."""
+    """CelebA-Dialog: captions_hq.json and N.jpg in images/, image/ or the folder itself (5380.jpg was never
+    distributed). The caption is the overall one or, if that is empty, the attribute-wise ones joined."""
     path, captions = folder / "captions_hq.json", {}
     with error_context("a JSON dictionary", path):
-        records = read_json(path.read_bytes()).items()
+        records = json.loads(path.read_bytes()).items()
     for name, entry in records:
         where = f"{path.name} record {name!r}"
         with error_context('"0.jpg": {"overall_caption": text, "attribute_wise_captions": texts}', where):
             overall, phrases = entry.get("overall_caption") or "", entry.get("attribute_wise_captions") or {}
             texts = captions.setdefault(int(Path(name).stem), [])
             texts.append(overall.strip() or " ".join(phrases.values()).strip())
-    if not any((folder / subfolder / "5380.jpg").is_file() for subfolder in ("images", "image", ".")):
-        captions.pop(5380, None)            # its image was never distributed
     return assign_celeba_hq_splits(folder, captions)
 
 
@@ -211,18 +210,13 @@ def images_below(folder: Path):
             yield path, path.relative_to(folder).with_suffix("").parts
 
 
-class UniqueNames(dict):
-    def __missing__(self, name):
-        raise ValueError(f"{name} matches no image, or several (then add the folder, as in photo1_image0110)")
-
-
 def images_by_name(folder: Path):
     """{name: path}; photo1/image0110.jpg is "photo1_image0110" and, if that is unique, "image0110"."""
     paths = {}
     for path, parts in images_below(folder):
         for first in range(len(parts)):
             paths.setdefault("_".join(parts[first:]), []).append(path)
-    return UniqueNames({name: matches[0] for name, matches in paths.items() if len(matches) == 1})
+    return {name: matches[0] for name, matches in paths.items() if len(matches) == 1}
 
 
 def read_fs2k(folder: Path):
@@ -232,7 +226,7 @@ def read_fs2k(folder: Path):
     records = []
     for split in ("train", "test"):
         for where, record in json_records(folder / f"anno_{split}.json"):
-            with error_context('"image_name" of a photo with a sketch, such as "photo1/image0110"', where):
+            with error_context('"image_name" of one photo and sketch, such as "photo1/image0110"', where):
                 name = record["image_name"].replace("/", "_")
                 sketch = sketches[name.replace("photo", "sketch").replace("image", "sketch")]
                 records.append(Record(where, photos[name], split, sketches=[sketch]))
@@ -244,26 +238,22 @@ def read_fs2k_sde(folder: Path):
     file name without suffix or, if several folders have it, "photo1_image0110" or "photo1/image0110"."""
     photos, records = images_by_name(folder / "photo"), []
     for split in ("train", "test"):
-        sketch_steps = {}                   # {photo: {step: sketch}}
+        sketch_steps = defaultdict(dict)    # {photo: {step: sketch}}
         for sketch, parts in images_below(folder / "sketch" / split):
-            with error_context("a name such as image0110_7.png (photo and step)", sketch):
+            with error_context("image0110_7.png or, if not unique, photo1_image0110_7.png, of a photo and a "
+                               "step", sketch):
                 photo, step = "_".join(parts).rsplit("_", 1)
-                steps = sketch_steps.setdefault(photos[photo], {})
+                steps = sketch_steps[photos[photo]]
                 if steps.setdefault(int(step), sketch) != sketch:
                     raise ValueError(f"{steps[int(step)]} has the same step")
-        records += ordered_steps(sketch_steps, split)
+        counts = Counter(step for steps in sketch_steps.values() for step in steps)
+        usual = {step for step, count in counts.items() if 2 * count > len(sketch_steps)}
+        for photo, steps in sketch_steps.items():
+            for step in sorted(usual ^ steps.keys()):
+                raise ValueError(f"{photo} has {'no' if step in usual else 'a'} step {step}, unlike most")
+            sketches = [steps[step] for step in sorted(steps)]
+            records.append(Record(f"sketch/{split}", photo, split, sketches=sketches))
     return with_captions(records, folder, photos)
-
-
-def ordered_steps(sketch_steps: dict, split: str):
-    """Yield records from {photo: {step: sketch}}, sketches in the order of their steps. Raises ValueError
-    unless all photos of the split have the same steps."""
-    counts = Counter(step for steps in sketch_steps.values() for step in steps)
-    usual = {step for step, count in counts.items() if 2 * count > len(sketch_steps)}
-    for photo, steps in sketch_steps.items():
-        for step in sorted(usual ^ steps.keys()):
-            raise ValueError(f"{photo} has {'no' if step in usual else 'a'} step {step}, unlike most")
-        yield Record(f"sketch/{split}", photo, split, sketches=[steps[step] for step in sorted(steps)])
 
 
 def with_captions(records: list, folder: Path, photos: dict):
@@ -298,24 +288,26 @@ def photo_captions(path: Path, photos: dict):
 
 # ---- table of layouts ----------------------------------------------------------------------------
 class Layout(NamedTuple):
-    pattern: str                    # glob pattern that identifies the layout
-    title: str                      # name of the data set
-    reader: object                  # function: folder -> records of all splits
-    image_folders: tuple = ()       # where images may be; (): the reader gives full paths or `TarImage`s
-    allow_duplicates: bool = False  # may a split list an image several times?
-    one_job_per_file: bool = False  # does the reader return a list of functions, one per file?
+    pattern: str        # glob pattern that identifies the layout
+    title: str          # name of the data set
+    jobs: object        # function: path -> list of jobs, functions that map a list for errors to `Record`s
 
 
-LAYOUTS = (                         # the first match applies; a JSON file given by name: the last row
-    Layout("sketch/train", "FS2K-SDE", read_fs2k_sde),
-    Layout("anno_*.json", "FS2K", read_fs2k),
-    Layout("list_attr_celeba.*", "CelebA", read_celeba,
-           ("img_align_celeba", "img_align_celeba/img_align_celeba")),      # Kaggle nests it twice
-    Layout("list_attr_lfwa.csv", "LFWA", read_lfwa_lists, ("lfw", ".")),
-    Layout("lfw_att_40.mat", "LFWA", read_lfwa_matlab, ("lfw", ".")),
-    Layout("captions_hq.json", "CelebA-Dialog", read_celeba_dialog, ("images", "image", ".")),
-    Layout("text/celeba-caption", "MM-CelebA-HQ", read_mm_celeba, ("images",)),
-    Layout("train.json", "JSON annotations", read_caption_lists, (".", "images"), allow_duplicates=True),
-    Layout("*.tar", "FaceCaption", read_facecaption, one_job_per_file=True),
-    Layout("*.json", "JSON annotations", read_caption_lists, (".", "images"), allow_duplicates=True),
+def one_job(reader, *image_folders):
+    """`Layout.jobs` of a reader of a whole data set, which names images in `image_folders` or full paths."""
+    return lambda path: [functools.partial(validate_files, reader, image_folders or ("",), path)]
+
+
+LAYOUTS = (             # the first match applies; a JSON file given by name: the last row
+    Layout("sketch/train", "FS2K-SDE", one_job(read_fs2k_sde)),
+    Layout("anno_*.json", "FS2K", one_job(read_fs2k)),
+    Layout("list_attr_celeba.*", "CelebA",              # Kaggle nests the image folder twice
+           one_job(read_celeba, "img_align_celeba", "img_align_celeba/img_align_celeba")),
+    Layout("list_attr_lfwa.csv", "LFWA", one_job(read_lfwa_lists, "lfw", ".")),
+    Layout("lfw_att_40.mat", "LFWA", one_job(read_lfwa_matlab, "lfw", ".")),
+    Layout("captions_hq.json", "CelebA-Dialog", one_job(read_celeba_dialog, "images", "image", ".")),
+    Layout("text/celeba-caption", "MM-CelebA-HQ", one_job(read_mm_celeba, "images")),
+    Layout("train.json", "JSON annotations", one_job(read_caption_lists, ".", "images")),
+    Layout("*.tar", "FaceCaption", facecaption_jobs),
+    Layout("*.json", "JSON annotations", one_job(read_caption_lists, ".", "images")),
 )

@@ -9,12 +9,11 @@ import numpy as np
 
 from common.images import IMAGE_SUFFIXES, TarImage, read_image_size
 from common.script import error_context
-from readers.index import Record, collect_errors, read_json, split_by_hash
+from readers.index import Record, collect_errors, split_by_hash
 
 
-def read_facecaption(folder):
-    """One job per tar: a function that maps a list for errors to records. A *_stats.json beside each tar
-    counts its faces, so that even a missing tar is noticed."""
+def facecaption_jobs(folder):
+    """One job per tar. A *_stats.json beside each tar counts its faces, so that a missing tar is noticed."""
     files = [*folder.glob("*.tar"), *folder.glob("*_stats.json")]
     stems = sorted({path.stem.removesuffix("_stats") for path in files})
     return [functools.partial(read_tar, folder / f"{stem}.tar") for stem in stems]
@@ -76,18 +75,13 @@ def parse_download(where: str, image: TarImage | None, text: TarImage | None):
     if not (image and text):
         raise ValueError(f"incomplete face: {where} has no {'json' if image else 'image'}")
     with error_context("img2dataset's JSON with the columns box, caption and url", f"json: {text}"):
-        record = read_json(text.content().read())
-        if record["status"] != "success":
-            raise ValueError(f"found status {record['status']}")
+        record = json.loads(text.content().read())
         box = json.loads(record["box"]) if isinstance(record["box"], str) else record["box"]
         x1, y1, x2, y2 = box = tuple(map(float, box))
         if not (x1 < x2 and y1 < y2 and record["url"]):
             raise ValueError(f"found box {box} and url {record['url']!r}")
         original = [int(record.get(f"original_{side}") or 0) for side in ("width", "height")]
-    try:
-        stored = read_image_size(image.content(2**13))          # enough for most headers
-    except ValueError:
-        stored = read_image_size(image.content(), f"image: {image}")
+    stored = read_image_size(image.content(), f"image: {image}")
     return image._replace(box=box), record, stored, original if all(original) else stored
 
 
