@@ -3,12 +3,14 @@
 
     caption -> word pieces -> word + position embeddings -> LayerNorm -> `depth` layers of
         self-attention       each caption attends to itself
-        [cross-attention]    only in image-grounded mode: the caption attends to one image's tokens
-        MLP                  all three with residual connections, post-norm (the ViT is pre-norm)
+        [cross-attention]    in image-grounded mode: the caption attends to one image's tokens
+        MLP
+    Each sublayer has a residual connection followed by LayerNorm (post-norm; the ViT is pre-norm).
 
-Both modes share all weights but those of cross-attention. The first token selects the role: [CLS]
-is trained by ITC to summarise the caption, [ENC] by ITM to tell whether the caption fits the image.
-They differ in one learned embedding, and the output at that position is the result.
+Image-grounded mode is used if image tokens are passed. Both modes share all weights but those of
+cross-attention; the first token tells the model its role. The contrastive loss trains [CLS] to
+summarise the caption, the matching loss [ENC] to tell whether it fits the image. They differ in one
+learned embedding, and the output at that position is the result.
 
 Captions differ in length, so they are packed into one tensor, and the linear layers and norms spend
 nothing on padding. (Attention itself pads where no Triton kernel runs, as on a CPU.) In each layer
@@ -85,7 +87,7 @@ class Captions:
         return len(self.sequences)
 
     def select(self, indices: torch.Tensor) -> "Captions":
-        """Pack the captions `indices` (on the CPU, repeats allowed) anew."""
+        """Repack the captions at `indices` (a CPU tensor; repeats allowed)."""
         device = self.ids.device
         chosen = Sequences.from_lengths(self.sequences.lengths[indices], device)
         starts = self.sequences.first_index[indices.to(device, non_blocking=True)]
@@ -212,9 +214,9 @@ class BertLayer(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, text, sequences, image_context=None, first_token_only=False):
-        """text (N, D) packed -> (N, D); with first_token_only -> (P, D): only first tokens are computed,
-        which still attend to their whole caption. image_context: (packed image tokens, their
-        Sequences, captions_per_image)."""
+        """text (N, D) packed -> (N, D); with first_token_only -> (P, D): computes only first tokens; they
+        still attend to their whole caption. image_context: (packed image tokens, their Sequences,
+        captions_per_image)."""
         x, x_sequences = text, sequences
         if first_token_only:
             x = text.index_select(0, sequences.first_index)                                 # (P, D)
@@ -248,7 +250,7 @@ class Bert(nn.Module):
 
         image_tokens (I, L, image_width) select image-grounded mode: the first captions_per_image[0]
         captions attend to image 0, the next captions_per_image[1] to image 1, and so on;
-        captions_per_image (I,) is on the CPU, None means one each.
+        captions_per_image (I,) is a CPU tensor; None means one caption per image.
         """
         sequences, image_context = captions.sequences, None
         if sequences.max_length > self.config.positions:

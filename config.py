@@ -12,6 +12,7 @@ from readers.index import COLUMNS
 from vit import ViTConfig
 
 # image encoder, text encoder, feature size
+# (vocab_size is replaced by the vocabulary's; positions are at least bert.MAX_TOKENS)
 TINY = (ViTConfig(image_size=48, patch_size=8, width=128, depth=3, heads=4),
         BertConfig(vocab_size=1, width=128, depth=2, heads=4, positions=66, dropout=0.0), 128)
 MODELS = {"tiny": TINY, "base": (ViTConfig(), BertConfig(), 256),
@@ -23,9 +24,9 @@ class SharedFlags:
     """Flags of both train.py and finetune.py."""
     data: str = flag("", "folder or json list of faces; default: drawn faces, cached in --cache")
     cache: str = flag("cache", "folder for drawn faces and for the index of --data")
-    max_errors: float = flag(1.0, "percent of records or images that may be invalid; these are skipped and "
-                                  "counted, more stop the run, 0 allows none", high=100, was="max_lost")
-    vocabulary: str = flag("", "for a checkpoint without one (the official): file, folder or hub name")
+    max_errors: float = flag(1.0, "percent of records or images that may be invalid; they are skipped and "
+                                  "counted, and the run stops if there are more", high=100, was="max_lost")
+    vocabulary: str = flag("", "for a checkpoint without one (the official one): file, folder or hub name")
     precision: str = flag("auto", "float32, bf16 (autocast), or auto: bf16 on CUDA, float32 on CPUs",
                           choices=("auto", "float32", "bf16"))
     k_test: int = flag(256, "candidates per query to re-rank with the ITM head", low=1)
@@ -33,13 +34,13 @@ class SharedFlags:
 
 @dataclass(frozen=True)
 class Config(SharedFlags):
-    """The flags. Defaults are the paper's, except for the model: `RECIPES` overrides many of them for the
-    tiny model, which is the default. Fractions refer to the whole run."""
+    """The flags. The default values are the paper's. But `python train.py` trains the tiny model, for which
+    `RECIPES` overrides most of them. Fractions refer to the whole run."""
     model: str = flag("tiny", "tiny (for drawn faces, trains on two CPU cores), base (the paper's ViT-B/16 "
                               "and BERT-base) or large (ViT-L/16)", choices=tuple(MODELS))
     out: str = flag("out", "folder for checkpoint, log and plots")
-    columns: tuple[str, ...] = flag(COLUMNS[:2], "columns of FaceCaption-15M to take captions from; one "
-                                                 "caption is sampled at a time", choices=COLUMNS)
+    columns: tuple[str, ...] = flag(COLUMNS[:2], "columns of FaceCaption-15M to sample captions from "
+                                                 "(the first two: one column, two names)", choices=COLUMNS)
     faces: int = flag(20_000, "number of faces to draw for training", low=1)
     validation: int = flag(1000, "maximum number of validation faces", low=1)
     resume: bool = flag(False, "resume the run in --out, or start it if no checkpoint exists; flags come "
@@ -50,19 +51,19 @@ class Config(SharedFlags):
     image_size: int = flag(0, "side of the model's input in pixels; 0: as in --init or --model")
     clip: str = flag("", "initialise the image encoder from CLIP: file, folder or hub name")
     bert: str = flag("", "initialise the text encoder from BERT and use its vocabulary: folder or hub name")
-    epochs: int = flag(15, "passes over the data, if --steps is 0", low=1)
+    epochs: int = flag(15, "epochs to train, if --steps is 0", low=1)
     steps: int = flag(0, "length of the run in steps (overrides --epochs)")
     batch_size: int = flag(80, "pairs per process and micro-batch", low=1)
     accumulate: int = flag(1, "micro-batches per step, if a larger batch does not fit in memory", low=1)
     lr: float = flag(3e-5, "peak learning rate")
     lr_start: float = flag(1e-6, "learning rate at step 0")
     lr_min: float = flag(1e-6, "final learning rate")
-    lr_decay: str = flag("epoch", "after the warm-up: epoch (x 0.9 per epoch), cosine or linear",
+    lr_decay: str = flag("epoch", "after the warm-up: epoch (x 0.9 per epoch since step 0), cosine or linear",
                          choices=("epoch", "cosine", "linear"))
     warmup: int = flag(20_000, "steps from lr_start to lr, at most 20 %% of the run")
     temperature_lr: float = flag(1.0, "learning rate of the temperature, as a multiple of lr")
-    muon_lr_image: float = flag(0.0, "learning rate of Muon, as a multiple of lr, for the matrices in the "
-                                     "image encoder's blocks; 0: AdamW", was="muon_image")
+    muon_lr_image: float = flag(0.0, "learning rate of Muon (common/optim.py), as a multiple of lr, for the "
+                                     "matrices in the image encoder's blocks; 0: AdamW", was="muon_image")
     muon_lr_text: float = flag(0.0, "the same for the text encoder's layers", was="muon_text")
     weight_decay: float = flag(0.05, "weight decay of parameters with two or more dimensions")
     beta2: float = flag(0.999, "AdamW's second beta", high=1)
@@ -86,15 +87,16 @@ class Config(SharedFlags):
     log_every: int = flag(50, "steps between log lines", low=1)
     eval_every: int = flag(5000, "steps between evaluations; each also saves a checkpoint", low=1)
     save_every: float = flag(30.0, "minutes between further checkpoints")
-    posterior: bool = flag(False, "re-rank by log-odds + hardness * cosine / temperature (see "
-                                  "FLIP.rerank_score) instead of the paper's logit + cosine")
+    posterior: bool = flag(False, "re-rank by log-odds + hardness * cosine / temperature, an estimate of log("
+                                  "p(text | image) / p(text)), instead of by the paper's score; always on if "
+                                  "--init was trained with it")
 
     def __post_init__(self):
         check_flags(self)
         if self.init and (self.clip or self.bert):
             raise ValueError("--init contains all weights; omit --clip and --bert")
         if self.vocabulary and not self.init:
-            raise ValueError("--vocabulary is for an --init without one; without --init, --bert provides it")
+            raise ValueError("--vocabulary applies only to --init; otherwise --bert provides the vocabulary")
 
 
 # The paper's recipe starts from CLIP and BERT. A short run from random weights needs other values:
@@ -106,7 +108,8 @@ RECIPES = {"tiny": dict(
     muon_lr_image=4.5, muon_lr_text=1.5,
     # at the full rate the temperature drops to 0.01 before the features are of any use
     temperature_lr=0.1,
-    # with hard negatives from the start the matching head never leaves its prior: uniform ones first
+    # with hard negatives from the start the matching head only ever predicts the base rate of matches:
+    # start with uniformly sampled ones
     itm_from=0.4, itm_every=3, hardness_ramp=(0.45, 0.7), posterior=True,
     # in a short run a slow momentum encoder lags far behind the student: momentum and alpha rise late,
     # and the queue is used late, when the features of its entries change slowly

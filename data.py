@@ -95,8 +95,8 @@ class Faces:
         return 0 if self.sketches is None else len(self.sketches[0])
 
     def sketch(self, i: int, t: int) -> Image.Image:
-        """The sketch of face i after step t (counted from 0) in RGB, white on black. Light images, dark
-        strokes on paper as in FS2K, are inverted."""
+        """The sketch of face i after step t (counted from 0) in RGB, white on black as FS2K-SDE stores it;
+        dark strokes on white paper, as in FS2K, are inverted."""
         image = self._load(i, self.sketches[i][t]).convert("L")
         if np.asarray(image).mean() > 127:
             image = ImageOps.invert(image)
@@ -127,7 +127,7 @@ def load_toy_faces(count: int, size: int, seed: int, folder: str, steps: int = 0
 
 def drop_unreadable(faces: Faces, max_errors: float, size: int) -> Faces:
     """The faces whose images can be read at this size."""
-    errors = {}
+    errors = {}                             # {index: message}, filled while reading
     for _ in iterate_images(faces.picture, len(faces), size, "checking images", errors=errors):
         pass
     return drop(faces, errors, max_errors)
@@ -169,7 +169,7 @@ AUGMENTATIONS = {
 
 
 def augment(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """Mirror an RGB image with probability 1/2, then apply two random operations with 1/2 each."""
+    """Mirror an RGB image with probability 1/2; draw two operations and apply each with probability 1/2."""
     if rng.random() < 0.5:
         image = ImageOps.mirror(image)
     for name in rng.choice(list(AUGMENTATIONS), 2):
@@ -192,7 +192,7 @@ class Batch(NamedTuple):
 
 class FaceDataset(torch.utils.data.Dataset):
     """Image, caption and identity for (epoch, index): a pure function of these and the seed. A face whose
-    image is damaged is replaced by another, sampled from the same random numbers."""
+    image is damaged is replaced by another, sampled with the same generator."""
 
     def __init__(self, faces: Faces, tokenizer: Tokenizer, image_size: int, seed: int, augmented: bool):
         self.faces, self.tokenizer, self.image_size = faces, tokenizer, image_size
@@ -200,7 +200,8 @@ class FaceDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, key):
         epoch, index = key
-        rng = np.random.default_rng((self.seed, epoch, index + 1))      # (seed, epoch): order
+        # index + 1, because (seed, epoch, 0) would be the same seed as (seed, epoch), that of the order
+        rng = np.random.default_rng((self.seed, epoch, index + 1))
         errors, image = {}, None
         while image is None:
             try:
@@ -213,7 +214,8 @@ class FaceDataset(torch.utils.data.Dataset):
         if self.augmented:
             image = augment(image, rng)
         text = self.faces.caption(index, rng)
-        return resize_to_array(image, self.image_size), text, self.faces.identity[index], errors
+        pixels = resize_to_array(image, self.image_size)        # of this size already: only converts
+        return pixels, text, self.faces.identity[index], errors
 
     def collate(self, samples):
         pixels, texts, identity, errors = zip(*samples)
@@ -233,7 +235,7 @@ class BatchLoader:
                  max_errors: float = 0.0):
         faces.require_text()
         self.faces, self.seed, self.workers = faces, seed, workers
-        self.errors, self.max_errors = {}, max_errors       # of this epoch; their limit in percent
+        self.errors, self.max_errors = {}, max_errors       # in the current epoch; maximum in percent
         self.batch_size, self.rank, self.global_size = batch_size, rank, batch_size * world_size
         self.samples = FaceDataset(faces, tokenizer, image_size, seed, augmented)
         self.batches_per_epoch = len(faces) // self.global_size     # the last, incomplete batch is dropped

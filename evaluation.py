@@ -1,5 +1,5 @@
 """Evaluation by retrieval (FLIP paper, section 5.1): recall by ITC alone and after re-ranking with the
-matching head, the references beside it (captions.py), and the final table."""
+matching head, and the final table with its reference rows (captions.py)."""
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,7 +30,8 @@ def retrieval_metrics(image_to_text, text_to_image, image_of_text):
     text, `img_` text to image.
 
     image_to_text (I, T) and text_to_image (T, I): scores; image_of_text (T,): the image of each
-    caption. For an image with several captions the best-ranked one counts. """
+    caption, its only match (not other images of the same person). For an image with several captions
+    the best-ranked one counts. """
     images = torch.arange(len(image_to_text), device=image_of_text.device)
     is_match = image_of_text[None, :] == images[:, None]                                    # (I, T)
     metrics = {}
@@ -42,31 +43,31 @@ def retrieval_metrics(image_to_text, text_to_image, image_of_text):
 
 
 # ---- evaluating a model --------------------------------------------------------------------------
-class Validation(NamedTuple):
-    """Faces with fixed captions: all those of the data set or, without captions, one of the grammar each."""
+class EvaluationSet(NamedTuple):
+    """Faces of a split with fixed captions: those of the data set or, without any, one generated per face."""
     faces: Faces
     texts: list[str]                # T captions
     image_of_text: torch.Tensor     # (T,)
     references: dict                # {name: six recalls} from `captions.reference_recall`, or {}
 
     @staticmethod
-    def of(faces: Faces) -> "Validation":
+    def of(faces: Faces) -> "EvaluationSet":
         images = torch.arange(len(faces))
         if faces.captions is not None:
             counts = torch.tensor([len(captions) for captions in faces.captions])
             texts = [text for captions in faces.captions for text in captions]
-            return Validation(faces, texts, images.repeat_interleave(counts), {})
+            return EvaluationSet(faces, texts, images.repeat_interleave(counts), {})
         texts, stated = zip(*(sample_caption(attributes, np.random.default_rng((1, i)))      # fixed seeds
                               for i, attributes in enumerate(faces.attributes)))
         references = {}
         for name, ways in reference_recall(np.stack(stated), faces.attributes).items():
             both = ways["text_to_image"], ways["image_to_text"]
             references[name] = [100 * way[k] for way in both for k in (1, 5, 10)]
-        return Validation(faces, list(texts), images, references)
+        return EvaluationSet(faces, list(texts), images, references)
 
 
-def evaluate(model: FLIP, validation: Validation, config):
-    """Encode the validation set and return `rerank_metrics` of it. config: precision and k_test."""
+def evaluate(model: FLIP, validation: EvaluationSet, config):
+    """Encode the validation set and return its `rerank_metrics`. config: precision and k_test."""
     device, size, faces = model.temperature.device, model.config.vit.image_size, validation.faces
     show, image_tokens, image_features = rank_and_world_size()[0] == 0, [], []
     captions = model.tokenizer(validation.texts).to(device)
@@ -94,7 +95,7 @@ def rerank_metrics(model, image_tokens, captions, similarity, image_of_text, con
 
 
 # ---- table and plots -----------------------------------------------------------------------------
-def recall_table(metrics: dict, validation: Validation) -> str:
+def recall_table(metrics: dict, validation: EvaluationSet) -> str:
     """The final Markdown table: recalls in percent in both directions, beside chance and the references."""
     chance = [100 * min(1, k / len(validation.faces)) for k in (1, 5, 10)] * 2
     rows = {"chance": chance} | validation.references
@@ -108,7 +109,7 @@ def recall_table(metrics: dict, validation: Validation) -> str:
 
 
 def evaluate_and_draw(run, step: int) -> dict:
-    """Evaluate `run.model` and update log.jsonl, curves.png and retrieval.png; returns the metrics."""
+    """Evaluate the model of a train.TrainState and update log.jsonl and the plots; returns the metrics."""
     metrics, text_to_image = evaluate(run.model, run.validation, run.config)
     run.log.write(step=step, **metrics)
     if rank_and_world_size()[0] == 0:

@@ -1,5 +1,5 @@
-"""Train a head on a frozen FLIP, select it on the validation split, test it, print the table (FLIP paper,
-section 5).
+"""Train heads on frozen encoders, select them on the validation split, test them, print the table (FLIP
+paper, section 5).
 
     python finetune.py retrieval      find the face for a caption, and the caption for a face
     python finetune.py attributes     predict the 40 attributes of a face
@@ -7,12 +7,12 @@ section 5).
 
 The tasks are classes in tasks.py. Without --data they run on drawn faces, in a few minutes on two CPU
 cores. Frozen means evaluation mode, no gradient and no optimiser state for the encoders. Several
-checkpoints can be compared, and a frozen encoder with random weights is trained in the same way. The
-best validation metric selects the weights; the test split selects nothing.
+checkpoints can be compared; the same heads are also trained on a frozen encoder with random weights.
+The best validation metric selects the weights; the test split selects nothing.
 
-Departures from the official code: it selects the best epoch on the test split, trains LFWA's head on
-the test split, leaves dropout on inside the "frozen" encoders, trains the attribute head with SGD,
-and keeps a momentum encoder and a queue, although with frozen encoders no key is outdated.
+Departures: the official code selects the best epoch on the test split, trains LFWA's head on the test
+split, leaves dropout on inside the "frozen" encoders, trains the attribute head with SGD, and keeps a
+momentum encoder and a queue, which frozen encoders do not need. None of this is done here.
 
 --out/<task> receives log.jsonl, table.md, plots, and the weights trained on the first checkpoint:
 head.pt for attributes, otherwise a complete flip.pt, which --checkpoint accepts.
@@ -54,8 +54,8 @@ class Config(SharedFlags):
     test: int = flag(1000, "number of faces to draw for the test split", low=2)
     captions: int = flag(2, "captions the grammar writes for each training face without captions", low=1)
     seed: int = flag(0, "seed of the random encoder, new weights, data order, captions and negatives")
-    epochs: int = flag(50, "passes over the training split; more over a fraction of it, for the same number "
-                           "of steps", low=1)
+    epochs: int = flag(50, "epochs over the training split; smaller fractions get more epochs, so that the "
+                           "number of steps stays the same", low=1)
     batch_size: int = flag(64, "samples per step", low=2)
     lr: float = flag(3e-5, "peak learning rate, with cosine decay to 0")
     warmup: int = flag(2000, "warm-up steps, at most 10 %% of all")
@@ -186,7 +186,7 @@ def finetune(config: Config) -> list[Result]:
 
 
 def table(results, task):
-    """Markdown table: the baseline, then all encoders, the last one first."""
+    """Markdown table: chance or majority class, then all encoders, the last one first."""
     cells = list(itertools.product(task.columns, task.fractions))
     header = [task.columns[column] + (f", {100 * fraction:g} %" if len(task.fractions) > 1 else "")
               for column, fraction in cells]

@@ -19,8 +19,7 @@ its features are used, without gradient; ITM uses the student alone.
 `forward` computes the losses and changes no state. The training loop changes state, with one call
 each: `update_momentum`, `enqueue`, `clamp_temperature`. (The official forward does all of this.)
 
-Shapes: see vit.py; A pairs of all processes together (A = B on one).
-Run `python flip.py` to trace one batch. From Python: `from_pretrained`, `similarity`, `match_probability`.
+Shapes: see vit.py; A = B x processes, the global batch. Run `python flip.py` to trace a batch.
 """
 import contextlib
 import copy
@@ -55,7 +54,7 @@ class FLIPConfig:
     bert: BertConfig = field(default_factory=BertConfig)
     embed_dim: int = 256
     queue_size: int = 61440
-    hardness: float | None = None   # None: rank as the paper does; else see `rerank_score`
+    hardness: float | None = None   # None: rank by the paper's score; else see `rerank_score`
 
     def __post_init__(self):
         check_ranges(self, embed_dim=20_000, queue_size=10 ** 8)
@@ -66,11 +65,11 @@ class FLIPConfig:
 
 
 class StepParams(NamedTuple):
-    """What `train.schedule` sets for one step; the defaults are the final values of the paper's schedules."""
+    """What changes from step to step (`train.schedule`); defaults: the final values of the paper."""
     alpha: float = 0.4                  # weight of the soft targets in ITC
     momentum: float = 0.995             # 0: the momentum encoder is a copy of the student
-    queue_length: int | None = None     # use the first entries of the queue as keys; None: all
-    hardness: float = 1.0               # of ITM's negatives, see losses.hard_negative_probabilities
+    queue_length: int | None = None     # use only the first slots, those written so far; None: all
+    hardness: float = 1.0               # for losses.hard_negative_probabilities
     with_itm: bool = True               # False: skip ITM in this step
 
 
@@ -95,16 +94,16 @@ class Encoders(nn.Module):
         self.text_projection = nn.Linear(config.bert.width, config.embed_dim)
 
     def image_tokens_and_features(self, images: torch.Tensor):
-        """images (B, 3, S, S) -> tokens (B, L, D), features (B, E) of length 1."""
+        """images (B, 3, S, S) -> tokens (B, L, D), features (B, E) of unit norm."""
         tokens = self.image(images)
         return tokens, project(tokens[:, 0], self.image_projection)
 
     def image_features(self, images: torch.Tensor):
-        """Features (B, E) only: the last block computes nothing but the class token."""
+        """Features (B, E) alone: the last block computes only the class tokens."""
         return project(self.image(images, first_token_only=True), self.image_projection)
 
     def text_features(self, captions: Captions):
-        """Packed captions -> features (P, E) of length 1."""
+        """Captions -> features (P, E) of unit norm."""
         return project(self.cls_tokens(captions), self.text_projection)
 
     def cls_tokens(self, captions: Captions):
@@ -116,7 +115,7 @@ class Encoders(nn.Module):
 
 
 def project(first_tokens, projection: nn.Linear):
-    """First tokens (B, D) -> features (B, E) of length 1."""
+    """First tokens (B, D) -> features (B, E) of unit norm."""
     return F.normalize(projection(first_tokens.to(projection.weight)).float(), dim=-1)
 
 
@@ -125,14 +124,14 @@ class FLIP(nn.Module):
         super().__init__()
         self.config, self.tokenizer = config, tokenizer
         if tokenizer and tokenizer.vocab_size != config.bert.vocab_size:
-            raise ValueError(f"the vocabulary has {tokenizer.vocab_size} entries with [DEC] and [ENC], the "
-                             f"model {config.bert.vocab_size}; use the vocabulary it was trained with")
+            raise ValueError(f"the vocabulary has {tokenizer.vocab_size} entries with [DEC] and [ENC], but "
+                             f"the model has {config.bert.vocab_size}; use the one it was trained with")
         self.student = Encoders(config)
         self.matching_head = nn.Linear(config.bert.width, 2)
         self.temperature = nn.Parameter(torch.tensor(0.07))
         self.momentum_encoder = copy.deepcopy(self.student).requires_grad_(False)
-        # As in the official code the queue starts with random unit vectors and identity -100, so they
-        # are negatives. A schedule that uses the queue later only uses entries written by then.
+        # as in the official code, random unit vectors of identity -100: never positives, though the
+        # soft targets give them weight, too
         for name in ("image_queue", "text_queue"):
             features = torch.randn(config.queue_size, config.embed_dim)
             self.register_buffer(name, F.normalize(features, dim=-1))
@@ -144,7 +143,7 @@ class FLIP(nn.Module):
         the first captions_per_image[0] captions with image 0, and so on (on the CPU; None: one each)."""
         captions = captions.with_first_token(self.student.text.enc_id)
         first = self.student.text(captions, image_tokens, captions_per_image, first_token_only=True)  # (P, D)
-        with torch.autocast(first.device.type, enabled=False):      # bf16 is too coarse beside a cosine
+        with torch.autocast(first.device.type, enabled=False):      # float32, to rank by later
             return self.matching_head(first.float())
 
     def score_pairs(self, image_tokens, captions: Captions, pairs: torch.Tensor | None = None,
@@ -158,21 +157,22 @@ class FLIP(nn.Module):
         bytes_per_pair = 4 * captions.sequences.num_tokens / len(captions) * 4 * self.config.bert.width
         chunk_size = 1 + int((2 ** 29 if device.type == "cuda" else 2 ** 23) / bytes_per_pair)
         logits = [torch.empty(0, 2, device=device)]
-        for image, text in tqdm([chunk.T for chunk in pairs.split(chunk_size) if len(chunk)], "re-ranking",
-                                disable=not progress, leave=False):
-            start, stop = int(image[0]), int(image[-1]) + 1
+        chunks = [chunk.T for chunk in pairs.split(chunk_size) if len(chunk)]
+        for image_index, text_index in tqdm(chunks, "re-ranking", disable=not progress, leave=False):
+            start, stop = int(image_index[0]), int(image_index[-1]) + 1
             tokens = image_tokens[start:stop].float().to(device)
-            logits.append(self.itm_logits(tokens, captions.select(text), (image - start).bincount()))
+            counts = (image_index - start).bincount()           # captions per image
+            logits.append(self.itm_logits(tokens, captions.select(text_index), counts))
         return torch.cat(logits)
 
     def rerank_score(self, logits, cosine):
         """The score that re-ranks candidates: ITM logits (..., 2) and cosines (...) -> (...).
 
-        The paper uses logit 1 + cosine. But the head is trained on negatives with a density q roughly
-        proportional to p(image) p(text) exp(hardness * cosine / temperature), so its log-odds estimate
-        log p(image, text) / q: only what ITC leaves open. Ranking by p(image, text) / p(image) p(text)
-        means log-odds + hardness * cosine / temperature. This score is used if the configuration sets
-        a hardness, the one of training (train.py --posterior; the tiny recipe does)."""
+        The paper uses logit 1 + cosine. But hard negatives are sampled from a density q(image, text)
+        roughly proportional to p(image) p(text) exp(hardness * cosine / temperature), so the head's
+        log-odds (logit 1 - logit 0) estimate log(p(image, text) / q(image, text)). To rank by
+        log(p(image, text) / (p(image) p(text))), the exponent must be added back: log-odds + hardness *
+        cosine / temperature, used if the configuration has a hardness (train.py --posterior)."""
         if self.config.hardness is None:
             return logits[..., 1] + cosine
         return logits[..., 1] - logits[..., 0] + self.config.hardness * cosine / self.temperature.to(cosine)
@@ -191,6 +191,7 @@ class FLIP(nn.Module):
             with torch.no_grad():
                 image_momentum = self.momentum_encoder.image_features(images)
                 text_momentum = self.momentum_encoder.text_features(captions)
+        # all_gather passes no gradients
         image_keys, text_keys, all_identity = map(all_gather, (image_momentum, text_momentum, identity))
         queue_part = slice(params.queue_length)
         # ITC's keys in two pieces, batch and queue: concatenating them would copy the queue
@@ -259,8 +260,8 @@ class FLIP(nn.Module):
     @torch.no_grad()
     def update_momentum(self, momentum: float):
         """momentum encoder = momentum * itself + (1 - momentum) * student; 0 makes it a copy."""
-        ours, theirs = list(self.momentum_encoder.parameters()), list(self.student.parameters())
-        torch._foreach_lerp_(ours, theirs, 1 - momentum)
+        averages, weights = list(self.momentum_encoder.parameters()), list(self.student.parameters())
+        torch._foreach_lerp_(averages, weights, 1 - momentum)
 
     @torch.no_grad()
     def enqueue(self, image_keys, text_keys, identity):
@@ -303,7 +304,7 @@ class FLIP(nn.Module):
             yield pixels.to(device)
 
     def tokenize(self, texts):
-        """Sentences -> packed captions. Warns of words that are not in the vocabulary; raises ValueError
+        """Sentences -> packed captions. Warns about words that are not in the vocabulary; raises ValueError
         if a sentence has no known word."""
         texts, tokenizer = as_list(texts, str, "sentences"), self.require_tokenizer()
         for text in texts:
@@ -339,7 +340,7 @@ class FLIP(nn.Module):
         config: overrides the checkpoint's. An official file needs it if its widths are not multiples of 64,
         because it does not store the number of heads; another image size resizes the position embeddings.
         saved: the result of `read_checkpoint`, if already read. vocabulary (file, folder or hub name): for
-        checkpoints without one, as the official."""
+        checkpoints without one, such as the official one."""
         saved = saved or read_checkpoint(path)
         weights = saved["model"]
         try:
@@ -350,7 +351,8 @@ class FLIP(nn.Module):
             if tokenizer is None and vocabulary:
                 tokenizer = Tokenizer.load(vocabulary)
             model = FLIP(config, tokenizer)
-            load_state(model.state_dict() if "flip" in saved else official_state(model), weights, path)
+            state = model.state_dict() if "flip" in saved else official_state(model)    # views of its tensors
+            load_state(state, weights, path)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: damaged, or written by another version "
                              f"({type(error).__name__}: {error})") from error
@@ -376,17 +378,17 @@ def rerank(model: FLIP, image_tokens, captions: Captions, similarity, k: int, pr
 
     image_tokens (I, L, D), T packed captions, similarity (I, T): cosines. Returns image_to_text (I, T)
     and text_to_image (T, I): `rerank_score` for the k candidates of a query; all others rank below
-    them by cosine. A pair needed in both directions is scored once, and ranks share the pairs. """
+    them by cosine. A pair needed in both directions is scored once; processes divide up the pairs. """
     rank, world_size = rank_and_world_size()
     for_image = torch.zeros_like(similarity, dtype=torch.bool)
     for_text = for_image.clone()
     for_image.scatter_(1, similarity.topk(min(k, similarity.shape[1]), dim=1).indices, True)
     for_text.scatter_(0, similarity.topk(min(k, similarity.shape[0]), dim=0).indices, True)
     pairs = (for_image | for_text).nonzero().cpu().tensor_split(world_size)[rank]   # (P, 2), image by image
-    image, text = pairs.T
+    image_index, text_index = pairs.T
     scores = torch.zeros_like(similarity)
     logits = model.score_pairs(image_tokens, captions, pairs, progress).to(scores)
-    scores[image, text] = model.rerank_score(logits, similarity[image, text])
+    scores[image_index, text_index] = model.rerank_score(logits, similarity[image_index, text_index])
     if world_size > 1:
         dist.all_reduce(scores)
     return torch.where(for_image, scores, similarity - 100), torch.where(for_text, scores, similarity - 100).T
@@ -429,21 +431,19 @@ def main():
     probabilities = hard_negative_probabilities(text @ image.T, identity, model.temperature)
     show("losses.hard_negative_probabilities", "captions x images, 0 for the same person", probabilities)
     negatives = model.sample_negatives(image, text, identity, generator=torch.Generator().manual_seed(0))
-    show("FLIP.sample_negatives", "an image for each caption {}, a caption for each image {}".format(
-        *(indices.tolist() for indices in negatives)))
+    show("FLIP.sample_negatives", f"images {negatives[0].tolist()}, captions {negatives[1].tolist()}")
     itm = model.itm_loss(tokens, captions, *negatives)
-    show("FLIP.itm_loss", f"4 true and 8 wrong pairs: {itm:.4f} (chance: ln 2 = 0.6931)")
+    show("FLIP.itm_loss", f"4 true and 8 wrong pairs: {itm:.4f} (0.6365: always P(match) = 1/3)")
     out = model(images, captions, identity, generator=torch.Generator().manual_seed(0))
     show("FLIP.forward", f"all of this: ITC {out.itc:.4f}, the mean of both directions; ITM {out.itm:.4f}")
-    before = model.queue_identity.tolist()
     model.enqueue(out.image_keys, out.text_keys, out.identity)
-    show("FLIP.enqueue", f"identities of the queue {before} -> {model.queue_identity.tolist()}")
+    show("FLIP.enqueue", f"queue identities {key_identity[4:].tolist()} -> {model.queue_identity.tolist()}")
     (out.itc + out.itm).backward()
     torch.optim.SGD(student.parameters(), lr=0.1).step()
     distance = lambda: (momentum.image_projection.weight - student.image_projection.weight).norm()
     before = distance()
     model.update_momentum(0.995)
-    show("FLIP.update_momentum", f"distance to the student {before:.4f} -> {distance():.4f}, x 0.995")
+    show("FLIP.update_momentum", f"(next step) distance to the student {before:.4f} -> {distance():.4f}")
 
 
 if __name__ == "__main__":

@@ -1,18 +1,22 @@
 """The two pre-training losses as pure functions (FLIP paper, section 4.2).
 
-    ITC  image-text contrast: an image's feature should be closer to its own caption's feature than
+    ITC  image-text contrastive loss: an image's feature should be closer to its caption's feature than
          to any other's. Cross-entropy between softmax(cosines / temperature) and a target
          distribution over the keys (`soft_targets`). `contrastive_loss_reference` is its definition;
-         training calls kernels.contrastive.contrastive_loss, which computes the same without
-         storing the logits, on CPUs as well
+         training calls kernels.contrastive.contrastive_loss, which computes the same in chunks of
+         keys and keeps no logits, on CPUs as well
     ITM  image-text matching: binary classification of image-caption pairs, true ones and hard
          negatives, which are sampled more often the more similar ITC finds them
 
-Departures from the official code: pairs with the same identity count as positives, in batch and
-queue (the official code for this is never reached); negatives are masked *before* the softmax, so
-rounding cannot leave a row without probability mass.
+ITC compares features of the *student*, the model that is trained, with *keys*: features of the other
+modality computed by the *momentum encoder*, a moving average of the student. The keys are those of
+the batch and those of earlier batches, kept in a *queue*. flip.py explains why. ITM uses the student.
 
-Shapes: see vit.py. Run `python losses.py` for an example worked by hand.
+Departures from the official code: pairs with the same identity count as positives, in batch and queue
+(the official code has a branch for this but never reaches it); positives are masked out *before* the
+softmax that gives the negatives' probabilities, so rounding cannot leave a row without mass.
+
+Shapes: see vit.py. Run `python losses.py` for a numerical example.
 """
 import torch
 import torch.nn.functional as F
@@ -38,7 +42,7 @@ def contrastive_loss_reference(feature, momentum_feature, keys, identity, key_id
 
     feature (B, E): the student's, of one modality; momentum_feature (B, E): the momentum encoder's, of
     the same inputs; keys (K, E): momentum features of the other modality, from batch and queue. All
-    have length 1. Equal numbers in identity (B,) and key_identity (K,) mean the same person.
+    have unit norm. Equal numbers in identity (B,) and key_identity (K,) mean the same person.
     """
     logits = feature @ keys.T / temperature                                         # (B, K)
     y = soft_targets(momentum_feature, keys, identity, key_identity, temperature, alpha)
@@ -47,11 +51,11 @@ def contrastive_loss_reference(feature, momentum_feature, keys, identity, key_id
 
 # ---- image-text matching -------------------------------------------------------------------------
 def hard_negative_probabilities(similarity, identity, temperature, hardness=1.0):
-    """P (B, B): row i contains the probability of sampling each column as the negative of item i.
+    """Probabilities (A, A) for A pairs, the global batch: entry (i, j) that of sampling j as i's negative.
 
-    softmax(hardness * similarity / temperature) over the columns of *other* identities. Hardness 1 is
-    the paper's rule: similar pairs are sampled more often. Hardness 0 samples uniformly. Every row
-    needs at least one column of another identity.
+    softmax(hardness * similarity / temperature) over the columns of *other* identities; similarity (A, A)
+    are cosines of student features. Hardness 1 is the paper's rule: similar pairs are sampled more often.
+    Hardness 0 samples uniformly. Every row needs at least one column of another identity.
     """
     logits = hardness * similarity / temperature
     return logits.masked_fill(identity[:, None] == identity[None, :], -torch.inf).softmax(1)
@@ -60,13 +64,13 @@ def hard_negative_probabilities(similarity, identity, temperature, hardness=1.0)
 def matching_loss(logits, is_match, denominator: int):
     """ITM: two-way cross-entropy of logits (P, 2), class 1 = match; is_match (P,) of 0 and 1.
 
-    With one process P equals `denominator`, and this is the mean. With several, P differs between
-    processes: each divides its sum by the average P, `denominator`, so that the average over processes
-    that DistributedDataParallel takes is the mean over all pairs. """
+    With one process P equals `denominator`, and this is the mean. With several, each scores the pairs of
+    its own images, so P differs: each divides its sum by the average P, `denominator`, so that the
+    average over processes that DistributedDataParallel takes is the mean over all pairs. """
     return F.cross_entropy(logits, is_match, reduction="sum") / denominator
 
 
-# ---- an example worked by hand -------------------------------------------------------------------
+# ---- a numerical example -------------------------------------------------------------------------
 def main():
     identity, temperature, alpha = torch.tensor([7, 8, 7]), torch.tensor(0.07), 0.4
     student = torch.tensor([[0.50, 0.30, 0.40], [0.20, 0.60, 0.25], [0.45, 0.10, 0.50]])
@@ -84,13 +88,13 @@ def main():
              "Cosines of the student:", student), ("Cosines of the momentum encoder:", momentum),
             (f"ITC targets (`soft_targets`): {1 - alpha:g} x uniform over the same person's captions + "
              f"{alpha:g} x\nsoftmax(momentum encoder's cosines / temperature):", targets),
-            ("ITC loss: cross-entropy of softmax(student's cosines / temperature) with them (chance: ln 3):",
+            ("ITC loss: cross-entropy between these targets and softmax(student's cosines / temperature):",
              itc),
             ("ITM: probability of sampling each caption as the row's negative, never the same person's:",
              negatives),
             ("P(match) that a matching head might output for the pairs, for captions with a negative image\n"
              "and for images with a negative caption:", logits.softmax(1)[:, 1].unflatten(0, (3, 3))),
-            ("ITM loss: their cross-entropy (0.6365 if the head ignores its input):",
+            ("ITM loss: cross-entropy of these predictions (0.6365 for always predicting P(match) = 1/3):",
              matching_loss(logits, is_match, 9))):
         print(f"{title}\n{shown.numpy().round(3) if shown.ndim else round(shown.item(), 3)}\n")
 

@@ -1,4 +1,4 @@
-"""The three tasks on a frozen FLIP, a class each (FLIP paper, section 5 and figure 2, panels b to d):
+"""The three tasks on frozen encoders, a class each (FLIP paper, section 5 and figure 2, panels b to d):
 what is encoded once, what is trained, its loss, its metrics.
 
     Retrieval     find the face for a caption, and the caption for a face
@@ -6,9 +6,9 @@ what is encoded once, what is trained, its loss, its metrics.
     Sketch        find the photo for a sketch that is still being drawn
 
 The encoders are frozen, so an image is encoded once, before the first epoch. (ITM and re-ranking
-still run the text encoder, on captions and image tokens.) Attributes trains a new linear head;
-retrieval and sketch train FLIP's own projections, matching head and temperature. (Sketch without
-captions trains the image projection and the temperature.)
+still run the text encoder, on captions and image tokens.) The attributes task trains a new linear
+head; retrieval and sketch train FLIP's own projections, matching head and temperature. (Sketch
+without captions trains the image projection and the temperature.) finetune.py calls the methods.
 
 Shapes: see vit.py; I images, T captions, V pooled vectors per image.
 """
@@ -31,14 +31,14 @@ from common.plots import new_figure, plot_retrieval
 from common.script import temporary_memmap
 from common.weights import write_checkpoint
 from data import Faces, drop, load_toy_faces, open_faces
-from evaluation import Validation, rerank_metrics
+from evaluation import EvaluationSet, rerank_metrics
 from flip import FLIP, project
 from kernels.contrastive import contrastive_loss
 
 
 @dataclass
 class EncodedSplit:
-    """A split of `count` samples as the frozen encoders see it; each task fills the fields it needs."""
+    """A split of `count` samples, encoded by the frozen encoders; each task fills the fields it needs."""
     count: int = 0
     faces: Faces | None = None
     vectors: torch.Tensor | None = None         # attributes: (I, V, D), and labels (I, labels)
@@ -54,8 +54,9 @@ class EncodedSplit:
 
 
 class Task:
-    """What the tasks share. Each adds `selection_metric` (on the validation split), `columns` of its table,
-    and encode, trainable_module, loss, metrics, draw, save."""
+    """What the tasks share. finetune.py calls `open` and `encode` for each split, `trainable_module`, then
+    `loss` in each step, `metrics` in each evaluation, finally `save` and `draw`; `config` holds its flags. A
+    task names its `selection_metric` (on the validation split) and the `columns` of its table."""
     recipe, toy_recipe = {}, {}             # overrides of the flags' defaults: always, and for drawn faces
     steps = 0                               # steps of the sketches to draw
     fractions = [1.0]                       # of the training split; each is trained on separately
@@ -92,7 +93,7 @@ class Task:
             for indices, pixels in iterate_images(read, count, size, title, errors=errors):
                 values = compute(pixels.to(device)).cpu()
                 out = temporary_memmap((count, *values.shape[1:]), self.config.out) if out is None else out
-                out[done:done + len(indices)] = values.to(out.dtype)
+                out[done:done + len(indices)] = values.to(out.dtype)                    # float16
                 done += len(indices)
         return out[:done] if done else torch.empty(0)
 
@@ -162,8 +163,8 @@ class Attributes(Task):
     def metrics(self, head, samples):
         """In percent, means over labels. For rare attributes, always predicting "absent" has high
         accuracy; balanced accuracy, the mean of true positive and true negative rate, corrects for that.
-        Labels with a single class count towards accuracy only. The majority class is that of these
-        samples."""
+        Labels with a single class count towards accuracy only. The majority class is computed on the
+        samples being evaluated."""
         device = head.weights.device
         logits = torch.cat([head(chunk.to(device).float()).cpu() for chunk in samples.vectors.split(1024)])
         truth, predicted = samples.labels.bool(), logits > 0                            # (I, labels)
@@ -225,15 +226,15 @@ class Retrieval(Task):
 
     def encode(self, model, faces, for_training):
         """Fill tokens, captions, cls_tokens, image_of_text and identity. For training, the grammar writes
-        config.captions captions per face; for evaluation, the captions are those of `Validation`."""
+        config.captions captions per face; for evaluation, the captions are those of `EvaluationSet`."""
         tokens, faces = self.encode_faces(model.student.image, faces, model)
         if for_training and faces.captions is None:
             image_of_text = torch.arange(len(faces)).repeat_interleave(self.config.captions)
             texts = [faces.caption(i, np.random.default_rng((2, i, n % self.config.captions)))
                      for n, i in enumerate(tqdm(image_of_text.tolist(), "writing captions", leave=False))]
         else:
-            validation = Validation.of(faces)
-            texts, image_of_text = validation.texts, validation.image_of_text
+            captioned = EvaluationSet.of(faces)
+            texts, image_of_text = captioned.texts, captioned.image_of_text
         captions, device = model.tokenizer(texts), model.temperature.device
         with torch.no_grad(), autocast(self.config, device):
             cls_tokens = model.student.cls_tokens(captions.to(device)).float().cpu()
@@ -251,7 +252,7 @@ class Retrieval(Task):
     def loss(self, model, samples, indices, rng, step):
         """ITC + ITM of the images `indices` (B,), each with one of its captions; see losses.py and flip.py.
         ITC trains projections and temperature, ITM only the matching head. ITM costs a pass of the
-        text encoder, and can be skipped in most steps without changing ITC."""
+        text encoder, and skipping it in most steps does not change the gradients of ITC."""
         chosen = sample_caption_index(samples.image_of_text, indices, rng)                  # (B,)
         image = project(samples.tokens[indices, 0], model.student.image_projection)
         text = project(samples.cls_tokens[chosen], model.student.text_projection)
@@ -276,8 +277,8 @@ class Retrieval(Task):
         return metrics | {"scores": scores, "baseline": chance_recalls(samples.image_of_text)}
 
     def draw(self, results, faces, folder):
-        """Plot the five top-ranked faces of the first checkpoint for some captions of the test split."""
-        plot_retrieval(Validation.of(faces), results[0].final["scores"], folder / "retrieval.png")
+        """For some captions of the test split, plot the faces that the first checkpoint ranks highest."""
+        plot_retrieval(EvaluationSet.of(faces), results[0].final["scores"], folder / "retrieval.png")
 
     def save(self, model, head, folder):
         """Save a complete checkpoint; momentum encoder and queue are still those of pre-training."""
@@ -293,7 +294,7 @@ def sample_caption_index(image_of_text, indices, rng):
 
 def in_batch_contrastive_loss(one, other, identity, temperature):
     """Symmetric contrastive loss within a batch, features (B, E) each. As in pre-training, no gradient
-    flows into the keys. With frozen encoders no key is outdated, so there is no queue or momentum."""
+    flows into the keys. The encoded images do not change, so no queue of older features is needed."""
     def one_way(rows, keys):        # the second argument, the momentum features, is unused at alpha 0
         return contrastive_loss(rows, rows, [keys.detach()], identity, [identity], temperature, alpha=0.0)
     return (one_way(one, other) + one_way(other, one)) / 2
@@ -339,7 +340,7 @@ class Sketch(Retrieval):
             photos, faces = captioned.tokens[:, 0].float(), captioned.faces
         else:
             photos, faces = self.encode_faces(class_token, faces, model)
-        # sketches are white on black; an encoder of photos discriminates better with dark on light
+        # an encoder trained on photos tells sketches apart better when they are dark on light
         count, steps = len(faces), faces.sketch_steps
         read = lambda n, size: ImageOps.invert(faces.sketch(n // steps, n % steps))
         sketches = self.encode_pictures(class_token, read, count * steps, model,
@@ -348,8 +349,8 @@ class Sketch(Retrieval):
                             identity=torch.tensor(faces.identity))
 
     def loss(self, model, samples, indices, rng, step):
-        """IIC, the contrastive loss between a random step of the sketch and its photo, plus ITC + ITM of
-        the photo if it has captions."""
+        """IIC (image-image contrastive loss) between a random step of the sketch and its photo, plus ITC +
+        ITM of the photo if it has captions."""
         steps = torch.from_numpy(rng.integers(samples.sketches.shape[1], size=len(indices)))
         sketch = project(samples.sketches[indices, steps], model.student.image_projection)
         photo = project(samples.photos[indices], model.student.image_projection)
@@ -370,8 +371,7 @@ class Sketch(Retrieval):
         return metrics | {"scores": similarity.cpu(), "baseline": baseline}
 
     def draw(self, results, faces, folder, stages=6, top=5):
-        """Plot one sketch with its top-ranked photos at several stages, and the rank metrics over the
-        stages for all encoders."""
+        """Plot one sketch and its top-ranked photos at several stages, and the metrics over all steps."""
         similarity, steps = results[0].final["scores"], faces.sketch_steps              # (I, steps, I)
         ranks = sketch_ranks(similarity)
         n = int((1 / ranks.double()).mean(1).argsort()[len(ranks) // 2])            # of median difficulty

@@ -12,16 +12,15 @@ a run.
 Flags, the paper's values and the tiny model's recipe are in config.py. Everything that changes
 during a run (learning rate, momentum, hardness of the negatives, ...) is a schedule, a pure function
 of the step. So are the data and all random numbers; hence a resumed run computes exactly what an
-uninterrupted one does. A step uses these random numbers, each with a generator of its own:
+uninterrupted one does. A step uses these random numbers, seeded by
 
     order of the faces                  (seed, epoch)           BatchLoader.batch_indices
     caption and augmentation            (seed, epoch, index)    FaceDataset.__getitem__
     dropout                             (seed, step, rank)      train_step
     negatives, sampled on rank 0        (seed, step)            train_step
 
---out receives flip.pt (model, vocabulary, training state), log.jsonl, curves.png and retrieval.png.
-
-Shapes: see vit.py; B pairs per process and micro-batch.
+--out receives flip.pt (its contents: common/resume.py), log.jsonl, retrieval.png and curves.png, with
+the reference rows of the table as dotted and dashed lines.
 """
 import dataclasses
 import itertools
@@ -46,7 +45,7 @@ from common.script import run_script
 from common.weights import load_bert, load_clip, load_state
 from config import MODELS, TINY, Config, parse_arguments
 from data import Batch, BatchLoader, Faces, drop_unreadable, load_toy_faces, open_faces
-from evaluation import Validation, evaluate_and_draw, recall_table
+from evaluation import EvaluationSet, evaluate_and_draw, recall_table
 from flip import FLIP, FLIPConfig, StepParams
 from vit import ViTConfig
 
@@ -67,7 +66,7 @@ def warmup_decay(step, steps, warmup, lr, lr_start=0.0, lr_min=0.0, decay="cosin
 
 
 def learning_rate(step: int, config: Config, steps_per_epoch: int) -> float:
-    """`warmup_decay`, or x 0.9 per epoch after the warm-up, as in the paper."""
+    """`warmup_decay` or, as in the paper, decay by 0.9 per epoch (from step 0) once the warm-up is over."""
     warmup = min(config.warmup, config.steps // 5)
     if config.lr_decay == "epoch" and step >= warmup:
         return max(config.lr_min, config.lr * 0.9 ** (step // steps_per_epoch))
@@ -97,7 +96,7 @@ class TrainState(NamedTuple):
     optimizers: list[torch.optim.Optimizer]
     loader: BatchLoader
     steps_per_epoch: int
-    validation: Validation
+    validation: EvaluationSet
     log: Log
     start_step: int
 
@@ -185,7 +184,7 @@ def next_batches(run, stream, step, stop):
         save(run, step)
     if failed:
         raise ValueError(f"{failure or 'another process could not read its batch'} "
-                         f"(step {step} is saved; continue with --resume)")
+                         f"(after step {step}; continue with --resume)")
     if stopped:
         is_main = rank_and_world_size()[0] == 0             # only rank 0 prints the message
         raise SystemExit(f"stopped after step {step}; continue with --resume" if is_main else 1)
@@ -259,7 +258,7 @@ def setup(config: Config) -> TrainState:
     ddp_model = model if world_size == 1 else DistributedDataParallel(
         model, broadcast_buffers=False, find_unused_parameters=config.itm_from > 0 or config.itm_every > 1)
     return TrainState(config, model, ddp_model, optimizers, loader, steps_per_epoch,
-                      Validation.of(validation), log, start_step=saved["step"] if saved else 0)
+                      EvaluationSet.of(validation), log, start_step=saved["step"] if saved else 0)
 
 
 def load_data(config: Config, size: int) -> tuple[Faces, Faces]:
@@ -309,20 +308,20 @@ def load_initial(config: Config) -> FLIP | None:
     initial = FLIP.from_pretrained(config.init, vocabulary=config.vocabulary)
     width, expected = initial.config.vit.width, MODELS[config.model][0].width
     if width != expected:
-        raise ValueError(f"--init {config.init}: its image encoder is {width} wide, that of --model "
-                         f"{config.model} {expected}; choose the --model with its size")
+        raise ValueError(f"--init {config.init}: its image encoder has width {width}, but --model "
+                         f"{config.model} has width {expected}; choose the --model of matching width")
     initial.require_tokenizer()
     return initial
 
 
 def print_plan(config: Config, faces: Faces, validation: Faces, world_size: int, tokenizer: Tokenizer):
     """Print the length of the run, and warnings about few faces or unknown words."""
-    passes = config.steps * config.accumulate * config.batch_size * world_size / len(faces)
+    epochs = config.steps * config.accumulate * config.batch_size * world_size / len(faces)
     chance = 100 * min(1, 10 / len(validation))
     print(f"{len(faces):,} training faces, {len(validation):,} validation faces; {config.steps:,} steps are "
-          f"{passes:.1f} passes over the training faces")
-    if passes > 60:
-        print(f"so many passes will overfit: try --steps {round(30 * config.steps / passes)}, or more faces")
+          f"{epochs:.1f} epochs")
+    if epochs > 60:
+        print(f"this will overfit: try --steps {round(30 * config.steps / epochs)}, or more faces")
     if chance > 4:
         print(f"with {len(validation)} validation faces, R@10 is {chance:.0f} % by chance; more faces give "
               f"more meaningful figures (at most --validation {config.validation})")

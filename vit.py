@@ -14,16 +14,14 @@ drop CLIP's weights for this layer; here they load.)
 Capital letters are sizes, the same in every file:
     B items of a batch on one process    S pixels on a side         L tokens of an image (1 + patches)
     D width of a token                   H heads of d = D / H       N tokens of many packed sequences
-    E size of a feature                  Q entries of the queue     K keys of the contrastive loss
-    P captions that attend to images     I images, T texts of a data set or gallery
+    E feature dimension                  Q entries of the queue     K keys of the contrastive loss
+    P captions, each paired with one image (several may share it)   I images, T texts of a call
 A file that adds a letter says so.
 
-The encoders work on packed tokens: one tensor (N, D) for the whole batch, and a `Sequences` with the
-offset of each sequence. `Sequences.uniform(B, L)` describes B images of L tokens. Sequence i attends
-to sequence i, of the same tensor or of another with as many sequences. Read kernels/attention.py
-next, up to the line where Triton begins: it holds `Sequences` and the attention itself.
+The tokens of a batch of images are packed (kernels/attention.py): one tensor (B L, D), and a
+`Sequences` with the offset of each image.
 
-Run `python vit.py photo.jpg` to see the shapes on the way.
+Run `python vit.py photo.jpg` to see the tensor shapes along the way.
 """
 import argparse
 from dataclasses import dataclass
@@ -83,7 +81,7 @@ class Attention(nn.Module):
 
 
 def quick_gelu(x):
-    """x * sigmoid(1.702 x), as one fused operation: silu(y) = y * sigmoid(y)."""
+    """x * sigmoid(1.702 x), by torch's fused silu(y) = y * sigmoid(y)."""
     return F.silu(1.702 * x) / 1.702
 
 
@@ -97,9 +95,8 @@ class ViTBlock(nn.Module):
         self.down = nn.Linear(4 * config.width, config.width)
 
     def forward(self, x, sequences, first_token_only=False):
-        """x (B L, D) packed -> (B L, D); with first_token_only -> (B, D): only the class tokens are
-        computed, which still attend to the whole image. The last block uses this when no other
-        token is needed."""
+        """x (B L, D) packed -> (B L, D); with first_token_only -> (B, D): computes only the class tokens;
+        they still attend to the whole image. For the last block, when no other token is needed."""
         y = self.norm_attention(x)
         query, query_sequences = y, sequences
         if first_token_only:

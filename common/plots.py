@@ -1,4 +1,4 @@
-"""The plots of a training run; `validation` is an evaluation.Validation."""
+"""The plots of a training run; `validation` is an evaluation.EvaluationSet."""
 from pathlib import Path
 
 import numpy as np
@@ -35,8 +35,9 @@ def plot_curves(log: list[dict], validation, path: Path):
         right.plot(steps, recall, "o-", color=colour, label=f"R@{k}")
         for name, style in zip(validation.references, (":", "--")):
             right.axhline(validation.references[name][column], color=colour, linestyle=style, linewidth=0.8)
+    lines = "\n(dotted: attribute match, dashed: Bayes optimum)" if validation.references else ""
     right.set(xlabel="step", ylabel="%", ylim=(0, 100), xlim=(0, None),
-              title="recall, text to image, re-ranked\n(dotted: attribute match, dashed: Bayes optimum)")
+              title=f"recall, text to image, re-ranked{lines}")
     left.legend()
     right.legend()
     figure.savefig(path, dpi=110)

@@ -1,19 +1,21 @@
 """Multi-head attention over packed sequences: all attention of this project, on CPUs and GPUs.
 
 Captions differ in length, so tokens are packed: one tensor stores all sequences contiguously, without
-padding, and `Sequences` says where each begins. So linear layers and norms compute nothing for padding.
-Queries do not interact, so several captions can form one sequence. `attention` serves three uses:
+padding, and `Sequences` says where each begins. Linear layers and norms waste no computation on padding.
+`attention` lets the tokens of query sequence i attend to the tokens of key sequence i. It serves three uses:
 
     self-attention of images       queries = keys = image tokens, all sequences equally long
     self-attention of captions     queries = keys = text tokens, lengths differ
-    captions attending to images   query sequence i: those attending to image i, whose keys are stored once
+    cross-attention                queries = the tokens of all captions that attend to image i (the matching
+                                   loss pairs it with several), as one sequence, since queries do not
+                                   interact; keys = the tokens of image i
 
 On a CPU `padded_attention`, in plain PyTorch, pads all sequences to the longest, computes
 softmax(q k^T / sqrt(d)) v and removes the padding. On a GPU the Triton kernels below need no padding.
 
-Capital letters are sizes, as in vit.py: B sequences, one for each item of a batch on one process, have N
-tokens in all and up to L_max each (L for images, Lq for queries, Lk for keys); H heads of d = D / H
-channels share the width D. Run `python bench.py attention` to check and time it.
+Capital letters are sizes: B sequences, one for each item of a batch on one process, have N tokens in all
+and up to L_max each (L for images, Lq for queries, Lk for keys); H heads of d = D / H channels share the
+width D. Run `python bench.py attention` to check and time it.
 """
 from dataclasses import dataclass, replace
 
@@ -47,7 +49,8 @@ class Sequences:
         return Sequences(torch.full((count,), length), offsets, length, count * length)
 
     def merge_groups(self, counts: Tensor) -> "Sequences":
-        """Merge consecutive sequences: the first counts[0], the next counts[1], ... (int64, on the CPU)."""
+        """Merge consecutive sequences, such as the captions of one image: the first counts[0],
+        the next counts[1], ... (int64, on the CPU)."""
         ends = F.pad(self.lengths.cumsum(0), (1, 0))[F.pad(counts.cumsum(0), (1, 0))]
         return Sequences.from_lengths(ends.diff(), self.offsets.device)
 
@@ -130,19 +133,19 @@ def attention(query: Tensor, key: Tensor, value: Tensor, query_sequences: Sequen
               key_sequences: Sequences, dropout: float = 0.0) -> Tensor:
     """softmax(q k^T / sqrt(d)) v for every head; query sequence i attends to key sequence i.
 
-    query: (N, H, d), packed as `query_sequences`; key, value: likewise, as `key_sequences`; dropout: the
-    probability of dropping an attention weight. Returns a tensor of query's shape, under autocast in
+    query: (N, H, d), packed as `query_sequences`; key, value: likewise, packed as `key_sequences`; dropout:
+    the probability of dropping an attention weight. Returns a tensor of query's shape, under autocast in
     autocast's dtype. Raises ValueError if tensors and sequences do not match."""
     sizes = len(query), len(key), len(key_sequences)
     if (query_sequences.num_tokens, key_sequences.num_tokens, len(query_sequences)) != sizes:
         raise ValueError(
-            f"attention: expected a query and a key per token and as many query as key sequences, found "
+            f"attention: expected one query and one key per token, and equally many sequences of both, found "
             f"{len(query)} queries for {len(query_sequences)} sequences of {query_sequences.num_tokens} "
             f"tokens, {len(key)} keys for {len(key_sequences)} of {key_sequences.num_tokens}")
     device = query.device.type
     if torch.is_autocast_enabled(device):
         query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
-    if not uses_triton(query):
+    if not uses_triton(query):              # Triton: NVIDIA GPUs from A100 on; the kernels are below
         return padded_attention(query, key, value, query_sequences, key_sequences, dropout)
     seed = torch.randint(2 ** 62, ())       # on the CPU, so that reading it does not wait for the GPU
     return attention_forward(query.contiguous(), key.contiguous(), value.contiguous(),

@@ -8,8 +8,8 @@ momentum features of the other modality from batch and queue; y is the target:
     loss = -sum_j y_j log softmax(s)_j
 
 where e is uniform over the positives, the keys of the row's own identity, and sums to 1; no gradient flows
-into y. With 80 rows and 61,520 keys the logits take 20 MB, written and read several times. But y sums to 1,
-and s is linear in k:
+into y. The logits of 80 rows and 62,080 keys (8 x 80, and the queue) take 20 MB, written and read several
+times. But y sums to 1, and s is linear in k:
 
     loss = log sum_j exp(s_j) - q k* / tau      k* = sum_j y_j k_j, the average key under the target
     dq   = (k' - k*) / tau                      k' = sum_j softmax(s)_j k_j, under the student
@@ -39,8 +39,8 @@ from kernels import tl, triton, triton_supports
 
 # ---- sums over keys ------------------------------------------------------------------------------
 class SoftmaxSums(NamedTuple):
-    """Softmax-weighted sums over some keys. The first dimension is student, momentum encoder, positives.
-    Weights are relative to exp(max_logit), to prevent overflow."""
+    """Softmax-weighted sums over some keys. The first dimension indexes student, momentum encoder and
+    positives. Weights are relative to exp(max_logit), to prevent overflow."""
     max_logit: Tensor       # (3, B) the largest logit
     denominator: Tensor     # (3, B) sum_j exp(logit_j - max_logit)
     key_sum: Tensor         # (3, B, E) sum_j exp(logit_j - max_logit) k_j

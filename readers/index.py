@@ -173,22 +173,28 @@ def collect_errors(errors: list):
         errors.append(str(error))
 
 
-def validate_files(reader, image_folders: tuple, path: Path, errors: list):
-    """Yield the records whose image exists and is in no other split, with paths relative to the folder."""
+def validate_files(reader, image_folders: tuple, allow_duplicates: bool, path: Path, errors: list):
+    """Yield the records whose image exists and is listed once, or with `allow_duplicates` in one split, with
+    paths relative to the folder."""
     folder, split_of = path if path.is_dir() else path.parent, {}
-    relative = lambda file: str(file).removeprefix(os.path.join(folder, ""))
+    inside = os.path.join(folder, "")
+    names_in = functools.cache(lambda base: set(os.listdir(base)) if os.path.isdir(base) else ())
     for record in tqdm(reader(path), "indexing records", leave=False):
         with collect_errors(errors):
             if not isinstance(record.image, (str, Path)):
                 raise ValueError(f"no image name: {record.where} names no image")
-            earlier = split_of.setdefault(record.image, record.split)
-            if earlier != record.split:
+            earlier = split_of.get(record.image)
+            if earlier and (earlier != record.split or not allow_duplicates):
                 raise ValueError(f"duplicate: {record.where}: {record.image} is already in split {earlier}")
-            places = [os.path.join(base, relative(record.image)) for base in image_folders]
-            image = next((place for place in places if os.path.isfile(os.path.join(folder, place))), None)
-            if not image:
-                raise ValueError(f"no file: {record.where}: {folder}: {' or '.join(places)} does not exist")
-            sketches = record.sketches and [relative(sketch) for sketch in record.sketches]
+            split_of[record.image] = record.split
+            for base in image_folders:
+                image = os.path.join(base, str(record.image).removeprefix(inside))
+                directory, name = os.path.split(os.path.join(folder, image))
+                if name in names_in(directory):
+                    break
+            else:
+                raise ValueError(f"no file: {record.where}: {directory}/{name} does not exist")
+            sketches = record.sketches and [str(sketch).removeprefix(inside) for sketch in record.sketches]
             yield record._replace(image=image, sketches=sketches)
 
 
@@ -199,7 +205,7 @@ def validate_record(record: Record, columns: tuple):
         raise ValueError(f"split: {where}: expected train, val or test, found {record.split!r}")
     if record.attribute_values is not None:
         with error_context("1, 0 or -1 for every attribute", f"attributes: {where}"):
-            attributes = tuple(ATTRIBUTE_VALUES[value] for value in record.attribute_values)
+            attributes = tuple(map(ATTRIBUTE_VALUES.__getitem__, record.attribute_values))
     if record.captions is not None:
         with error_context("non-empty text captions", f"captions: {where}"):
             line["captions"] = valid_captions(record.captions, columns)

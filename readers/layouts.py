@@ -44,7 +44,7 @@ def read_table(folder: Path, stem: str):
     for number, line in enumerate(lines, 1):
         if line.strip():
             fields = line.replace('"', " ").split(separator)
-            yield f"{path.name} line {number}", [field.strip() for field in fields]
+            yield f"{path.name} line {number}", [field.strip() for field in fields] if separator else fields
 
 
 def attribute_records(rows):
@@ -199,6 +199,8 @@ def read_celeba_dialog(folder: Path):
             overall, phrases = entry.get("overall_caption") or "", entry.get("attribute_wise_captions") or {}
             texts = captions.setdefault(int(Path(name).stem), [])
             texts.append(overall.strip() or " ".join(phrases.values()).strip())
+    if not any((folder / subfolder / "5380.jpg").is_file() for subfolder in ("images", "image", ".")):
+        captions.pop(5380, None)            # its image was never distributed
     return assign_celeba_hq_splits(folder, captions)
 
 
@@ -293,9 +295,11 @@ class Layout(NamedTuple):
     jobs: object        # function: path -> list of jobs, functions that map a list for errors to `Record`s
 
 
-def one_job(reader, *image_folders):
-    """`Layout.jobs` of a reader of a whole data set, which names images in `image_folders` or full paths."""
-    return lambda path: [functools.partial(validate_files, reader, image_folders or ("",), path)]
+def one_job(reader, *image_folders, allow_duplicates=False):
+    """`Layout.jobs` of a reader of a whole data set, which names images in `image_folders` or full paths.
+    allow_duplicates: several records of a split may name the same image."""
+    return lambda path: [functools.partial(
+        validate_files, reader, image_folders or ("",), allow_duplicates, path)]
 
 
 LAYOUTS = (             # the first match applies; a JSON file given by name: the last row
@@ -307,7 +311,8 @@ LAYOUTS = (             # the first match applies; a JSON file given by name: th
     Layout("lfw_att_40.mat", "LFWA", one_job(read_lfwa_matlab, "lfw", ".")),
     Layout("captions_hq.json", "CelebA-Dialog", one_job(read_celeba_dialog, "images", "image", ".")),
     Layout("text/celeba-caption", "MM-CelebA-HQ", one_job(read_mm_celeba, "images")),
-    Layout("train.json", "JSON annotations", one_job(read_caption_lists, ".", "images")),
+    Layout("train.json", "JSON annotations",
+           one_job(read_caption_lists, ".", "images", allow_duplicates=True)),
     Layout("*.tar", "FaceCaption", facecaption_jobs),
-    Layout("*.json", "JSON annotations", one_job(read_caption_lists, ".", "images")),
+    Layout("*.json", "JSON annotations", one_job(read_caption_lists, ".", "images", allow_duplicates=True)),
 )
