@@ -1370,8 +1370,8 @@ def test_invalid_records_of_tars_are_counted_by_kind_and_the_rest_is_read(tmp_pa
     with tarfile.open(tmp_path / "00000.tar") as tar:
         offset = {member.name: member.offset for member in tar}
     header, end = offset["000000020.jpg"], offset["000000090.json"] + 700
-    for damage in (bytes(512), b"x" * 512):
-        (tmp_path / "00000.tar").write_bytes(whole[:header] + damage + whole[header + 512:end])
+    for block in (bytes(512), b"x" * 512):
+        (tmp_path / "00000.tar").write_bytes(whole[:header] + block + whole[header + 512:end])
         assert "(19 of 102 are invalid, more than --max_errors 1 perc" in error_of(open_faces, tmp_path)
         assert len(open_faces(tmp_path, max_errors=20)) > 70
         (rows,), (errors,) = ((tmp_path / "cache").glob(f"*.{suffix}") for suffix in ("npy", "errors"))
@@ -1609,7 +1609,7 @@ def test_batches_are_the_same_for_any_number_of_workers_and_ranks_and_from_any_s
         faces = pickle.loads(pickle.dumps(open_faces(tmp_path)))        # as for a worker that is not forked
     per_epoch, random_state = len(faces) // 4, torch.get_rng_state()
 
-    def batches(start=0, count=2 * per_epoch, seed=7, batch_size=4, **options):
+    def batches(start=0, count=2 * per_epoch + 2, seed=7, batch_size=4, **options):
         return take(data.BatchLoader(faces, TOKENIZER, 16, batch_size, seed, **options), start, count)
     whole = batches()
     assert all(equal(whole, batches(workers=workers)) for workers in (1, 2, 4))
@@ -1617,7 +1617,7 @@ def test_batches_are_the_same_for_any_number_of_workers_and_ranks_and_from_any_s
     assert equal(whole, *(batches(batch_size=2, rank=rank, world_size=2, workers=rank) for rank in (0, 1)))
     assert not equal(whole, batches(seed=8))
     first, second = (torch.cat([batch.identity for batch in epoch]).tolist()
-                     for epoch in (whole[:per_epoch], whole[per_epoch:]))
+                     for epoch in (whole[:per_epoch], whole[per_epoch:2 * per_epoch]))
     assert first != second and all(len(set(epoch)) == 4 * per_epoch for epoch in (first, second))
     assert torch.equal(random_state, torch.get_rng_state()), "the loader has random numbers of its own"
 
@@ -2209,7 +2209,7 @@ def test_patch_attributions_sum_to_the_difference_from_a_grey_image(uninterrupte
     log_odds, grey_log_odds = (x[:, 1] - x[:, 0] for x in logits)
     torch.testing.assert_close(attributions.sum((1, 2)), log_odds - grey_log_odds, atol=1e-3, rtol=1e-3)
     grey = np.tile(common.images.MEAN.numpy() * 255, (48, 48, 1)).round().astype(np.uint8)
-    grey[8:16, 40:] = 0
+    grey[8:16, 40:] = 0             # one patch is not grey
     [attributions] = search.attribute_patches(model, Image.fromarray(grey), "a man")
     assert attributions[1, 5].abs() > 0.8 * attributions.abs().sum()    # the rest: grey is rounded to 8 bits
 
@@ -2242,9 +2242,9 @@ def test_page_shows_faces_for_a_query_and_heatmaps_for_a_click(uninterrupted, tm
     assert "pip install gradio" in error_of(search.serve, model, folder, "features.pt", 3)
 
 
-def patches_of(index, seed, parts, patch=8, fine=5):
+def patches_of(face, seed, parts, patch=8, fine=5):
     """Which of the 6 x 6 patches of a drawn face are covered to at least a tenth by these parts."""
-    rng = np.random.default_rng((seed, index))
+    rng = np.random.default_rng((seed, face))
     look, shapes = portrait.build_shapes(toyfaces.sample_attributes(rng), rng)
     mask = Image.new("L", (48 * fine, 48 * fine))
     pen = ImageDraw.Draw(mask)
