@@ -38,7 +38,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common.script import check_ranges, run_script, short_message
+from common.script import check_ranges, error_context, run_script, short_message
 from common.weights import load_bert, resolve_file
 from kernels.attention import Sequences
 from vit import Attention
@@ -110,14 +110,12 @@ class Tokenizer:
     """
 
     def __init__(self, wordpiece, source="vocabulary"):
-        self.wordpiece = wordpiece
-        for token in SPECIAL[:4]:
-            if wordpiece.token_to_id(token) is None:
-                raise ValueError(f"{source}: the vocabulary has no {token}; expected one like "
-                                 f"bert-base-uncased's, with {', '.join(SPECIAL[:4])}")
-        self.cls_id, self.sep_id = wordpiece.token_to_id("[CLS]"), wordpiece.token_to_id("[SEP]")
-        wordpiece.no_padding()              # a tokenizer.json may ask for both; here captions are
-        wordpiece.no_truncation()           # packed, and truncated below
+        self.wordpiece, vocabulary = wordpiece, wordpiece.get_vocab()
+        missing = [token for token in SPECIAL[:4] if token not in vocabulary]
+        if missing or sorted(vocabulary.values()) != [*range(len(vocabulary))]:
+            raise ValueError(f"{source}: expected a vocabulary like bert-base-uncased's, with the ids 0 to "
+                             f"{len(vocabulary) - 1}; missing: {', '.join(missing) or 'some of these ids'}")
+        self.cls_id, self.sep_id = vocabulary["[CLS]"], vocabulary["[SEP]"]
 
     @property
     def vocab_size(self):
@@ -154,8 +152,18 @@ class Tokenizer:
     def from_json(text, source="vocabulary"):
         try:
             wordpiece = tokenizers.Tokenizer.from_str(text)
-        except Exception as error:
-            raise ValueError(f"{source}: not a tokenizer.json: {short_message(error)}") from error
+            parts, model = (wordpiece.normalizer, wordpiece.pre_tokenizer), wordpiece.model
+            found = [*(type(part).__name__ for part in parts), model.unk_token,
+                     model.continuing_subword_prefix, model.max_input_chars_per_word]
+            if found != ["BertNormalizer", "BertPreTokenizer", "[UNK]", "##", 100]:
+                raise ValueError(f"found {found!r:.200}, expected bert-base-uncased's settings")
+            wordpiece.no_padding()          # a tokenizer.json may ask for both; here captions are
+            wordpiece.no_truncation()       # packed, and truncated in __call__
+            wordpiece.encode("caf\u00e9, \u2603", add_special_tokens=False)
+        except BaseException as error:      # a PanicException of the library is not an Exception
+            if isinstance(error, (KeyboardInterrupt, SystemExit)):
+                raise
+            raise ValueError(f"{source}: not a tokenizer.json of BERT: {short_message(error)}") from error
         return Tokenizer(wordpiece, source)
 
     @staticmethod
@@ -175,13 +183,13 @@ class Tokenizer:
     def load(source: str):
         """From a vocab.txt, a tokenizer.json, a folder containing either, or a hub name."""
         path = resolve_file(source, ("vocab.txt", "tokenizer.json"))
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path}: not a vocabulary (not UTF-8 text)") from error
+        with error_context("a vocabulary of at most 10 MB in UTF-8", path):
+            if path.stat().st_size > 10 ** 7:
+                raise ValueError(f"found {path.stat().st_size} bytes")
+            text = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".json":
             return Tokenizer.from_json(text, str(path))
-        return Tokenizer.from_vocabulary(text.splitlines(), str(path))
+        return Tokenizer.from_vocabulary(text.rstrip("\n").split("\n"), str(path))
 
     @staticmethod
     def train(captions: list[str]):

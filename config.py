@@ -2,12 +2,12 @@
 (FLIP paper, section 4) as defaults, and the recipe of the tiny model, with reasons."""
 import argparse
 import textwrap
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from bert import BertConfig
 from common.resume import load_run
-from common.script import check_flags, flag, parse_flags, renamed_flags
+from common.script import check_flags, check_like, flag, parse_flags, renamed_flags
 from readers.index import COLUMNS
 from vit import ViTConfig
 
@@ -24,6 +24,7 @@ class SharedFlags:
     """Flags of both train.py and finetune.py."""
     data: str = flag("", "folder or json list of faces; default: drawn faces, cached in --cache")
     cache: str = flag("cache", "folder for drawn faces and for the index of --data")
+    outside: bool = flag(False, "accept images outside --data, which its lists may name by absolute paths")
     max_errors: float = flag(1.0, "percent of records or images that may be invalid; they are skipped and "
                                   "counted, and the run stops if there are more", high=100, was="max_lost")
     vocabulary: str = flag("", "for a checkpoint without one (the official one): file, folder or hub name")
@@ -44,8 +45,8 @@ class Config(SharedFlags):
     faces: int = flag(20_000, "number of faces to draw for training", low=1)
     validation: int = flag(1000, "maximum number of validation faces", low=1)
     resume: bool = flag(False, "resume the run in --out, or start it if no checkpoint exists; flags come "
-                               "from the checkpoint, except --data, --cache, --max_errors, --workers, "
-                               "--log_every, --eval_every and --save_every, which may change")
+                               "from the checkpoint, except --data, --cache, --outside, --max_errors, "
+                               "--workers, --log_every, --eval_every and --save_every, which may change")
     seed: int = flag(0, "seed of initial weights, data order, captions, dropout and negatives")
     init: str = flag("", "initialise from this FLIP, ours or the official one: file, folder or hub name")
     image_size: int = flag(0, "side of the model's input in pixels; 0: as in --init or --model")
@@ -69,7 +70,7 @@ class Config(SharedFlags):
     beta2: float = flag(0.999, "AdamW's second beta", high=1)
     grad_clip: float = flag(0.0, "maximum gradient norm; 0: no clipping", was="clip_grad")
     alpha: float = flag(0.4, "final weight of the soft targets", high=1)
-    alpha_ramp: tuple[float, float] = flag((0, 2 / 15), "fractions of the run between which alpha rises "
+    alpha_ramp: tuple[float, float] = flag((0.0, 2 / 15), "fractions of the run between which alpha rises "
                                                             "from 0", high=1)
     momentum: float = flag(0.995, "final momentum of the momentum encoder", high=1)
     momentum_from: float = flag(0.0, "fraction of the run before which the momentum encoder copies the "
@@ -80,7 +81,7 @@ class Config(SharedFlags):
     itm_every: int = flag(1, "train ITM in every n-th step", low=1)
     hardness: float = flag(1.0, "final hardness of the negatives: 1 samples them by similarity, as the paper "
                                 "does, 0 uniformly")
-    hardness_ramp: tuple[float, float] = flag((0, 0), "fractions of the run between which hardness rises "
+    hardness_ramp: tuple[float, float] = flag((0.0, 0.0), "fractions of the run between which hardness rises "
                                                           "from 0", high=1, was="hard_ramp")
     augment: bool = flag(True, "augment the images as in the paper")
     workers: int = flag(8, "data loading processes per training process")
@@ -117,8 +118,8 @@ RECIPES = {"tiny": dict(
 
 
 # ---- the command line ----------------------------------------------------------------------------
-CHANGEABLE_ON_RESUME = ("resume", "out", "data", "cache", "max_errors", "workers", "log_every", "eval_every",
-                        "save_every")
+CHANGEABLE_ON_RESUME = ("resume", "out", "data", "cache", "outside", "max_errors", "workers", "log_every",
+                        "eval_every", "save_every")
 
 
 def parse_arguments(argv: list[str] | None = None, description: str | None = __doc__) -> Config:
@@ -132,7 +133,8 @@ def parse_arguments(argv: list[str] | None = None, description: str | None = __d
     given = parse_flags(parser, Config, argv)
     path = Path(given.get("out", Config.out)) / "flip.pt"
     if given.get("resume") and path.exists():
-        before = renamed_flags(Config, load_run(path)["training"]["config"])
+        before = {"outside": False} | renamed_flags(Config, load_run(path)["training"]["config"])
+        check_like(before, asdict(Config()), f"{path}: training, config")
         for name, value in given.items():
             if name not in CHANGEABLE_ON_RESUME and value != before.get(name):
                 raise ValueError(f"--resume: the run in {path} has --{name} {before.get(name)}, which cannot "

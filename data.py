@@ -15,7 +15,10 @@ at any step, with any number of workers, sees the batches of an uninterrupted on
 reported with file and record. (Capital letters are sizes, see vit.py.)
 Run `python data.py` to see one batch.
 """
+import functools
 import itertools
+import multiprocessing
+import signal
 import sys
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -29,8 +32,9 @@ import toyfaces
 from bert import Captions, Tokenizer
 from captions import ATTRIBUTES as ATTRIBUTES
 from captions import sample_caption
+from common.distributed import init_child
 from common.images import TarImage, iterate_images, load_image, normalize_batch, resize_to_array
-from common.script import run_script
+from common.script import escape_control_chars, run_script
 from readers.index import COLUMNS, check_error_rate, open_split
 from readers.layouts import LAYOUTS
 
@@ -109,12 +113,12 @@ class Faces:
 
 
 def open_faces(path: str, split: str, cache: str = "cache", columns: tuple = COLUMNS[:2],
-               max_errors: float = 1.0, max_lost: float | None = None) -> Faces:
+               max_errors: float = 1.0, max_lost: float | None = None, outside: bool = False) -> Faces:
     """A split ("train", "val" or "test") of the data set at `path`, a folder or a json list, whose layout
     is recognised by its files (readers/layouts.py). Raises ValueError if more than max_errors percent
     of the records are invalid, and names the first. (max_lost is the old name of max_errors.)"""
     max_errors = max_errors if max_lost is None else max_lost
-    return Faces(**open_split(path, split, LAYOUTS, cache, columns, max_errors))
+    return Faces(**open_split(path, split, LAYOUTS, cache, columns, max_errors, outside))
 
 
 def load_toy_faces(count: int, size: int, seed: int, folder: str, steps: int = 0) -> Faces:
@@ -138,7 +142,7 @@ def drop(faces: Faces, errors: dict, max_errors: float) -> Faces:
     messages = [errors[i] for i in sorted(errors)]
     check_error_rate(messages, len(faces), max_errors)
     for message in messages:
-        tqdm.write(f"left out: {message}")
+        tqdm.write(f"left out: {escape_control_chars(message)}")
     return faces.subset([i for i in range(len(faces)) if i not in errors]) if errors else faces
 
 
@@ -253,19 +257,28 @@ class BatchLoader:
             num_workers=self.workers, pin_memory=torch.cuda.is_available(),
             # forked workers share the memory-mapped index; spawned ones would receive a copy
             multiprocessing_context="fork" if self.workers and sys.platform == "linux" else None,
-            generator=torch.Generator())        # the default would advance the model's random state
+            generator=torch.Generator(),        # the default would advance the model's random state
+            # a signal to the whole process group stops the training process alone, which saves
+            worker_init_fn=functools.partial(init_child, ignored=(signal.SIGINT, signal.SIGTERM)))
+        others = multiprocessing.active_children()
+        batches = iter(loader)
+        if self.workers and hasattr(signal, "SIGCHLD"):     # torch's handler raises anywhere in a step if a
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)   # worker is killed; without it, `next` raises
         try:
-            for number, batch in enumerate(loader, number):
+            for number, batch in enumerate(batches, number):
                 if number % self.batches_per_epoch == 0:
                     self.errors = {}
                 for i in sorted(batch.errors.keys() - self.errors.keys()):
                     self.errors[i] = batch.errors[i]
                     faces_per_epoch = self.batches_per_epoch * self.batch_size
                     check_error_rate([*self.errors.values()], faces_per_epoch, self.max_errors)
-                    tqdm.write(f"{batch.errors[i]} (replaced by another face)")
+                    tqdm.write(f"{escape_control_chars(batch.errors[i])} (replaced by another face)")
                 yield batch
         except ValueError as error:     # a worker's message contains its traceback: keep the last line
             raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
+        finally:                        # Python's exit would wait for them, as they ignore its SIGTERM
+            for worker in set(multiprocessing.active_children()) - set(others):
+                worker.kill()
 
     def batch_indices(self, number):
         """Yield for each batch the list of (epoch, index) of this rank."""

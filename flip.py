@@ -39,10 +39,9 @@ from tqdm import tqdm
 from bert import MAX_TOKENS, Bert, BertConfig, Captions, Tokenizer
 from common.distributed import all_gather, all_gather_objects, rank_and_world_size
 from common.images import iterate_images, load_image
-from common.script import as_list, check_ranges, run_script
-from common.weights import load_state, official_sizes, read_checkpoint
+from common.script import as_list, check_like, check_ranges, error_context, run_script
+from common.weights import CHECKPOINT_VERSION, load_state, official_sizes, official_state, read_checkpoint
 from common.weights import official_name as official_name
-from common.weights import official_state as official_state
 from kernels.contrastive import contrastive_loss
 from losses import contrastive_loss_reference, hard_negative_probabilities, matching_loss, soft_targets
 from vit import ViT, ViTConfig
@@ -61,7 +60,12 @@ class FLIPConfig:
 
     @staticmethod
     def from_dict(sizes):
-        return FLIPConfig(**sizes | {"vit": ViTConfig(**sizes["vit"]), "bert": BertConfig(**sizes["bert"])})
+        config = FLIPConfig(**sizes | {"vit": ViTConfig(**sizes["vit"]), "bert": BertConfig(**sizes["bert"])})
+        check_like(sizes, asdict(FLIPConfig()) | {"hardness": config.hardness}, "sizes")
+        hardness = 0 if config.hardness is None else config.hardness
+        if not (0 <= config.bert.dropout <= 1 and 0 <= hardness < 1e9):
+            raise ValueError(f"dropout {config.bert.dropout} or hardness {hardness} is out of range")
+        return config
 
 
 class StepParams(NamedTuple):
@@ -328,7 +332,7 @@ class FLIP(nn.Module):
     # ---- checkpoints ----
     def checkpoint(self):
         """Everything `from_pretrained` needs, as plain tensors, numbers and text."""
-        return {"flip": asdict(self.config), "model": self.state_dict(),
+        return {"version": CHECKPOINT_VERSION, "flip": asdict(self.config), "model": self.state_dict(),
                 "tokenizer": self.tokenizer.to_json() if self.tokenizer else None}
 
     @staticmethod
@@ -336,26 +340,22 @@ class FLIP(nn.Module):
                         vocabulary: str | None = None):
         """Load a model, in evaluation mode, from one of our checkpoints or the official FLIP-base.pth: a
         file, a folder containing it, or a hub name. Raises ValueError if it is damaged or does not fit.
-
-        config: overrides the checkpoint's. An official file needs it if its widths are not multiples of 64,
-        because it does not store the number of heads; another image size resizes the position embeddings.
-        saved: the result of `read_checkpoint`, if already read. vocabulary (file, folder or hub name): for
-        checkpoints without one, such as the official one."""
+        config: overrides the checkpoint's; needed for official ones with widths that are not multiples of 64
+        (they do not store the number of heads); another image size resizes the position embeddings. saved:
+        from `read_checkpoint`. vocabulary (file, folder or hub name): for checkpoints without one."""
         saved = saved or read_checkpoint(path)
-        weights = saved["model"]
-        try:
-            config = config or FLIPConfig.from_dict(saved.get("flip") or official_sizes(weights, path))
-            if not all(tensor.isfinite().all() for tensor in weights.values()):
-                raise ValueError(f"{path}: some weights are NaN or infinite: its training had diverged")
-            tokenizer = saved.get("tokenizer") and Tokenizer.from_json(saved["tokenizer"], str(path))
-            if tokenizer is None and vocabulary:
-                tokenizer = Tokenizer.load(vocabulary)
-            model = FLIP(config, tokenizer)
-            state = model.state_dict() if "flip" in saved else official_state(model)    # views of its tensors
-            load_state(state, weights, path)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path}: damaged, or written by another version "
-                             f"({type(error).__name__}: {error})") from error
+        weights, text, ours = saved["model"], saved.get("tokenizer"), "flip" in saved
+        with error_context("one of our checkpoints, or an official one", path):
+            config = config or FLIPConfig.from_dict(saved["flip"] if ours else official_sizes(weights))
+        tokenizer = Tokenizer.load(vocabulary) if vocabulary and text is None else None
+        tokenizer = tokenizer if text is None else Tokenizer.from_json(text, path)
+        for device in ("meta", "cpu"):          # sizes are checked before memory is allocated
+            with torch.device(device):
+                model = FLIP(config, tokenizer)
+            load_state(model.state_dict() if ours else official_state(model), weights, path)    # into views
+        if not (0 <= model.queue_pointer < config.queue_size and 0.0009 < model.temperature < 0.5001):
+            raise ValueError(f"{path}: expected queue_pointer below {config.queue_size}, temperature 0.001 "
+                             f"to 0.5, found {model.queue_pointer.item()} and {model.temperature.item()}")
         return model.eval()
 
 

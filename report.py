@@ -150,13 +150,15 @@ def main():
     parser.add_argument("--cache", default="cache", help="folder for drawn faces or the index (%(default)s)")
     parser.add_argument("--columns", nargs="+", default=COLUMNS[:2], choices=COLUMNS,
                         help="caption columns of FaceCaption-15M (caption, face_caption)")
+    parser.add_argument("--outside", action="store_true", help="accept images outside --data")
     args = parser.parse_args()
     if args.sample < 10:
         raise ValueError(f"--sample {args.sample}: expected at least 10")
     splits, errors = {}, []
     for split in SPLITS if args.data else ():
         with collect_errors(errors):
-            splits[split] = open_faces(args.data, split, args.cache, tuple(args.columns), max_errors=100)
+            splits[split] = open_faces(args.data, split, args.cache, tuple(args.columns), max_errors=100,
+                                       outside=args.outside)
     if errors and not splits:
         raise ValueError(errors[-1])
     splits = splits or {"train": load_toy_faces(1000, 192, seed=0, folder=args.cache)}

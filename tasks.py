@@ -71,7 +71,8 @@ class Task:
         use them."""
         config, size = self.config, model.config.vit.image_size
         if config.data:
-            faces = open_faces(config.data, split, config.cache, max_errors=config.max_errors)
+            faces = open_faces(config.data, split, config.cache, max_errors=config.max_errors,
+                               outside=config.outside)
             return faces.subset(range(min(config.validation, len(faces)))) if split == "val" else faces
         sizes = {"train": (config.faces, 10), "val": (config.validation, 11), "test": (config.test, 12)}
         count, seed = sizes[split]

@@ -4,13 +4,21 @@ Numbers are compared against references that are not part of the project: golden
 official code at a small size, with random weights and dropout 0), torch's own modules, closed forms.
 """
 import ast
+import bz2
+import contextlib
 import copy
 import dataclasses
+import errno
+import functools
+import gzip
 import io
 import itertools
 import json
+import lzma
+import math
 import os
 import pickle
+import random
 import re
 import resource
 import runpy
@@ -43,6 +51,7 @@ if DEVICE == "cpu":
 import bench
 import bert
 import captions as grammar
+import common.distributed
 import common.images
 import config as train_config
 import data
@@ -58,12 +67,20 @@ import vit
 from bert import Bert, BertConfig, Captions, Tokenizer, clean_caption, load_bert
 from captions import ATTRIBUTES, FACTS
 from common.images import TarImage, contact_sheet, load_image, normalize_batch, resize_to_array
-from common.optim import Muon, build_optimizers, newton_schulz
-from common.resume import Log, save
-from common.script import temporary_memmap
-from common.weights import BERT_KEYS, CLIP_KEYS, map_key, resize_position_embedding, write_checkpoint
+from common.optim import Muon, build_optimizers, load_optimizers, newton_schulz
+from common.resume import Log, Progress, save
+from common.script import atomic_write, check_like, prepare_folder, temporary_memmap
+from common.weights import (
+    BERT_KEYS,
+    CLIP_KEYS,
+    map_key,
+    official_name,
+    official_state,
+    resize_position_embedding,
+    write_checkpoint,
+)
 from drawing import portrait, sketch
-from flip import FLIP, FLIPConfig, StepParams, official_name, official_state, rerank
+from flip import FLIP, FLIPConfig, StepParams, rerank
 from kernels import attention as attention_kernels
 from kernels import contrastive as contrastive_kernels
 from kernels.attention import Sequences, attention
@@ -441,6 +458,17 @@ def test_exif_orientation_rotates_the_image_but_not_its_size_or_boxes(tmp_path):
     assert np.asarray(cropped).max() < 9
 
 
+def test_only_regular_files_are_opened(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "folder.jpg").mkdir()
+    for name in ("pipe.jpg", "folder.jpg"):
+        for read in (load_image, common.images.read_image_size):
+            assert f"{name} cannot be read: expected a regular file" in error_of(read, tmp_path / name)
+    (write_captions(tmp_path) / "images/3.png").unlink()
+    os.mkfifo(tmp_path / "images/3.png")
+    assert "expected a regular file" in error_of(open_faces(tmp_path).picture, 3)
+
+
 def test_contact_sheet_keeps_proportions_and_draws_frames_and_a_legend():
     wide = Image.new("RGB", (40, 20), "red")
     sheet = np.asarray(contact_sheet([("", [(wide, "", False), (wide, "", True)])], tile=100)).astype(int)
@@ -476,15 +504,164 @@ def test_clip_weights_load_by_hugging_face_names_and_resize_to_another_image_siz
     close(grid.mean((0, 1)), source.positions[1:].mean(0), 1e-3)
 
 
+BIAS, TABLE = "vision_model.pre_layrnorm.bias", "vision_model.embeddings.position_embedding.weight"
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")         # quantised tensors are deprecated
+    QUANTIZED = torch.quantize_per_tensor(torch.ones(24), 0.1, 0, torch.qint8)
+
+
 @pytest.mark.parametrize("key, value, message", [
-    ("epoch", 3, "expected tensors alone, found int under 'epoch'"), ("a", torch.ones(1), "a is unexpected"),
-    ("vision_model.pre_layrnorm.bias", torch.ones(3), ": pre_layrnorm.bias has shape (3,), expected (24,)")])
+    ("epoch", 3, "'epoch' is unknown"), ("a", torch.ones(1), "'a' is unknown"), (7, 8, "'7' is unknown"),
+    ("x\n", 3, r"'x\n' is unknown"), (BIAS, "text", f"{BIAS}: expected Tensor, found str"),
+    (BIAS, torch.ones(3), f"{BIAS}: expected finite (24,) torch.float32, found (3,)"),
+    (BIAS, torch.ones(()), f"{BIAS}: expected finite (24,) torch.float32, found ()"),
+    (BIAS, torch.ones(24).int(), f"{BIAS}: expected finite (24,) torch.float32, found (24,) torch.int32"),
+    (BIAS, torch.ones(24).bool(), "torch.bool"), (BIAS, QUANTIZED, "torch.qint8"),
+    (BIAS, torch.ones(24).to(torch.float8_e4m3fn), "torch.float8_e4m3fn"),
+    (BIAS, torch.ones(24) + 0j, "torch.complex64"), (BIAS, torch.ones(24) * np.nan, "expected finite (24,)"),
+    (BIAS, torch.ones(24).double() * 1e300, "expected finite (24,)"),       # infinite in float32
+    (BIAS, torch.ones(24).to_sparse(), "expected finite (24,)"),
+    (BIAS, torch.ones(24, device="meta"), "meta"), (TABLE, torch.ones(()), "0-d"),
+    (TABLE, torch.ones(18, 24), "found shape (18, 24)")])
 def test_mismatched_weights_are_named_and_none_is_loaded(tmp_path, key, value, message):
     encoder = ViT(GOLDEN_CONFIG.vit)
     before = copy.deepcopy(encoder.state_dict())
     torch.save(clip_weights(ViT(GOLDEN_CONFIG.vit)) | {key: value}, tmp_path / "pytorch_model.bin")
-    assert message in error_of(load_clip, encoder, tmp_path)
+    error = error_of(load_clip, encoder, tmp_path)
+    assert message in error and error.startswith(f"{tmp_path}/pytorch_model.bin: expected ")
     assert all(torch.equal(tensor, before[name]) for name, tensor in encoder.state_dict().items())
+
+
+@pytest.mark.parametrize("section, settings, message", [
+    ("vision_config", {}, None), ("vision_config", {"hidden_act": "quick_gelu", "projection_dim": 3}, None),
+    (None, {"num_attention_heads": 3, "vocab_size": 7}, None),
+    (None, {"hidden_act": "gelu"}, "(found ['gelu', 1e-05, 3])"),
+    ("vision_config", {"hidden_act": "gelu"}, "'quick_gelu', 'layer_norm_eps': 1e-05, 'num_attention_heads'"),
+    ("vision_config", {"layer_norm_eps": 1e-6}, "1e-06"), ("vision_config", {"num_attention_heads": 4}, "4]"),
+    ("vision_config", None, "NoneType"), ("vision_config", [7], "TypeError"),
+    (None, "[" * 10 ** 5, "RecursionError"), (None, "{", "Expecting property name"), (None, "[]", "'list'")])
+def test_weights_with_other_settings_in_their_config_json_are_rejected(tmp_path, section, settings, message):
+    torch.save(clip_weights(ViT(GOLDEN_CONFIG.vit)), tmp_path / "pytorch_model.bin")
+    text = settings if isinstance(settings, str) else json.dumps({section: settings} if section else settings)
+    (tmp_path / "config.json").write_text(text)
+    for source in (tmp_path, tmp_path / "pytorch_model.bin"):
+        if message:
+            error = error_of(load_clip, ViT(GOLDEN_CONFIG.vit), source)
+            assert error.startswith(f"{tmp_path}/config.json: expected the settings") and message in error
+        else:
+            load_clip(ViT(GOLDEN_CONFIG.vit), source)
+
+
+def test_bert_with_other_heads_or_relative_positions_is_rejected(tmp_path):
+    encoder = Bert(GOLDEN_CONFIG.bert, image_width=24)
+    weights = {map_key(name, BERT_KEYS): x for name, x in encoder.state_dict().items()}
+    torch.save(weights, tmp_path / "b.bin")
+    for settings, message in (({"num_attention_heads": 4}, "found ['gelu', 1e-12, 4"),
+                              ({"position_embedding_type": "relative_key"}, "'relative_key']"),
+                              ({"hidden_act": "gelu", "num_attention_heads": 2}, None)):
+        (tmp_path / "config.json").write_text(json.dumps(settings))
+        if message:
+            assert message in error_of(load_bert, encoder, tmp_path / "b.bin")
+    load_bert(encoder, tmp_path / "b.bin")
+
+
+@pytest.mark.parametrize("index", ["model.safetensors.index.json", "pytorch_model.bin.index.json"])
+def test_shards_load_by_their_index_and_none_outside_the_folder_is_opened(tmp_path, index):
+    from safetensors.torch import save_file
+    source, encoder, folder = ViT(GOLDEN_CONFIG.vit), ViT(GOLDEN_CONFIG.vit), tmp_path / "model"
+    folder.mkdir()
+    weights, stem = clip_weights(source), index.removesuffix(".index.json")
+    save = save_file if stem.endswith("s") else torch.save
+    shards = {f"{n}.{stem}": dict([*weights.items()][n::2]) for n in range(2)}
+    for name, shard in shards.items():
+        save(shard, folder / name)
+    files = {key: name for name, shard in shards.items() for key in shard}
+
+    def write_index(**changes):
+        (folder / index).write_text(json.dumps({"metadata": {}, "weight_map": files | changes}))
+        return folder / index
+    write_index()
+    for path in (folder, folder / index):
+        load_clip(encoder, path)
+        assert all(map(torch.equal, encoder.state_dict().values(), source.state_dict().values()))
+        nn.init.zeros_(encoder.positions)
+    save(weights, tmp_path / f"0.{stem}")
+    for changes, message in (({BIAS: f"../0.{stem}"}, f"'{BIAS}' is not in the file listed"),
+                             ({BIAS: f"{tmp_path}/0.{stem}"}, f"'{BIAS}' is not in the file listed"),
+                             ({BIAS: ".."}, "contains .."), ({"x": f"0.{stem}"}, "'x' is not in the"),
+                             ({"x": 3}, "int"), ({"x": f"2.{stem}"}, f"contains 2.{stem}"),
+                             ({"x": index}, "not a checkpoint, or damaged")):
+        assert message in error_of(load_clip, encoder, write_index(**changes))
+    (folder / index).write_text('{"weight_map": 5}')
+    assert "'int' object has no" in error_of(load_clip, encoder, folder)
+
+
+def test_files_of_a_hub_name_come_from_the_hub_and_a_missing_config_json_is_accepted(tmp_path, monkeypatch):
+    import huggingface_hub
+    torch.save(clip_weights(ViT(GOLDEN_CONFIG.vit)), tmp_path / "1.bin")
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(
+        clip_weights(ViT(GOLDEN_CONFIG.vit)), "1.bin")}))
+    asked = []
+
+    def download(name, filename):
+        asked.append(filename)
+        if not (tmp_path / filename).exists():
+            raise huggingface_hub.errors.EntryNotFoundError("404")
+        return str(tmp_path / filename)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    load_clip(ViT(GOLDEN_CONFIG.vit), "owner/model")
+    assert asked == ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
+                     "pytorch_model.bin.index.json", "config.json", "1.bin"]
+    (tmp_path / "config.json").write_text('{"vision_config": {"hidden_act": "gelu"}}')
+    assert "['gelu'" in error_of(load_clip, ViT(GOLDEN_CONFIG.vit), "owner/model")
+
+
+def test_named_pipe_is_no_file_of_weights_and_no_hub_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe.x")
+    Path("folder").mkdir()
+    os.mkfifo("folder/flip.pt")
+    for path in ("pipe.x", "folder", "folder/flip.pt"):
+        error = error_of(FLIP.from_pretrained, path)
+        assert error.startswith(f"{path}: expected a file, or a folder that contains flip.pt")
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(version=3), "found version 3: update"), (dict(version="2"), "found version '2'"),
+    (dict(version=None), "found version None"), (dict(extra=1), "'extra'"), (dict(model=[1]), "found the fi"),
+    (dict(flip=[]), "TypeError"), (dict(flip={}), "KeyError: 'vit'"), (dict(flip=None), "TypeError"),
+    (dict(tokenizer=5), ": not a tokenizer.json"), (dict(tokenizer=""), ": not a tokenizer.json")])
+def test_checkpoint_has_a_version_and_other_versions_and_fields_are_rejected(tmp_path, change, message):
+    saved = small_flip().checkpoint()
+    assert saved["version"] == 2
+    torch.save({key: saved[key] for key in saved.keys() - {"version"}}, tmp_path / "flip.pt")   # version 1
+    assert FLIP.from_pretrained(tmp_path).config == GOLDEN_CONFIG
+    torch.save(saved | change, tmp_path / "flip.pt")
+    assert message in error_of(FLIP.from_pretrained, tmp_path)
+
+
+@pytest.mark.parametrize("part, field, value, message", [
+    ("flip", "hardness", -1.0, "out of range"), ("flip", "hardness", "", "TypeError"),
+    ("flip", "hardness", KeyError, "'hardness' is missing"), ("vit", "heads", KeyError, "'heads' is missing"),
+    ("flip", "embed_dim", True, "embed_dim: expected int, found bool"),
+    ("bert", "dropout", np.nan, "out of range"), ("bert", "dropout", "0.1", "expected float, found str"),
+    ("flip", "x", 1, "unexpected keyword argument 'x'"), ("vit", "x", 1, "unexpected keyword argument 'x'"),
+    ("flip", "queue_size", 10 ** 8, "expected finite (100000000, 12)"),         # 10 GB are not allocated
+    ("model", "queue_pointer", torch.tensor([8]), "expected queue_pointer below 8"),
+    ("model", "queue_pointer", torch.tensor([-1]), "expected queue_pointer below 8"),
+    ("model", "queue_pointer", torch.ones(1), "queue_pointer: expected finite (1,) torch.int64"),
+    ("model", "queue_identity", torch.ones(8).bool(), "queue_identity: expected finite (8,) torch.int64"),
+    ("model", "temperature", torch.tensor(-0.1), "0.001 to 0.5, found 0 and -0.1"),
+    ("model", "temperature", torch.tensor(0.6), "temperature 0.001 to 0.5"),
+    ("model", "image_queue", torch.full((8, 12), np.inf), "image_queue: expected finite (8, 12)")])
+def test_checkpoint_with_fields_missing_or_out_of_range_is_rejected(tmp_path, part, field, value, message):
+    saved = copy.deepcopy(small_flip().checkpoint())
+    fields = saved["flip"][part] if part in saved["flip"] else saved[part]
+    fields[field] = value
+    if value is KeyError:
+        del fields[field]
+    torch.save(saved, tmp_path / "flip.pt")
+    assert message in error_of(FLIP.from_pretrained, tmp_path)
 
 
 def test_bert_weights_load_with_token_type_0_added_and_cross_attention_unchanged(tmp_path):
@@ -533,7 +710,7 @@ def test_all_names_of_the_official_base_model_load_and_save(tmp_path):
     integers = "_ids", "idx_queue", "ptr_queue"
     zeros = {name: torch.zeros((), dtype=torch.int64 if name.endswith(integers) else None).expand(shape)
              for name, shape in SHAPES.items()}             # each is one number in the file
-    torch.save({"model": zeros}, tmp_path / "FLIP-base.pth")
+    torch.save({"model": zeros | {"temp": torch.tensor(0.07)}}, tmp_path / "FLIP-base.pth")
     loaded = FLIP.from_pretrained(tmp_path)                 # finds it in the folder
     assert loaded.config == FLIPConfig()
     saved = official_state(loaded)
@@ -546,13 +723,87 @@ def test_full_disk_keeps_the_old_checkpoint_and_leaves_no_other_file(tmp_path, m
         raise RuntimeError("[enforce fail at inline_container.cc:659] . unexpected pos 5684864 vs 5684752")
     write_checkpoint({"model": 1}, tmp_path / "flip.pt")
     monkeypatch.setattr(torch, "save", full_disk)
-    with pytest.raises(OSError, match="flip.pt could not be written; is the disk full?"):
+    with pytest.raises(ValueError, match="flip.pt: expected enough disk space"):
         write_checkpoint({"model": 2}, tmp_path / "flip.pt")
     assert torch.load(tmp_path / "flip.pt") == {"model": 1} and len(list(tmp_path.iterdir())) == 1
 
 
+def test_partial_files_are_removed_at_the_next_start_unless_a_living_process_writes_them(tmp_path):
+    killed = f"import os, common.script\nwith common.script.atomic_write('{tmp_path}/flip.pt'): os._exit(0)"
+    run_python("-c", killed)
+    (tmp_path / "mine.partial").touch()
+    assert len(list(tmp_path.glob("flip.pt.*.partial"))) == 1
+    with atomic_write(tmp_path / "log") as writing:
+        prepare_folder(tmp_path)
+        assert {*tmp_path.glob("*.partial")} == {writing, tmp_path / "mine.partial"}
+    assert (tmp_path / "log").exists()
+
+
+def test_full_disk_is_noticed_before_a_memory_mapped_file_is_written(tmp_path, monkeypatch):
+    """Writing to the mapping would kill the process with a bus error."""
+    def full_disk(file, offset, length):
+        assert (offset, length) == (0, 2 * 30 * 100)                    # reserved as a whole
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr(os, "posix_fallocate", full_disk)
+    error = error_of(temporary_memmap, (30, 100), tmp_path)
+    assert error.startswith(f"{tmp_path}: expected 0.0 GB of disk space (") and "No space left" in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_full_disk_ends_drawing_with_a_one_line_error_and_leaves_no_file(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10000, limits[1]))
+        with pytest.raises(OSError, match=f"File too large: '{tmp_path}/faces-300x24"):
+            data.load_toy_faces(300, 24, 0, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("value, message", [
+    ([], "x: expected dict, found list"), ({"a": 1.0, "b": []}, "x: 't' is missing"),
+    ({"a": "1", "b": [], "t": torch.zeros(2)}, "x, a: expected float, found str"),
+    ({"a": 1.0, "b": [{}, 3], "t": torch.zeros(2)}, "x, b 1: expected dict, found int"),
+    ({"a": 1.0, "b": [], "t": torch.zeros(3)}, "x, t: expected finite .2,. torch.float32, found .3,."),
+    ({"a": 1.0, "b": [], "t": torch.zeros(2).int()}, "x, t: expected finite .*, found .2,. torch.int32"),
+    ({"a": 1.0, "b": [], "t": torch.tensor([0, torch.nan])}, "x, t: expected finite"),
+    ({"a": 1.0, "b": [], "t": torch.zeros(2), "c": 0}, "x: 'c' is unknown")])
+def test_value_unlike_its_template_is_named(value, message):
+    assert re.match(message, error_of(check_like, value, {"a": 0.0, "b": [{}], "t": torch.ones(2)}, "x"))
+
+
 # ---- common/distributed.py -----------------------------------------------------------------------
-# against the threads that Linux lists
+# against the threads and the processes that Linux lists
+def kill_this_process(job):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_killed_worker_of_a_pool_raises_a_one_line_error():
+    def use():
+        with common.distributed.parallel_map(kill_this_process, range(4), "drawing") as results:
+            list(results)
+    assert error_of(use).startswith("drawing: a worker process was killed, perhaps because memory ran out;")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's signal at the end of a parent")
+def test_workers_end_with_their_killed_parent():
+    code = """
+import time
+from common.distributed import parallel_map
+with parallel_map(time.sleep, [600, 600], "sleeping") as results:
+    list(results)
+"""
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.DEVNULL)
+    children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
+    while len(workers := children.read_text().split()) < 2:
+        time.sleep(0.01)
+    parent.kill()
+    parent.wait()
+    while any(Path(f"/proc/{worker}").exists() for worker in workers):
+        time.sleep(0.01)
+
+
 SHORT = ("--faces 64 --validation 10 --steps 24 --batch_size 8 --log_every 1 --eval_every 1000 --itm_from 0 "
          "--momentum_from 0.3 --queue_from 0.5 --queue_size 40").split()
 
@@ -623,17 +874,62 @@ def test_newton_schulz_brings_singular_values_near_1_and_keeps_the_vectors():
     close(inside, torch.diag_embed(values), 1e-4)
 
 
+@pytest.mark.parametrize("change, message", [
+    (lambda saved: saved.clear(), "expected the states of 2 optimisers, found 0"),
+    (lambda saved: saved[0]["state"].pop(0), "x: 0 is missing"),
+    (lambda saved: saved[1]["state"].pop(0), "x: 0 is missing"),
+    (lambda saved: saved[0]["state"][1].pop("step"), "x, 1: 'step' is missing"),
+    (lambda saved: saved[0]["state"][2].update(exp_avg=torch.zeros(3)), "x, 2, exp_avg: expected finite"),
+    (lambda saved: saved[1]["state"][0]["momentum"].fill_(torch.inf), "x, 0, momentum: expected finite"),
+    (lambda saved: saved[0]["state"].update({999: {}}), "x: 999 is unknown")])
+def test_optimiser_state_is_loaded_only_if_it_is_complete_and_fits(change, message):
+    def new():
+        return build_optimizers(small_flip(), 0.05, muon_lr_image=4)
+    saved = copy.deepcopy([optimizer.state_dict() for optimizer in new()])
+    saved[0]["state"][0]["exp_avg"].fill_(3.0)
+    optimizers = new()
+    load_optimizers(optimizers, saved, "x")
+    assert (optimizers[0].state_dict()["state"][0]["exp_avg"] == 3).all()
+    change(saved)
+    assert message in error_of(load_optimizers, new(), saved, "x")
+
+
 # ---- common/resume.py ----------------------------------------------------------------------------
 # against an uninterrupted run
+def test_second_run_in_the_same_folder_is_refused_until_the_first_ends(tmp_path):
+    first = Log(tmp_path / "log.jsonl", [{"config": 1}])
+    assert "log.jsonl is in use by another run" in error_of(Log, tmp_path / "log.jsonl", [{"config": 2}])
+    first.write(step=1)
+    assert log_of(tmp_path) == [{"config": 1}, {"step": 1}]
+    first.close()
+    Log(tmp_path / "log.jsonl", [{"config": 2}])
+    assert log_of(tmp_path) == [{"config": 2}]
+
+
+def test_log_of_a_full_disk_keeps_only_whole_lines(tmp_path):
+    log, limits = Log(tmp_path / "log.jsonl", [{"config": 1}]), resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20, limits[1]))      # shortens a longer write
+        with pytest.raises(ValueError, match="log.jsonl: expected enough disk space"):
+            log.write(step=1, itc=2.0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert log_of(tmp_path) == [{"config": 1}]
+
+
 def test_resumed_run_has_the_log_of_an_uninterrupted_run(tmp_path, cache, uninterrupted, monkeypatch):
-    """It is stopped by SIGINT and SIGTERM, whose handlers are then restored, and killed after saving."""
+    """It is stopped by SIGINT and SIGTERM, whose handlers are then restored, and killed after saving. The
+    first checkpoint is changed to version 1: no momentum update yet, no states of untrained parameters."""
     signals = {0: signal.SIGINT, 3: signal.SIGTERM, 6: signal.SIGINT}
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
 
     def train_step(run, batches, step, real=train.train_step):
-        if step in signals:
-            signal.raise_signal(signals.pop(step))
-        return real(run, batches, step)
+        with pytest.MonkeyPatch.context() as patch:
+            if signals.get(step) and step == 0:
+                patch.setattr(run.model, "update_momentum", lambda momentum: None)
+            if step in signals:
+                signal.raise_signal(signals.pop(step))
+            return real(run, batches, step)
     monkeypatch.setattr(train, "train_step", train_step)
     config = quick(tmp_path, cache)
     for ending in ("stopped after step 1;", "stopped after step 4;", "killed", "stopped after step 7;"):
@@ -643,6 +939,14 @@ def test_resumed_run_has_the_log_of_an_uninterrupted_run(tmp_path, cache, uninte
             train.train(config)
         assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
         (tmp_path / "log.jsonl").write_text("torn")             # the log is restored from the checkpoint
+        if ending == "stopped after step 1;":
+            saved = torch.load(tmp_path / "flip.pt")
+            assert saved.pop("version") == 2
+            for optimizer in saved["training"]["optimizers"]:
+                for n, state in [*optimizer["state"].items()]:
+                    if not state.get("momentum", state.get("step")).any():
+                        del optimizer["state"][n]
+            torch.save(saved, tmp_path / "flip.pt")
         config = train_config.parse_arguments(["--out", str(tmp_path), "--resume"])
     train.train(config)
     resumed, expected = ([line | {"seconds": 0, "data_seconds": 0} for line in log_of(out)[1:]]
@@ -652,14 +956,16 @@ def test_resumed_run_has_the_log_of_an_uninterrupted_run(tmp_path, cache, uninte
 
 def test_nan_weights_never_replace_a_checkpoint_and_are_rejected_on_loading(tmp_path, cache):
     run = train.setup(quick(tmp_path, cache))
-    save(run, 1)
+    run.progress.done = 1
+    save(run)
     good = (tmp_path / "flip.pt").read_bytes()
     with torch.no_grad():
         run.model.student.text.words.weight[3, 4] = torch.nan
-    assert "after step 2: expected finite weights, found NaN" in error_of(save, run, 2)
+    run.progress.done = 2
+    assert "after step 2: expected finite weights, found NaN" in error_of(save, run)
     assert (tmp_path / "flip.pt").read_bytes() == good
     write_checkpoint(run.model.checkpoint(), tmp_path / "flip.pt")
-    assert "some weights are NaN or infinite" in error_of(FLIP.from_pretrained, tmp_path)
+    assert "student.text.words.weight: expected finite" in error_of(FLIP.from_pretrained, tmp_path)
 
 
 def start(world, out, cache, *flags, script=(str(ROOT / "train.py"),)):
@@ -670,7 +976,8 @@ def start(world, out, cache, *flags, script=(str(ROOT / "train.py"),)):
         group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(get_free_port()), "WORLD_SIZE": str(world)}
         ranks = ({"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world))
         envs = [envs[0] | group | rank for rank in ranks]
-    return [subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=env) for env in envs]
+    options = dict(stderr=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True)
+    return [subprocess.Popen(command, env=env, **options) for env in envs]
 
 
 def finish(processes, code=0):
@@ -684,23 +991,43 @@ def losses_of(out):
     return [(line["step"], line["itc"], line["itm"]) for line in log_of(out) if "itc" in line]
 
 
-def test_signal_to_one_of_two_processes_stops_both_and_they_resume_exactly(tmp_path, cache):
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    finish(start(2, whole, cache, *SHORT))
-    code = """
+@pytest.fixture(scope="session")
+def whole_run(tmp_path_factory, cache):
+    """{number of processes: losses of an uninterrupted run}"""
+    out = tmp_path_factory.mktemp("whole")
+    for world in (1, 2):
+        finish(start(world, out / str(world), cache, *SHORT))
+    return {world: losses_of(out / str(world)) for world in (1, 2)}
+
+
+@pytest.mark.parametrize("world, workers, rank, ending, codes, message", [
+    (2, 0, 1, "signal.raise_signal(signal.SIGTERM)", (1, 1), "stopped after step 5; continue with --resume"),
+    (2, 0, 0, "signal.raise_signal(signal.SIGKILL)", (-9, 1), "(after step 4; continue with --resume)"),
+    (1, 2, 0, "os.killpg(0, signal.SIGTERM)", (1,), "stopped after step 5; continue with --resume"),
+    (1, 2, 0, "active_children()[0].kill()", (1,), "exited unexpectedly (after step "),
+    (1, 0, 0, "raise RuntimeError('memory ran out')", (1,), "error: memory ran out (after step 4; continue")])
+def test_run_is_saved_after_its_last_whole_step_whatever_ends_it_and_resumes_exactly(
+        tmp_path, cache, whole_run, world, workers, rank, ending, codes, message):
+    code = f"""
 import os, signal
-import train
-def step_and_stop(run, micro_batches, step, train_step=train.train_step):
-    if step == 4 and os.environ["RANK"] == "1":
-        signal.raise_signal(signal.SIGTERM)
-    return train_step(run, micro_batches, step)
-train.train_step = step_and_stop
+from multiprocessing import active_children
+import flip, train
+def forward(model, *inputs, real=flip.FLIP.forward):
+    global step
+    step += 1
+    out = real(model, *inputs)
+    if step == 4 and int(os.environ.get("RANK", 0)) == {rank}:
+        {ending}
+    return out
+step, flip.FLIP.forward = -1, forward
 train.run_script(lambda: train.train(train.parse_arguments()))
 """
-    first, second = finish(start(2, stopped, cache, *SHORT, script=("-c", code)), code=1)
-    assert "stopped after step 5" in first and "stopped" not in second
-    finish(start(2, stopped, cache, "--resume"))
-    assert losses_of(stopped) == losses_of(whole)
+    runs = start(world, tmp_path, cache, *SHORT, "--workers", str(workers), script=("-c", code))
+    errors = [run.communicate(timeout=200)[1] for run in runs]
+    assert tuple(run.returncode for run in runs) == codes and message in "".join(errors), errors
+    assert torch.load(tmp_path / "flip.pt")["training"]["step"] >= 4
+    finish(start(world, tmp_path, cache, "--resume"))
+    assert losses_of(tmp_path) == whole_run[world]
 
 
 @pytest.mark.slow
@@ -819,6 +1146,51 @@ def test_trained_vocabulary_is_deterministic_and_knows_exactly_its_words():
     assert split_known("A bald man with red glasses.")[1] == ["bald", "red"]
     assert split_known("man/xyz Ω ?") == (["man"], ["xyz", "ω"]) and split_known("???") == ([], [])
     assert split_known("a man, o'clock")[1] == []
+
+
+@pytest.mark.parametrize("content, message", [
+    (b"\xef\xbb\xbf", None), (b"\n", "missing: [PAD], [UNK], [CLS]"), (b"\xff", "can't decode byte 0xff"),
+    (b"0" * (10 ** 7 + 1), "a vocabulary of at most 10 MB")])
+def test_vocabulary_with_crlf_and_bom_is_the_same_and_a_damaged_one_is_rejected(tmp_path, content, message):
+    pieces = [*bert.SPECIAL, "a", "man", "\x85", "\u2028", "x\x0cy"]       # splitlines() would split these
+    text = "\r\n".join(pieces) + "\r\n\r\n"
+    (tmp_path / "vocab.txt").write_bytes(content + ("" if message else text).encode())
+    if message:
+        assert message in error_of(Tokenizer.load, tmp_path)
+    else:
+        assert Tokenizer.load(tmp_path).to_json() == Tokenizer.from_vocabulary(pieces).to_json()
+
+
+def changed_tokenizer(path, value):
+    """TOKENIZER's json with another value at a path of keys."""
+    parts = json.loads(TOKENIZER.to_json())
+    *path, last = path.split()
+    functools.reduce(dict.get, path, parts)[last] = value
+    return json.dumps(parts)
+
+
+@pytest.mark.parametrize("path, value, message", [
+    ("model vocab x", 10 ** 6, "missing: some of these"), ("model vocab x", 7, "missing: some of these"),
+    ("model vocab x", -1, "invalid value"), ("model unk_token", "[PAD]", "'[PAD]', '##', 100], expected"),
+    ("model max_input_chars_per_word", 10 ** 18, "100000"), ("model", {"type": "BPE"}, "not a tokenizer.js"),
+    ("normalizer", {"type": "Replace", "pattern": {"String": "a"}, "content": "b" * 10 ** 6}, "Replace"),
+    ("normalizer", {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "b"}]}, "Sequence"),
+    ("pre_tokenizer", {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated",
+                       "invert": False}, "Split"), ("pre_tokenizer", None, "NoneType"), ("added_tokens", [{
+        "id": 99, "content": "\0", "single_word": False, "lstrip": False, "rstrip": False, "normalized": True,
+        "special": False}], "AddedVocabulary bad split")])              # a panic in Rust
+def test_tokenizer_json_with_other_parts_or_ids_is_rejected(path, value, message):
+    assert message in error_of(Tokenizer.from_json, changed_tokenizer(path, value))
+
+
+def test_padding_and_special_tokens_of_a_tokenizer_json_are_not_used():
+    template = {"type": "TemplateProcessing", "pair": [], "special_tokens": {},
+                "single": [{part: {"id": name, "type_id": 0}}
+                           for part, name in (("SpecialToken", "[X]"), ("Sequence", "A"))]}
+    padding = {"strategy": {"Fixed": 10 ** 12}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
+               "pad_type_id": 0, "pad_token": "[PAD]"}
+    for changed in (changed_tokenizer("post_processor", template), changed_tokenizer("padding", padding)):
+        assert torch.equal(Tokenizer.from_json(changed)(TEXTS).ids, TOKENIZER(TEXTS).ids)
 
 
 # ---- losses.py -----------------------------------------------------------------------------------
@@ -1166,7 +1538,7 @@ def test_drawn_faces_are_cached_and_an_interrupted_drawing_leaves_no_file(tmp_pa
     assert (np.asarray(faces.subset([2]).sketch(0, 5)) == faces.sketches[2, 5][..., None]).all()
     monkeypatch.setattr(toyfaces, "face", lambda *_: pytest.fail("drawn again"))
     assert (data.load_toy_faces(5, 24, 3, tmp_path, steps=6).images == faces.images).all()
-    monkeypatch.setattr(toyfaces, "tqdm", MagicMock(side_effect=KeyboardInterrupt))
+    monkeypatch.setattr(common.distributed, "tqdm", MagicMock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         data.load_toy_faces(6, 24, 3, tmp_path)
     path, = tmp_path.iterdir()
@@ -1234,16 +1606,64 @@ def test_data_set_is_indexed_once_until_it_changes(tmp_path, monkeypatch):
     faces = open_faces(write_tar(tmp_path / "tars"))
     (tmp_path / "tars/cache/notes.txt").write_text("not part of the data set")
     with monkeypatch.context() as patch:
-        patch.setattr(tars, "read_tar", lambda tar, errors: pytest.fail("indexed again"))
+        patch.setattr(tars, "read_tar", lambda *_: pytest.fail("indexed again"))
         again = open_faces(tmp_path / "tars")
     assert [*again.captions, *again.images] == [*faces.captions, *faces.images]
     content = (tmp_path / "tars/00000.tar").read_bytes()
     (tmp_path / "tars/00000.tar").write_bytes(content.replace(b"face", b"dear"))        # of the same size
     assert "dear" in open_faces(tmp_path / "tars").captions[0][0]
-    open_faces(write_celeba(tmp_path / "celeba"))
-    (tmp_path / "celeba/img_align_celeba/new.jpg").write_text("an image")
-    open_faces(tmp_path / "celeba")
-    assert len([*(tmp_path / "celeba/cache").glob("index-*.npy")]) == 2
+
+
+@pytest.mark.parametrize("write, read, foreign", [
+    (write_celeba, "img_align_celeba/000002.jpg", ["out/flip.pt", "other.json", "train/a.jpg", "x.tar"]),
+    (lambda d: write_captions(d), "images/2.png", ["out/flip.pt", "notes.txt", "images/Thumbs.db"]),
+    (lambda d: write_tar(d), "00000_stats.json", ["out/flip.pt", "00000.jpg", "train.txt", "index-1.txt"])])
+def test_index_depends_only_on_files_its_layout_reads_and_the_new_one_replaces_the_old(
+        tmp_path, write, read, foreign):
+    faces = open_faces(write(tmp_path), max_errors=90)
+    captions = faces.captions and [*faces.captions]
+    first, = (tmp_path / "cache").glob("index-*.npy")
+    for name in foreign:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"{")
+    (tmp_path / "out/log.jsonl").touch()
+    (tmp_path / "out/curves.png").touch()
+    open_faces(write_mm_celeba(tmp_path / "out/mm"))            # of another data set, in the same cache
+    for other in (tmp_path / "out/mm/cache").iterdir():
+        shutil.copy(other, tmp_path / "cache")
+    written = first.stat().st_mtime_ns
+    open_faces(tmp_path, max_errors=90)
+    assert first.exists() and first.stat().st_mtime_ns == written
+    (tmp_path / read).rename(tmp_path / "elsewhere")
+    open_faces(tmp_path, max_errors=90)
+    assert not first.exists() and not first.with_suffix(".txt").exists()
+    assert len([*(tmp_path / "cache").glob("index-*.npy")]) == 2
+    assert captions == (faces.captions and [*faces.captions])   # still memory-mapped
+
+
+@pytest.mark.parametrize("write, folder", [
+    (lambda d: write_captions(d), "images"), (lambda d: write_sde(d), "photo"),
+    (write_celeba, "img_align_celeba")])
+def test_loops_of_links_are_followed_once(tmp_path, write, folder):
+    write(tmp_path)
+    for link in ("a", "b"):                                     # two loops: 2^40 paths
+        (tmp_path / folder / link).symlink_to("..")
+    assert len(open_faces(tmp_path)) > 3
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".txt", ".errors"])
+def test_missing_empty_truncated_or_foreign_index_is_made_anew(tmp_path, suffix):
+    captions = [*open_faces(write_captions(tmp_path)).captions]
+    index, = (tmp_path / "cache").glob(f"index-*{suffix}")
+    whole = index.read_bytes()
+    array = io.BytesIO()
+    np.save(array, np.arange(9))
+    for content in (None, b"", whole[:-2], b"noise" * 99, array.getvalue()):
+        if content is None or suffix == ".errors":
+            index.unlink()
+        else:
+            index.write_bytes(content)
+        assert [*open_faces(tmp_path).captions] == captions and index.read_bytes() == whole
 
 
 def read_epoch(folder, workers, start):
@@ -1364,7 +1784,8 @@ def test_invalid_records_of_tars_are_counted_by_kind_and_the_rest_is_read(tmp_pa
     bomb = encoded(Image.new("1", (20_000, 20_000)))                # 50 KB that would take 1.2 GB
     broken = {"000000001.jpg": b"x", "000000002.json": b"{", "000000003.jpg": b"", "000000005.jpg": bomb,
               "000000006.json": b'{"status": "success", "box": [90, 0, 99, 9], "caption": "x", "url": 1}',
-              "000000007.json": b'{"status": "success", "box": [0, 0, 9, 9], "url": "x"}', "../8.jpg": b"x"}
+              "000000007.json": b'{"status": "success", "box": [0, 0, 9, 9], "url": "x"}', "../8.jpg": b"x",
+              "000000007.txt": b""}
     write_tar(tmp_path, broken, records=100)
     whole = (tmp_path / "00000.tar").read_bytes()
     with tarfile.open(tmp_path / "00000.tar") as tar:
@@ -1377,9 +1798,182 @@ def test_invalid_records_of_tars_are_counted_by_kind_and_the_rest_is_read(tmp_pa
         (rows,), (errors,) = ((tmp_path / "cache").glob(f"*.{suffix}") for suffix in ("npy", "errors"))
         kinds = Counter(line.split(":")[0] for line in errors.read_text().splitlines())
         assert len(np.load(rows)) == 83 and kinds == {
-            "damaged tar": 2, "incomplete face": 3, "json": 1, "image": 2, "box": 1, "captions": 1,
+            "damaged tar": 2, "incomplete face": 3, "annotation": 1, "image": 2, "box": 1, "captions": 1,
             "missing face": 9}
         shutil.rmtree(tmp_path / "cache")
+
+
+def read_tars(folder):
+    """({tar/name: (captions, size of the face, colour of its first pixel)}, errors) of a folder's tars."""
+    faces, errors = {}, []
+    for job in tars.facecaption_jobs(folder):
+        _, lines, invalid = index.index_records(job, ("caption",))
+        errors += invalid
+        for record in map(json.loads, lines.splitlines()):
+            tar, name, *place = record["images"]
+            face = TarImage(folder / tar, name, *place).open()
+            faces[f"{tar}/{name}"] = record["captions"], face.size, face.getpixel((0, 0))
+    return faces, errors
+
+
+def write_faces(folder, numbers, length):
+    """Files of faces with names of `length` bytes (.json: one more), one folder deep, and what `read_tars`
+    finds: an image of its own colour and a caption."""
+    truth, files = {}, {}
+    for n in numbers:
+        name = f"{n}/" + "x" * (length - 6) if length < 150 else f"{n}{'d' * (length - 57)}/" + "x" * 51
+        record = {"caption": f"face {n}"}
+        files |= {f"{name}.png": encoded(Image.new("RGB", (4, 5), (n, 0, 0))),
+                  f"{name}.json": json.dumps(record).encode()}
+        truth[f"{name}.png"] = [record["caption"]], (4, 5), (n, 0, 0)
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    return files, truth
+
+
+@pytest.mark.parametrize("longest, options", [
+    (254, tarfile.USTAR_FORMAT), (300, tarfile.GNU_FORMAT), (300, tarfile.PAX_FORMAT), (98, "--format=v7"),
+    (254, "--format=ustar"), (300, "--format=gnu"), (300, "--format=posix"), (300, "--format=gnu -b 1"),
+    (300, "--format=posix -b 64"), (300, "-A"), (300, "cat"), (254, "-b 7 --format=ustar cat")])
+def test_tars_of_every_format_block_size_and_name_length_and_concatenated_ones_are_read(
+        tmp_path, longest, options):
+    truth, parts = {}, ([], [])
+    lengths = [length for length in (20, 98, 99, 100, 101, 155, 200, 300) if length <= longest]
+    for i, length in enumerate(lengths):
+        files, faces = write_faces(tmp_path / "source", (2 * i, 2 * i + 1), length)
+        parts[i % 2].extend(files)
+        truth |= {f"all.tar/{name}": face for name, face in faces.items()}
+    path, second = tmp_path / "all.tar", tmp_path / "second"
+    words = options.split() if isinstance(options, str) else []
+    joined = "-A" in words or "cat" in words
+    for tar, names in ((path, parts[0]), (second, parts[1])) if joined else ((path, sum(parts, [])),):
+        if words:
+            flags = [word for word in words if word not in ("-A", "cat")]
+            subprocess.run(["tar", "-C", tmp_path / "source", *flags, "-cf", tar, *names], check=True)
+        else:
+            with tarfile.open(tar, "w", format=options) as file:
+                for name in names:
+                    file.add(tmp_path / "source" / name, name)
+    if "-A" in words:
+        subprocess.run(["tar", "-A", "-f", path, second], check=True)
+    elif "cat" in words:
+        path.write_bytes(path.read_bytes() + second.read_bytes())
+    second.unlink(missing_ok=True)
+    assert read_tars(tmp_path) == (truth, [])
+
+
+@pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_file_whose_header_is_damaged_gives_its_long_name_to_no_other_file(tmp_path, format):
+    files, truth = write_faces(tmp_path / "source", range(3), 200)
+    with tarfile.open(tmp_path / "0.tar", "w", format=format) as tar:
+        for name in files:
+            tar.add(tmp_path / "source" / name, name)
+    with tarfile.open(tmp_path / "0.tar") as tar:
+        content = tar.getmembers()[2].offset_data               # of the second image
+    whole = (tmp_path / "0.tar").read_bytes()
+    for block in (bytes(512), b"x" * 512):
+        (tmp_path / "0.tar").write_bytes(whole[:content - 512] + block + whole[content:])
+        faces, errors = read_tars(tmp_path)
+        assert faces == {f"0.tar/{name}": face for name, face in truth.items() if name[0] != "1"}
+        assert [error.split(":")[0] for error in errors] == ["damaged tar", "incomplete face"]
+
+
+@pytest.mark.parametrize("before, after, damaged", [
+    (b"", bytes(10**6), False), (b"", bytes(1024), False), (bytes(1024), bytes(2048), False),
+    (b"", b"", True), (b"", bytes(512), True), (b"", bytes(1024) + b"x", True),
+    (bytes(512), bytes(1024), True)])
+def test_tar_without_its_end_is_damaged_but_any_number_of_empty_blocks_is_not(
+        tmp_path, before, after, damaged):
+    path = write_tar(tmp_path, records=3) / "00000.tar"
+    length = len(path.read_bytes().rstrip(b"\0"))
+    path.write_bytes(before + path.read_bytes()[:-(-length // 512) * 512] + after)
+    faces, errors = read_tars(tmp_path)
+    assert len(faces) == 3 and [error.split(":")[0] for error in errors] == ["damaged tar"] * damaged
+
+
+@pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_face_after_a_file_of_nine_gigabytes_is_read(tmp_path, format):
+    large, path = tarfile.TarInfo("large.bin"), write_tar(tmp_path, records=1) / "00000.tar"
+    large.size, face = 9 * 10**9, path.read_bytes()
+    with open(path, "wb") as tar:                           # sparse: takes no space on the disk
+        tar.write(large.tobuf(format))
+        tar.seek(-(-large.size // 512) * 512, 1)
+        tar.write(face)
+    faces, errors = read_tars(tmp_path)
+    assert len(faces) == 1 and not errors
+
+
+def test_tars_in_subfolders_are_read_even_if_their_names_are_equal(tmp_path):
+    folders = [tmp_path / name for name in (".", "part-0", "part-1/a")]
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_tar(folder, records=200)
+    (tmp_path / "part-1/a/00001_stats.json").write_text('{"successes": 1}')         # its tar is missing
+    splits = open_splits(tmp_path)
+    assert len({n for faces in splits for n in faces.identity.tolist()}) == 600
+    found = Counter(image.tar.parent for faces in splits for image in faces.images)
+    assert found == dict.fromkeys(folders, 200)
+    assert all(faces.picture(i).width == 30 for faces in splits for i in range(len(faces)))
+    assert "1.tar holds fewer" in next((tmp_path / "cache").glob("*.errors")).read_text()
+
+
+def test_any_webdataset_is_read_with_its_captions_from_json_or_txt_and_whole_images(tmp_path):
+    image, members = Image.new("RGB", (6, 7), (0, 0, 200)), {}
+    for key, format in (("a/0", "jpg"), ("a/1", "JPEG"), ("./b.d/2", "png"), ("3", "webp")):
+        content = encoded(image, "jpeg" if format == "jpg" else format)
+        members |= {f"{key}.{format}": content, f"{key}.txt": f"\ufeffface {key}\n".encode(),
+                    f"{key}.seg.png": b"?", f"{key}.npy": b"?", ".hidden.jpg": b"?", "README": b"?"}
+    members |= {"4.txt": b"no image", "5.jpg": content, "6.2.jpg": content}
+    write_members(tmp_path / "text.tar", members)
+    faces, errors = read_tars(tmp_path)
+    assert {name: (*face[0], face[1]) for name, face in faces.items()} == {
+        f"text.tar/{name}": (f"face {name.rpartition('.')[0]}", (6, 7))
+        for name in ("a/0.jpg", "a/1.JPEG", "./b.d/2.png", "3.webp")}
+    assert sorted(error.partition("text.tar: ")[2] for error in errors) == [
+        "4 has no image", "5 has no .txt", "6 has no image"]
+    (tmp_path / "text.tar").unlink()
+    records = [{"caption": "a face", "box": None}, {"box": [0, 0, 3, 3]}, {"caption": ""}, {}]
+    members = {f"{n}.jpg": content for n in range(5)} | {f"{n}.txt": b"from txt" for n in (0, 1, 2, 4)}
+    members |= {f"{n}.json": json.dumps(record).encode() for n, record in enumerate(records)}
+    write_members(tmp_path / "json.tar", members)
+    faces, errors = read_tars(tmp_path)
+    assert [(*face[0], face[1]) for face in faces.values()] == [
+        ("a face", (6, 7)), ("from txt", (3, 3)), ("from txt", (6, 7))]
+    assert [error.split(":")[0] for error in errors] == ["incomplete face", "captions"]
+
+
+def test_faces_without_url_are_split_by_key_in_whichever_tar(tmp_path):
+    content = encoded(Image.new("RGB", (6, 7)))
+    members = {f"{i}.png": content for i in range(100)} | {f"{i}.txt": b"a face" for i in range(100)}
+    for name in ("a.tar", "b.tar"):
+        write_members(tmp_path / name, members)
+    splits = [Counter(image.name for image in faces.images) for faces in open_splits(tmp_path)]
+    assert all(splits) and sum(map(len, splits)) == 100 and set(sum(splits, Counter()).values()) == {2}
+
+
+def test_absurd_box_or_size_is_one_invalid_record(tmp_path):
+    numbers = [2 ** 64, math.inf, math.nan, 1e308, "800", "x", -5, 0, 1e-320, True, False, [800], {}]
+    boxes = [*([0, 0, 9, x] for x in numbers), [], "", {}, "1234", 7, True, [0, 0, 9], [0, 0, 9, None],
+             "[0, 0, NaN, 9]", "[0, 0, 1e999, 9]"]
+    changes = [{"box": box} for box in boxes] + [
+        {"box": [0, 0, 9, 9], "original_width": x, "original_height": 40} for x in numbers]
+    members = {f"{i + 5:09}.json": json.dumps({"caption": "x", "url": "x"} | change).encode()
+               for i, change in enumerate(changes)}
+    faces, errors = read_tars(write_tar(tmp_path, members, records=5 + len(changes)))
+    assert len(faces) == 5
+    assert sorted(re.search(r"\d{9}", error)[0] + ".json" for error in errors) == list(members)
+
+
+@pytest.mark.parametrize("compress", [
+    gzip.compress, bz2.compress, lzma.compress, lambda content: b"(\xb5/\xfd" + content])
+def test_compressed_tar_is_rejected_and_the_message_tells_to_decompress_it(tmp_path, compress):
+    path = write_tar(tmp_path, records=100) / "00000.tar"
+    path.write_bytes(compress(path.read_bytes()))
+    assert "00000.tar: expected no compression; run gunzip" in error_of(open_faces, tmp_path)
+    path.rename(tmp_path / "00001.tar.gz")
+    write_tar(tmp_path)
+    assert "00001.tar.gz: expected no compression; run gunzip" in error_of(open_faces, tmp_path)
 
 
 def write_captions(folder, records=None, name="train.json"):
@@ -1402,6 +1996,64 @@ def test_caption_list_is_read_with_identities(tmp_path):
     assert list(open_faces(tmp_path).captions) == [["a face"]]
 
 
+def test_image_is_known_by_its_normalised_name_and_empty_captions_are_dropped(tmp_path):
+    names = ["0.png", "./1.png", "images/../2.png", str(tmp_path / "images/./3.png"), "images//0.png"]
+    captions = ["a", ["", "b", None, " .", "c"], ["d", ""], "e", "a second caption"]
+    write_captions(tmp_path, [{"image": i, "caption": c} for i, c in zip(names, captions)])
+    shutil.move(tmp_path / "images/2.png", tmp_path / "2.png")
+    faces = open_faces(tmp_path)
+    assert [str(path.relative_to(tmp_path)) for path in faces.images] == [
+        "images/0.png", "images/1.png", "2.png", "images/3.png", "images/0.png"]
+    assert list(faces.captions) == [["a"], ["b", "c"], ["d"], ["e"], ["a second caption"]]
+    write_captions(tmp_path, [{"image": "./0.png", "caption": "a"}], "test.json")
+    assert "images/0.png is already in split train" in error_of(open_faces, tmp_path, "test")
+    for values in (["a", 7], ["a", ["b"]], {"a": "b"}):
+        write_captions(tmp_path, [{"image": "0.png", "caption": values}])
+        assert "(images/0.png): expected non-empty text captions" in error_of(open_faces, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../secret.png", "images/../../secret.png", "{folder}/secret.png"])
+def test_images_outside_the_folder_need_a_flag_or_a_link(tmp_path, name):
+    Image.new("RGB", (8, 8)).save(tmp_path / "secret.png")
+    write_captions(tmp_path / "set", [{"image": name.format(folder=tmp_path), "caption": "a face"}])
+    assert "the image is outside the data set; --outside accepts" in error_of(open_faces, tmp_path / "set")
+    assert open_faces(tmp_path / "set", outside=True).images[0].resolve() == tmp_path / "secret.png"
+    (tmp_path / "set/link").symlink_to(tmp_path)
+    write_captions(tmp_path / "set", [{"image": "link/secret.png", "caption": "a face"}])
+    assert len(open_faces(tmp_path / "set")) == 1
+
+
+def test_invalid_split_is_rejected_beside_a_large_valid_one(tmp_path):
+    names = [f"{i}.png" for i in range(300)]
+    write_captions(write_images(tmp_path / "images", names).parent, [{"image": "x.png", "caption": "a"}])
+    write_captions(tmp_path, [{"image": name, "caption": "a"} for name in names], "val.json")
+    assert len(open_faces(tmp_path, "val")) == 300
+    message = error_of(open_faces, tmp_path)
+    assert "no file: train.json record 0" in message and "(1 of 1 are invalid" in message
+    (tmp_path / "val.json").write_text("{}")
+    message = error_of(open_faces, tmp_path)
+    assert "val.json: expected a JSON list" in message and "train" not in message.replace(str(tmp_path), "")
+
+
+def test_names_are_printed_escaped_and_errors_quote_little_of_a_file(tmp_path, capsys):
+    records = [{"image": name, "caption": "a"} for name in ("0.png", "1.png", "x")]
+    write_captions(tmp_path / "\x1b[31m", records)
+    open_faces(tmp_path / "\x1b[31m", max_errors=50)
+    assert "invalid records skipped: 1" in (printed := capsys.readouterr().out) and "\x1b" not in printed
+    for number, (write, name, old) in enumerate([
+            (write_captions, "train.json", "0.png"), (write_captions, "train.json", "face 0"),
+            (write_celeba, VALUES, "000002.jpg"), (write_celeba, VALUES, "6"), (write_celeba, VALUES, "Bald"),
+            (write_celeba, PARTITION, "6.jpg 2"), (write_celeba, PARTITION, " 2"),
+            (write_fs2k, "anno_train.json", "photo1/image0103")]):
+        path = write(tmp_path / str(number)) / name
+        path.write_text(path.read_text().replace(old, "x" * 10 ** 6, 1))
+        with contextlib.suppress(ValueError):
+            open_faces(path.parent, max_errors=0)
+            assert old == "face 0"                              # a long caption is valid
+            continue
+        assert len(error_of(open_faces, path.parent, max_errors=0)) < 900, name
+
+
 def test_single_caption_list_is_split_by_person(tmp_path):
     records = [{"image": f"{i}.png", "image_id": i // 2, "caption": "a face"} for i in range(800)]
     write_images(tmp_path / "images", [f"{i}.png" for i in range(800)])
@@ -1414,7 +2066,7 @@ def test_single_caption_list_is_split_by_person(tmp_path):
 def test_image_in_two_splits_is_dropped_from_the_second(tmp_path):
     for name, numbers in (("train.json", "01"), ("test.json", "002")):
         write_captions(tmp_path, [{"image": f"{n}.png", "caption": "a face"} for n in numbers], name)
-    train, test = (open_faces(tmp_path, split, max_errors=50) for split in ("train", "test"))
+    train, test = (open_faces(tmp_path, split, max_errors=70) for split in ("train", "test"))
     assert image_names(train) == ["0", "1"] and image_names(test) == ["2"]
 
 
@@ -1685,6 +2337,25 @@ def test_former_flag_names_are_accepted_on_the_command_line_and_in_checkpoints(u
     assert "has --grad_clip 1.0, which cannot change" in error
 
 
+@pytest.mark.parametrize("change, message", [
+    (lambda saved: saved.update(version=3), "found version 3"),
+    (lambda saved: saved.pop("training"), "expected a training state, found only a model; use --init"),
+    (lambda saved: saved["training"].pop("optimizers"), "training: 'optimizers' is missing"),
+    (lambda saved: saved["training"].update(step=3.0), "training, step: expected int, found float"),
+    (lambda saved: saved["training"].update(more=3), "training: 'more' is unknown"),
+    (lambda saved: saved["training"]["config"].pop("lr"), "training, config: 'lr' is missing"),
+    (lambda saved: saved["training"]["config"].update(faster=1.0), "config: 'faster' is unknown"),
+    (lambda saved: saved["training"]["config"].update(seed="0"), "config, seed: expected int, found str"),
+    (lambda saved: saved["training"]["config"].update(alpha_ramp=("a",)), "ramp 0: expected float, found"),
+    (lambda saved: saved["training"]["config"].update(beta2=torch.nan), "--beta2 nan: expected at least 0")])
+def test_training_state_with_unknown_missing_or_wrong_fields_is_rejected(
+        uninterrupted, tmp_path, change, message):
+    saved = torch.load(uninterrupted / "flip.pt")
+    change(saved)
+    torch.save(saved, tmp_path / "flip.pt")
+    assert message in error_of(train_config.parse_arguments, ["--resume", "--out", str(tmp_path)])
+
+
 # ---- evaluation.py -------------------------------------------------------------------------------
 # against ranks counted by hand
 def test_recall_counts_an_images_best_caption_and_counts_ties_as_misses():
@@ -1764,7 +2435,7 @@ def test_two_micro_batches_give_their_mean_gradient(tmp_path, cache):
     first, second = take(data.BatchLoader(faces, model.tokenizer, 48, 8), 0, 2)
     gradients, optimizer = [], torch.optim.SGD([{"params": list(model.parameters()), "scale": 0.0}])
     optimizer.step = lambda: gradients.append(model.student.image.class_token.grad.clone())
-    run = train.TrainState(config, model, model, [optimizer], None, 3, None, None, 0)
+    run = train.TrainState(config, model, model, [optimizer], None, 3, None, None, Progress(0, 0))
     for batches in ([first], [second], [first, second]):
         train.train_step(run, batches, 0)
     close(gradients[2], (gradients[0] + gradients[1]) / 2, 1e-6)
@@ -1830,7 +2501,7 @@ def test_nan_loss_stops_the_run_and_names_the_step_also_without_itm(tmp_path, ca
 
 def test_checkpoints_are_also_saved_at_intervals_of_time(tmp_path, cache, monkeypatch):
     saved = []
-    monkeypatch.setattr(train, "save", lambda run, step: saved.append(step))
+    monkeypatch.setattr(train, "save", lambda run: saved.append(run.progress.done))
     train.train(quick(tmp_path, cache, save_every=0.0))
     assert saved == list(range(1, 9))
 
@@ -2135,7 +2806,7 @@ def test_recipe_is_the_papers_on_own_data_and_flags_override_it():
 
 
 @pytest.mark.parametrize("task, write, change, message", [
-    ("attributes", write_celeba, lambda saved: saved["model"]["temperature"].fill_(np.nan), "NaN or inf"),
+    ("attributes", write_celeba, lambda saved: saved["model"]["temperature"].fill_(np.nan), "expected fin"),
     ("retrieval", write_mm_celeba, lambda saved: saved.update(tokenizer=None), "pass --vocabulary"),
     ("sketch", write_captioned_sde, lambda saved: saved.update(tokenizer=None), "pass --vocabulary"),
     ("attributes", write_mm_celeba, None, "expected attributes to learn, found none"),
@@ -2316,7 +2987,6 @@ def test_bench_prints_its_tables(monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert ("1.00) | - |" in printed) == (DEVICE == "cpu"), "memory is measured on a GPU only"
     assert printed.count("| ours | 1.00") == 4 and printed.count("| SDPA, math, padded | 1.00") == 3
-    assert len(re.findall(r"\d\.\de-\d\d", printed)) >= 3 * 4 + 2 * 3
 
 
 @pytest.mark.parametrize("name, sizes", [("step", dict(B=4)), ("rerank", dict(images=5, texts=7, k=3))])
@@ -2426,7 +3096,7 @@ def test_every_command_of_the_readme_works(tmp_path, monkeypatch):
     (lambda: train_config.Config(model="huge"), "--model huge: expected one of tiny, base, large"),
     (lambda: train_config.Config(lr=float("nan")), "--lr nan: expected at least 0"),
     (lambda: finetune.Config(task="attributes", fractions=(0.1, 0.1)), "(0.1, 0.1): expected no duplicates"),
-    (lambda: temporary_memmap((2 ** 30, 2 ** 30), "."), "GB free, but"),
+    (lambda: temporary_memmap((2 ** 30, 2 ** 30), "."), "GB of disk space ("),
     (lambda: noise_faces(3).subset([]), "noise: no faces, expected at least one in this split"),
     (lambda: dataclasses.replace(noise_faces(3), captions=[["a"]] * 2), "noise: 3 images, but 2 entries in"),
     (lambda: data.BatchLoader(dataclasses.replace(noise_faces(), attributes=None), TOKENIZER, 8, 2),
@@ -2440,7 +3110,7 @@ def test_every_command_of_the_readme_works(tmp_path, monkeypatch):
     (lambda: Tokenizer.from_vocabulary([*bert.SPECIAL, "man", "man"]),
      "lists 'man' 2 times, expected every piece once"),
     (lambda: Tokenizer.from_vocabulary(["[PAD]", "[UNK]", "[SEP]", "woman"], "vocab.txt"),
-     "vocab.txt: the vocabulary has no [CLS]")])
+     "to 3; missing: [CLS]")])
 def test_invalid_input_raises_a_one_line_error(call, message):
     assert message in error_of(call)
 
@@ -2455,16 +3125,16 @@ SKETCH, PICKLE = "sketch/train/photo1_image0104_7.png", "train/filenames.pickle"
     # errors of the validator, for any layout
     (write_captions, "train.json", b"[]", "expected at least one face in this split, found {'train': 0"),
     (write_captions, "train.json", b'[{"caption": "a face"}]', "record 0 (counted from 0) names no image"),
-    (write_captions, "images/3.png", None, "3.png does not exist (1 of 4 are invalid, more"),
+    (write_captions, "images/3.png", None, "3.png does not exist [train] (1 of 4 are invalid"),
     (write_captions, "train.json", b'[{"image": "0.png"}]', "/0.png): expected non-empty text captions (fou"),
     (write_captions, "train.json", (b'["face 0"', b'[7'), "/0.png): expected non-empty text captions"),
-    (write_captions, "train.json", (b"the face 0", b" . !"), "(found ' . !')"),
+    (write_captions, "train.json", b'[{"image": "0.png", "caption": [" . !", ""]}]', "(found ' . !')"),
     (write_captions, "train.json", (b"the face", rb"half a \ud800"), "(found 'half a \\ud800 0')"),
     (write_captions, "train.json", (b"the face", rb"binary \u0000"), "(found 'binary \\x00 0')"),
     (write_celeba, VALUES, (b"02.jpg  -1", b"02.jpg  2"), "/000002.jpg): expected 1, 0 or -1 for every"),
     (write_celeba, PARTITION, (b"3.jpg 0", b"2.jpg 2"), "test, found '0 and 2 in list_eval"),
-    (pickled, "test/filenames.pickle", pickle.dumps(["2"]), "face 2: 2.jpg is already in split test"),
-    (pickled, PICKLE, pickle.dumps(["2", "2"]), "face 2: 2.jpg is already in split train"),
+    (pickled, "test/filenames.pickle", pickle.dumps(["2"]), "face 2: images/2.jpg is already in split test"),
+    (pickled, PICKLE, pickle.dumps(["2", "2"]), "face 2: images/2.jpg is already in split train"),
     (write_sde, SKETCH, None, "photo1/image0104.jpg has no step 7, unlike most"),
     (write_sde, SKETCH.replace("7", "13"), b"", "photo1/image0104.jpg has a step 13, unlike most"),
     # errors of the readers
@@ -2473,18 +3143,20 @@ SKETCH, PICKLE = "sketch/train/photo1_image0104_7.png", "train/filenames.pickle"
     (write_captions, "train.json", b'[{"image" "0.png"}]', "train.json: expected a JSON list (Expecting ':'"),
     (write_celeba, VALUES, (b"02.jpg  -1", b"02.jpg"), "celeba.txt line 4: expected 40 values, found 39"),
     (write_celeba, VALUES, (b"Bald", b"Bold"), "line 2: expected CelebA's 40 attribute names, found 5_"),
-    (write_celeba, VALUES, (b"6\n", b"7\n"), "line 8: expected 7 images, as the first line says, found 6"),
+    (write_celeba, VALUES, (b"6\n", b"7\n"), "line 8: expected 7 images, as line 1 says, found 6"),
     (write_celeba, PARTITION, (b"000006.jpg 2\n", b""), "test, found 'none in list_eval_p"),
     (write_celeba, PARTITION, (b"6.jpg", b"6.jpg 2\n9.jpg"), "are missing from list_attr_celeba, the fi"),
-    (write_celeba, PARTITION, None, "CelebA train: [Errno 2] No such file or directory: "),
+    (write_celeba, PARTITION, None, "CelebA: [Errno 2] No such file or directory: "),
     (pickled, PICKLE, MALICIOUS, "(UnpicklingError: import of posix.mkdir refused)"),
-    (pickled, PICKLE, pickle.dumps(["2", "98", "99"]), "/98.jpg does not exist (2 of 4 are invalid"),
+    (pickled, PICKLE, pickle.dumps(["2", "98", "99"]), "/98.jpg does not exist [train] (2 of 4 are"),
     (write_dialog, "captions_hq.json", b"[]", "captions_hq.json: expected a JSON dictionary"),
     (write_dialog, "captions_hq.json", b'{"0.jpg": "text"}', "record '0.jpg': expected \"0.jpg\": {\"ov"),
-    (lambda d: write_tar(d, box=None), "x", b"", "00000.tar: 000000003.json: expected img2d"),
-    (lambda d: write_tar(d, box="[9, 0, 9, 5]"), "x", b"", "(found box (9.0, 0.0, 9.0, 5.0) and url"),
+    (lambda d: write_tar(d, box=[]), "x", b"", "00000.tar: 000000003: expected UTF-8 text or JSON, with a"),
+    (lambda d: write_tar(d, box="[9, 0, 9, 5]"), "x", b"", "(found box [9, 0, 9, 5] and original size"),
     (lambda d: write_tar(d, box="[" * 100_000), "x", b"", "(RecursionError"),
-    (lambda d: write_tar(d, {"000000003.json": b"{}"}), "x", b"", "'box'"),
+    (lambda d: write_tar(d, {"000000003.json": b"{}", "000000003.txt": b""}), "x", b"", "non-empty text"),
+    (lambda d: write_tar(d, {"000000003.json": b"{}", "000000003.txt": b"\xff"}), "x", b"", "'utf-8' codec"),
+    (lambda d: write_tar(d), "x.tgz", b"\x1f\x8b\x08", "x.tgz: expected no compression; run gunzip"),
     (lambda d: write_tar(d, {"000000003.jpg": b""}), "x", b"", "00000.tar: 000000003 has no image (1 of"),
     (lambda d: write_tar(d, records=90), "00001_stats.json", b'{"successes": 10}',
      "00001.tar holds fewer than counted (10 of 100 are invalid"),
@@ -2496,7 +3168,7 @@ SKETCH, PICKLE = "sketch/train/photo1_image0104_7.png", "train/filenames.pickle"
     (write_sde, "sketch/train/image.png", b"", "image.png: expected image0110_7.png or, if not unique, ph"),
     (write_sde, "train.json", b'[{"image": "image0101.jpg", "caption": "x"}]', "image0100.jpg): expected"),
     (write_sde, "train.json", b'[{"image": "1/image0101.jpg"}, {"image": "2/image0101.jpg"}]', "both match"),
-    (write_fs2k, "sketch/sketch1/sketch0104.png", None, "FS2K train: anno_train.json record 15 (counted")])
+    (write_fs2k, "sketch/sketch1/sketch0104.png", None, "FS2K: anno_train.json record 15 (counted")])
 def test_invalid_data_set_is_rejected_and_runs_no_pickle(tmp_path, monkeypatch, write, name, change, message):
     """change: the new content of a file, or (old, new) bytes in it, or None: the file is deleted."""
     monkeypatch.chdir(tmp_path)
@@ -2515,10 +3187,10 @@ OFFICIAL = recorded("checkpoint.")
 
 @pytest.mark.parametrize("weights, config, message", [
     (None, None, "model.pt: no such file or folder"), ("noise" * 100, None, "model.pt: not a checkpoint"),
-    ({"a": torch.ones(1)}, None, "model.pt is neither one of our checkpoints nor an official one"),
+    ({"a": torch.ones(1)}, None, "model.pt: expected one of our checkpoints, or an official one"),
     (OFFICIAL | {"surprise": torch.ones(1)}, GOLDEN_CONFIG, "surprise"),
     (dict([*OFFICIAL.items()][1:]), GOLDEN_CONFIG, " is missing"), (OFFICIAL, None, "pass config="),
-    (OFFICIAL, dataclasses.replace(GOLDEN_CONFIG, embed_dim=64), "has shape")])
+    (OFFICIAL, dataclasses.replace(GOLDEN_CONFIG, embed_dim=64), "found (12, 8)")])
 def test_other_files_and_mismatched_checkpoints_are_rejected(tmp_path, weights, config, message):
     path = tmp_path / "model.pt"
     if isinstance(weights, str):
@@ -2584,7 +3256,8 @@ def test_every_face_of_a_damaged_tar_is_read_or_counted_as_an_error(tmp_path, ca
         if case % 3:
             path.write_bytes(damage(path.read_bytes(), rng))
         begin = time.perf_counter()
-        rows, lines, errors = index.index_records(lambda errors: tars.read_tar(path, errors), ("caption",))
+        rows, lines, errors = index.index_records(
+            lambda errors: tars.read_tar(tmp_path / "tars", "00000.tar", errors), ("caption",))
         assert 12 - len(errors) <= len(rows) <= 12 + len(members), (case, errors)
         for line in lines.splitlines():
             try:
@@ -2594,6 +3267,62 @@ def test_every_face_of_a_damaged_tar_is_read_or_counted_as_an_error(tmp_path, ca
         assert time.perf_counter() - begin < 10, case
     assert {item.name for item in tmp_path.iterdir()} == {"tars"}
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1e6, "KB"
+
+
+def odd_value(rng):
+    return json.loads(rng.choice([
+        "null", "7", "1e999", str(2 ** 64), '""', '" . !"', r'"\ud800"', r'"a\u0000.png"', '"../etc/passwd"',
+        "[]", "[[]]", '["a", null, ""]', '["a", 7]', '{"a": 1}', "true", "[" * 900 + "]" * 900, '"."', '"/"',
+        r'"a\u2028\u001b[31m"', '"images"', f'"{"x" * 10 ** 6}"', f'"{"x/" * 3000}"']))
+
+
+def mutate(data, rng):
+    """Change a part of JSON data; returns the text and a description of all that was touched."""
+    at = rng.choice(list(data) if isinstance(data, dict) else range(len(data)))
+    kind, touched = rng.randrange(6), json.dumps([at, data[at]])
+    if kind == 0:
+        return rng.choice(["[" * 10 ** 5, '{"a":' * 10 ** 5, "1" * 5000, "7"]), "everything"
+    if kind == 1:
+        data[at] = odd_value(rng)
+    elif kind == 2:
+        data[at][rng.choice(list(data[at]))] = odd_value(rng)
+    elif kind == 3:
+        del data[at][rng.choice(list(data[at]))]
+    elif kind == 4:
+        del data[at]
+    elif isinstance(data, list):
+        data.insert(0, odd_value(rng))
+    return json.dumps(data).replace("Infinity", "1e999"), touched
+
+
+@pytest.mark.parametrize("cases", [50, pytest.param(1000, marks=pytest.mark.slow)])
+def test_malformed_annotations_raise_a_one_line_error_or_leave_the_other_faces_alone(tmp_path, cases):
+    write_captions(tmp_path / "lists")
+    write_dialog(tmp_path / "dialog", {f"{n}.jpg": {"overall_caption": f"face {n}"} for n in range(39)})
+    write_fs2k(tmp_path / "fs2k")
+    files = {tmp_path / name: (tmp_path / name).read_text() for name in (
+        "lists/train.json", "dialog/captions_hq.json", "fs2k/anno_train.json")}
+
+    def read(folder):
+        faces = [open_faces(folder, split, max_errors=50) for split in ("train", "val", "test")
+                 if split == "train" or folder.name == "fs2k"]
+        return {image: texts for split in faces
+                for image, texts in zip(split.images, split.captions or split.sketches)}
+    whole = {path: read(path.parent) for path in files}
+    for case in range(cases):
+        rng, path = random.Random(case), list(files)[case % 3]
+        text, touched = mutate(json.loads(files[path]), rng)
+        path.write_text(text)
+        begin = time.perf_counter()
+        try:
+            faces = read(path.parent)
+            for image, texts in whole[path].items():
+                touches = image.stem in touched or path.parent.name == "dialog" and image.stem in ("36", "37")
+                assert touches or faces[image] == texts, (case, image)
+        except (ValueError, FileNotFoundError) as error:
+            assert "\n" not in str(error) and len(str(error)) < 1500, (case, str(error)[:3000])
+        assert time.perf_counter() - begin < 10, case
+        path.write_text(files[path])
 
 
 @pytest.fixture
@@ -2664,6 +3393,111 @@ def test_damaged_file_raises_a_one_line_error_or_changes_nothing(readers_of, cas
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1e6, "KB"
     with capsys.disabled():
         print(dict(outcomes), end=" ")
+
+
+ODD_VALUES = [
+    None, True, 0, -1, 2 ** 40, 10 ** 30, 1e-9, np.nan, np.inf, "", "2", "a\nb", "x" * 10 ** 6, b"0", [], {},
+    (1, 2), functools.reduce(lambda inner, _: [inner], range(300), []), torch.ones(()), torch.ones(2, 3)]
+ODD_TENSORS = [
+    torch.Tensor.int, torch.Tensor.bool, torch.Tensor.half, torch.Tensor.bfloat16, torch.Tensor.double,
+    nn.Parameter, torch.Tensor.cfloat, torch.Tensor.to_sparse, torch.Tensor.tolist, torch.Tensor.flatten,
+    torch.Tensor.neg, torch.Tensor.sum, torch.Tensor.t, lambda x: x.to(torch.float8_e4m3fn),
+    lambda x: x.to("meta"), lambda x: x * np.nan, lambda x: x.double() - 1e300, lambda x: x / 0,
+    lambda x: x[None], lambda x: x[:-1], lambda x: x[:0], lambda x: torch.cat([x, x]),
+    lambda x: x.flatten()[0].expand(x.shape),
+    lambda x: torch.zeros((), dtype=x.dtype).expand(10 ** 12)]
+
+
+def distort(value, rng):
+    """The nested value with one entry removed, added, renamed or replaced."""
+    if isinstance(value, dict) and value and rng.random() < 0.95:
+        key, action, value = [*value][rng.integers(len(value))], rng.integers(12), {**value}
+        odd = ODD_VALUES[rng.integers(len(ODD_VALUES))]
+        if action < 2:
+            kept = value.pop(key)
+        if 0 < action < 3:
+            name = [f"{key}.x", f"bert.{key}", "x" * 10 ** 6, "\n"][rng.integers(4)]
+            value[name] = kept if action == 1 else odd
+        return value if action < 3 else value | {key: distort(value[key], rng)}
+    if torch.is_tensor(value) and rng.random() < 0.9:
+        with warnings.catch_warnings(), contextlib.suppress(RuntimeError, IndexError):
+            warnings.simplefilter("ignore")
+            return ODD_TENSORS[rng.integers(len(ODD_TENSORS))](value)
+    return ODD_VALUES[rng.integers(len(ODD_VALUES))]
+
+
+def check_loaded(state, weights, renamed):
+    """Every tensor of a module is a finite one of the file, of the same kind of number and the same shape."""
+    for name, tensor in state.items():
+        source = weights[renamed(name)]
+        assert source.is_floating_point() if tensor.is_floating_point() else source.dtype == torch.int64, name
+        assert torch.equal(tensor, source.to(tensor.dtype)) and tensor.isfinite().all(), name
+
+
+def load_malformed(kind, rng, folder):
+    """Load a malformed file and check what was loaded. Raises ValueError or OSError if it is rejected."""
+    torch.manual_seed(0)
+    vocabulary = Tokenizer.train(["a man", "a woman"])
+    sizes = FLIPConfig(ViTConfig(16, 8, 64, 1, 1), BertConfig(vocabulary.vocab_size, 64, 1, 1, 9, 0.0), 4, 4)
+    model = FLIP(sizes, vocabulary)
+    path = folder / ("tokenizer.json" if kind == "tokenizer" else "pytorch_model.bin")
+    twisted = lambda value: distort(distort(value, rng), rng) if rng.random() < 0.5 else distort(value, rng)
+    if kind == "tokenizer":
+        parts = twisted(json.loads(vocabulary.to_json()))
+        path.write_text(json.dumps(parts, default=str))
+        loaded = Tokenizer.load(path)
+        texts = ["a man", "woman xyz", "Ω man's 3 é", "a" * 10 ** 5, ""]
+        captions, vocab = loaded(texts), loaded.wordpiece.get_vocab()
+        assert sorted(vocab.values()) == [*range(loaded.vocab_size - 2)]
+        assert captions.ids.max() < loaded.vocab_size - 2
+        if vocab == vocabulary.wordpiece.get_vocab():
+            assert torch.equal(captions.ids, vocabulary(texts).ids)
+        return
+    encoders = model.student
+    if kind == "clip":
+        key = lambda name: map_key(name, CLIP_KEYS)
+        weights = twisted({key(name): x for name, x in encoders.image.state_dict().items()})
+        torch.save(weights, path)
+        loaded = ViT(sizes.vit)
+        load_clip(loaded, path)
+        check_loaded(loaded.state_dict(), weights, key)
+    elif kind == "bert":
+        key, cross = lambda name: map_key(name, BERT_KEYS), "cross_attention"
+        state = {name: x for name, x in encoders.text.state_dict().items() if cross not in name}
+        weights = twisted({key(name): x for name, x in state.items()})
+        torch.save(weights, path)
+        loaded = Bert(sizes.bert, image_width=64)
+        load_bert(loaded, path)
+        check_loaded({name: x for name, x in loaded.state_dict().items() if cross not in name}, weights, key)
+    else:
+        saved = model.checkpoint()
+        if kind == "official":
+            saved = {"model": official_state(model), "optimizer": {}, "config": {}, "epoch": 3}
+        saved = twisted(saved)
+        torch.save(saved, path)
+        loaded = FLIP.from_pretrained(path)
+        assert 0 < loaded.temperature <= 0.5 and 0 <= loaded.queue_pointer < loaded.config.queue_size
+        if kind == "official":
+            state = {name: x for name, x in official_state(loaded).items() if "position_ids" not in name}
+            check_loaded(state, saved["model"], str)
+        else:
+            assert dataclasses.asdict(loaded.config) == saved["flip"]
+            check_loaded(loaded.state_dict(), saved["model"], str)
+
+
+@pytest.mark.parametrize("kind", ["clip", "bert", "checkpoint", "official", "tokenizer"])
+def test_malformed_weights_load_right_or_raise_a_one_line_error(tmp_path, capsys, kind):
+    outcomes = Counter()
+    for seed in range(50):
+        try:
+            load_malformed(kind, np.random.default_rng(seed), tmp_path)
+            outcomes["loaded"] += 1
+        except (ValueError, OSError) as error:
+            assert len(str(error).splitlines()) == 1, (seed, str(error)[:1000])
+            outcomes["errors"] += 1
+    assert outcomes["loaded"] and outcomes["errors"]
+    with capsys.disabled():
+        print(kind, dict(outcomes), end=" ")
 
 
 # ---- compiled kernels ----------------------------------------------------------------------------

@@ -21,8 +21,6 @@ Every attribute is visible. Most are drawn literally; these follow a convention:
 import argparse
 import functools
 import hashlib
-import multiprocessing
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +28,7 @@ from PIL import Image, ImageFilter
 from tqdm import tqdm
 
 from captions import ATTRIBUTES
+from common.distributed import parallel_map
 from common.images import IMAGE_SUFFIXES, contact_sheet
 from common.script import atomic_write, error_context, run_script
 from drawing.portrait import BEARDS, build_shapes, render
@@ -146,13 +145,12 @@ def draw_cached(count: int, size: int, seed: int, folder: str, steps: int) -> np
         dtype = [("attributes", bool, len(ATTRIBUTES)), ("picture", np.uint8, (size, size, 3)),
                  ("sketches", np.uint8, (steps, size, size))]
         draw_one = functools.partial(face_and_sketch, seed=seed, size=size, steps=steps)
-        with atomic_write(path) as partial:
-            drawn = np.lib.format.open_memmap(partial, "w+", dtype, (count,))
-            # the workers ignore Ctrl-C: this process handles it
-            with multiprocessing.Pool(None, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
-                for i, row in enumerate(tqdm(pool.imap(draw_one, range(count), 16), "drawing faces", count)):
-                    drawn[i] = row
-            drawn.flush()
+        with (atomic_write(path) as partial, open(partial, "wb") as file,
+              parallel_map(draw_one, range(count), "drawing faces", chunk_size=16) as rows):
+            descr = np.lib.format.dtype_to_descr(np.dtype(dtype))
+            np.lib.format.write_array_header_1_0(file, dict(descr=descr, fortran_order=False, shape=(count,)))
+            for row in rows:
+                file.write(np.array(row, dtype))
     with error_context("drawn faces; delete this file to draw them again", path):
         return np.load(path, mmap_mode="r")
 

@@ -22,6 +22,7 @@ uninterrupted one does. A step uses these random numbers, seeded by
 --out receives flip.pt (its contents: common/resume.py), log.jsonl, retrieval.png and curves.png, with
 the reference rows of the table as dotted and dashed lines.
 """
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -39,8 +40,8 @@ from tqdm import tqdm
 
 from bert import Tokenizer
 from common.distributed import autocast, init_distributed, rank_and_world_size
-from common.optim import build_optimizers, set_learning_rate
-from common.resume import Log, graceful_stop, load_run, save
+from common.optim import build_optimizers, load_optimizers, set_learning_rate
+from common.resume import Log, Progress, load_run, save, saved_at_end
 from common.script import run_script
 from common.weights import load_bert, load_clip, load_state
 from config import MODELS, TINY, Config, parse_arguments
@@ -98,18 +99,18 @@ class TrainState(NamedTuple):
     steps_per_epoch: int
     validation: EvaluationSet
     log: Log
-    start_step: int
+    progress: Progress
 
 
 def train_step(run: TrainState, micro_batches: list[Batch], step: int) -> torch.Tensor:
-    """One optimiser step on `accumulate` micro-batches; all changes of state are here. Returns the mean
-    (ITC, ITM) loss as a tensor (2,); ITM is 0 in steps that skip it."""
+    """One optimiser step on `accumulate` micro-batches. Returns the mean (ITC, ITM) loss as a tensor (2,);
+    ITM is 0 in steps that skip it. All changes of state are here, at the end: whatever fails before them
+    leaves the state of the last step."""
     config, model, rank = run.config, run.model, rank_and_world_size()[0]
     device, params = model.temperature.device, schedule(step, config)
     torch.manual_seed(derive_seed(config.seed, step, rank))                     # dropout
     generator = torch.Generator().manual_seed(derive_seed(config.seed, step))   # negatives, for all ranks
-    model.update_momentum(params.momentum)
-    losses = torch.zeros(2, device=device)
+    losses, outputs = torch.zeros(2, device=device), []
     for number, batch in enumerate(micro_batches, start=1):
         # DistributedDataParallel averages gradients in the last backward pass only
         run.ddp_model.require_backward_grad_sync = number == len(micro_batches)
@@ -117,33 +118,37 @@ def train_step(run: TrainState, micro_batches: list[Batch], step: int) -> torch.
             batch = batch.to(device)
             out = run.ddp_model(batch.images, batch.captions, batch.identity, params, generator)
             ((out.itc + out.itm) / len(micro_batches)).backward()
-        model.enqueue(out.image_keys, out.text_keys, out.identity)
+        outputs.append(out)
         losses += torch.stack([out.itc, out.itm]).detach() / len(micro_batches)
     if config.grad_clip:
         nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
     set_learning_rate(run.optimizers, learning_rate(step, config, run.steps_per_epoch))
+    run.progress.done = None                        # from here on the model changes
+    for out in outputs:
+        model.enqueue(out.image_keys, out.text_keys, out.identity)
     for optimizer in run.optimizers:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     model.clamp_temperature()
+    model.update_momentum(schedule(step + 1, config).momentum)      # for the next step
+    run.progress.done = step + 1
     return losses
 
 
 def train(config: Config):
     """Run the training; returns the model and its final validation metrics."""
     run = setup(config)
-    config, log, rank = run.config, run.log, rank_and_world_size()[0]
+    config, log, rank, start = run.config, run.log, rank_and_world_size()[0], run.progress.done
     is_due = lambda done: done % config.eval_every == 0 or done == config.steps
-    # a checkpoint is saved before its evaluation, so a resumed run evaluates first
-    metrics = evaluate_and_draw(run, run.start_step) if run.start_step and is_due(run.start_step) else None
-    stream = run.loader.iterate_from(run.start_step * config.accumulate)
-    recent, waited, begin, saved = [], 0.0, time.time(), time.time()
-    bar = tqdm(range(run.start_step, config.steps), "training", initial=run.start_step, total=config.steps,
-               disable=rank > 0)
-    with graceful_stop() as stop:
+    stream = run.loader.iterate_from(start * config.accumulate)
+    bar = tqdm(range(start, config.steps), "training", initial=start, total=config.steps, disable=rank > 0)
+    with saved_at_end(run), contextlib.closing(stream):
+        # a checkpoint is saved before its evaluation, so a resumed run evaluates first
+        metrics = evaluate_and_draw(run, start) if start and is_due(start) else None
+        recent, waited, begin, saved = [], 0.0, time.time(), time.time()
         for step in bar:
             waiting = time.time()
-            micro_batches = next_batches(run, stream, step, stop)
+            micro_batches = next_batches(run, stream)
             waited += time.time() - waiting
             recent.append(train_step(run, micro_batches, step))
             done = step + 1
@@ -155,7 +160,7 @@ def train(config: Config):
                 bar.set_postfix({name: line[name] for name in ("itc", "itm", "seconds", "data_seconds")})
                 recent, waited, begin = [], 0.0, time.time()
             if is_due(done) or time.time() - saved > 60 * config.save_every:
-                save(run, done)
+                save(run)
                 saved = time.time()
             if is_due(done):
                 paused = time.time()
@@ -167,27 +172,23 @@ def train(config: Config):
     return run.model, metrics
 
 
-def next_batches(run, stream, step, stop):
-    """The micro-batches of a step. If any rank received a stop signal or failed to read its batch, all
-    ranks agree to stop, rank 0 saves a checkpoint, and every rank exits with a message."""
+def next_batches(run, stream):
+    """The micro-batches of a step. If any rank received a stop signal or failed to read its batch, every
+    rank raises an error, so that all stop after the same step."""
     failure, micro_batches = None, []
     try:
         micro_batches = list(itertools.islice(stream, run.config.accumulate))
-    except (ValueError, RuntimeError) as error:     # RuntimeError: a data worker was killed
+    except Exception as error:                      # a damaged image, or a data worker was killed
         failure = error
-    flags = torch.tensor([failure is not None, bool(stop)], dtype=torch.float32,
+    flags = torch.tensor([failure is not None, run.progress.stop], dtype=torch.float32,
                          device=run.model.temperature.device)
     if dist.is_initialized():
         dist.all_reduce(flags)
     failed, stopped = (flags > 0).tolist()
-    if (failed or stopped) and step > run.start_step:
-        save(run, step)
     if failed:
-        raise ValueError(f"{failure or 'another process could not read its batch'} "
-                         f"(after step {step}; continue with --resume)")
+        raise failure or ValueError("another process could not read its batch")
     if stopped:
-        is_main = rank_and_world_size()[0] == 0             # only rank 0 prints the message
-        raise SystemExit(f"stopped after step {step}; continue with --resume" if is_main else 1)
+        raise KeyboardInterrupt
     return micro_batches
 
 
@@ -251,21 +252,28 @@ def setup(config: Config) -> TrainState:
         print_plan(config, faces, validation, world_size, model.tokenizer)
     optimizers = build_optimizers(model, config.weight_decay, config.beta2, config.temperature_lr,
                                   config.muon_lr_image, config.muon_lr_text)
-    for optimizer, state in zip(optimizers, saved["optimizers"] if saved else ()):
-        optimizer.load_state_dict(state)
+    start = saved["step"] if saved else 0
+    if not 0 <= start <= config.steps:
+        raise ValueError(f"{path}: expected a step from 0 to {config.steps}, found {start}")
+    if saved:
+        is_old = "version" not in checkpoint
+        load_optimizers(optimizers, saved["optimizers"], f"{path}: training, optimizers", not is_old)
+        if is_old:          # version 1 saved before the momentum update, which began the next step
+            model.update_momentum(schedule(start, config).momentum)
     lines = saved["log"] if saved else [{"config": asdict(config)}]
     log = Log(Path(config.out) / "log.jsonl", lines, writes=rank == 0)
     ddp_model = model if world_size == 1 else DistributedDataParallel(
         model, broadcast_buffers=False, find_unused_parameters=config.itm_from > 0 or config.itm_every > 1)
     return TrainState(config, model, ddp_model, optimizers, loader, steps_per_epoch,
-                      EvaluationSet.of(validation), log, start_step=saved["step"] if saved else 0)
+                      EvaluationSet.of(validation), log, Progress(start, start))
 
 
 def load_data(config: Config, size: int) -> tuple[Faces, Faces]:
     """Training and validation faces, for a model with an input of size x size pixels."""
     if config.data:
         train, validation = (
-            open_faces(config.data, split, config.cache, config.columns, config.max_errors)
+            open_faces(config.data, split, config.cache, config.columns, config.max_errors,
+                       outside=config.outside)
             for split in ("train", "val"))
         validation = validation.subset(range(min(config.validation, len(validation))))
         return train, drop_unreadable(validation, config.max_errors, size)

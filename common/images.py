@@ -38,6 +38,8 @@ def checked_open(file, name):
     """Open an image, reading only the header (a PIL image is copied), and yield it. Raises a ValueError that
     begins with `name` if the file is not an image, or if decoding fails inside the block."""
     try:
+        if isinstance(file, (str, Path)) and Path(file).exists() and not Path(file).is_file():
+            raise ValueError("expected a regular file")         # opening a named pipe would block
         with (file.copy() if isinstance(file, Image.Image)
               else Image.open(file, formats=IMAGE_FORMATS)) as image:
             if image.width * image.height > MAX_PIXELS:

@@ -1,7 +1,9 @@
-"""Optimisers: Muon, AdamW, their parameter groups and learning rates."""
+"""Optimisers: Muon, AdamW, their parameter groups, learning rates and states."""
 import itertools
 
 import torch
+
+from common.script import check_like
 
 
 class Muon(torch.optim.Optimizer):
@@ -12,6 +14,8 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, groups, momentum=0.95):
         super().__init__(groups, dict(momentum=momentum))
+        for p in itertools.chain.from_iterable(group["params"] for group in self.param_groups):
+            self.state[p]["momentum"] = torch.zeros_like(p)
 
     @torch.no_grad()
     def step(self):
@@ -19,7 +23,7 @@ class Muon(torch.optim.Optimizer):
             same_shape = {}                     # {shape: [(parameter, momentum)]}: one batched product each
             for p in group["params"]:
                 if p.grad is not None:
-                    momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                    momentum = self.state[p]["momentum"]
                     momentum.lerp_(p.grad, 1 - group["momentum"])
                     nesterov = p.grad.lerp(momentum, group["momentum"])
                     same_shape.setdefault(p.shape, []).append((p, nesterov))
@@ -60,7 +64,23 @@ def build_optimizers(module: torch.nn.Module, weight_decay, beta2=0.999, tempera
     adamw, muon = ([{"params": params, "scale": scale, "weight_decay": decay}
                     for (scale, decay), params in by_setting.items()] for by_setting in groups.values())
     optimizers = [torch.optim.AdamW(adamw, betas=(0.9, beta2), eps=1e-8, fused=True)]
+    for p in itertools.chain.from_iterable(group["params"] for group in adamw):     # else AdamW's first step
+        optimizers[0].state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p),
+                                  "exp_avg_sq": torch.zeros_like(p)}
     return optimizers + [Muon(muon)] if muon else optimizers
+
+
+def load_optimizers(optimizers, saved: list[dict], where, complete=True):
+    """Load the states of `saved`, one state dict per optimiser. Raises ValueError unless they fit the
+    parameters and, if `complete`, contain them all (version 1 had no states of parameters without a gradient
+    so far). torch checks neither, and another shape crashes the fused AdamW."""
+    if len(saved) != len(optimizers):
+        raise ValueError(f"{where}: expected the states of {len(optimizers)} optimisers, found {len(saved)}")
+    for optimizer, state in zip(optimizers, saved):
+        current = optimizer.state_dict()
+        state = state["state"] if complete else current["state"] | state["state"]
+        check_like(state, current["state"], where)
+        optimizer.load_state_dict(current | {"state": state})
 
 
 def set_learning_rate(optimizers, lr):

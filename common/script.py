@@ -1,9 +1,10 @@
-"""Helpers of all scripts: running `main`, errors, atomic writes, command-line flags, tables."""
+"""Helpers of all scripts: running `main`, errors, files and disk space, command-line flags, tables."""
 import argparse
 import contextlib
 import ctypes
 import math
 import os
+import re
 import shutil
 import tempfile
 import typing
@@ -29,7 +30,7 @@ def tune_cpu():
 def run_script(main):
     """Run `main`. Print a ValueError or OSError, which the user can fix, in one line, without a traceback."""
     tune_cpu()
-    warnings.formatwarning = lambda message, *_: f"{message}\n"
+    warnings.formatwarning = lambda message, *_: f"{escape_control_chars(message)}\n"
     try:
         main()
     except (ValueError, OSError) as error:
@@ -39,8 +40,10 @@ def run_script(main):
 
 
 def escape_control_chars(text) -> str:
-    """Escape unprintable characters, so that a file's name, for example, cannot control the terminal."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+    """Escape unprintable characters, so that a file's name, for example, cannot control the terminal, and
+    shorten words of over 200 characters."""
+    text = re.sub(r"(\S{200})\S+", r"\1...", str(text))
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def short_message(error: Exception) -> str:
@@ -55,7 +58,7 @@ def error_context(expected: str, where):
         yield
     except Exception as error:
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        raise ValueError(f"{where}: expected {expected} ({kind}{short_message(error)})") from error
+        raise ValueError(f"{where}: expected {expected} ({kind}{short_message(error):.200})") from error
 
 
 def check_ranges(config, **limits):
@@ -68,15 +71,61 @@ def check_ranges(config, **limits):
                              f"{limit}")
 
 
+def lock(file):
+    """Lock an open file until it is closed or its process ends. Raises BlockingIOError if another process has
+    locked it, another OSError or an ImportError where locks do not exist (Windows, some network disks)."""
+    import fcntl
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def prepare_folder(folder: Path):
+    """Create a folder, or delete the partial files that killed processes have left in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for partial in folder.glob("*.????????.partial"):
+        with contextlib.suppress(OSError, ImportError), open(partial, "rb+") as file:
+            lock(file)                  # fails while its process writes it
+            partial.unlink()
+
+
+def check_like(value, template, where):
+    """Raise a ValueError unless `value`, read from a file, has the type of `template`; if dictionaries, the
+    same keys with values alike; if lists, items like the template's first; if tensors, the same shape and
+    dtype and only finite numbers. An empty dictionary or list in the template stands for any."""
+    kind = type(template)
+    if type(value) is not kind and (kind, type(value)) != (float, int):
+        raise ValueError(f"{where}: expected {kind.__name__}, found {type(value).__name__}")
+    if isinstance(template, dict):
+        for key in template.keys() ^ value.keys() if template else ():
+            raise ValueError(f"{where}: {key!r} is {'missing' if key in template else 'unknown'}")
+        for key in template:
+            check_like(value[key], template[key], f"{where}, {key}")
+    elif isinstance(template, (list, tuple)) and template:
+        for number, item in enumerate(value):
+            check_like(item, template[0], f"{where} {number}")
+    elif torch.is_tensor(template):
+        expected, found = ((x.shape, x.dtype, x.layout) for x in (template, value))
+        if expected != found or not value.isfinite().all():
+            raise ValueError(f"{where}: expected finite {tuple(template.shape)} {template.dtype}, found "
+                             f"{tuple(value.shape)} {value.dtype}")
+
+
 @contextlib.contextmanager
 def atomic_write(path: str | Path):
-    """Yield a temporary path. It replaces `path` at the end of the block, or is deleted after an error."""
+    """Yield a temporary path. At the end of the block it is flushed to disk and replaces `path`; after an
+    error it is deleted."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    prepare_folder(path.parent)
     partial = path.with_name(f"{path.name}.{os.urandom(4).hex()}.partial")
     try:
-        yield partial
+        with open(partial, "wb") as file:
+            with contextlib.suppress(OSError, ImportError):
+                lock(file)
+            yield partial
+            os.fsync(file.fileno())
         os.replace(partial, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)    # the error of a full disk names no file
+        raise
     finally:
         partial.unlink(missing_ok=True)
 
@@ -85,11 +134,14 @@ def temporary_memmap(shape, folder):
     """An empty float16 tensor in an unnamed file in `folder`, deleted when the run ends: the encoded tokens
     of a large data set do not fit in memory. Raises ValueError if the disk is too full."""
     Path(folder).mkdir(parents=True, exist_ok=True)
-    size, free = 2 * math.prod(shape), shutil.disk_usage(folder).free
-    if size > free:             # the file is sparse: it would fail only when written to
-        raise ValueError(f"{folder} has {free / 1e9:.0f} GB free, but the encoded images need "
-                         f"{size / 1e9:.0f} GB; choose another --out")
-    return torch.from_numpy(np.memmap(tempfile.TemporaryFile(dir=folder), np.float16, "w+", shape=shape))
+    size = 2 * math.prod(shape)
+    expected = f"{size / 1e9:.1f} GB of disk space"
+    with error_context(expected, folder), tempfile.TemporaryFile(dir=folder) as file:
+        if hasattr(os, "posix_fallocate"):      # else the file is sparse: a full disk ends in a bus error
+            os.posix_fallocate(file.fileno(), 0, size)
+        elif size > shutil.disk_usage(folder).free:                     # macOS
+            raise ValueError("there is less")
+        return torch.from_numpy(np.memmap(file, np.float16, "r+", shape=shape))
 
 
 def markdown_table(header, rows):

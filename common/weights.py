@@ -1,24 +1,28 @@
 """Reading and writing weights: CLIP's, BERT's, and checkpoints of the official FLIP and ours."""
+import contextlib
+import json
 import zipfile
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from common.script import atomic_write, short_message
+from common.script import atomic_write, check_like, error_context, short_message
 
 CHECKPOINT_FILES = ("flip.pt", "FLIP-base.pth")     # in a folder or a hub repository
+CHECKPOINT_VERSION = 2      # version 1 has no "version"; it differs only under "training"
 
 
 def resolve_file(source: str | Path, filenames: tuple[str, ...]) -> Path:
     """Find a file given by its path, by a folder that contains one of `filenames`, or by a hub name such as
-    "openai/clip-vit-base-patch16" (downloaded once). Raises FileNotFoundError if there is none."""
+    "openai/clip-vit-base-patch16" (downloaded once). Raises FileNotFoundError if there is none, another
+    OSError if the download fails."""
     path, name, expected = Path(source), str(source), " or ".join(filenames)
     for candidate in (path, *(path / filename for filename in filenames)):
         if candidate.is_file():
             return candidate
-    if path.is_dir():
-        raise FileNotFoundError(f"{path}: expected {expected} in this folder, found none")
+    if path.exists():
+        raise FileNotFoundError(f"{path}: expected a file, or a folder that contains {expected}")
     if name.count("/") > 1 or path.suffix in (".bin", ".pt", ".pth", ".safetensors", ".txt", ".json"):
         raise FileNotFoundError(f"{name}: no such file or folder, and not a hub name such as 'owner/model'")
     from huggingface_hub import errors, hf_hub_download
@@ -31,14 +35,23 @@ def resolve_file(source: str | Path, filenames: tuple[str, ...]) -> Path:
                 problem = "the hub cannot be reached; download it on another machine and give its folder"
             elif isinstance(error, errors.EntryNotFoundError):
                 continue
-            raise FileNotFoundError(f"{name}: no such file or folder, and {problem}") from error
+            raise OSError(f"{name}: no such file or folder, and {problem}") from error
     raise FileNotFoundError(f"{name}: expected {expected} in this hub repository, found none")
 
 
-def load_verified(path: Path):
-    """Contents of a .safetensors file or of a file written by torch.save, after checking the checksums, which
-    torch ignores. No code in the file is run. Raises ValueError if the file is damaged or something else."""
+def load_verified(path: Path, folder: Path | str | None = None):
+    """Contents of a .safetensors file, of a file written by torch.save, after checking the checksums, which
+    torch ignores, or of the files in `folder` (or hub repository) that a .json index lists. No code in a file
+    is run. Raises ValueError if the file is damaged or something else."""
     try:
+        if path.suffix == ".json":
+            files, weights = json.loads(path.read_text(encoding="utf-8"))["weight_map"], {}
+            for name in {Path(name).name for name in files.values()}:           # never in another folder
+                shard = load_verified(resolve_file(folder, (name,)))
+                weights |= {key: value for key, value in shard.items() if files.get(key) == name}
+            if weights.keys() != files.keys():
+                raise ValueError(f"{min(files.keys() - weights.keys())!r:.99} is not in the file listed")
+            return weights
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
             return load_file(path)
@@ -53,34 +66,41 @@ def load_verified(path: Path):
         raise ValueError(f"{path}: not a checkpoint, or damaged ({reason})") from error
 
 
-def read_weights(source: str | Path) -> dict[str, torch.Tensor]:
-    """{key: tensor} from a .safetensors, .bin, .pt or .pth file, a folder with a model, or a hub name. Raises
-    ValueError if the file is damaged or contains anything but tensors."""
-    path = resolve_file(source, ("model.safetensors", "pytorch_model.bin"))
-    weights = load_verified(path)
-    if not isinstance(weights, dict):
-        raise ValueError(f"{path}: expected a dictionary of tensors, found {type(weights).__name__}")
-    for key, value in weights.items():
-        if not torch.is_tensor(value):
-            raise ValueError(f"{path}: expected tensors alone, found {type(value).__name__} under {key!r}")
-    return weights
+def read_weights(source: str | Path, unused: tuple[str, ...], section: str, **expected):
+    """Read weights from a file, an index of files, a folder or a hub name. Returns the file's path and {key:
+    value} without keys that start with `unused`. Raises ValueError if it is damaged, or if the config.json
+    beside it has, in `section`, other than the `expected` settings."""
+    path = resolve_file(source, ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
+                                 "pytorch_model.bin.index.json"))
+    folder = path.parent if Path(source).exists() else source
+    with contextlib.suppress(FileNotFoundError):        # a missing file or setting is accepted
+        config = resolve_file(folder, ("config.json",))
+        with error_context(f"the settings {expected}", config):
+            found = json.loads(config.read_text(encoding="utf-8"))
+            found = expected | found.get(section, found)
+            if found | expected != found:
+                raise ValueError(f"found {[found[name] for name in expected]!r:.200}")
+    weights = load_verified(path, folder)
+    with error_context("a dictionary of tensors", path):
+        return path, {str(key): x for key, x in weights.items() if not str(key).startswith(unused)}
 
 
 def read_checkpoint(source: str | Path) -> dict:
     """Contents of a checkpoint of FLIP (file, folder or hub name), which has the weights under "model"."""
     path = resolve_file(source, CHECKPOINT_FILES)
     saved = load_verified(path)
-    if not isinstance(saved, dict) or not isinstance(saved.get("model"), dict):
-        raise ValueError(f"{path}: expected a checkpoint with weights under 'model', found none")
+    with error_context("a checkpoint of FLIP, of this version or an older one", path):
+        if saved.get("version", 1) not in (1, CHECKPOINT_VERSION):
+            raise ValueError(f"found version {saved['version']!r:.99}: update this project")
+        known = {"version", "flip", "model", "tokenizer", "training"} if "flip" in saved else saved.keys()
+        if not isinstance(saved["model"], dict) or saved.keys() - known:
+            raise ValueError(f"found the fields {[*saved]!r:.200}")
     return saved
 
 
 def write_checkpoint(contents: dict, path: str | Path):
-    try:
-        with atomic_write(path) as partial:
-            torch.save(contents, partial)
-    except RuntimeError as error:               # raised by torch when the disk is full
-        raise OSError(f"{path} could not be written; is the disk full? ({short_message(error)})") from error
+    with atomic_write(path) as partial, error_context("enough disk space", path):
+        torch.save(contents, partial)
 
 
 # ---- from a file into a module -------------------------------------------------------------------
@@ -107,19 +127,17 @@ def resize_position_embedding(embedding: torch.Tensor, num_patches: int) -> torc
 def load_state(state: dict[str, torch.Tensor], weights: dict[str, torch.Tensor], source: str | Path):
     """Copy `weights` into `state`: views of a module's state under the keys of the file, so that errors name
     these. Position embeddings of images are resized; position_ids, which are constants, are ignored. Raises
-    ValueError, and changes nothing, if weights are missing, unexpected or of another shape."""
-    state, weights = ({key: tensor for key, tensor in tensors.items() if not key.endswith("position_ids")}
+    ValueError, and changes nothing, if weights are missing, unexpected, not finite or do not fit."""
+    state, weights = ({key: x for key, x in tensors.items() if not str(key).endswith("position_ids")}
                       for tensors in (state, weights))
-    for key in weights.keys() & state.keys():
-        if key.endswith(("image.positions", ".position_embedding.weight")):     # ours, CLIP's (not BERT's)
-            weights[key] = resize_position_embedding(weights[key], len(state[key]) - 1)
-    errors = [f"{key} is missing" for key in state if key not in weights]
-    errors += [f"{key} has shape {tuple(weights[key].shape)}, expected {tuple(target.shape)}"
-               for key, target in state.items() if key in weights and weights[key].shape != target.shape]
-    errors += [f"{key} is unexpected" for key in weights if key not in state]
-    if errors:
-        more = f" (and {len(errors) - 3} more)" if len(errors) > 3 else ""
-        raise ValueError(f"{source} does not match this model: {'; '.join(errors[:3])}{more}")
+    with error_context("weights of this model", source):
+        for key in [key for key in state if torch.is_tensor(weights.get(key))]:
+            tensor, target = weights[key], state[key]
+            if key.endswith(("image.positions", ".position_embedding.weight")):     # not BERT's
+                tensor = resize_position_embedding(tensor, len(target) - 1)
+            if tensor.is_floating_point() and tensor.element_size() > 1 and target.is_floating_point():
+                weights[key] = tensor.detach().to(target.dtype)                     # from 16, 32 or 64 bits
+        check_like(weights, state, "weights")
     for key, target in state.items():
         target.copy_(weights[key])
 
@@ -139,40 +157,42 @@ CLIP_KEYS = [
 def load_clip(vit, source: str | Path):
     """Load the image encoder of a Hugging Face CLIP (file, folder or hub name) into `vit`."""
     unused = ("text_model.", "text_projection", "visual_projection", "logit_scale")
-    weights = {key.removeprefix("vision_model."): tensor for key, tensor in read_weights(source).items()
-               if not key.startswith(unused)}
-    load_state({map_key(key, CLIP_KEYS): tensor for key, tensor in vit.state_dict().items()}, weights, source)
+    path, weights = read_weights(source, unused, "vision_config", hidden_act="quick_gelu",
+                                 layer_norm_eps=1e-5, num_attention_heads=vit.config.heads)
+    prefix = "vision_model." if any(key.startswith("vision_model.") for key in weights) else ""
+    state = {prefix + map_key(key, CLIP_KEYS): tensor for key, tensor in vit.state_dict().items()}
+    load_state(state, weights, path)
 
 
 # ---- BERT ----------------------------------------------------------------------------------------
 # Our key -> the key of Hugging Face's BERT. Replaced in this order, as above.
 BERT_KEYS = [
     ("words.", "embeddings.word_embeddings."), ("positions", "embeddings.position_embeddings.weight"),
-    ("norm.", "embeddings.LayerNorm."), ("norm_attention", "attention.output.LayerNorm"),
-    ("norm_cross_attention", "crossattention.output.LayerNorm"), ("norm_mlp", "output.LayerNorm"),
-    ("layers.", "encoder.layer."), (".cross_attention.out.", ".crossattention.output.dense."),
-    (".cross_attention.", ".crossattention.self."), (".attention.out.", ".attention.output.dense."),
-    (".attention.query", ".attention.self.query"), (".attention.key", ".attention.self.key"),
-    (".attention.value", ".attention.self.value"), (".up.", ".intermediate.dense."),
-    (".down.", ".output.dense.")]
+    (".attention.", ".attention.self."), (".cross_attention.", ".crossattention.self."),
+    (".self.out.", ".output.dense."), ("norm.", "embeddings.LayerNorm."),
+    ("norm_attention", "attention.output.LayerNorm"), ("norm_mlp", "output.LayerNorm"),
+    ("norm_cross_attention", "crossattention.output.LayerNorm"), ("layers.", "encoder.layer."),
+    (".up.", ".intermediate.dense."), (".down.", ".output.dense.")]
 
 
 def load_bert(bert, source: str | Path):
     """Load a Hugging Face BERT (file, folder or hub name) into `bert`. Cross-attention and the embeddings of
     [DEC] and [ENC], which BERT lacks, keep their initial values. Token type 0 is added to the positions."""
-    renamed = [("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias")]
-    unused = ("cls.", "pooler.", "bert.pooler.")
-    weights = {map_key(key, renamed).removeprefix("bert."): tensor
-               for key, tensor in read_weights(source).items() if not key.startswith(unused)}
-    state = {map_key(key, BERT_KEYS): tensor for key, tensor in bert.state_dict().items()}
-    initial = {key: tensor for key, tensor in state.items() if "crossattention" in key}
-    words, positions = "embeddings.word_embeddings.weight", "embeddings.position_embeddings.weight"
-    types = weights.pop("embeddings.token_type_embeddings.weight", None)
-    if words in weights and len(weights[words]) + 2 == bert.config.vocab_size:
-        weights[words] = torch.cat([weights[words], state[words][-2:].cpu()])
-    if positions in weights and types is not None:
-        weights[positions] = weights[positions] + types[0]
-    load_state(state, initial | weights, source)
+    path, weights = read_weights(source, ("cls.", "pooler.", "bert.pooler."), "", hidden_act="gelu",
+                                 layer_norm_eps=1e-12, num_attention_heads=bert.config.heads,
+                                 position_embedding_type="absolute")
+    prefix = "bert." if any(key.startswith("bert.") for key in weights) else ""
+    keys = [*BERT_KEYS]
+    if any(key.endswith("LayerNorm.gamma") for key in weights):
+        keys += [("LayerNorm.weight", "LayerNorm.gamma"), ("LayerNorm.bias", "LayerNorm.beta")]
+    state = {prefix + map_key(key, keys): tensor for key, tensor in bert.state_dict().items()}
+    words, types = (f"{prefix}embeddings.{name}_embeddings.weight" for name in ("word", "token_type"))
+    state[types] = state[words].new_zeros(2, bert.config.width)
+    initial = {key: tensor for key, tensor in state.items() if "crossattention" in key or key == types}
+    if getattr(weights.get(words), "shape", ())[:1] == (bert.config.vocab_size - 2,):
+        state[words] = state[words][:-2]
+    load_state(state, initial | weights, path)
+    bert.positions.data += state[types][0]
 
 
 # ---- the official FLIP ---------------------------------------------------------------------------
@@ -205,24 +225,21 @@ def official_state(model) -> dict[str, torch.Tensor]:
     return state | position_ids
 
 
-def official_sizes(weights, path: str | Path):
+def official_sizes(weights):
     """The sizes of an official checkpoint, inferred from its shapes, with heads 64 wide, as in BERT and
-    OpenAI's CLIP. Raises ValueError if a width is not a multiple of 64, or if the checkpoint is another."""
-    def depth(prefix):
-        return len({key[len(prefix):].split(".")[0] for key in weights if key.startswith(prefix)})
+    OpenAI's CLIP. Raises ValueError if a width is not a multiple of 64, or another error if weights lack."""
+    depth = lambda prefix: len({key[len(prefix):].split(".")[0] for key in weights if key.startswith(prefix)})
     image, text = "visual_encoder.vision_model.", "text_encoder."
-    if image + "embeddings.class_embedding" not in weights:
-        raise ValueError(f"{path} is neither one of our checkpoints nor an official one")
     width, _, patch, _ = weights[image + "embeddings.patch_embedding.weight"].shape
     vocabulary, text_width = weights[text + "embeddings.word_embeddings.weight"].shape
     if width % 64 or text_width % 64:
-        raise ValueError(f"{path}: expected widths that are multiples of 64, found {width} and {text_width}; "
-                         f"the number of heads is unknown, pass config=FLIPConfig(...)")
+        raise ValueError(f"widths {width} and {text_width} are not multiples of 64, so that the number of "
+                         f"heads is unknown; pass config=FLIPConfig(...)")
     grid = round((len(weights[image + "embeddings.position_embedding.weight"]) - 1) ** 0.5)
     vit = dict(image_size=grid * patch, patch_size=patch, width=width, heads=width // 64,
                depth=depth(image + "encoder.layers."))
     bert = dict(vocab_size=vocabulary, width=text_width, heads=text_width // 64,
-                depth=depth(text + "encoder.layer."),
+                depth=depth(text + "encoder.layer."), dropout=0.1,
                 positions=len(weights[text + "embeddings.position_embeddings.weight"]))
     embed_dim, queue_size = weights["image_queue"].shape
-    return dict(vit=vit, bert=bert, embed_dim=embed_dim, queue_size=queue_size)
+    return dict(vit=vit, bert=bert, embed_dim=embed_dim, queue_size=queue_size, hardness=None)

@@ -3,6 +3,7 @@ import functools
 import io
 import json
 import operator
+import os
 import pickle
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -37,48 +38,47 @@ def json_records(path: Path):
 # ---- faces with attributes -----------------------------------------------------------------------
 def read_table(folder: Path, stem: str):
     """Yield (where, fields) for each line of stem.csv, if it exists, or of the space-separated stem.txt."""
-    path, separator = folder / f"{stem}.txt", None
-    if (folder / f"{stem}.csv").is_file():
-        path, separator = folder / f"{stem}.csv", ","
-    lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
+    separator = "," if (folder / f"{stem}.csv").is_file() else None
+    name = f"{stem}.csv" if separator else f"{stem}.txt"
+    lines = (folder / name).read_text(encoding="utf-8-sig", errors="replace").splitlines()
     for number, line in enumerate(lines, 1):
         if line.strip():
             fields = line.replace('"', " ").split(separator)
-            yield f"{path.name} line {number}", [field.strip() for field in fields] if separator else fields
+            yield f"{name} line {number}", [field.strip() for field in fields] if separator else fields
 
 
-def attribute_records(rows):
-    """Yield records without a split from an iterator of (where, [image, value, value, ...]). The first row is
-    the header: the 40 attribute names in any order and case, with spaces or underscores."""
+def attribute_records(rows, split_of=lambda image: ""):
+    """Yield records from an iterator of (where, [image, value, value, ...]). The first row is the header: the
+    40 attribute names in any order and case, with spaces or underscores."""
     num_images, expected, (where, header) = 0, None, next(rows, ("the annotation file", []))
     if len(header) == 1:                    # CelebA's .txt begins with the number of images
         expected, (where, header) = header[0], next(rows, (where, []))
     names = [name.strip().replace(" ", "_").lower() for name in header[-len(ATTRIBUTES):]]
     ordered = [name.lower() for name in ATTRIBUTES]
     if sorted(names) != sorted(ordered):
-        raise ValueError(f"{where}: expected CelebA's 40 attribute names, found {' '.join(header)[:1000]}")
+        raise ValueError(f"{where}: expected CelebA's 40 attribute names, found {' '.join(header):.200}")
     in_order = operator.itemgetter(*(names.index(name) for name in ordered))
     for num_images, (where, (image, *values)) in enumerate(rows, 1):
         if len(values) != len(names):
-            raise ValueError(f"{where}: expected {len(names)} values, found {len(values)} ({image})")
-        yield Record(where, image.replace("\\", "/"), "", attribute_values=in_order(values))
+            raise ValueError(f"{where}: expected {len(names)} values, found {len(values)} ({image:.200})")
+        image = image.replace("\\", "/")
+        yield Record(where, image, split_of(image), attribute_values=in_order(values))
     if expected not in (None, str(num_images)):
-        raise ValueError(f"{where}: expected {expected} images, as the first line says, found {num_images}")
+        raise ValueError(f"{where}: expected {expected:.200} images, as line 1 says, found {num_images}")
 
 
 def read_celeba(folder: Path):
     """CelebA as distributed, or Kaggle's copy. Its identities are not used: each image is its own person."""
-    splits = defaultdict(list)              # {image: its split numbers, normally one}
+    names, splits = dict(zip("012", SPLITS)), {}
     for _, (image, *numbers) in read_table(folder, "list_eval_partition"):
-        splits[image] += numbers
+        numbers = [splits[image], *numbers] if image in splits else numbers     # normally one
+        splits[image] = " and ".join(numbers)
     splits.pop("image_id", None)            # Kaggle's header
-    for record in attribute_records(read_table(folder, "list_attr_celeba")):
-        number = " and ".join(splits.pop(record.image, ["none"]))
-        split = {"0": "train", "1": "val", "2": "test"}.get(number, f"{number} in list_eval_partition")
-        yield record._replace(split=split)
+    yield from attribute_records(read_table(folder, "list_attr_celeba"), lambda image: names.get(
+        number := splits.pop(image, "none")) or f"{number:.200} in list_eval_partition")
     if splits:
         raise ValueError(f"list_eval_partition: {len(splits)} images are missing from list_attr_celeba, "
-                         f"the first is {next(iter(splits))}")
+                         f"the first is {next(iter(splits)):.200}")
 
 
 def assign_lfwa_splits(train, test):
@@ -134,8 +134,8 @@ def read_caption_list(path: Path, split=None):
     for where, record in json_records(path):
         with error_context('{"image": path, "image_id": id, "caption": text or list of texts}', where):
             image = record.get("image", record.get("photo"))            # "photo": FS2K-SDE
-            identity = record.get("image_id")
-        person_id = str(image if identity is None else identity)
+            image = os.path.normpath(image) if isinstance(image, str) else image
+            person_id = str(image if record.get("image_id") is None else record["image_id"])
         yield Record(where, image, split or split_by_hash(person_id), person_id, captions=record)
 
 
@@ -172,7 +172,7 @@ def assign_celeba_hq_splits(folder: Path, captions: dict):
     else:
         numbered = [(number, "train" if number < 24_000 else "test") for number in captions]
     return hold_out_validation([
-        Record(f"face {n}", f"{n}.jpg", split, captions={"caption": captions.get(n, [])})
+        Record(f"face {n!s:.200}", f"{n}.jpg", split, captions={"caption": captions.get(n, [])})
         for n, split in sorted(numbered)], 0.05)
 
 
@@ -194,7 +194,7 @@ def read_celeba_dialog(folder: Path):
     with error_context("a JSON dictionary", path):
         records = json.loads(path.read_bytes()).items()
     for name, entry in records:
-        where = f"{path.name} record {name!r}"
+        where = f"{path.name} record {name!r:.200}"
         with error_context('"0.jpg": {"overall_caption": text, "attribute_wise_captions": texts}', where):
             overall, phrases = entry.get("overall_caption") or "", entry.get("attribute_wise_captions") or {}
             texts = captions.setdefault(int(Path(name).stem), [])
@@ -280,8 +280,8 @@ def photo_captions(path: Path, photos: dict):
         if photo is None:
             continue                        # of another split or data set
         if image_of.setdefault(photo, record.image) != record.image:
-            raise ValueError(f"{record.where}: {image_of[photo]} and {record.image} both match {photo}; "
-                             f"keep the folder names photo1, photo2, ...")
+            raise ValueError(f"{record.where}: {image_of[photo]:.200} and {record.image:.200} both match "
+                             f"{photo}; keep the folder names photo1, photo2, ...")
         for column in COLUMNS[:2]:
             texts = record.captions.get(column, [])
             captions.setdefault(photo, []).extend(texts if isinstance(texts, list) else [texts])
@@ -290,7 +290,7 @@ def photo_captions(path: Path, photos: dict):
 
 # ---- table of layouts ----------------------------------------------------------------------------
 class Layout(NamedTuple):
-    pattern: str        # glob pattern that identifies the layout
+    reads: str          # patterns of what it reads, files and image folders; the first identifies the layout
     title: str          # name of the data set
     jobs: object        # function: path -> list of jobs, functions that map a list for errors to `Record`s
 
@@ -302,17 +302,17 @@ def one_job(reader, *image_folders, allow_duplicates=False):
         validate_files, reader, image_folders or ("",), allow_duplicates, path)]
 
 
+json_job = one_job(read_caption_lists, ".", "images", allow_duplicates=True)
 LAYOUTS = (             # the first match applies; a JSON file given by name: the last row
-    Layout("sketch/train", "FS2K-SDE", one_job(read_fs2k_sde)),
-    Layout("anno_*.json", "FS2K", one_job(read_fs2k)),
-    Layout("list_attr_celeba.*", "CelebA",              # Kaggle nests the image folder twice
+    Layout("sketch/train sketch photo t*.json captions.json", "FS2K-SDE", one_job(read_fs2k_sde)),
+    Layout("anno_*.json sketch photo t*.json captions.json", "FS2K", one_job(read_fs2k)),
+    Layout("list_attr_celeba.* list_eval_partition.* img_align_celeba", "CelebA",       # Kaggle nests it
            one_job(read_celeba, "img_align_celeba", "img_align_celeba/img_align_celeba")),
-    Layout("list_attr_lfwa.csv", "LFWA", one_job(read_lfwa_lists, "lfw", ".")),
-    Layout("lfw_att_40.mat", "LFWA", one_job(read_lfwa_matlab, "lfw", ".")),
-    Layout("captions_hq.json", "CelebA-Dialog", one_job(read_celeba_dialog, "images", "image", ".")),
-    Layout("text/celeba-caption", "MM-CelebA-HQ", one_job(read_mm_celeba, "images")),
-    Layout("train.json", "JSON annotations",
-           one_job(read_caption_lists, ".", "images", allow_duplicates=True)),
-    Layout("*.tar", "FaceCaption", facecaption_jobs),
-    Layout("*.json", "JSON annotations", one_job(read_caption_lists, ".", "images", allow_duplicates=True)),
+    Layout("list_attr_lfwa.csv list_attr_lfwa_test.csv .", "LFWA", one_job(read_lfwa_lists, "lfw", ".")),
+    Layout("lfw_att_40.mat indices_train_test.mat .", "LFWA", one_job(read_lfwa_matlab, "lfw", ".")),
+    Layout("captions_hq.json .", "CelebA-Dialog", one_job(read_celeba_dialog, "images", "image", ".")),
+    Layout("text/celeba-caption/*.txt t*/*.pickle images", "MM-CelebA-HQ", one_job(read_mm_celeba, "images")),
+    Layout("train.json val.json test.json .", "JSON annotations", json_job),
+    Layout("**/*.tar **/*.tar.* **/*.tgz **/*_stats.json", "webdataset", facecaption_jobs),
+    Layout("*.json .", "JSON annotations", json_job),
 )
