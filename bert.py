@@ -38,7 +38,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common.script import check_ranges, error_context, run_script, short_message
+from common.script import check_ranges, error_context, run_script
 from common.weights import load_bert, resolve_file
 from kernels.attention import Sequences
 from vit import Attention
@@ -150,7 +150,7 @@ class Tokenizer:
 
     @staticmethod
     def from_json(text, source="vocabulary"):
-        try:
+        with error_context("a tokenizer.json of BERT", source):
             wordpiece = tokenizers.Tokenizer.from_str(text)
             parts, model = (wordpiece.normalizer, wordpiece.pre_tokenizer), wordpiece.model
             found = [*(type(part).__name__ for part in parts), model.unk_token,
@@ -160,10 +160,6 @@ class Tokenizer:
             wordpiece.no_padding()          # a tokenizer.json may ask for both; here captions are
             wordpiece.no_truncation()       # packed, and truncated in __call__
             wordpiece.encode("caf\u00e9, \u2603", add_special_tokens=False)
-        except BaseException as error:      # a PanicException of the library is not an Exception
-            if isinstance(error, (KeyboardInterrupt, SystemExit)):
-                raise
-            raise ValueError(f"{source}: not a tokenizer.json of BERT: {short_message(error)}") from error
         return Tokenizer(wordpiece, source)
 
     @staticmethod

@@ -2,21 +2,22 @@
 (FLIP paper, section 4) as defaults, and the recipe of the tiny model, with reasons."""
 import argparse
 import textwrap
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from bert import BertConfig
 from common.resume import load_run
-from common.script import check_flags, check_like, flag, parse_flags, renamed_flags
+from common.script import check_flags, check_like, flag, parse_flags
 from readers.index import COLUMNS
 from vit import ViTConfig
 
-# image encoder, text encoder, feature size
-# (vocab_size is replaced by the vocabulary's; positions are at least bert.MAX_TOKENS)
+# image encoder, text encoder (with the vocabulary's size, positions >= bert.MAX_TOKENS), feature size
 TINY = (ViTConfig(image_size=48, patch_size=8, width=128, depth=3, heads=4),
         BertConfig(vocab_size=1, width=128, depth=2, heads=4, positions=66, dropout=0.0), 128)
 MODELS = {"tiny": TINY, "base": (ViTConfig(), BertConfig(), 256),
           "large": (ViTConfig(width=1024, depth=24, heads=16), BertConfig(), 256)}
+CHANGEABLE_ON_RESUME = ("data", "cache", "outside", "max_errors", "workers", "log_every", "eval_every",
+                        "save_every")
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,7 @@ class Config(SharedFlags):
     faces: int = flag(20_000, "number of faces to draw for training", low=1)
     validation: int = flag(1000, "maximum number of validation faces", low=1)
     resume: bool = flag(False, "resume the run in --out, or start it if no checkpoint exists; flags come "
-                               "from the checkpoint, except --data, --cache, --outside, --max_errors, "
-                               "--workers, --log_every, --eval_every and --save_every, which may change")
+                               f"from the checkpoint, except {', '.join(CHANGEABLE_ON_RESUME)}")
     seed: int = flag(0, "seed of initial weights, data order, captions, dropout and negatives")
     init: str = flag("", "initialise from this FLIP, ours or the official one: file, folder or hub name")
     image_size: int = flag(0, "side of the model's input in pixels; 0: as in --init or --model")
@@ -70,11 +70,9 @@ class Config(SharedFlags):
     beta2: float = flag(0.999, "AdamW's second beta", high=1)
     grad_clip: float = flag(0.0, "maximum gradient norm; 0: no clipping", was="clip_grad")
     alpha: float = flag(0.4, "final weight of the soft targets", high=1)
-    alpha_ramp: tuple[float, float] = flag((0.0, 2 / 15), "fractions of the run between which alpha rises "
-                                                            "from 0", high=1)
+    alpha_ramp: tuple[float, float] = flag((0.0, 2 / 15), "part of the run in which alpha rises", high=1)
     momentum: float = flag(0.995, "final momentum of the momentum encoder", high=1)
-    momentum_from: float = flag(0.0, "fraction of the run before which the momentum encoder copies the "
-                                     "student", high=1)
+    momentum_from: float = flag(0.0, "before this fraction of the run it copies the student", high=1)
     queue_size: int = flag(61_440, "entries of the queue", low=1)
     queue_from: float = flag(0.0, "fraction of the run after which the queue is used", high=1)
     itm_from: float = flag(0.0, "fraction of the run after which ITM is trained; 1: never", high=1)
@@ -109,8 +107,7 @@ RECIPES = {"tiny": dict(
     muon_lr_image=4.5, muon_lr_text=1.5,
     # at the full rate the temperature drops to 0.01 before the features are of any use
     temperature_lr=0.1,
-    # with hard negatives from the start the matching head only ever predicts the base rate of matches:
-    # start with uniformly sampled ones
+    # with hard negatives from the start the matching head only predicts the base rate: first, uniform ones
     itm_from=0.4, itm_every=3, hardness_ramp=(0.45, 0.7), posterior=True,
     # in a short run a slow momentum encoder lags far behind the student: momentum and alpha rise late,
     # and the queue is used late, when the features of its entries change slowly
@@ -118,10 +115,6 @@ RECIPES = {"tiny": dict(
 
 
 # ---- the command line ----------------------------------------------------------------------------
-CHANGEABLE_ON_RESUME = ("resume", "out", "data", "cache", "outside", "max_errors", "workers", "log_every",
-                        "eval_every", "save_every")
-
-
 def parse_arguments(argv: list[str] | None = None, description: str | None = __doc__) -> Config:
     """The configuration of the command line; with --resume that of the checkpoint in --out, if there is
     one. Raises ValueError if a flag would change a resumed run."""
@@ -133,11 +126,13 @@ def parse_arguments(argv: list[str] | None = None, description: str | None = __d
     given = parse_flags(parser, Config, argv)
     path = Path(given.get("out", Config.out)) / "flip.pt"
     if given.get("resume") and path.exists():
-        before = {"outside": False} | renamed_flags(Config, load_run(path)["training"]["config"])
+        renamed = {f.metadata["was"]: f.name for f in fields(Config)}
+        saved = load_run(path)["training"]["config"]            # perhaps without flags of later versions
+        before = {"outside": False} | {renamed.get(name, name): value for name, value in saved.items()}
         check_like(before, asdict(Config()), f"{path}: training, config")
         for name, value in given.items():
-            if name not in CHANGEABLE_ON_RESUME and value != before.get(name):
-                raise ValueError(f"--resume: the run in {path} has --{name} {before.get(name)}, which cannot "
+            if name not in ("resume", "out", *CHANGEABLE_ON_RESUME) and value != before[name]:
+                raise ValueError(f"--resume: the run in {path} has --{name} {before[name]}, which cannot "
                                  f"change; omit --{name} {value}, or start a new run with another --out")
         return Config(**before | given)
     recipe = RECIPES.get(given.get("model", "tiny"), {})

@@ -5,17 +5,15 @@
     FaceDataset    one sample: image, caption and identity
     BatchLoader    an endless stream of batches
 
-`open_faces` opens a data set on disk, `load_toy_faces` the faces drawn by toyfaces.py. How a line of
-an annotation file becomes a row of a batch is described in readers/index.py.
+`open_faces` opens a data set on disk, `load_toy_faces` the faces drawn by toyfaces.py. How a line of an
+annotation file becomes a row of a batch is described in readers/index.py.
 
-Departures from the official code: a face without captions gets a new one from the grammar
-(captions.py) in every epoch, instead of a stored one. The order of the samples is a function of
-(seed, epoch), and caption and augmentation are functions of (seed, epoch, index), so a run resumed
-at any step, with any number of workers, sees the batches of an uninterrupted one. Invalid input is
-reported with file and record. (Capital letters are sizes, see vit.py.)
-Run `python data.py` to see one batch.
+Departures from the official code: a face without captions gets a new one from the grammar (captions.py) in
+every epoch, instead of a stored one. The order of the samples is a function of (seed, epoch), and caption and
+augmentation are functions of (seed, epoch, index), so a run resumed at any step, with any number of workers,
+sees the batches of an uninterrupted one. Invalid input is reported with file and record. (Capital letters are
+sizes, see vit.py.) Run `python data.py` to see one batch.
 """
-import functools
 import itertools
 import multiprocessing
 import signal
@@ -32,7 +30,7 @@ import toyfaces
 from bert import Captions, Tokenizer
 from captions import ATTRIBUTES as ATTRIBUTES
 from captions import sample_caption
-from common.distributed import init_child
+from common.distributed import children_ignore, end_with_parent
 from common.images import TarImage, iterate_images, load_image, normalize_batch, resize_to_array
 from common.script import escape_control_chars, run_script
 from readers.index import COLUMNS, check_error_rate, open_split
@@ -122,8 +120,7 @@ def open_faces(path: str, split: str, cache: str = "cache", columns: tuple = COL
 
 
 def load_toy_faces(count: int, size: int, seed: int, folder: str, steps: int = 0) -> Faces:
-    """`count` faces drawn by toyfaces.py, size x size pixels, with `steps` steps of a sketch; cached in
-    `folder`."""
+    """`count` drawn faces, size x size pixels, with `steps` steps of a sketch, cached in `folder`."""
     drawn = toyfaces.draw_cached(count, size, seed, folder, steps)
     return Faces(f"drawn faces (seed {seed})", drawn["picture"], np.arange(count),
                  np.array(drawn["attributes"]), sketches=drawn["sketches"] if steps else None)
@@ -156,13 +153,10 @@ def affine(image, a, b, c, d, e, f):
                            fillcolor=GREY)
 
 
-# FLIP's nine operations (BLIP's without AutoContrast) at strength 5 of 10; sign is +1 or -1.
-# Brightness and sharpness are scaled by 0.1 + 1.8 * strength / 10 = 1, so they change nothing, just as
-# in the official code.
+# FLIP's nine operations (BLIP's without AutoContrast) at strength 5 of 10; sign is +1 or -1. Brightness and
+# sharpness are scaled by 0.1 + 1.8 * strength / 10 = 1: they change nothing, just as in the official code.
 AUGMENTATIONS = {
-    "identity": lambda image, sign: image,
-    "brightness": lambda image, sign: image,
-    "sharpness": lambda image, sign: image,
+    **dict.fromkeys(("identity", "brightness", "sharpness"), lambda image, sign: image),
     "equalize": lambda image, sign: ImageOps.equalize(image),
     "shear x": lambda image, sign: affine(image, 1, sign * 0.15, 0, 0, 1, 0),
     "shear y": lambda image, sign: affine(image, 1, 0, 0, sign * 0.15, 1, 0),
@@ -228,11 +222,9 @@ class FaceDataset(torch.utils.data.Dataset):
 
 
 class BatchLoader:
-    """Endless batches of `batch_size` for one of `world_size` processes, `batches_per_epoch` per epoch.
-
-    Batch n of an epoch is the n-th slice of world_size * batch_size faces of the epoch's permutation;
-    rank r takes the r-th part of it, so all ranks together see the batch of a single process.
-    """
+    """Endless batches of `batch_size` for one of `world_size` processes, `batches_per_epoch` per epoch. Batch
+    n of an epoch is the n-th slice of world_size * batch_size faces of the epoch's permutation; rank r takes
+    the r-th part of it, so all ranks together see the batch of a single process."""
 
     def __init__(self, faces: Faces, tokenizer: Tokenizer, image_size: int, batch_size: int, seed: int = 0,
                  augmented: bool = True, rank: int = 0, world_size: int = 1, workers: int = 0,
@@ -248,20 +240,19 @@ class BatchLoader:
                              f"({world_size} processes x {batch_size}); use a smaller batch")
 
     def iterate_from(self, number: int):
-        """Yield batches without end, starting with batch `number`, counted from 0 over all epochs.
-
-        Raises ValueError if more than max_errors percent of an epoch's faces cannot be read.
-        """
+        """Yield batches without end, starting with batch `number`, counted from 0 over all epochs. Raises
+        ValueError if more than max_errors percent of an epoch's faces cannot be read."""
         loader = torch.utils.data.DataLoader(
             self.samples, batch_sampler=self.batch_indices(number), collate_fn=self.samples.collate,
             num_workers=self.workers, pin_memory=torch.cuda.is_available(),
             # forked workers share the memory-mapped index; spawned ones would receive a copy
             multiprocessing_context="fork" if self.workers and sys.platform == "linux" else None,
             generator=torch.Generator(),        # the default would advance the model's random state
-            # a signal to the whole process group stops the training process alone, which saves
-            worker_init_fn=functools.partial(init_child, ignored=(signal.SIGINT, signal.SIGTERM)))
+            worker_init_fn=end_with_parent)
         others = multiprocessing.active_children()
-        batches = iter(loader)
+        # a signal to the whole process group stops the training process alone, which saves
+        with children_ignore(signal.SIGINT, signal.SIGTERM):
+            batches = iter(loader)
         if self.workers and hasattr(signal, "SIGCHLD"):     # torch's handler raises anywhere in a step if a
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)   # worker is killed; without it, `next` raises
         try:

@@ -51,12 +51,6 @@ def find_facts(text: str):
     return np.array([pattern.search(text.lower()) is not None for pattern in fact_patterns()])
 
 
-def difference_hash(image: Image.Image):
-    """256-bit difference hash (dHash), equal for most copies of an image, even at another size or quality."""
-    grey = np.asarray(image.convert("L").resize((17, 16), Image.Resampling.BILINEAR))
-    return np.packbits(grey[:, 1:] > grey[:, :-1]).tobytes()
-
-
 def compute_stats(splits: dict, count: int, rng: np.random.Generator):
     """Statistics of {split: Faces}, ready for JSON. All but the numbers of faces describe a sample of `count`
     faces of the first split, of which at most 2,000 images are read."""
@@ -68,7 +62,8 @@ def compute_stats(splits: dict, count: int, rng: np.random.Generator):
             image = faces.picture(i)
             valid.append(i)
             sizes.append(image.size)
-            hashes.add(difference_hash(image))
+            grey = np.asarray(image.convert("L").resize((17, 16), Image.Resampling.BILINEAR))
+            hashes.add((grey[:, 1:] > grey[:, :-1]).tobytes())      # dHash: equal for copies of other sizes
     stats = {"set": faces.name, "faces": {split: len(split_faces) for split, split_faces in splits.items()},
              "captions looked at": len(chosen) * faces.has_text, "pictures looked at": len(sizes),
              "unreadable": len(errors), "like another": len(sizes) - len(hashes),

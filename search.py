@@ -16,7 +16,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from common.images import IMAGE_SUFFIXES, contact_sheet, iterate_images, load_image
-from common.script import escape_control_chars, run_script
+from common.script import check_like, escape_control_chars, run_script
 from common.weights import CHECKPOINT_FILES, load_verified, resolve_file, write_checkpoint
 from flip import FLIP, eval_mode
 
@@ -25,8 +25,8 @@ def load_feature_cache(cache: Path, embed_dim):
     """{key: feature} of earlier searches; empty if the file is missing or damaged."""
     try:
         cached = load_verified(cache)
-        valid = (feature.shape == (embed_dim,) and feature.isfinite().all() for feature in cached.values())
-        return cached if all(valid) else {}
+        check_like(cached, dict.fromkeys(cached, torch.zeros(embed_dim)), cache)
+        return cached
     except Exception:                               # after any error the features are computed again
         return {}
 
@@ -114,15 +114,9 @@ def attribute_patches(model: FLIP, images, phrase: str, steps=8) -> torch.Tensor
     return torch.cat(attributions)
 
 
-def overlay_heatmap(image: Image.Image, heatmap: torch.Tensor) -> Image.Image:
-    """The image, darkened where `heatmap` (rows, columns), with values from 0 to 1, is low."""
-    heatmap = Image.fromarray((255 * heatmap).byte().numpy()).resize(image.size, Image.Resampling.BICUBIC)
-    return Image.composite(image, image.point(lambda value: value // 4), heatmap)
-
-
 def result_rows(model: FLIP, query: str, results: list[SearchResult], explain: bool):
-    """Rows for `contact_sheet`: all images in one row, or, if `explain`, a row for each image, with a heatmap
-    of positive attributions for each phrase of the query (scaled by the maximum over all images)."""
+    """Rows for `contact_sheet`: all images in one row, or, if `explain`, a row for each image, which is
+    darkened, for each phrase of the query, where the attribution is low (scaled by its maximum over all)."""
     images = [result.image() for result in results]
     if not explain:
         return [(query, [(image, f"{result.score:.1f}  {result.cosine:.2f}  {100 * result.probability:.0f} %",
@@ -131,7 +125,9 @@ def result_rows(model: FLIP, query: str, results: list[SearchResult], explain: b
     for phrase in split_phrases(query, model.tokenizer):
         heatmaps = attribute_patches(model, images, phrase).clamp(min=0)
         for (_, row), image, heatmap in zip(rows, images, heatmaps / heatmaps.max().clamp(min=1e-6)):
-            row.append((overlay_heatmap(image, heatmap), phrase, False))
+            mask = Image.fromarray((255 * heatmap).byte().numpy()).resize(image.size)
+            dark = image.point(lambda value: value // 4)
+            row.append((Image.composite(image, dark, mask), phrase, False))
     return rows
 
 

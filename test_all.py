@@ -53,6 +53,7 @@ import bert
 import captions as grammar
 import common.distributed
 import common.images
+import common.script
 import config as train_config
 import data
 import evaluation
@@ -513,15 +514,15 @@ with warnings.catch_warnings():
 @pytest.mark.parametrize("key, value, message", [
     ("epoch", 3, "'epoch' is unknown"), ("a", torch.ones(1), "'a' is unknown"), (7, 8, "'7' is unknown"),
     ("x\n", 3, r"'x\n' is unknown"), (BIAS, "text", f"{BIAS}: expected Tensor, found str"),
-    (BIAS, torch.ones(3), f"{BIAS}: expected finite (24,) torch.float32, found (3,)"),
-    (BIAS, torch.ones(()), f"{BIAS}: expected finite (24,) torch.float32, found ()"),
-    (BIAS, torch.ones(24).int(), f"{BIAS}: expected finite (24,) torch.float32, found (24,) torch.int32"),
+    (BIAS, torch.ones(3), f"{BIAS}: expected (24,) torch.float32 torch.strided, found (3,)"),
+    (BIAS, torch.ones(()), f"{BIAS}: expected (24,) torch.float32 torch.strided, found ()"),
+    (BIAS, torch.ones(24).int(), "found (24,) torch.int32"),
     (BIAS, torch.ones(24).bool(), "torch.bool"), (BIAS, QUANTIZED, "torch.qint8"),
     (BIAS, torch.ones(24).to(torch.float8_e4m3fn), "torch.float8_e4m3fn"),
-    (BIAS, torch.ones(24) + 0j, "torch.complex64"), (BIAS, torch.ones(24) * np.nan, "expected finite (24,)"),
-    (BIAS, torch.ones(24).double() * 1e300, "expected finite (24,)"),       # infinite in float32
-    (BIAS, torch.ones(24).to_sparse(), "expected finite (24,)"),
-    (BIAS, torch.ones(24, device="meta"), "meta"), (TABLE, torch.ones(()), "0-d"),
+    (BIAS, torch.ones(24) + 0j, "torch.complex64"), (BIAS, torch.ones(24) * np.nan, "expected (24,)"),
+    (BIAS, torch.ones(24).double() * 1e300, "expected (24,)"),       # infinite in float32
+    (BIAS, torch.ones(24).to_sparse(), "expected (24,)"),
+    (BIAS, torch.ones(24, device="meta"), "missing"), (TABLE, torch.ones(()), "0-d"),
     (TABLE, torch.ones(18, 24), "found shape (18, 24)")])
 def test_mismatched_weights_are_named_and_none_is_loaded(tmp_path, key, value, message):
     encoder = ViT(GOLDEN_CONFIG.vit)
@@ -630,7 +631,7 @@ def test_named_pipe_is_no_file_of_weights_and_no_hub_name(tmp_path, monkeypatch)
     (dict(version=3), "found version 3: update"), (dict(version="2"), "found version '2'"),
     (dict(version=None), "found version None"), (dict(extra=1), "'extra'"), (dict(model=[1]), "found the fi"),
     (dict(flip=[]), "TypeError"), (dict(flip={}), "KeyError: 'vit'"), (dict(flip=None), "TypeError"),
-    (dict(tokenizer=5), ": not a tokenizer.json"), (dict(tokenizer=""), ": not a tokenizer.json")])
+    (dict(tokenizer=5), ": expected a tokenizer.json"), (dict(tokenizer=""), ": expected a tokenizer.json")])
 def test_checkpoint_has_a_version_and_other_versions_and_fields_are_rejected(tmp_path, change, message):
     saved = small_flip().checkpoint()
     assert saved["version"] == 2
@@ -643,17 +644,17 @@ def test_checkpoint_has_a_version_and_other_versions_and_fields_are_rejected(tmp
 @pytest.mark.parametrize("part, field, value, message", [
     ("flip", "hardness", -1.0, "out of range"), ("flip", "hardness", "", "TypeError"),
     ("flip", "hardness", KeyError, "'hardness' is missing"), ("vit", "heads", KeyError, "'heads' is missing"),
-    ("flip", "embed_dim", True, "embed_dim: expected int, found bool"),
+    ("flip", "embed_dim", True, "embed_dim is True"),
     ("bert", "dropout", np.nan, "out of range"), ("bert", "dropout", "0.1", "expected float, found str"),
     ("flip", "x", 1, "unexpected keyword argument 'x'"), ("vit", "x", 1, "unexpected keyword argument 'x'"),
-    ("flip", "queue_size", 10 ** 8, "expected finite (100000000, 12)"),         # 10 GB are not allocated
+    ("flip", "queue_size", 10 ** 8, "expected (100000000, 12)"),         # 10 GB are not allocated
     ("model", "queue_pointer", torch.tensor([8]), "expected queue_pointer below 8"),
     ("model", "queue_pointer", torch.tensor([-1]), "expected queue_pointer below 8"),
-    ("model", "queue_pointer", torch.ones(1), "queue_pointer: expected finite (1,) torch.int64"),
-    ("model", "queue_identity", torch.ones(8).bool(), "queue_identity: expected finite (8,) torch.int64"),
+    ("model", "queue_pointer", torch.ones(1), "queue_pointer: expected (1,) torch.int64"),
+    ("model", "queue_identity", torch.ones(8).bool(), "queue_identity: expected (8,) torch.int64"),
     ("model", "temperature", torch.tensor(-0.1), "0.001 to 0.5, found 0 and -0.1"),
     ("model", "temperature", torch.tensor(0.6), "temperature 0.001 to 0.5"),
-    ("model", "image_queue", torch.full((8, 12), np.inf), "image_queue: expected finite (8, 12)")])
+    ("model", "image_queue", torch.full((8, 12), np.inf), "image_queue: expected (8, 12)")])
 def test_checkpoint_with_fields_missing_or_out_of_range_is_rejected(tmp_path, part, field, value, message):
     saved = copy.deepcopy(small_flip().checkpoint())
     fields = saved["flip"][part] if part in saved["flip"] else saved[part]
@@ -765,9 +766,9 @@ def test_full_disk_ends_drawing_with_a_one_line_error_and_leaves_no_file(tmp_pat
     ([], "x: expected dict, found list"), ({"a": 1.0, "b": []}, "x: 't' is missing"),
     ({"a": "1", "b": [], "t": torch.zeros(2)}, "x, a: expected float, found str"),
     ({"a": 1.0, "b": [{}, 3], "t": torch.zeros(2)}, "x, b 1: expected dict, found int"),
-    ({"a": 1.0, "b": [], "t": torch.zeros(3)}, "x, t: expected finite .2,. torch.float32, found .3,."),
-    ({"a": 1.0, "b": [], "t": torch.zeros(2).int()}, "x, t: expected finite .*, found .2,. torch.int32"),
-    ({"a": 1.0, "b": [], "t": torch.tensor([0, torch.nan])}, "x, t: expected finite"),
+    ({"a": 1.0, "b": [], "t": torch.zeros(3)}, "x, t: expected .2,. torch.float32 .*, found .3,."),
+    ({"a": 1.0, "b": [], "t": torch.zeros(2).int()}, "x, t: expected .*, found .2,. torch.int32"),
+    ({"a": 1.0, "b": [], "t": torch.tensor([0, torch.nan])}, "x, t: expected .*, found NaN, inf"),
     ({"a": 1.0, "b": [], "t": torch.zeros(2), "c": 0}, "x: 'c' is unknown")])
 def test_value_unlike_its_template_is_named(value, message):
     assert re.match(message, error_of(check_like, value, {"a": 0.0, "b": [{}], "t": torch.ones(2)}, "x"))
@@ -879,8 +880,8 @@ def test_newton_schulz_brings_singular_values_near_1_and_keeps_the_vectors():
     (lambda saved: saved[0]["state"].pop(0), "x: 0 is missing"),
     (lambda saved: saved[1]["state"].pop(0), "x: 0 is missing"),
     (lambda saved: saved[0]["state"][1].pop("step"), "x, 1: 'step' is missing"),
-    (lambda saved: saved[0]["state"][2].update(exp_avg=torch.zeros(3)), "x, 2, exp_avg: expected finite"),
-    (lambda saved: saved[1]["state"][0]["momentum"].fill_(torch.inf), "x, 0, momentum: expected finite"),
+    (lambda saved: saved[0]["state"][2].update(exp_avg=torch.zeros(3)), "x, 2, exp_avg: expected"),
+    (lambda saved: saved[1]["state"][0]["momentum"].fill_(torch.inf), "x, 0, momentum: expected"),
     (lambda saved: saved[0]["state"].update({999: {}}), "x: 999 is unknown")])
 def test_optimiser_state_is_loaded_only_if_it_is_complete_and_fits(change, message):
     def new():
@@ -965,7 +966,7 @@ def test_nan_weights_never_replace_a_checkpoint_and_are_rejected_on_loading(tmp_
     assert "after step 2: expected finite weights, found NaN" in error_of(save, run)
     assert (tmp_path / "flip.pt").read_bytes() == good
     write_checkpoint(run.model.checkpoint(), tmp_path / "flip.pt")
-    assert "student.text.words.weight: expected finite" in error_of(FLIP.from_pretrained, tmp_path)
+    assert "student.text.words.weight: expected" in error_of(FLIP.from_pretrained, tmp_path)
 
 
 def start(world, out, cache, *flags, script=(str(ROOT / "train.py"),)):
@@ -1002,7 +1003,8 @@ def whole_run(tmp_path_factory, cache):
 
 @pytest.mark.parametrize("world, workers, rank, ending, codes, message", [
     (2, 0, 1, "signal.raise_signal(signal.SIGTERM)", (1, 1), "stopped after step 5; continue with --resume"),
-    (2, 0, 0, "signal.raise_signal(signal.SIGKILL)", (-9, 1), "(after step 4; continue with --resume)"),
+    (2, 0, 0, "kill()", (-9, 1), "(after step 4; continue with --resume)"),
+    (2, 0, 0, "common.resume.write_checkpoint = kill", (-9, 1), "(after step 5; continue with --resume)"),
     (1, 2, 0, "os.killpg(0, signal.SIGTERM)", (1,), "stopped after step 5; continue with --resume"),
     (1, 2, 0, "active_children()[0].kill()", (1,), "exited unexpectedly (after step "),
     (1, 0, 0, "raise RuntimeError('memory ran out')", (1,), "error: memory ran out (after step 4; continue")])
@@ -1011,7 +1013,8 @@ def test_run_is_saved_after_its_last_whole_step_whatever_ends_it_and_resumes_exa
     code = f"""
 import os, signal
 from multiprocessing import active_children
-import flip, train
+import common.resume, flip, train
+kill = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 def forward(model, *inputs, real=flip.FLIP.forward):
     global step
     step += 1
@@ -1022,10 +1025,12 @@ def forward(model, *inputs, real=flip.FLIP.forward):
 step, flip.FLIP.forward = -1, forward
 train.run_script(lambda: train.train(train.parse_arguments()))
 """
-    runs = start(world, tmp_path, cache, *SHORT, "--workers", str(workers), script=("-c", code))
+    flags = [*SHORT, "--workers", str(workers), "--save_every", "0" if "write_checkpoint" in ending else "30"]
+    runs = start(world, tmp_path, cache, *flags, script=("-c", code))
     errors = [run.communicate(timeout=200)[1] for run in runs]
     assert tuple(run.returncode for run in runs) == codes and message in "".join(errors), errors
-    assert torch.load(tmp_path / "flip.pt")["training"]["step"] >= 4
+    step = re.search(r"after step (\d+)", "".join(errors))[1]
+    assert torch.load(tmp_path / "flip.pt")["training"]["step"] == int(step) >= 4
     finish(start(world, tmp_path, cache, "--resume"))
     assert losses_of(tmp_path) == whole_run[world]
 
@@ -1172,7 +1177,7 @@ def changed_tokenizer(path, value):
 @pytest.mark.parametrize("path, value, message", [
     ("model vocab x", 10 ** 6, "missing: some of these"), ("model vocab x", 7, "missing: some of these"),
     ("model vocab x", -1, "invalid value"), ("model unk_token", "[PAD]", "'[PAD]', '##', 100], expected"),
-    ("model max_input_chars_per_word", 10 ** 18, "100000"), ("model", {"type": "BPE"}, "not a tokenizer.js"),
+    ("model max_input_chars_per_word", 10 ** 18, "100000"), ("model", {"type": "BPE"}, "Missing vocab"),
     ("normalizer", {"type": "Replace", "pattern": {"String": "a"}, "content": "b" * 10 ** 6}, "Replace"),
     ("normalizer", {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "b"}]}, "Sequence"),
     ("pre_tokenizer", {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated",
@@ -2806,7 +2811,7 @@ def test_recipe_is_the_papers_on_own_data_and_flags_override_it():
 
 
 @pytest.mark.parametrize("task, write, change, message", [
-    ("attributes", write_celeba, lambda saved: saved["model"]["temperature"].fill_(np.nan), "expected fin"),
+    ("attributes", write_celeba, lambda saved: saved["model"]["temperature"].fill_(np.nan), "found NaN"),
     ("retrieval", write_mm_celeba, lambda saved: saved.update(tokenizer=None), "pass --vocabulary"),
     ("sketch", write_captioned_sde, lambda saved: saved.update(tokenizer=None), "pass --vocabulary"),
     ("attributes", write_mm_celeba, None, "expected attributes to learn, found none"),
@@ -3430,6 +3435,8 @@ def check_loaded(state, weights, renamed):
     """Every tensor of a module is a finite one of the file, of the same kind of number and the same shape."""
     for name, tensor in state.items():
         source = weights[renamed(name)]
+        if "position" in name and len(source) != len(tensor):       # of another image size
+            source = resize_position_embedding(source, len(tensor) - 1)
         assert source.is_floating_point() if tensor.is_floating_point() else source.dtype == torch.int64, name
         assert torch.equal(tensor, source.to(tensor.dtype)) and tensor.isfinite().all(), name
 
@@ -3498,6 +3505,30 @@ def test_malformed_weights_load_right_or_raise_a_one_line_error(tmp_path, capsys
     assert outcomes["loaded"] and outcomes["errors"]
     with capsys.disabled():
         print(kind, dict(outcomes), end=" ")
+
+
+def test_malformed_training_states_are_rejected_and_features_are_computed_anew(uninterrupted, tmp_path):
+    saved, model = torch.load(uninterrupted / "flip.pt"), FLIP.from_pretrained(uninterrupted)
+    encode = lambda: search.encode_folder(model, tmp_path / "images", tmp_path / "cache.pt")
+    write_images(tmp_path / "images", ["0.png", "1.png"])
+    whole, features, outcomes = encode(), torch.load(tmp_path / "cache.pt"), Counter()
+    for case in range(50):
+        rng = np.random.default_rng(case)
+        training = distort(saved["training"], rng)
+        torch.save(saved | {"training": training}, tmp_path / "flip.pt")
+        try:
+            config = train_config.parse_arguments(["--resume", "--out", str(tmp_path)])
+            optimizers = build_optimizers(model, config.weight_decay, config.beta2, 0.1, 4.5, 1.5)
+            load_optimizers(optimizers, training["optimizers"], "x")
+            for optimizer, state in zip(optimizers, training["optimizers"]):
+                torch.testing.assert_close(optimizer.state_dict()["state"], state["state"], rtol=0, atol=0)
+            outcomes["loaded"] += 1
+        except ValueError as error:
+            assert "\n" not in common.script.escape_control_chars(error), case
+            outcomes["rejected"] += 1
+        torch.save(distort(features, rng), tmp_path / "cache.pt")
+        check_like(encode(), whole, "features of the right shape, finite")
+    assert outcomes["rejected"] > 25, outcomes
 
 
 # ---- compiled kernels ----------------------------------------------------------------------------

@@ -15,12 +15,23 @@ import torch.distributed.nn  # unused; a later import, with a process group, wou
 from tqdm import tqdm
 
 
-def init_child(_=0, ignored=(signal.SIGINT,), at_parents_end=signal.SIGKILL):
-    """Have this process ignore signals, and receive another one when its parent ends (on Linux), however."""
-    for number in ignored:
-        signal.signal(number, signal.SIG_IGN)
+@contextlib.contextmanager
+def children_ignore(*numbers: int):
+    """Block signals, also for ever in the child processes that are started inside. (Python would lose an
+    interrupt inside a fork, and leave locks held.)"""
+    with contextlib.suppress(AttributeError):               # Windows
+        signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(AttributeError):
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
+
+
+def end_with_parent(_=0, number=signal.SIGKILL):
+    """Have this process receive a signal when its parent ends, even if that is killed (on Linux)."""
     with contextlib.suppress(OSError, AttributeError, TypeError):
-        ctypes.CDLL(None).prctl(1, at_parents_end)          # PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(1, number)                  # PR_SET_PDEATHSIG
 
 
 @contextlib.contextmanager
@@ -30,9 +41,11 @@ def parallel_map(function, jobs, title: str, chunk_size: int = 1):
     if len(jobs) == 1:                              # in this process: the results need not be pickled
         yield map(function, jobs)
         return
-    with ProcessPoolExecutor(initializer=init_child) as pool:
+    with ProcessPoolExecutor(initializer=end_with_parent) as pool:
         try:
-            yield tqdm(pool.map(function, jobs, chunksize=chunk_size), title, len(jobs))
+            with children_ignore(signal.SIGINT):
+                results = pool.map(function, jobs, chunksize=chunk_size)
+            yield tqdm(results, title, len(jobs))
         except BrokenProcessPool:
             raise ValueError(f"{title}: a worker process was killed, perhaps because memory ran out; start "
                              f"again") from None
@@ -46,7 +59,7 @@ def init_distributed() -> torch.device:
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if "RANK" in os.environ and not dist.is_initialized():
-        init_child(ignored=(), at_parents_end=signal.SIGTERM)   # if torchrun is killed, stop and save
+        end_with_parent(number=signal.SIGTERM)      # if torchrun is killed, stop and save
         # a long timeout: the other ranks wait while rank 0 draws faces or validates the data set
         dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=2))
         if not cuda:        # a gloo thread that frees a tensor during Python's shutdown aborts the process

@@ -29,7 +29,7 @@ def save(run, ranks=1):
                  "step": step, "log": run.log.lines,
                  "optimizers": [optimizer.state_dict() for optimizer in run.optimizers]}
         write_checkpoint(run.model.checkpoint() | {"training": state}, Path(run.config.out) / "flip.pt")
-    run.progress.saved = step
+        run.progress.saved = step
 
 
 def load_run(path: str | Path) -> dict:
@@ -42,6 +42,8 @@ def load_run(path: str | Path) -> dict:
     template = dict(config={}, processes=1, faces=1, step=1, log=[{}],
                     optimizers=[dict(state={}, param_groups=[])])
     check_like(checkpoint["training"], template, f"{path}: training")
+    with error_context("a log that JSON can express", path):
+        json.dumps(checkpoint["training"]["log"], allow_nan=False)
     return checkpoint
 
 
@@ -87,7 +89,7 @@ class Log:
 class Progress:
     """How far a run is."""
     done: int | None        # whole steps; None while a step changes the model
-    saved: int              # the last step that was saved
+    saved: int              # the last step that this process saved
     stop: bool = False      # SIGINT or SIGTERM arrived: stop after this step
 
 
@@ -107,15 +109,16 @@ def saved_at_end(run):
     except BaseException as error:
         note = f"the last checkpoint is of step {progress.saved}"
         try:
-            if progress.done is not None and progress.done > progress.saved:
-                save(run, ranks=2)          # rank 1, too: rank 0 may have been killed
-            note = f"after step {progress.saved}; continue with --resume"
+            if progress.done is not None:
+                if progress.done > progress.saved:
+                    save(run, ranks=2)      # rank 1, too: rank 0 may have been killed
+                note = f"after step {progress.done}; continue with --resume"
         except (ValueError, OSError) as problem:
             note = note if str(problem) == str(error) else f"{problem}; {note}"
         if isinstance(error, KeyboardInterrupt):
             raise SystemExit(1 if rank_and_world_size()[0] else f"stopped {note}") from None
         if isinstance(error, (ValueError, OSError, RuntimeError)):
-            raise ValueError(f"{short_message(error)} ({note})") from error
+            raise ValueError(f"{short_message(error):.200} ({note})") from error
         raise
     finally:
         for number, handler in previous.items():

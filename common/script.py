@@ -56,7 +56,9 @@ def error_context(expected: str, where):
     """Turn any error inside into a one-line ValueError: where, what was expected, Python's message."""
     try:
         yield
-    except Exception as error:
+    except BaseException as error:              # the tokenizers package raises one that is not an Exception
+        if isinstance(error, (KeyboardInterrupt, SystemExit, GeneratorExit)):
+            raise
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         raise ValueError(f"{where}: expected {expected} ({kind}{short_message(error):.200})") from error
 
@@ -66,7 +68,7 @@ def check_ranges(config, **limits):
     file: reject absurd ones before they exhaust memory."""
     for name, limit in limits.items():
         size = getattr(config, name)
-        if not (isinstance(size, int) and 1 <= size <= limit):
+        if not (type(size) is int and 1 <= size <= limit):
             raise ValueError(f"{type(config).__name__}: {name} is {size!r}, expected an integer from 1 to "
                              f"{limit}")
 
@@ -103,10 +105,11 @@ def check_like(value, template, where):
         for number, item in enumerate(value):
             check_like(item, template[0], f"{where} {number}")
     elif torch.is_tensor(template):
-        expected, found = ((x.shape, x.dtype, x.layout) for x in (template, value))
-        if expected != found or not value.isfinite().all():
-            raise ValueError(f"{where}: expected finite {tuple(template.shape)} {template.dtype}, found "
-                             f"{tuple(value.shape)} {value.dtype}")
+        expected, found = (f"{tuple(x.shape)} {x.dtype} {x.layout}" for x in (template, value))
+        if expected == found and (value.is_meta or not value.isfinite().all()):
+            found = "NaN, infinite or missing values"
+        if expected != found:
+            raise ValueError(f"{where}: expected {expected}, found {found}")
 
 
 @contextlib.contextmanager
@@ -153,12 +156,6 @@ def markdown_table(header, rows):
 def flag(default, help, low=0, high=2 ** 62, choices=(), was=""):
     """A dataclass field that is a flag: its default, help text, range (inclusive) or choices, former name."""
     return field(default=default, metadata=dict(help=help, low=low, high=high, choices=choices, was=was))
-
-
-def renamed_flags(config, values):
-    """Rename the keys of `values`, {flag: value} as an older version saved them, to the current flags."""
-    current = {f.metadata.get("was"): f.name for f in fields(config)}
-    return {current.get(name, name): value for name, value in values.items()}
 
 
 def check_flags(config):

@@ -43,8 +43,7 @@ def read_table(folder: Path, stem: str):
     lines = (folder / name).read_text(encoding="utf-8-sig", errors="replace").splitlines()
     for number, line in enumerate(lines, 1):
         if line.strip():
-            fields = line.replace('"', " ").split(separator)
-            yield f"{name} line {number}", [field.strip() for field in fields] if separator else fields
+            yield f"{name} line {number}", [*map(str.strip, line.replace('"', " ").split(separator))]
 
 
 def attribute_records(rows, split_of=lambda image: ""):
@@ -89,18 +88,15 @@ def assign_lfwa_splits(train, test):
     for record in [*test, *(record for record in train if record.image not in test_images)]:
         person_id = Path(record.image).parent.name
         number = stable_hash(person_id)
-        if record.image in test_images or (not test and number % 2 == 0):
-            split = "test"
-        else:
-            split = "val" if number // 2 % 20 == 0 else "train"
+        is_test = record.image in test_images or (not test and number % 2 == 0)
+        split = "test" if is_test else "val" if number // 2 % 20 == 0 else "train"
         yield record._replace(split=split, person_id=person_id)
 
 
 def read_lfwa_lists(folder: Path):
     """LFWA from csv files, with or without one for the test split."""
-    test = []
-    if (folder / "list_attr_lfwa_test.csv").is_file():
-        test = list(attribute_records(read_table(folder, "list_attr_lfwa_test")))
+    has_test = (folder / "list_attr_lfwa_test.csv").is_file()
+    test = [*attribute_records(read_table(folder, "list_attr_lfwa_test"))] if has_test else []
     return assign_lfwa_splits(attribute_records(read_table(folder, "list_attr_lfwa")), test)
 
 
@@ -181,9 +177,8 @@ def read_mm_celeba(folder: Path):
     captions = {}
     for path in folder.glob("text/celeba-caption/*.txt"):
         if path.stem.isdecimal():
-            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
             texts = captions.setdefault(int(path.stem), [])     # 3.txt and 003.txt are the same face
-            texts += [line.strip() for line in lines if line.strip()]
+            texts += map(str.strip, path.read_text(encoding="utf-8", errors="replace").splitlines())
     return assign_celeba_hq_splits(folder, captions)
 
 
@@ -296,8 +291,7 @@ class Layout(NamedTuple):
 
 
 def one_job(reader, *image_folders, allow_duplicates=False):
-    """`Layout.jobs` of a reader of a whole data set, which names images in `image_folders` or full paths.
-    allow_duplicates: several records of a split may name the same image."""
+    """`Layout.jobs` of a reader of a whole data set, which names images in `image_folders` or full paths."""
     return lambda path: [functools.partial(
         validate_files, reader, image_folders or ("",), allow_duplicates, path)]
 
