@@ -106,8 +106,7 @@ class Captions:
 class Tokenizer:
     """BERT's WordPiece: lower-case, split at spaces and punctuation, then greedily into the longest
     known pieces. Calling it on a list of captions cleans them, truncates them to MAX_TOKENS and
-    returns packed `Captions`: [CLS] pieces [SEP].
-    """
+    returns packed `Captions`: [CLS] pieces [SEP]."""
 
     def __init__(self, wordpiece, source="vocabulary"):
         self.wordpiece, vocabulary = wordpiece, wordpiece.get_vocab()
@@ -254,8 +253,7 @@ class Bert(nn.Module):
 
         image_tokens (I, L, image_width) select image-grounded mode: the first captions_per_image[0]
         captions attend to image 0, the next captions_per_image[1] to image 1, and so on;
-        captions_per_image (I,) is a CPU tensor; None means one caption per image.
-        """
+        captions_per_image (I,) is a CPU tensor; None means one caption per image."""
         sequences, image_context = captions.sequences, None
         if sequences.max_length > self.config.positions:
             raise ValueError(f"BERT: a caption has {sequences.max_length} tokens, but there are "

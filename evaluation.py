@@ -19,8 +19,7 @@ from flip import FLIP, eval_mode, rerank
 def first_match_rank(scores, is_match):
     """Rank (0 = first) of the best-ranked match in each row; scores, is_match (rows, gallery) -> (rows,).
 
-    Ties and NaN count against the match: every other item not scored strictly below it ranks above.
-    """
+    Ties and NaN count against the match: every other item not scored strictly below it ranks above."""
     best = scores.masked_fill(~is_match, -torch.inf).amax(1, keepdim=True)
     return (~(scores < best) & ~is_match).sum(1)
 
@@ -31,7 +30,7 @@ def retrieval_metrics(image_to_text, text_to_image, image_of_text):
 
     image_to_text (I, T) and text_to_image (T, I): scores; image_of_text (T,): the image of each
     caption, its only match (not other images of the same person). For an image with several captions
-    the best-ranked one counts. """
+    the best-ranked one counts."""
     images = torch.arange(len(image_to_text), device=image_of_text.device)
     is_match = image_of_text[None, :] == images[:, None]                                    # (I, T)
     metrics = {}

@@ -218,7 +218,7 @@ class FLIP(nn.Module):
         tensors (A,). Raises ValueError if there is only one identity or a feature is not finite.
 
         Rank 0 samples for all ranks, because their probabilities may differ in the last bit. This is
-        a host sync: the sampled captions determine the number of tokens. """
+        a host sync: the sampled captions determine the number of tokens."""
         if (identity == identity[0]).all():
             raise ValueError("all pairs of this batch show the same person, so there are no negatives; use "
                              "larger batches or more people")
@@ -244,8 +244,7 @@ class FLIP(nn.Module):
         negative_image = [1, 2, 0, 0] and negative_text = [3, 0, 1, 2]:
 
             image  0 1 2 3 | 1 2 0 0 | 0 1 2 3      rank 0 scores the seven columns with image
-            text   0 1 2 3 | 0 1 2 3 | 3 0 1 2      0 or 1, rank 1 the five with image 2 or 3
-        """
+            text   0 1 2 3 | 0 1 2 3 | 3 0 1 2      0 or 1, rank 1 the five with image 2 or 3"""
         (rank, world_size), B = rank_and_world_size(), len(captions)
         if world_size > 1:
             everyone = all_gather_objects(captions.to("cpu"))
@@ -378,7 +377,7 @@ def rerank(model: FLIP, image_tokens, captions: Captions, similarity, k: int, pr
 
     image_tokens (I, L, D), T packed captions, similarity (I, T): cosines. Returns image_to_text (I, T)
     and text_to_image (T, I): `rerank_score` for the k candidates of a query; all others rank below
-    them by cosine. A pair needed in both directions is scored once; processes divide up the pairs. """
+    them by cosine. A pair needed in both directions is scored once; processes divide up the pairs."""
     rank, world_size = rank_and_world_size()
     for_image = torch.zeros_like(similarity, dtype=torch.bool)
     for_text = for_image.clone()

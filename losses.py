@@ -42,8 +42,7 @@ def contrastive_loss_reference(feature, momentum_feature, keys, identity, key_id
 
     feature (B, E): the student's, of one modality; momentum_feature (B, E): the momentum encoder's, of
     the same inputs; keys (K, E): momentum features of the other modality, from batch and queue. All
-    have unit norm. Equal numbers in identity (B,) and key_identity (K,) mean the same person.
-    """
+    have unit norm. Equal numbers in identity (B,) and key_identity (K,) mean the same person."""
     logits = feature @ keys.T / temperature                                         # (B, K)
     y = soft_targets(momentum_feature, keys, identity, key_identity, temperature, alpha)
     return -(y * logits.log_softmax(1)).sum(1).mean()
@@ -55,8 +54,7 @@ def hard_negative_probabilities(similarity, identity, temperature, hardness=1.0)
 
     softmax(hardness * similarity / temperature) over the columns of *other* identities; similarity (A, A)
     are cosines of student features. Hardness 1 is the paper's rule: similar pairs are sampled more often.
-    Hardness 0 samples uniformly. Every row needs at least one column of another identity.
-    """
+    Hardness 0 samples uniformly. Every row needs at least one column of another identity."""
     logits = hardness * similarity / temperature
     return logits.masked_fill(identity[:, None] == identity[None, :], -torch.inf).softmax(1)
 
@@ -66,7 +64,7 @@ def matching_loss(logits, is_match, denominator: int):
 
     With one process P equals `denominator`, and this is the mean. With several, each scores the pairs of
     its own images, so P differs: each divides its sum by the average P, `denominator`, so that the
-    average over processes that DistributedDataParallel takes is the mean over all pairs. """
+    average over processes that DistributedDataParallel takes is the mean over all pairs."""
     return F.cross_entropy(logits, is_match, reduction="sum") / denominator
 
 
