@@ -67,7 +67,7 @@ class EvaluationSet(NamedTuple):
 
 def evaluate(model: FLIP, validation: EvaluationSet, config):
     """Encode the validation set and return its `rerank_metrics`. config: precision and k_test."""
-    device, size, faces = model.temperature.device, model.config.vit.image_size, validation.faces
+    device, size, faces = model.device, model.config.vit.image_size, validation.faces
     show, image_tokens, image_features = rank_and_world_size()[0] == 0, [], []
     captions = model.tokenizer(validation.texts).to(device)
     with eval_mode(model):

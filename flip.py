@@ -21,27 +21,24 @@ each: `update_momentum`, `enqueue`, `clamp_temperature`. (The official forward d
 
 Shapes: see vit.py; A = B x processes, the global batch. Run `python flip.py` to trace a batch.
 """
-import contextlib
 import copy
 import sys
-import warnings
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image
 from tqdm import tqdm
 
-from bert import MAX_TOKENS, Bert, BertConfig, Captions, Tokenizer
+from bert import Bert, BertConfig, Captions, Tokenizer
 from common.distributed import all_gather, all_gather_objects, rank_and_world_size
-from common.images import iterate_images, load_image
-from common.script import as_list, check_like, check_ranges, error_context, run_script
+from common.script import check_like, check_ranges, error_context, run_script
 from common.weights import CHECKPOINT_VERSION, load_state, official_sizes, official_state, read_checkpoint
 from common.weights import official_name as official_name
+from inference import Inference
+from inference import eval_mode as eval_mode
 from kernels.contrastive import contrastive_loss
 from losses import contrastive_loss_reference, hard_negative_probabilities, matching_loss, soft_targets
 from vit import ViT, ViTConfig
@@ -123,7 +120,7 @@ def project(first_tokens, projection: nn.Linear):
     return F.normalize(projection(first_tokens.to(projection.weight)).float(), dim=-1)
 
 
-class FLIP(nn.Module):
+class FLIP(Inference, nn.Module):
     def __init__(self, config: FLIPConfig, tokenizer: Tokenizer | None = None):
         super().__init__()
         self.config, self.tokenizer = config, tokenizer
@@ -148,13 +145,13 @@ class FLIP(nn.Module):
         captions = captions.with_first_token(self.student.text.enc_id)
         first = self.student.text(captions, image_tokens, captions_per_image, first_token_only=True)  # (P, D)
         with torch.autocast(first.device.type, enabled=False):      # float32, to rank by later
-            return self.matching_head(first.float())
+            return F.linear(first.float(), self.matching_head.weight.float(), self.matching_head.bias.float())
 
     def score_pairs(self, image_tokens, captions: Captions, pairs: torch.Tensor | None = None,
                     progress: bool = False):
         """ITM logits (P, 2) for `pairs` (P, 2) of image and caption indices, on the CPU and sorted by
         image (None: all combinations); image_tokens may be on any device, in any dtype."""
-        device = self.temperature.device
+        device = self.device
         if pairs is None:
             pairs = torch.ones(len(image_tokens), len(captions)).nonzero()
         # chunks are sized so that the activations of BERT's MLP fit a CPU's cache, or fill a GPU
@@ -164,7 +161,7 @@ class FLIP(nn.Module):
         chunks = [chunk.T for chunk in pairs.split(chunk_size) if len(chunk)]
         for image_index, text_index in tqdm(chunks, "re-ranking", disable=not progress, leave=False):
             start, stop = int(image_index[0]), int(image_index[-1]) + 1
-            tokens = image_tokens[start:stop].float().to(device)
+            tokens = image_tokens[start:stop].to(device, self.dtype)
             counts = (image_index - start).bincount()           # captions per image
             logits.append(self.itm_logits(tokens, captions.select(text_index), counts))
         return torch.cat(logits)
@@ -280,54 +277,6 @@ class FLIP(nn.Module):
     def clamp_temperature(self):
         self.temperature.clamp_(0.001, 0.5)
 
-    # ---- use from Python, on images and sentences ----
-    def similarity(self, images: list[str | Path | Image.Image], texts: list[str]):
-        """Cosines (I, T) of images (paths or PIL images) and sentences; a single one needs no list."""
-        with eval_mode(self):
-            text_features = self.student.text_features(self.tokenize(texts))
-            return torch.cat([self.student.image_features(pixels) @ text_features.T
-                              for pixels in self.load_images(images)])
-
-    def match_probability(self, images: list[str | Path | Image.Image], texts: list[str]):
-        """Probability of a match (I, T) from the matching head, from 0 to 1. Every pair costs a pass of
-        the text encoder, so filter large sets with `similarity` first. The head was trained on pairs
-        that ITC finds similar; to rank, combine both (`rerank_score`)."""
-        with eval_mode(self):
-            captions = self.tokenize(texts)
-            logits = [self.score_pairs(tokens, captions)
-                      for tokens, _ in map(self.student.image_tokens_and_features, self.load_images(images))]
-            return torch.cat(logits).softmax(1)[:, 1].unflatten(0, (-1, len(captions)))
-
-    def load_images(self, images):
-        """Yield batches of pixels (B, 3, S, S) from paths or PIL images."""
-        images = as_list(images, (str, Path, Image.Image), "paths or PIL images")
-        size, device = self.config.vit.image_size, self.temperature.device
-        for _, pixels in iterate_images(lambda i, size: load_image(images[i], size=size), len(images), size,
-                                        "reading images", show=len(images) > 128):
-            yield pixels.to(device)
-
-    def tokenize(self, texts):
-        """Sentences -> packed captions. Warns about words that are not in the vocabulary; raises ValueError
-        if a sentence has no known word."""
-        texts, tokenizer = as_list(texts, str, "sentences"), self.require_tokenizer()
-        for text in texts:
-            known, unknown = tokenizer.split_known(text)
-            if not known:
-                raise ValueError(f"no word of {text!r} is in the model's vocabulary")
-            if unknown:
-                warnings.warn(f"not in the model's vocabulary: {', '.join(unknown)}")
-        captions = tokenizer(texts).to(self.temperature.device)
-        if captions.sequences.max_length >= MAX_TOKENS:
-            warnings.warn(f"the longest sentence is truncated at {MAX_TOKENS} tokens")
-        return captions
-
-    def require_tokenizer(self):
-        """The tokenizer. Raises ValueError if there is none, as after loading an official checkpoint."""
-        if self.tokenizer is None:
-            raise ValueError("the checkpoint contains no vocabulary; pass --vocabulary (in Python: "
-                             "from_pretrained(vocabulary=...)), bert-base-uncased or a vocab.txt")
-        return self.tokenizer
-
     # ---- checkpoints ----
     def checkpoint(self):
         """Everything `from_pretrained` needs, as plain tensors, numbers and text."""
@@ -336,7 +285,7 @@ class FLIP(nn.Module):
 
     @staticmethod
     def from_pretrained(path: str, config: FLIPConfig | None = None, saved: dict | None = None,
-                        vocabulary: str | None = None):
+                        vocabulary: str | None = None, device="cpu", dtype=torch.float32):
         """Load a model, in evaluation mode, from one of our checkpoints or the official FLIP-base.pth: a
         file, a folder containing it, or a hub name. Raises ValueError if it is damaged or does not fit.
         config: overrides the checkpoint's; needed for official ones with widths that are not multiples of 64
@@ -355,19 +304,7 @@ class FLIP(nn.Module):
         if not (0 <= model.queue_pointer < config.queue_size and 0.0009 < model.temperature < 0.5001):
             raise ValueError(f"{path}: expected queue_pointer below {config.queue_size}, temperature 0.001 "
                              f"to 0.5, found {model.queue_pointer.item()} and {model.temperature.item()}")
-        return model.eval()
-
-
-@contextlib.contextmanager
-def eval_mode(model):
-    """Evaluation mode without gradients; restores the previous mode at the end."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was_training)
+        return model.to(device, dtype).eval()
 
 
 @torch.no_grad()

@@ -44,7 +44,7 @@ def encode_folder(model: FLIP, folder: str | Path, cache: Path) -> dict[Path, to
     errors = {}
     for indices, pixels in iterate_images(lambda i, size: load_image(new[i], size=size), len(new),
                                           model.config.vit.image_size, "encoding images", errors=errors):
-        features = model.student.image_features(pixels.to(model.temperature.device)).cpu()
+        features = model.student.image_features(pixels.to(model.device)).cpu()
         cached |= {keys[new[i]]: feature.clone() for i, feature in zip(indices, features)}
     for message in errors.values():
         tqdm.write(f"skipped: {escape_control_chars(message)}")
@@ -81,7 +81,7 @@ def search(model: FLIP, features: dict[Path, torch.Tensor], query: str, top=8, k
     similarity = torch.stack(list(features.values())) @ model.student.text_features(captions)[0].cpu()  # (I,)
     cosines, best = similarity.topk(min(max(k, top), len(paths)))
     tokens = torch.cat([model.student.image_tokens_and_features(pixels)[0]
-                        for pixels in model.load_images([paths[i] for i in best])])
+                        for _, pixels in model.load_images([paths[i] for i in best])])
     logits = model.score_pairs(tokens, captions).cpu()                                          # (k, 2)
     rows = zip(best, model.rerank_score(logits, cosines), cosines, logits.softmax(1)[:, 1])
     results = [SearchResult(paths[i], *(value.item() for value in values)) for i, *values in rows]
@@ -103,7 +103,7 @@ def attribute_patches(model: FLIP, images, phrase: str, steps=8) -> torch.Tensor
     mean colour, to the image. (At the image itself the gradient vanishes where the head is certain.)"""
     captions, patch, attributions = model.tokenize(phrase), model.config.vit.patch_size, []
     with eval_mode(model), torch.enable_grad():
-        for pixels in torch.cat([*model.load_images(images)]).split(8):
+        for pixels in torch.cat([pixels for _, pixels in model.load_images(images)]).split(8):
             gradient = torch.zeros_like(pixels)
             for step in range(steps):
                 interpolated = (pixels * (step + 0.5) / steps).requires_grad_()

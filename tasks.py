@@ -88,7 +88,7 @@ class Task:
     @torch.no_grad()
     def encode_pictures(self, compute, read, count, model, title, errors=None):
         """compute(pixels (B, 3, S, S)) for the images of `iterate_images`, in a `temporary_memmap`."""
-        out, done, device = None, 0, model.temperature.device
+        out, done, device = None, 0, model.device
         with autocast(self.config, device):
             size = model.config.vit.image_size
             for indices, pixels in iterate_images(read, count, size, title, errors=errors):
@@ -152,7 +152,7 @@ class Attributes(Task):
 
     def trainable_module(self, model, samples):
         _, vectors, width = samples.vectors.shape
-        return AttributeHead(vectors, width, len(ATTRIBUTES)).to(model.temperature.device)
+        return AttributeHead(vectors, width, len(ATTRIBUTES)).to(model.device)
 
     def loss(self, head, samples, indices, rng, step):
         """Binary cross-entropy, mean over samples and labels."""
@@ -236,7 +236,7 @@ class Retrieval(Task):
         else:
             captioned = EvaluationSet.of(faces)
             texts, image_of_text = captioned.texts, captioned.image_of_text
-        captions, device = model.tokenizer(texts), model.temperature.device
+        captions, device = model.tokenizer(texts), model.device
         with torch.no_grad(), autocast(self.config, device):
             cls_tokens = model.student.cls_tokens(captions.to(device)).float().cpu()
         return EncodedSplit(count=len(faces), faces=faces, tokens=tokens, captions=captions,

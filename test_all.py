@@ -32,6 +32,7 @@ import time
 import warnings
 import zipfile
 from collections import Counter
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import MagicMock
@@ -1382,7 +1383,7 @@ def test_similarity_and_match_probability_are_those_of_itc_and_itm(uninterrupted
             torch.testing.assert_close(matches[i, t], expected)
     torch.testing.assert_close(model.similarity(Image.open(paths[0]), "a man")[0, 0], cosines[0, 1])
     for images, sentences, message in (
-            (3.5, "a man", "expected paths or PIL images, found float at index 0"),
+            (3.5, "a man", "expected paths, PIL images or uint8 arrays (H, W, 3), found float at index 0"),
             ([paths[0], None], "a man", "found NoneType at index 1"),
             (paths, [b"a man"], "expected sentences, found bytes at index 0"),
             (paths, [], "expected sentences, found an empty list"),
@@ -1391,6 +1392,62 @@ def test_similarity_and_match_probability_are_those_of_itc_and_itm(uninterrupted
             model.similarity(images, sentences)
     with pytest.warns(UserWarning, match="not in the model's vocabulary: freckles"):
         model.similarity(paths[0], "a man with freckles")
+
+
+def test_images_of_every_kind_have_the_same_features_in_any_batches(uninterrupted, tmp_path):
+    model, faces = FLIP.from_pretrained(uninterrupted), data.load_toy_faces(5, 48, 3, tmp_path)
+    pictures = [Image.fromarray(array) for array in faces.images]
+    paths = [tmp_path / f"{i}.png" for i in range(5)]
+    for picture, path in zip(pictures, paths):
+        picture.save(path)
+    arrays = np.array(faces.images)
+    expected = model.encode_image(paths)
+    close(expected.norm(dim=1), torch.ones(5))
+    for images in (pictures, arrays, torch.from_numpy(arrays), [*arrays], [str(paths[0]), *pictures[1:]]):
+        assert torch.equal(model.encode_image(images), expected)
+    close(model.encode_image(paths, batch_size=2), expected, 1e-6)
+    close(model.encode_image(arrays[3])[0], expected[3], 1e-6)
+    texts = ["a man", "a smiling woman", "an old man"]
+    close(model.encode_text(texts, batch_size=2), model.encode_text(texts), 1e-6)
+    assert torch.equal(model.similarity(paths, texts), expected @ model.encode_text(texts).T)
+    logits, cosines = model.match(paths, texts)
+    assert torch.equal(model.score(paths, texts), model.rerank_score(logits, cosines))
+
+
+def test_unreadable_images_are_named_by_index_or_skipped_with_a_warning(uninterrupted, tmp_path):
+    model, good = FLIP.from_pretrained(uninterrupted), Image.new("RGB", (9, 9))
+    (tmp_path / "text.png").write_text("no image")
+    with pytest.raises(FileNotFoundError, match="image 1: .*missing.png does not exist"):
+        model.encode_image([good, tmp_path / "missing.png"])
+    for bad, message in ((np.zeros((3, 9, 9)), r"image 1: expected a uint8 array \(H, W, 3\), found float64"),
+                         (Image.new("F", (9, 9)), "image 1 cannot be read: expected 8 bits per channel"),
+                         (tmp_path / "text.png", "text.png is not an image")):
+        with pytest.raises(ValueError, match=message):
+            model.encode_image([good, bad])
+    with pytest.warns(UserWarning, match="skipped: image 1: .*missing.png does not exist"):
+        features = model.encode_image([good, tmp_path / "missing.png", good], errors="skip")
+    assert features.isfinite().all(1).tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_models_have_nearly_the_same_features_and_scores(uninterrupted, tmp_path, dtype):
+    images, texts = data.load_toy_faces(5, 48, 3, tmp_path).images, ["a man", "a smiling woman"]
+    model, half = FLIP.from_pretrained(uninterrupted), FLIP.from_pretrained(uninterrupted, dtype=dtype)
+    assert half.dtype == dtype and half.device == torch.device("cpu")
+    close(half.encode_image(images), model.encode_image(images), 1e-2)
+    close(half.encode_text(texts), model.encode_text(texts), 1e-2)
+    close(half.match_probability(images, texts), model.match_probability(images, texts), 2e-2)
+    assert half.score(images, texts).dtype == torch.float32
+    close(model.to(dtype).encode_image(images), half.encode_image(images), 0)
+
+
+def test_training_mode_is_kept_when_several_threads_ask(uninterrupted, tmp_path):
+    model = FLIP.from_pretrained(uninterrupted).train()
+    images = data.load_toy_faces(5, 48, 3, tmp_path).images
+    model.student.text.register_forward_pre_hook(lambda module, _: None if not module.training else 1 / 0)
+    with ThreadPool(4) as pool:
+        pool.map(lambda _: model.match_probability(images, ["a man"]), range(20))
+    assert model.training and all(module.training for module in model.modules())
 
 
 # ---- captions.py ---------------------------------------------------------------------------------
@@ -3006,7 +3063,7 @@ def test_bench_times_a_baseline_only_if_its_results_equal_ours(monkeypatch, caps
 # ---- the layout, the scripts and the README ------------------------------------------------------
 # against the import statements of every file, and the commands that README.md shows
 ORDER = """kernels/__init__ kernels/attention kernels/contrastive common/script common/images common/plots
-    common/weights common/distributed common/optim common/resume vit bert losses flip captions
+    common/weights common/distributed common/optim common/resume vit bert losses inference flip captions
     drawing/portrait drawing/sketch toyfaces readers/index readers/tars readers/layouts data config evaluation
     train tasks finetune search report bench test_all""".split()
 

@@ -107,7 +107,7 @@ def train_step(run: TrainState, micro_batches: list[Batch], step: int) -> torch.
     ITM is 0 in steps that skip it. All changes of state are here, at the end: whatever fails before them
     leaves the state of the last step."""
     config, model, rank = run.config, run.model, rank_and_world_size()[0]
-    device, params = model.temperature.device, schedule(step, config)
+    device, params = model.device, schedule(step, config)
     torch.manual_seed(derive_seed(config.seed, step, rank))                     # dropout
     generator = torch.Generator().manual_seed(derive_seed(config.seed, step))   # negatives, for all ranks
     losses, outputs = torch.zeros(2, device=device), []
@@ -181,7 +181,7 @@ def next_batches(run, stream):
     except Exception as error:                      # a damaged image, or a data worker was killed
         failure = error
     flags = torch.tensor([failure is not None, run.progress.stop], dtype=torch.float32,
-                         device=run.model.temperature.device)
+                         device=run.model.device)
     if dist.is_initialized():
         dist.all_reduce(flags)
     failed, stopped = (flags > 0).tolist()

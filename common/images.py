@@ -110,7 +110,7 @@ def iterate_images(read, count, size, title, batch_size=128, show=True, errors=N
     def pixels_of(i):
         try:
             return resize_to_array(read(i, size), size)
-        except ValueError as error:
+        except (ValueError, FileNotFoundError) as error:
             if errors is None:
                 raise
             errors[i] = str(error)
