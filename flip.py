@@ -35,8 +35,9 @@ from tqdm import tqdm
 from bert import Bert, BertConfig, Captions, Tokenizer
 from common.distributed import all_gather, all_gather_objects, rank_and_world_size
 from common.script import check_like, check_ranges, error_context, run_script
-from common.weights import CHECKPOINT_VERSION, load_state, official_sizes, official_state, read_checkpoint
+from common.weights import CHECKPOINT_VERSION, load_state, official_sizes, read_checkpoint, write_folder
 from common.weights import official_name as official_name
+from common.weights import official_state as official_state
 from inference import Inference
 from inference import eval_mode as eval_mode
 from kernels.contrastive import contrastive_loss
@@ -283,6 +284,12 @@ class FLIP(Inference, nn.Module):
         return {"version": CHECKPOINT_VERSION, "flip": asdict(self.config), "model": self.state_dict(),
                 "tokenizer": self.tokenizer.to_json() if self.tokenizer else None}
 
+    def save_pretrained(self, folder: str):
+        """Write model.safetensors, config.json and tokenizer.json to a folder, for `from_pretrained` and for
+        everything else that takes a checkpoint."""
+        self.require_tokenizer()
+        write_folder(self.checkpoint(), folder)
+
     @staticmethod
     def from_pretrained(path: str, config: FLIPConfig | None = None, saved: dict | None = None,
                         vocabulary: str | None = None, device="cpu", dtype=torch.float32):
@@ -292,13 +299,16 @@ class FLIP(Inference, nn.Module):
         (they do not store the number of heads); another image size resizes the position embeddings. saved:
         from `read_checkpoint`. vocabulary (file, folder or hub name): for checkpoints without one."""
         saved = saved or read_checkpoint(path)
-        weights, text, ours = saved["model"], saved.get("tokenizer"), "flip" in saved
+        weights, text = saved["model"], saved.get("tokenizer")
+        ours = "flip" in saved or "student.image.class_token" in weights
         with error_context("one of our checkpoints, or an official one", path):
+            if ours and not config and "flip" not in saved:
+                raise ValueError("a state dict does not say the model's sizes; pass config=FLIPConfig(...)")
             config = config or FLIPConfig.from_dict(saved["flip"] if ours else official_sizes(weights))
         tokenizer = Tokenizer.load(vocabulary) if vocabulary and text is None else None
         tokenizer = tokenizer if text is None else Tokenizer.from_json(text, path)
-        for device in ("meta", "cpu"):          # sizes are checked before memory is allocated
-            with torch.device(device):
+        for stage in ("meta", "cpu"):           # sizes are checked before memory is allocated
+            with torch.device(stage):
                 model = FLIP(config, tokenizer)
             load_state(model.state_dict() if ours else official_state(model), weights, path)    # into views
         if not (0 <= model.queue_pointer < config.queue_size and 0.0009 < model.temperature < 0.5001):

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from bert import MAX_TOKENS, Captions
+from bert import MAX_TOKENS, BertConfig, Captions, Tokenizer
 from common.images import iterate_images, load_image
 from common.script import as_list
 
@@ -118,10 +118,12 @@ class Inference:
         return captions
 
     def require_tokenizer(self):
-        """The tokenizer. Raises ValueError if there is none, as after loading an official checkpoint."""
-        if self.tokenizer is None:
+        """The tokenizer. A model without one, such as the official, takes bert-base-uncased's, from the hub;
+        raises ValueError if that has another size."""
+        if self.tokenizer is None and self.config.bert.vocab_size != BertConfig().vocab_size:
             raise ValueError("the checkpoint contains no vocabulary; pass --vocabulary (in Python: "
-                             "from_pretrained(vocabulary=...)), bert-base-uncased or a vocab.txt")
+                             "from_pretrained(vocabulary=...)), a vocab.txt, its folder or a hub name")
+        self.tokenizer = self.tokenizer or Tokenizer.load("bert-base-uncased")
         return self.tokenizer
 
 

@@ -59,6 +59,7 @@ import config as train_config
 import data
 import evaluation
 import finetune
+import inference
 import losses
 import report
 import search
@@ -135,9 +136,13 @@ def official(tmp_path):
     return FLIP.from_pretrained(path, GOLDEN_CONFIG)
 
 
-def golden_tokenizer(folder):
+def golden_tokenizer_file(folder):
     (folder / "vocab.txt").write_text(str(RECORDED["vocab"]))
-    return Tokenizer.load(folder / "vocab.txt")
+    return folder / "vocab.txt"
+
+
+def golden_tokenizer(folder):
+    return Tokenizer.load(golden_tokenizer_file(folder))
 
 
 def golden_captions(part, index=...):
@@ -616,6 +621,60 @@ def test_files_of_a_hub_name_come_from_the_hub_and_a_missing_config_json_is_acce
                      "pytorch_model.bin.index.json", "config.json", "1.bin"]
     (tmp_path / "config.json").write_text('{"vision_config": {"hidden_act": "gelu"}}')
     assert "['gelu'" in error_of(load_clip, ViT(GOLDEN_CONFIG.vit), "owner/model")
+
+
+def test_official_weights_and_vocabulary_come_from_the_hub_in_one_line(official, tmp_path, monkeypatch):
+    """A stand-in for the hub, at which the weights are in a folder."""
+    import huggingface_hub
+    (tmp_path / "ckpt").mkdir()
+    (tmp_path / "official.pth").rename(tmp_path / "ckpt/FLIP-base.pth")
+    asked = []
+
+    def download(name, filename):
+        asked.append((name, filename))
+        path = golden_tokenizer_file(tmp_path) if name == "bert-base-uncased" else tmp_path / filename
+        if not path.exists() or name == "bert-base-uncased" and filename != "vocab.txt":
+            raise huggingface_hub.errors.EntryNotFoundError("404")
+        return str(path)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    model = FLIP.from_pretrained("OpenFace-CQUPT/FLIP", GOLDEN_CONFIG)
+    assert all(map(torch.equal, model.parameters(), official.parameters())) and len(asked) == 4
+    with pytest.raises(ValueError, match="contains no vocabulary"):
+        model.encode_text(["a man"])
+    monkeypatch.setattr(inference, "BertConfig", lambda: SimpleNamespace(vocab_size=81))     # for 30,524
+    assert model.encode_text(["a man"]).shape == (1, 12) and asked[-1] == ("bert-base-uncased", "vocab.txt")
+
+
+@pytest.mark.parametrize("name", ["out/fllip", "flip", "./out", "out//flip", "a/b/c", "~/flip"])
+def test_misspelt_path_is_rejected_without_asking_the_hub(tmp_path, monkeypatch, name):
+    import huggingface_hub
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_: pytest.fail("asked"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out").mkdir()
+    if name != "./out":
+        assert error_of(FLIP.from_pretrained, name).startswith(f"{name}: no such file or folder")
+
+
+def test_model_is_saved_as_safetensors_and_read_by_everything_that_takes_a_checkpoint(
+        uninterrupted, tmp_path, cache):
+    model = FLIP.from_pretrained(uninterrupted)
+    model.save_pretrained(tmp_path / "saved")
+    assert {path.name for path in (tmp_path / "saved").iterdir()} == {
+        "model.safetensors", "config.json", "tokenizer.json"}
+    torch.save(model.state_dict(), tmp_path / "plain.pt")
+    for other in (FLIP.from_pretrained(tmp_path / "saved"),
+                  FLIP.from_pretrained(tmp_path / "saved/model.safetensors"),
+                  FLIP.from_pretrained(tmp_path / "plain.pt", config=model.config)):
+        assert other.config == model.config and all(map(
+            torch.equal, model.state_dict().values(), other.state_dict().values()))
+    assert other.tokenizer is None and "does not say the model's sizes" in error_of(
+        FLIP.from_pretrained, tmp_path / "plain.pt")
+    again = FLIP.from_pretrained(tmp_path / "saved", device="meta", dtype=torch.bfloat16)
+    assert again.device.type == "meta" and again.dtype == torch.bfloat16
+    run = train.setup(quick(tmp_path / "run", cache, init=str(tmp_path / "saved")))
+    assert torch.equal(run.model.student.image.positions, model.student.image.positions)
+    (tmp_path / "saved/config.json").unlink()
+    assert "config.json" in error_of(FLIP.from_pretrained, tmp_path / "saved")
 
 
 def test_named_pipe_is_no_file_of_weights_and_no_hub_name(tmp_path, monkeypatch):

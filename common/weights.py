@@ -1,6 +1,7 @@
 """Reading and writing weights: CLIP's, BERT's, and checkpoints of the official FLIP and ours."""
 import contextlib
 import json
+import re
 import zipfile
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 
 from common.script import atomic_write, check_like, error_context, short_message
 
-CHECKPOINT_FILES = ("flip.pt", "FLIP-base.pth")     # in a folder or a hub repository
+CHECKPOINT_FILES = ("flip.pt", "model.safetensors", "FLIP-base.pth", "ckpt/FLIP-base.pth")
 CHECKPOINT_VERSION = 2      # version 1 has no "version"; it differs only under "training"
 
 
@@ -23,7 +24,9 @@ def resolve_file(source: str | Path, filenames: tuple[str, ...]) -> Path:
             return candidate
     if path.exists():
         raise FileNotFoundError(f"{path}: expected a file, or a folder that contains {expected}")
-    if name.count("/") > 1 or path.suffix in (".bin", ".pt", ".pth", ".safetensors", ".txt", ".json"):
+    is_file_name = path.suffix in (".bin", ".pt", ".pth", ".safetensors", ".txt", ".json")
+    is_typo = "/" in name and path.parent.is_dir()              # in the last part of a path
+    if is_file_name or is_typo or not re.fullmatch(r"[\w-]+/[\w.-]+|bert-[\w-]+", name):
         raise FileNotFoundError(f"{name}: no such file or folder, and not a hub name such as 'owner/model'")
     from huggingface_hub import errors, hf_hub_download
     for filename in filenames:
@@ -86,10 +89,17 @@ def read_weights(source: str | Path, unused: tuple[str, ...], section: str, **ex
 
 
 def read_checkpoint(source: str | Path) -> dict:
-    """Contents of a checkpoint of FLIP (file, folder or hub name), which has the weights under "model"."""
+    """Contents of a checkpoint of FLIP (file, folder or hub name), which has the weights under "model". The
+    folder may be one of `write_folder`, the file a state dict without anything else."""
     path = resolve_file(source, CHECKPOINT_FILES)
     saved = load_verified(path)
     with error_context("a checkpoint of FLIP, of this version or an older one", path):
+        if all(map(torch.is_tensor, saved.values())):
+            saved = {"model": saved}
+        if path.suffix == ".safetensors":
+            config, tokenizer = (resolve_file(path.parent if Path(source).exists() else source, (name,))
+                                 for name in ("config.json", "tokenizer.json"))
+            saved |= json.loads(config.read_text()) | {"tokenizer": tokenizer.read_text(encoding="utf-8")}
         if saved.get("version", 1) not in (1, CHECKPOINT_VERSION):
             raise ValueError(f"found version {saved['version']!r:.99}: update this project")
         known = {"version", "flip", "model", "tokenizer", "training"} if "flip" in saved else saved.keys()
@@ -101,6 +111,18 @@ def read_checkpoint(source: str | Path) -> dict:
 def write_checkpoint(contents: dict, path: str | Path):
     with atomic_write(path) as partial, error_context("enough disk space", path):
         torch.save(contents, partial)
+
+
+def write_folder(checkpoint: dict, folder: str | Path):
+    """Write the contents of a checkpoint as model.safetensors, config.json and tokenizer.json."""
+    from safetensors.torch import save_file
+    config = {key: value for key, value in checkpoint.items() if key not in ("model", "tokenizer")}
+    with (atomic_write(Path(folder) / "model.safetensors") as weights,
+          atomic_write(Path(folder) / "tokenizer.json") as tokenizer,
+          atomic_write(Path(folder) / "config.json") as sizes):
+        save_file(checkpoint["model"], weights)
+        tokenizer.write_text(checkpoint["tokenizer"], encoding="utf-8")
+        sizes.write_text(json.dumps(config, indent=1))
 
 
 # ---- from a file into a module -------------------------------------------------------------------
