@@ -115,6 +115,8 @@ class Tokenizer:
             raise ValueError(f"{source}: expected a vocabulary like bert-base-uncased's, with the ids 0 to "
                              f"{len(vocabulary) - 1}; missing: {', '.join(missing) or 'some of these ids'}")
         self.cls_id, self.sep_id = vocabulary["[CLS]"], vocabulary["[SEP]"]
+        # one of ours has whole words, and single letters to spell all others
+        self.spells = all(len(piece) == 3 for piece in vocabulary if piece.startswith("##"))
 
     @property
     def vocab_size(self):
@@ -122,14 +124,20 @@ class Tokenizer:
         return self.wordpiece.get_vocab_size() + 2
 
     def split_known(self, text: str) -> tuple[list[str], list[str]]:
-        """The words of a text that are in the vocabulary, and those that are not: [UNK], or spelled
-        out letter by letter."""
+        """The words of a text that are in the vocabulary, and those that are not: [UNK], or spelled out
+        letter by letter, be it only the end ("with ##o ##u ##t")."""
         known, unknown = [], []
         for word in re.findall(r"\w[\w'-]*", clean_caption(text)):
             pieces = self.wordpiece.encode(word, add_special_tokens=False).tokens
             spelled = len(word) > 1 and all(len(piece.removeprefix("##")) == 1 for piece in pieces)
+            spelled = spelled or self.spells and any(piece.startswith("##") for piece in pieces)
             (unknown if spelled or "[UNK]" in pieces else known).append(word)
         return known, unknown
+
+    @property
+    def words(self) -> list[str]:
+        """The whole words of the vocabulary, sorted."""
+        return sorted(piece for piece in self.wordpiece.get_vocab() if piece.isalpha() and len(piece) > 1)
 
     def __call__(self, texts: list[str]) -> Captions:
         if isinstance(texts, str):

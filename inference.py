@@ -8,6 +8,7 @@ An image is a path, a PIL image, or a uint8 array or tensor (H, W, 3); a single 
 list. Shapes: see vit.py; I images, T sentences.
 """
 import contextlib
+import difflib
 import threading
 import warnings
 from pathlib import Path
@@ -103,15 +104,18 @@ class Inference:
             warnings.warn(f"skipped: {message}")
 
     def tokenize(self, texts) -> Captions:
-        """Sentences -> packed captions. Warns about words that are not in the vocabulary; raises ValueError
-        if a sentence has no known word."""
+        """Sentences -> packed captions. Warns about words that are not in the vocabulary and suggests others;
+        raises ValueError if a sentence has no known word."""
         texts, tokenizer = as_list(texts, str, "sentences"), self.require_tokenizer()
         for text in texts:
             known, unknown = tokenizer.split_known(text)
+            similar = [difflib.get_close_matches(word, tokenizer.words, cutoff=0.76) for word in unknown]
+            hints = ", ".join(word + (f" (did you mean {' or '.join(matches)}?)" if matches else "")
+                              for word, matches in zip(unknown, similar))
             if not known:
-                raise ValueError(f"no word of {text!r} is in the model's vocabulary")
+                raise ValueError(f"no word of {text!r} is in the model's vocabulary: {hints}")
             if unknown:
-                warnings.warn(f"not in the model's vocabulary: {', '.join(unknown)}")
+                warnings.warn(f"not in the model's vocabulary: {hints}")
         captions = tokenizer(texts).to(self.device)
         if captions.sequences.max_length >= MAX_TOKENS:
             warnings.warn(f"the longest sentence is truncated at {MAX_TOKENS} tokens")

@@ -4,6 +4,7 @@
 """
 import argparse
 import hashlib
+import itertools
 import os
 import re
 import warnings
@@ -74,16 +75,38 @@ class SearchResult(NamedTuple):
                 f"{escape_control_chars(self.path)}")
 
 
+def split_negations(query: str) -> tuple[str, list[str]]:
+    """What a sentence asks for and what it excludes: "a man without a hat or glasses" -> "a man", ["a hat",
+    "glasses"]. ("no beard" is a phrase of the caption grammar, and stays.)"""
+    negation = (r"\b(?:without|no|not|never)\s+(?!beard)(.+?)"
+                r"(?=\s*(?:[,.;]|\b(?:and|but|with|without|who|he|she|has|is|no|not)\b|$))")
+    excluded = [re.split(r"\sor\s", phrases) for phrases in re.findall(negation, query, re.I)]
+    excluded = [*itertools.chain.from_iterable(excluded)]
+    return re.sub(negation, "", query, flags=re.I).strip(" ,.;"), excluded
+
+
+def tokenize_query(model: FLIP, query: str):
+    """Captions (T) of what a query asks for and excludes, and their signs (T,). The model hardly knows
+    negations, because captions state what is there; so the score of what is excluded is subtracted."""
+    asked, excluded = split_negations(query)
+    if excluded:
+        warnings.warn(f"ranked by {asked or 'nothing'!r} minus {', '.join(map(repr, excluded))}")
+    asked = [asked] if asked or not excluded else []
+    return model.tokenize([*asked, *excluded]), torch.tensor([1.0] * len(asked) + [-1.0] * len(excluded))
+
+
 @torch.no_grad()
 def search(model: FLIP, features: dict[Path, torch.Tensor], query: str, top=8, k=32) -> list[SearchResult]:
     """The `top` best images for a sentence: the ITM head re-ranks the k >= top most similar of `features`."""
-    captions, paths = model.tokenize(query), list(features)
-    similarity = torch.stack(list(features.values())) @ model.student.text_features(captions)[0].cpu()  # (I,)
-    cosines, best = similarity.topk(min(max(k, top), len(paths)))
+    (captions, signs), paths = tokenize_query(model, query), list(features)
+    cosines = torch.stack(list(features.values())) @ model.student.text_features(captions).T.cpu()  # (I, T)
+    best = (cosines @ signs).topk(min(max(k, top), len(paths))).indices
     tokens = torch.cat([model.student.image_tokens_and_features(pixels)[0]
                         for _, pixels in model.load_images([paths[i] for i in best])])
-    logits = model.score_pairs(tokens, captions).cpu()                                          # (k, 2)
-    rows = zip(best, model.rerank_score(logits, cosines), cosines, logits.softmax(1)[:, 1])
+    logits = model.score_pairs(tokens, captions).cpu().unflatten(0, (len(best), -1))            # (k, T, 2)
+    scores = model.rerank_score(logits, cosines[best]) @ signs                                      # (k,)
+    matches = (signs.clamp(max=0).abs() + signs * logits.softmax(-1)[..., 1]).prod(1)       # excluded: 1 - p
+    rows = zip(best, scores, cosines[best] @ signs, matches)
     results = [SearchResult(paths[i], *(value.item() for value in values)) for i, *values in rows]
     return sorted(results, key=lambda result: -result.score)[:top]
 
@@ -122,7 +145,8 @@ def result_rows(model: FLIP, query: str, results: list[SearchResult], explain: b
         return [(query, [(image, f"{result.score:.1f}  {result.cosine:.2f}  {100 * result.probability:.0f} %",
                           False) for image, result in zip(images, results)])]
     rows = [(str(result).strip(), [(image, "", False)]) for image, result in zip(images, results)]
-    for phrase in split_phrases(query, model.tokenizer):
+    asked, excluded = split_negations(query)
+    for phrase in [*split_phrases(asked, model.tokenizer), *excluded]:
         heatmaps = attribute_patches(model, images, phrase).clamp(min=0)
         for (_, row), image, heatmap in zip(rows, images, heatmaps / heatmaps.max().clamp(min=1e-6)):
             mask = Image.fromarray((255 * heatmap).byte().numpy()).resize(image.size)
@@ -168,11 +192,12 @@ def main():
     parser = argparse.ArgumentParser(description="Search a folder of face images with a sentence.")
     parser.add_argument("query", nargs="?", help='a sentence, such as "a smiling woman with blond hair"')
     parser.add_argument("--checkpoint", default="out/flip.pt", help="from train.py, or the official one")
-    parser.add_argument("--images", required=True, help="folder of images, including its subfolders")
+    parser.add_argument("--images", default="", help="folder of images, including its subfolders")
     parser.add_argument("--vocabulary", help="for the official checkpoint: bert-base-uncased, or its folder")
     parser.add_argument("--top", type=int, default=8, help="number of faces to show")
     parser.add_argument("--out", default="out/search.png", help="file for the contact sheet")
     parser.add_argument("--explain", action="store_true", help="show a heatmap per phrase beside each face")
+    parser.add_argument("--words", action="store_true", help="print the words that the model knows")
     parser.add_argument("--serve", action="store_true", help="open a local web page (pip install gradio)")
     args = parser.parse_args()
     out = Path(args.out)
@@ -180,13 +205,15 @@ def main():
         raise ValueError(f"--top {args.top}: expected at least 1")
     if out.suffix.lower() not in Image.registered_extensions():
         raise ValueError(f"--out {out}: expected an image file name, such as out/search.png")
-    if not Path(args.images).is_dir():
-        raise FileNotFoundError(f"{args.images}: no such folder")
+    if not (args.words or args.images and Path(args.images).is_dir()):
+        raise FileNotFoundError(f"{args.images or '--images is missing'}: no such folder")
     path = resolve_file(args.checkpoint, CHECKPOINT_FILES)
     model = FLIP.from_pretrained(path, vocabulary=args.vocabulary)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
+    if args.words:
+        return print(*model.require_tokenizer().words)
     # report problems with the query before encoding images
-    model.require_tokenizer() if args.serve else model.tokenize(args.query or "")
+    model.require_tokenizer() if args.serve else tokenize_query(model, args.query or "")
     stat = path.stat()
     version = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
     cache = out.parent / f"features-{hashlib.sha256(version.encode()).hexdigest()[:12]}.pt"

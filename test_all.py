@@ -1211,6 +1211,7 @@ def test_trained_vocabulary_is_deterministic_and_knows_exactly_its_words():
     assert split_known("A bald man with red glasses.")[1] == ["bald", "red"]
     assert split_known("man/xyz Ω ?") == (["man"], ["xyz", "ω"]) and split_known("???") == ([], [])
     assert split_known("a man, o'clock")[1] == []
+    assert split_known("a man without glasses")[1] == ["without"], "with ##o ##u ##t"
 
 
 @pytest.mark.parametrize("content, message", [
@@ -1449,8 +1450,8 @@ def test_similarity_and_match_probability_are_those_of_itc_and_itm(uninterrupted
             (paths, "freckles", "no word of 'freckles' is in the model's vocabulary")):
         with pytest.raises((TypeError, ValueError), match=re.escape(message)):
             model.similarity(images, sentences)
-    with pytest.warns(UserWarning, match="not in the model's vocabulary: freckles"):
-        model.similarity(paths[0], "a man with freckles")
+    with pytest.warns(UserWarning, match=r"vocabulary: smilin \(did you mean smil.*\?\), freckles$"):
+        model.similarity(paths[0], "a smilin man with freckles")
 
 
 def test_images_of_every_kind_have_the_same_features_in_any_batches(uninterrupted, tmp_path):
@@ -3010,6 +3011,31 @@ def test_query_is_split_into_phrases_with_a_known_word():
     query = "She is a smiling woman with blond hair and freckles, who is not wearing a hat and a tie."
     phrases = ["a smiling woman", "blond hair", "not wearing a hat", "a tie"]
     assert search.split_phrases(query, TOKENIZER) == phrases
+
+
+@pytest.mark.parametrize("query, asked, excluded", [
+    ("a man without glasses", "a man", ["glasses"]), ("not smiling", "", ["smiling"]),
+    ("A woman with no hat or earrings, and red lips", "A woman with , and red lips", ["hat", "earrings"]),
+    ("she is not young and never smiling, with bangs", "she is  and , with bangs", ["young", "smiling"]),
+    ("a man with no beard", "a man with no beard", []), ("nothing notable", "nothing notable", [])])
+def test_what_a_query_excludes_is_split_off(query, asked, excluded):
+    assert search.split_negations(query) == (asked, excluded)
+
+
+def test_score_of_what_a_query_excludes_is_subtracted(uninterrupted, tmp_path):
+    model, faces = FLIP.from_pretrained(uninterrupted), data.load_toy_faces(6, 48, 3, tmp_path)
+    paths = [tmp_path / f"{i}.png" for i in range(6)]
+    for image, path in zip(faces.images, paths):
+        Image.fromarray(image).save(path)
+    features = search.encode_folder(model, tmp_path, tmp_path / "cache.pt")
+    with pytest.warns(UserWarning, match="ranked by 'a man' minus 'glasses', 'a hat'"):
+        results = search.search(model, features, "a man without glasses or a hat", top=6)
+    texts = ["a man", "glasses", "a hat"]
+    scores, p = model.score(paths, texts) @ torch.tensor([1.0, -1, -1]), model.match_probability(paths, texts)
+    order = scores.argsort(descending=True)
+    assert [result.path for result in results] == [paths[i] for i in order]
+    close(torch.tensor([result.score for result in results]), scores[order])
+    close(torch.tensor([result.probability for result in results]), (p[:, 0] * (1 - p[:, 1:]).prod(1))[order])
 
 
 def test_page_shows_faces_for_a_query_and_heatmaps_for_a_click(uninterrupted, tmp_path, monkeypatch):

@@ -141,18 +141,21 @@ def draw_cached(count: int, size: int, seed: int, folder: str, steps: int) -> np
     code = [Path(__file__), here / "captions.py", *sorted(here.glob("drawing/*.py"))]
     version = hashlib.sha256(b"".join(path.read_bytes() for path in code)).hexdigest()[:8]
     path = Path(folder) / f"faces-{count}x{size}-{steps}steps-seed{seed}-{version}.npy"
+    dtype = np.dtype([("attributes", bool, len(ATTRIBUTES)), ("picture", np.uint8, (size, size, 3)),
+                      ("sketches", np.uint8, (steps, size, size))])
     if not path.exists():
-        dtype = [("attributes", bool, len(ATTRIBUTES)), ("picture", np.uint8, (size, size, 3)),
-                 ("sketches", np.uint8, (steps, size, size))]
         draw_one = functools.partial(face_and_sketch, seed=seed, size=size, steps=steps)
         with (atomic_write(path) as partial, open(partial, "wb") as file,
               parallel_map(draw_one, range(count), "drawing faces", chunk_size=16) as rows):
-            descr = np.lib.format.dtype_to_descr(np.dtype(dtype))
+            descr = np.lib.format.dtype_to_descr(dtype)
             np.lib.format.write_array_header_1_0(file, dict(descr=descr, fortran_order=False, shape=(count,)))
             for row in rows:
                 file.write(np.array(row, dtype))
     with error_context("drawn faces; delete this file to draw them again", path):
-        return np.load(path, mmap_mode="r")
+        drawn = np.load(path, mmap_mode="r")
+        if drawn.dtype != dtype or drawn.shape != (count,):
+            raise ValueError(f"found {drawn.shape} {drawn.dtype}")
+    return drawn
 
 
 def face_and_sketch(index, seed, size, steps):

@@ -108,12 +108,14 @@ class IndexColumn:
 
     def _record(self, i):
         begin, length = self.rows["start"][i], self.rows["length"][i]
-        return json.loads(self.text[begin:begin + length].tobytes())
+        with error_context("a whole index; delete it, to have it made anew", self.text.filename):
+            record = json.loads(self.text[begin:begin + length].tobytes())
+            return record[self.field] if self.field else record
 
     def __getitem__(self, i):
         if np.ndim(i):
             return IndexColumn(self.text, self.rows[i], self.folder, self.field)
-        item = self._record(i)[self.field]
+        item = self._record(i)
         if self.field == "sketches":
             return [self.folder / path for path in item]
         if self.field == "images":
