@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from bert import BertConfig
+from common.distributed import DEVICES
 from common.resume import load_run
 from common.script import check_flags, check_like, flag, parse_flags
 from readers.index import COLUMNS
@@ -16,8 +17,8 @@ TINY = (ViTConfig(image_size=48, patch_size=8, width=128, depth=3, heads=4),
         BertConfig(vocab_size=1, width=128, depth=2, heads=4, positions=66, dropout=0.0), 128)
 MODELS = {"tiny": TINY, "base": (ViTConfig(), BertConfig(), 256),
           "large": (ViTConfig(width=1024, depth=24, heads=16), BertConfig(), 256)}
-CHANGEABLE_ON_RESUME = ("data", "cache", "outside", "max_errors", "workers", "log_every", "eval_every",
-                        "save_every")
+CHANGEABLE_ON_RESUME = ("data", "cache", "outside", "device", "max_errors", "workers", "log_every",
+                        "eval_every", "save_every")
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class SharedFlags:
     max_errors: float = flag(1.0, "percent of records or images that may be invalid; they are skipped and "
                                   "counted, and the run stops if there are more", high=100, was="max_lost")
     vocabulary: str = flag("", "for a checkpoint without one (the official one): file, folder or hub name")
+    device: str = flag("auto", "cpu, cuda, mps (Apple; untried), or auto: CUDA if any, else the CPU",
+                       choices=DEVICES)
     precision: str = flag("auto", "float32, bf16 (autocast), or auto: bf16 on CUDA, float32 on CPUs",
                           choices=("auto", "float32", "bf16"))
     k_test: int = flag(256, "candidates per query to re-rank with the ITM head", low=1)
@@ -128,7 +131,8 @@ def parse_arguments(argv: list[str] | None = None, description: str | None = __d
     if given.get("resume") and path.exists():
         renamed = {f.metadata["was"]: f.name for f in fields(Config)}
         saved = load_run(path)["training"]["config"]            # perhaps without flags of later versions
-        before = {"outside": False} | {renamed.get(name, name): value for name, value in saved.items()}
+        defaults = {"outside": False, "device": "auto"}
+        before = defaults | {renamed.get(name, name): value for name, value in saved.items()}
         check_like(before, asdict(Config()), f"{path}: training, config")
         for name, value in given.items():
             if name not in ("resume", "out", *CHANGEABLE_ON_RESUME) and value != before[name]:

@@ -36,7 +36,7 @@ def retrieval_metrics(image_to_text, text_to_image, image_of_text):
     metrics = {}
     for way, ranks in (("txt", first_match_rank(image_to_text, is_match)),
                        ("img", first_match_rank(text_to_image, is_match.T))):
-        recalls = {f"{way}_r{k}": 100 * (ranks < k).double().mean().item() for k in (1, 5, 10)}
+        recalls = {f"{way}_r{k}": 100 * (ranks < k).cpu().double().mean().item() for k in (1, 5, 10)}
         metrics |= recalls | {f"{way}_r_mean": sum(recalls.values()) / 3}
     return metrics | {"r_mean": (metrics["txt_r_mean"] + metrics["img_r_mean"]) / 2}
 

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common.distributed import autocast
+from common.distributed import autocast, choose_device
 from common.optim import build_optimizers, set_learning_rate
 from common.resume import Log
 from common.script import check_flags, flag, markdown_table, parse_flags, run_script
@@ -161,7 +161,7 @@ def open_encoders(config: Config) -> list[tuple[str, FLIP]]:
 
 def finetune(config: Config) -> list[Result]:
     """Evaluate all encoders and return their results. Each encoder's are saved before the next starts."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device(config.device)
     task, folder = TASKS[config.task](config), Path(config.out) / config.task
     if (folder / "table.md").exists():
         raise ValueError(f"{folder} already contains results; remove it, or choose another --out")

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
+from common.distributed import DEVICES, choose_device
 from common.images import IMAGE_SUFFIXES, contact_sheet, iterate_images, load_image
 from common.script import check_like, escape_control_chars, run_script
 from common.weights import CHECKPOINT_FILES, load_verified, resolve_file, write_checkpoint
@@ -194,6 +195,7 @@ def main():
     parser.add_argument("--checkpoint", default="out/flip.pt", help="from train.py, or the official one")
     parser.add_argument("--images", default="", help="folder of images, including its subfolders")
     parser.add_argument("--vocabulary", help="for the official checkpoint: bert-base-uncased, or its folder")
+    parser.add_argument("--device", default="auto", choices=DEVICES, help="auto: CUDA if any, else the CPU")
     parser.add_argument("--top", type=int, default=8, help="number of faces to show")
     parser.add_argument("--out", default="out/search.png", help="file for the contact sheet")
     parser.add_argument("--explain", action="store_true", help="show a heatmap per phrase beside each face")
@@ -208,8 +210,7 @@ def main():
     if not (args.words or args.images and Path(args.images).is_dir()):
         raise FileNotFoundError(f"{args.images or '--images is missing'}: no such folder")
     path = resolve_file(args.checkpoint, CHECKPOINT_FILES)
-    model = FLIP.from_pretrained(path, vocabulary=args.vocabulary)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model = FLIP.from_pretrained(path, vocabulary=args.vocabulary, device=choose_device(args.device))
     if args.words:
         return print(*model.require_tokenizer().words)
     # report problems with the query before encoding images

@@ -365,11 +365,12 @@ class Sketch(Retrieval):
     def metrics(self, model, samples):
         photos = project(samples.photos, model.student.image_projection)                      # (I, E)
         similarity = project(samples.sketches, model.student.image_projection) @ photos.T     # (I, steps, I)
+        similarity = similarity.cpu()               # the metrics need float64, which mps lacks
         metrics = early_retrieval(sketch_ranks(similarity), len(photos))
         each_rank = torch.arange(1, len(photos) + 1)[:, None].expand(-1, similarity.shape[1])
         baseline = early_retrieval(each_rank, len(photos)) | {"finished": 50.0}
         metrics |= {"finished": metrics["percentile"][-1]}
-        return metrics | {"scores": similarity.cpu(), "baseline": baseline}
+        return metrics | {"scores": similarity, "baseline": baseline}
 
     def draw(self, results, faces, folder, stages=6, top=5):
         """Plot one sketch and its top-ranked photos at several stages, and the metrics over all steps."""

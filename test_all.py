@@ -1501,6 +1501,17 @@ def test_half_precision_models_have_nearly_the_same_features_and_scores(uninterr
     close(model.to(dtype).encode_image(images), half.encode_image(images), 0)
 
 
+def test_device_is_chosen_by_name_and_must_exist(monkeypatch):
+    choose = common.distributed.choose_device
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    for cuda in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+        assert choose("auto").type == ("cuda" if cuda else "cpu") and choose("cpu").type == "cpu"
+    assert error_of(choose, "cuda") == "--device cuda: not available on this machine"
+    assert "--device mps" in error_of(choose, "mps")
+    assert train_config.parse_arguments(["--device", "cpu"]).device == "cpu"
+
+
 def test_training_mode_is_kept_when_several_threads_ask(uninterrupted, tmp_path):
     model = FLIP.from_pretrained(uninterrupted).train()
     images = data.load_toy_faces(5, 48, 3, tmp_path).images

@@ -219,7 +219,7 @@ def derive_seed(*numbers: int) -> int:
 # ---- what a run starts from ----------------------------------------------------------------------
 def setup(config: Config) -> TrainState:
     """Data, model and optimisers: new, or from the checkpoint in --out."""
-    device, (rank, world_size) = init_distributed(), rank_and_world_size()
+    device, (rank, world_size) = init_distributed(config.device), rank_and_world_size()
     path = Path(config.out) / "flip.pt"
     if path.exists() and not config.resume:
         raise ValueError(f"{path} already exists; use --resume, or choose another --out")

@@ -53,9 +53,23 @@ def parallel_map(function, jobs, title: str, chunk_size: int = 1):
             pool.shutdown(cancel_futures=True)
 
 
-def init_distributed() -> torch.device:
+DEVICES = ("auto", "cpu", "cuda", "mps")
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of --device; "auto" is CUDA if there is any, else the CPU. Raises ValueError if it is not
+    available."""
+    available = dict(cpu=True, cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available())
+    name = ("cuda" if available["cuda"] else "cpu") if name == "auto" else name
+    if not available[name]:
+        raise ValueError(f"--device {name}: not available on this machine")
+    return torch.device(name)
+
+
+def init_distributed(device_name: str) -> torch.device:
     """Join the process group if torchrun started this process; return the device of this process."""
-    cuda = torch.cuda.is_available()
+    device = choose_device(device_name)
+    cuda = device.type == "cuda"
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if "RANK" in os.environ and not dist.is_initialized():
@@ -64,7 +78,7 @@ def init_distributed() -> torch.device:
         dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=2))
         if not cuda:        # a gloo thread that frees a tensor during Python's shutdown aborts the process
             atexit.register(dist.destroy_process_group)
-    return torch.device("cuda" if cuda else "cpu")
+    return device
 
 
 def rank_and_world_size() -> tuple[int, int]:

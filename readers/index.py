@@ -91,6 +91,8 @@ def load_index(index: Path, split: str, folder: Path):
     if counts[split]:
         text, rows = np.memmap(index.with_suffix(".txt"), np.uint8, "r"), rows[ends[n]:ends[n + 1]]
         first, _ = (IndexColumn(text, rows, folder)._record(i) for i in (0, -1))    # also checks the text
+        if not first.keys() <= {"images", "captions", "sketches"}:
+            raise ValueError(f"{index}: found the fields {list(first)}")
         attributes = rows["attributes"] if rows["attributes"].size else None
         fields = dict(identity=rows["identity"], attributes=attributes,
                       **{field: IndexColumn(text, rows, folder, field) for field in first})
