@@ -21,26 +21,32 @@ from bert import MAX_TOKENS, BertConfig, Captions, Tokenizer
 from common.images import iterate_images, load_image
 from common.script import as_list
 
-EVALUATING = threading.RLock()
+MODE = threading.Lock()
 
 
 @contextlib.contextmanager
 def eval_mode(model):
-    """Evaluation mode without gradients; restores the previous mode at the end. Threads that use a model in
-    training mode take turns, so that none restores it under another."""
-    with EVALUATING if model.training else contextlib.nullcontext():
-        was_training = model.training
-        model.eval()
-        try:
-            with torch.no_grad():
-                yield
-        finally:
-            model.train(was_training)
+    """Evaluation mode without gradients. At the end of the block, or if several threads are in one, of the
+    last, the previous mode is restored."""
+    with MODE:
+        if model.evaluations == 0:
+            model.was_training = model.training
+            model.eval()
+        model.evaluations += 1
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        with MODE:
+            model.evaluations -= 1
+            if model.evaluations == 0:
+                model.train(model.was_training)
 
 
 class Inference:
     """Methods for a model with `student`, `config`, `tokenizer`, `temperature`, `score_pairs` and
     `rerank_score`. They compute in evaluation mode, without gradients, on the model's device in its dtype."""
+    evaluations, was_training = 0, False        # for `eval_mode`
 
     @property
     def device(self) -> torch.device:
