@@ -237,7 +237,7 @@ class BatchLoader:
         self.batches_per_epoch = len(faces) // self.global_size     # the last, incomplete batch is dropped
         if self.batches_per_epoch == 0:
             raise ValueError(f"{faces.name}: {len(faces)} faces are fewer than a batch of {self.global_size} "
-                             f"({world_size} processes x {batch_size}); use a smaller batch")
+                             f"({world_size} processes x {batch_size}); use a smaller --batch_size")
 
     def iterate_from(self, number: int):
         """Yield batches without end, starting with batch `number`, counted from 0 over all epochs. Raises

@@ -181,7 +181,8 @@ def finetune(config: Config) -> list[Result]:
             task.save(model, module, folder)
         task.draw(results, tested, folder)
         model.cpu()
-    print(f"\n{table(results, task)}\n\n{folder}: log.jsonl, table.md, the trained weights, plots")
+    note = task.note + (task.toy_note if not config.data else "")
+    print(f"\n{table(results, task)}\n{note}\n{folder}: log.jsonl, table.md, the trained weights, plots")
     return results
 
 

@@ -140,19 +140,22 @@ def attribute_patches(model: FLIP, images, phrase: str, steps=8) -> torch.Tensor
 
 def result_rows(model: FLIP, query: str, results: list[SearchResult], explain: bool):
     """Rows for `contact_sheet`: all images in one row, or, if `explain`, a row for each image, which is
-    darkened, for each phrase of the query, where the attribution is low (scaled by its maximum over all)."""
+    darkened, for each of the first 12 phrases of the query, where the attribution is low (scaled by its
+    maximum over all images), and labelled with the attribution's sum."""
     images = [result.image() for result in results]
     if not explain:
         return [(query, [(image, f"{result.score:.1f}  {result.cosine:.2f}  {100 * result.probability:.0f} %",
                           False) for image, result in zip(images, results)])]
     rows = [(str(result).strip(), [(image, "", False)]) for image, result in zip(images, results)]
     asked, excluded = split_negations(query)
-    for phrase in [*split_phrases(asked, model.tokenizer), *excluded]:
-        heatmaps = attribute_patches(model, images, phrase).clamp(min=0)
-        for (_, row), image, heatmap in zip(rows, images, heatmaps / heatmaps.max().clamp(min=1e-6)):
+    for phrase in [*split_phrases(asked, model.tokenizer), *excluded][:12]:
+        attributions = attribute_patches(model, images, phrase)
+        totals, heatmaps = attributions.sum((1, 2)), attributions.clamp(min=0)
+        heatmaps = heatmaps / heatmaps.max().clamp(min=1e-6)
+        for (_, row), image, total, heatmap in zip(rows, images, totals, heatmaps):
             mask = Image.fromarray((255 * heatmap).byte().numpy()).resize(image.size)
             dark = image.point(lambda value: value // 4)
-            row.append((Image.composite(image, dark, mask), phrase, False))
+            row.append((Image.composite(image, dark, mask), f"{total:+.1f} {phrase}", False))
     return rows
 
 

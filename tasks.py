@@ -61,6 +61,7 @@ class Task:
     steps = 0                               # steps of the sketches to draw
     fractions = [1.0]                       # of the training split; each is trained on separately
     baseline_name = "chance"                # first row of the table
+    note = toy_note = ""                    # printed below the table: always, and for drawn faces
     has_own_head = False                    # False: trains parts of FLIP itself
 
     def __init__(self, config):
@@ -206,6 +207,7 @@ class Retrieval(Task):
     """Find the face for a caption and the caption for a face."""
     toy_recipe = dict(epochs=30, batch_size=256, lr=3e-3, itm_every=5, num_evaluations=3, k_test=16,
                       faces=2000, validation=300, captions=8)
+    toy_note = "Drawn faces are grey here, unlike in pre-training, so that there is something to learn.\n"
     selection_metric = "r_mean"
     columns = {"img_r5": "T→I R@5", "img_r10": "T→I R@10", "txt_r5": "I→T R@5", "txt_r10": "I→T R@10"}
     columns = columns | {f"itc_{name}": f"{title}, not re-ranked" for name, title in columns.items()}
@@ -320,6 +322,9 @@ class Sketch(Retrieval):
     toy_recipe = dict(epochs=600, batch_size=128, lr=1e-2, itm_every=40, faces=800, validation=100, test=200,
                       captions=8)
     steps = 70
+    note = ("m@A: mean rank percentile of the photo, m@B: mean reciprocal rank, over all stages of the sketch;\n"
+            "w@A, w@B: the same, early stages weighted more; A: the percentile for the finished sketch.\n")
+    toy_note = ""
     selection_metric = "m@B"
     columns = {name: name for name in ("m@A", "m@B", "w@A", "w@B")} | {"finished": "A, sketch finished"}
 

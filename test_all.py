@@ -3112,6 +3112,11 @@ def test_phrase_is_read_where_its_part_of_the_face_is(default_run):
 
 # ---- report.py -----------------------------------------------------------------------------------
 # against one official caption, and a data set with known duplicates and damage
+def test_files_can_be_imported_from_another_folder(tmp_path):
+    code = "import flip; print(flip.FLIP.encode_image.__name__)"
+    assert run_python("-c", code, cwd=tmp_path, PYTHONPATH=str(ROOT)) == "encode_image\n"
+
+
 def test_report_counts_duplicates_damage_words_and_facts(tmp_path, monkeypatch, capsys):
     pixels = np.random.default_rng(0).integers(0, 255, (30, 40, 40, 3), dtype=np.uint8)
     records = [{"image": f"{i}.png", "caption": "a man with a hat and big eyes"[:20 + i]} for i in range(30)]

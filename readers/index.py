@@ -76,7 +76,8 @@ def open_split(path: str | Path, split: str, layouts, cache: str | Path, columns
         check_error_rate(errors, sum(counts.values()) + len(errors), max_errors)
         check_error_rate(own, counts[split] + len(own), max_errors)
         if not fields:
-            raise ValueError(f"{split}: expected at least one face in this split, found {counts}")
+            hint = f"; list them in {split}.json" if "train.json" in layout.reads else ""
+            raise ValueError(f"{split}: expected at least one face in this split, found {counts}{hint}")
     except (ValueError, FileNotFoundError) as error:
         raise ValueError(f"{layout.title}: {error}") from error
     return {"name": f"{layout.title} {split}"} | fields
