@@ -18,9 +18,10 @@ Wearing_Necklace Wearing_Necktie Young
 
 
 # ---- the grammar ---------------------------------------------------------------------------------
-# A fact is an attribute that is true, "not Male" or "not Young". Its row holds the probability of stating
-# it, and its phrases. Each phrase begins with its kind: the verb `is`, `has` or `wears`, `noun` for the
-# person, `photo`, or the part of the face that the adjective describes. {his} becomes his, her or their.
+# A fact is an attribute that is true, or one of three that are false ("not Male" and so on). Its row holds
+# the probability of stating it, and its phrases. Each phrase begins with its kind: the verb `is`, `has` or
+# `wears`, `noun` for the person, `photo`, or the part of the face that the adjective describes. {his}
+# becomes his, her or their.
 GRAMMAR = {
     "5_o_Clock_Shadow": (.70, "has a 5 o'clock shadow | has stubble | has some stubble on {his} chin"),
     "Arched_Eyebrows": (.55, "eyebrows arched | eyebrows curved"),
@@ -64,13 +65,14 @@ GRAMMAR = {
     "Young": (.40, "is young | is youthful"),
     "not Male": (.80, "noun woman | noun woman | noun lady"),
     "not Young": (.60, "is old | is older | is elderly"),
+    "not No_Beard": (.60, "has a beard | has a beard on {his} face | is bearded"),
 }
-FACTS = ATTRIBUTES + ("not Male", "not Young")
-PROBABILITIES = np.array([GRAMMAR[fact][0] for fact in FACTS])  # (42,), of being stated
+FACTS = ATTRIBUTES + ("not Male", "not Young", "not No_Beard")
+PROBABILITIES = np.array([GRAMMAR[fact][0] for fact in FACTS])  # (43,), of being stated
 PHRASES = [[phrase.split(" ", 1) for phrase in GRAMMAR[fact][1].split(" | ")]  # [kind, words]
            for fact in FACTS]
 MAN_FACT, WOMAN_FACT = FACTS.index("Male"), FACTS.index("not Male")
-NEGATABLE = [ATTRIBUTES.index("Male"), ATTRIBUTES.index("Young")]
+NEGATABLE = [ATTRIBUTES.index(fact.removeprefix("not ")) for fact in FACTS[len(ATTRIBUTES):]]
 MIN_FACTS = 3               # minimum number of facts per caption, if the face has that many
 SHORTEST, LONGEST = 10, 75  # words per caption; the tokenizer truncates the longest captions
 FACE_PARTS = {  # part of the face: (whether it takes the article "a", its verb)
@@ -95,13 +97,13 @@ NEUTRAL = ("Only the face can be seen.", "The face fills most of the picture.", 
 
 
 def facts_of(attributes: np.ndarray) -> np.ndarray:
-    """Which FACTS hold, bool (..., 42), given attributes bool (..., 40)."""
+    """Which FACTS hold, bool (..., 43), given attributes bool (..., 40)."""
     return np.concatenate([attributes, ~attributes[..., NEGATABLE]], axis=-1)
 
 
 def sample_caption(attributes: np.ndarray, rng: np.random.Generator) -> tuple[str, np.ndarray]:
     """Sample a caption of a face with attributes bool (40,); return (text, stated int8 (40,)). `stated` is
-    +1 if the text states that the attribute is true, -1 that it is false (Male and Young only), 0 if it is
+    +1 if the text states that the attribute is true, -1 that it is false (NEGATABLE only), 0 if it is
     not mentioned. Facts are sampled independently with PROBABILITIES, and resampled until at least
     MIN_FACTS (or all, if fewer) are stated. `log_likelihood` relies on exactly this."""
     facts = np.flatnonzero(facts_of(attributes))
@@ -229,7 +231,7 @@ def with_article(words):
 
 # ---- retrieval references: attribute match and Bayes optimum -------------------------------------
 def stated_facts(stated: np.ndarray) -> np.ndarray:
-    """Which facts each caption states, bool (T, 42), given stated int8 (T, 40)."""
+    """Which facts each caption states, bool (T, 43), given stated int8 (T, 40)."""
     return np.concatenate([stated > 0, stated[..., NEGATABLE] < 0], axis=-1)
 
 
@@ -248,14 +250,14 @@ def log_likelihood(stated: np.ndarray, attributes: np.ndarray) -> np.ndarray:
     or 0 if `stated` is not a subset of `facts`. Unlike in `satisfies`, unstated facts count against a face.
     """
     is_stated, facts = stated_facts(stated).astype(float), facts_of(attributes)
-    log_odds = np.log(PROBABILITIES) - np.log1p(-PROBABILITIES)                             # (42,)
+    log_odds = np.log(PROBABILITIES) - np.log1p(-PROBABILITIES)                             # (43,)
     none_stated = facts @ np.log1p(-PROBABILITIES)                                          # (I,)
     log_p = (is_stated @ log_odds)[:, None] + none_stated - np.log(prob_min_facts(facts))   # (T, I)
     return np.where(satisfies(stated, attributes), log_p, -np.inf)
 
 
 def prob_min_facts(facts):
-    """P(a single sample states at least min(MIN_FACTS, |facts|) facts): bool (I, 42) -> float (I,)."""
+    """P(a single sample states at least min(MIN_FACTS, |facts|) facts): bool (I, 43) -> float (I,)."""
     count = np.zeros((len(facts), MIN_FACTS))       # P(exactly k stated so far), k < MIN_FACTS
     count[:, 0] = 1
     for p in (facts * PROBABILITIES).T:             # p (I,): one fact at a time, 0 for faces without it

@@ -47,7 +47,7 @@ def fact_patterns():
 
 
 def find_facts(text: str):
-    """Facts that a text states in the grammar's wording, bool (42,); other wordings are missed."""
+    """Facts that a text states in the grammar's wording, bool (43,); other wordings are missed."""
     return np.array([pattern.search(text.lower()) is not None for pattern in fact_patterns()])
 
 

@@ -322,7 +322,7 @@ class Sketch(Retrieval):
     toy_recipe = dict(epochs=600, batch_size=128, lr=1e-2, itm_every=40, faces=800, validation=100, test=200,
                       captions=8)
     steps = 70
-    note = ("m@A: mean rank percentile of the photo, m@B: mean reciprocal rank, over all stages of the sketch;\n"
+    note = ("m@A: mean rank percentile of the photo, m@B: mean reciprocal rank, over all stages;\n"
             "w@A, w@B: the same, early stages weighted more; A: the percentile for the finished sketch.\n")
     toy_note = ""
     selection_metric = "m@B"
