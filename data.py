@@ -15,7 +15,6 @@ sees the batches of an uninterrupted one. Invalid input is reported with file an
 sizes, see vit.py.) Run `python data.py` to see one batch.
 """
 import itertools
-import multiprocessing
 import signal
 import sys
 from dataclasses import dataclass
@@ -249,7 +248,6 @@ class BatchLoader:
             multiprocessing_context="fork" if self.workers and sys.platform == "linux" else None,
             generator=torch.Generator(),        # the default would advance the model's random state
             worker_init_fn=end_with_parent)
-        others = multiprocessing.active_children()
         # a signal to the whole process group stops the training process alone, which saves
         with children_ignore(signal.SIGINT, signal.SIGTERM):
             batches = iter(loader)
@@ -267,9 +265,8 @@ class BatchLoader:
                 yield batch
         except ValueError as error:     # a worker's message contains its traceback: keep the last line
             raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
-        finally:                        # Python's exit would wait for them, as they ignore its SIGTERM
-            for worker in set(multiprocessing.active_children()) - set(others):
-                worker.kill()
+        finally:        # now, even if an error keeps the iterator: Python's exit would wait for the workers
+            getattr(batches, "_shutdown_workers", lambda: None)()           # if there are any
 
     def batch_indices(self, number):
         """Yield for each batch the list of (epoch, index) of this rank."""
