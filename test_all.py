@@ -3016,7 +3016,7 @@ def test_patch_attributions_sum_to_the_difference_from_a_grey_image(uninterrupte
     grey[8:16, 40:] = 0             # one patch is not grey
     [attributions] = search.attribute_patches(model, Image.fromarray(grey), "a man")
     by_size = attributions.abs().flatten().sort(descending=True).values
-    assert attributions[1, 5].abs() == by_size[0] > 10 * by_size[1]     # the others: grey is rounded to 8 bits
+    assert attributions[1, 5].abs() == by_size[0] > 10 * by_size[1]     # others: grey is rounded to 8 bits
 
 
 def test_query_is_split_into_phrases_with_a_known_word():
