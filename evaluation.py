@@ -12,7 +12,8 @@ from common.images import iterate_images
 from common.plots import plot_curves, plot_retrieval
 from common.script import markdown_table
 from data import Faces
-from flip import FLIP, eval_mode, rerank
+from flip import FLIP, rerank
+from inference import eval_mode
 
 
 # ---- retrieval metrics ---------------------------------------------------------------------------

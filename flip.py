@@ -39,7 +39,6 @@ from common.weights import CHECKPOINT_VERSION, load_state, official_sizes, read_
 from common.weights import official_name as official_name
 from common.weights import official_state as official_state
 from inference import Inference
-from inference import eval_mode as eval_mode
 from kernels.contrastive import contrastive_loss
 from losses import contrastive_loss_reference, hard_negative_probabilities, matching_loss, soft_targets
 from vit import ViT, ViTConfig
@@ -104,15 +103,15 @@ class Encoders(nn.Module):
         """Features (B, E) alone: the last block computes only the class tokens."""
         return project(self.image(images, first_token_only=True), self.image_projection)
 
-    def text_features(self, captions: Captions):
+    def text_features(self, captions: Captions, batch_size: int = 500):
         """Captions -> features (P, E) of unit norm."""
-        return project(self.cls_tokens(captions), self.text_projection)
+        return project(self.cls_tokens(captions, batch_size), self.text_projection)
 
-    def cls_tokens(self, captions: Captions):
-        """Packed captions -> [CLS] tokens (P, D), in chunks of at most 500 captions."""
+    def cls_tokens(self, captions: Captions, batch_size: int = 500):
+        """Packed captions -> [CLS] tokens (P, D), in chunks of at most batch_size captions."""
         chunks = [captions]
-        if len(captions) > 500:
-            chunks = [captions.select(indices) for indices in torch.arange(len(captions)).split(500)]
+        if len(captions) > batch_size:
+            chunks = [captions.select(part) for part in torch.arange(len(captions)).split(batch_size)]
         return torch.cat([self.text(chunk, first_token_only=True) for chunk in chunks])
 
 

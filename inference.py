@@ -19,7 +19,6 @@ from PIL import Image
 
 from bert import MAX_TOKENS, BertConfig, Captions, Tokenizer
 from common.images import iterate_images, load_image
-from common.script import as_list
 
 MODE = threading.Lock()
 
@@ -68,10 +67,8 @@ class Inference:
 
     def encode_text(self, texts, batch_size: int = 500):
         """Features (T, E), float32. Raises ValueError if a sentence has no word of the vocabulary."""
-        texts = as_list(texts, str, "sentences")
         with eval_mode(self):
-            return torch.cat([self.student.text_features(self.tokenize(texts[start:start + batch_size]))
-                              for start in range(0, len(texts), batch_size)])
+            return self.student.text_features(self.tokenize(texts), batch_size)
 
     def similarity(self, images, texts):
         """Cosines (I, T)."""
@@ -135,6 +132,18 @@ class Inference:
                              "from_pretrained(vocabulary=...)), a vocab.txt, its folder or a hub name")
         self.tokenizer = self.tokenizer or Tokenizer.load("bert-base-uncased")
         return self.tokenizer
+
+
+def as_list(items, kinds, expected: str):
+    """One item or an iterable of items -> a list. Raises TypeError if an item is not of these kinds."""
+    single = isinstance(items, kinds) or not hasattr(items, "__iter__")
+    items = [items] if single else list(items)
+    for i, item in enumerate(items):
+        if not isinstance(item, kinds):
+            raise TypeError(f"expected {expected}, found {type(item).__name__} at index {i}")
+    if not items:
+        raise ValueError(f"expected {expected}, found an empty list")
+    return items
 
 
 def list_images(images):

@@ -4,7 +4,6 @@
 """
 import argparse
 import hashlib
-import itertools
 import os
 import re
 import warnings
@@ -14,13 +13,13 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from tqdm import tqdm
 
 from common.distributed import DEVICES, choose_device
-from common.images import IMAGE_SUFFIXES, contact_sheet, iterate_images, load_image
+from common.images import IMAGE_SUFFIXES, contact_sheet, load_image
 from common.script import check_like, escape_control_chars, run_script
 from common.weights import CHECKPOINT_FILES, load_verified, resolve_file, write_checkpoint
-from flip import FLIP, eval_mode
+from flip import FLIP
+from inference import eval_mode
 
 
 def load_feature_cache(cache: Path, embed_dim):
@@ -43,13 +42,9 @@ def encode_folder(model: FLIP, folder: str | Path, cache: Path) -> dict[Path, to
     cached = load_feature_cache(cache, model.config.embed_dim)
     keys = {path: f"{path.resolve()} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in paths}
     new = [path for path in paths if keys[path] not in cached]
-    errors = {}
-    for indices, pixels in iterate_images(lambda i, size: load_image(new[i], size=size), len(new),
-                                          model.config.vit.image_size, "encoding images", errors=errors):
-        features = model.student.image_features(pixels.to(model.device)).cpu()
+    for indices, pixels in model.load_images(new, errors="skip") if new else ():
+        features = model.student.image_features(pixels).cpu()
         cached |= {keys[new[i]]: feature.clone() for i, feature in zip(indices, features)}
-    for message in errors.values():
-        tqdm.write(f"skipped: {escape_control_chars(message)}")
     if new:
         write_checkpoint(cached, cache)
     encoded = {path: cached[key] for path, key in keys.items() if key in cached}
@@ -59,11 +54,12 @@ def encode_folder(model: FLIP, folder: str | Path, cache: Path) -> dict[Path, to
 
 
 class SearchResult(NamedTuple):
-    """An image with its ranking score and the measures of ITC and ITM behind it."""
+    """An image with its ranking score and the measures of ITC and ITM behind it. Score and cosine are those
+    of what the query asks for, minus those of what it excludes."""
     path: Path
     score: float            # FLIP.rerank_score
     cosine: float           # of the ITC features
-    probability: float      # of a match, from the ITM head
+    probability: float      # from the ITM head, that the image matches and shows nothing excluded
 
     def image(self) -> Image.Image:
         """The image, at most 512 pixels wide and high."""
@@ -81,8 +77,8 @@ def split_negations(query: str) -> tuple[str, list[str]]:
     "glasses"]. ("no beard" is a phrase of the caption grammar, and stays.)"""
     negation = (r"\b(?:without|no|not|never)\s+(?!beard)(.+?)"
                 r"(?=\s*(?:[,.;]|\b(?:and|but|with|without|who|he|she|has|is|no|not)\b|$))")
-    excluded = [re.split(r"\sor\s", phrases) for phrases in re.findall(negation, query, re.I)]
-    excluded = [*itertools.chain.from_iterable(excluded)]
+    excluded = [phrase for phrases in re.findall(negation, query, re.I)
+                for phrase in re.split(r"\sor\s", phrases)]
     return re.sub(negation, "", query, flags=re.I).strip(" ,.;"), excluded
 
 
@@ -106,15 +102,15 @@ def search(model: FLIP, features: dict[Path, torch.Tensor], query: str, top=8, k
                         for _, pixels in model.load_images([paths[i] for i in best])])
     logits = model.score_pairs(tokens, captions).cpu().unflatten(0, (len(best), -1))            # (k, T, 2)
     scores = model.rerank_score(logits, cosines[best]) @ signs                                      # (k,)
-    matches = (signs.clamp(max=0).abs() + signs * logits.softmax(-1)[..., 1]).prod(1)       # excluded: 1 - p
-    rows = zip(best, scores, cosines[best] @ signs, matches)
+    p = logits.softmax(-1)[..., 1]                                                              # (k, T)
+    rows = zip(best, scores, cosines[best] @ signs, torch.where(signs > 0, p, 1 - p).prod(1))
     results = [SearchResult(paths[i], *(value.item() for value in values)) for i, *values in rows]
     return sorted(results, key=lambda result: -result.score)[:top]
 
 
 def split_phrases(query: str, tokenizer) -> list[str]:
     """The phrases of a sentence with a known word: "a man with a hat and a tie" -> a man, a hat, a tie."""
-    separators = r"(?<![\w-])(?<!not )(?:he|she|and|with|who|has|have|is|are|wears|wearing)(?![\w-])"
+    separators = r"(?<![\w-])(?:he|she|and|with|who|has|have|is|are|wears|wearing)(?![\w-])"
     phrases = re.split(rf"[,.;]|{separators}", query.lower())
     return [phrase.strip() for phrase in phrases if tokenizer.split_known(phrase)[0]]
 
@@ -211,7 +207,7 @@ def main():
     if out.suffix.lower() not in Image.registered_extensions():
         raise ValueError(f"--out {out}: expected an image file name, such as out/search.png")
     if not (args.words or args.images and Path(args.images).is_dir()):
-        raise FileNotFoundError(f"{args.images or '--images is missing'}: no such folder")
+        raise FileNotFoundError(f"--images {args.images}: expected a folder of images, found none")
     path = resolve_file(args.checkpoint, CHECKPOINT_FILES)
     model = FLIP.from_pretrained(path, vocabulary=args.vocabulary, device=choose_device(args.device))
     if args.words:

@@ -145,7 +145,7 @@ def train(config: Config):
     with saved_at_end(run), contextlib.closing(stream):
         # a checkpoint is saved before its evaluation, so a resumed run evaluates first
         metrics = evaluate_and_draw(run, start) if start and is_due(start) else None
-        recent, waited, begin, saved = [], 0.0, time.time(), time.time()
+        recent, waited, begin, last_save = [], 0.0, time.time(), time.time()
         for step in bar:
             waiting = time.time()
             micro_batches = next_batches(run, stream)
@@ -159,9 +159,9 @@ def train(config: Config):
                 log.write(step=done, **line, num_errors=len(run.loader.errors))
                 bar.set_postfix({name: line[name] for name in ("itc", "itm", "seconds", "data_seconds")})
                 recent, waited, begin = [], 0.0, time.time()
-            if is_due(done) or time.time() - saved > 60 * config.save_every:
+            if is_due(done) or time.time() - last_save > 60 * config.save_every:
                 save(run)
-                saved = time.time()
+                last_save = time.time()
             if is_due(done):
                 paused = time.time()
                 metrics = evaluate_and_draw(run, done)

@@ -1,5 +1,6 @@
-"""Processes and what they gather, without gradient: momentum features and identities (ITC's keys), student
-features (to sample negatives) and captions (for ITM); never image tokens."""
+"""Devices and processes: worker processes, ranks, and what ranks gather, without gradient: momentum features
+and identities (ITC's keys), student features (to sample negatives) and captions (for ITM); never image
+tokens."""
 import atexit
 import contextlib
 import ctypes

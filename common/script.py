@@ -187,15 +187,3 @@ def parse_flags(parser: argparse.ArgumentParser, config, argv):
                             **options)
     given = vars(parser.parse_args(argv))
     return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-
-
-def as_list(items, kinds, expected: str):
-    """One item or an iterable of items -> a list. Raises TypeError if an item is not of these kinds."""
-    single = isinstance(items, kinds) or not hasattr(items, "__iter__")
-    items = [items] if single else list(items)
-    for i, item in enumerate(items):
-        if not isinstance(item, kinds):
-            raise TypeError(f"expected {expected}, found {type(item).__name__} at index {i}")
-    if not items:
-        raise ValueError(f"expected {expected}, found an empty list")
-    return items
