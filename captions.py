@@ -27,7 +27,7 @@ GRAMMAR = {
     "Arched_Eyebrows": (.55, "eyebrows arched | eyebrows curved"),
     "Attractive": (.40, "is attractive | is good-looking | has an attractive look"),
     "Bags_Under_Eyes": (.65, "has bags under {his} eyes | has dark circles under {his} eyes"),
-    "Bald": (.85, "is bald | has a bald head | has no hair left"),
+    "Bald": (.85, "is bald | has a bald head | has lost {his} hair"),
     "Bangs": (.75, "has bangs | has a fringe | has bangs over {his} forehead"),
     "Big_Lips": (.65, "lips full | lips big | lips large"),
     "Big_Nose": (.65, "nose big | nose large"),
@@ -47,7 +47,7 @@ GRAMMAR = {
     "Mouth_Slightly_Open": (.65, "mouth slightly open | mouth partly open"),
     "Mustache": (.80, "has a mustache | has a moustache"),
     "Narrow_Eyes": (.65, "eyes narrow | eyes small"),
-    "No_Beard": (.50, "has no beard | has no beard at all"),
+    "No_Beard": (.50, "is beardless | has a beardless face"),
     "Oval_Face": (.60, "face oval | face oval-shaped"),
     "Pale_Skin": (.70, "skin pale | skin fair"),
     "Pointy_Nose": (.60, "nose pointy | nose pointed"),
@@ -65,7 +65,7 @@ GRAMMAR = {
     "Young": (.40, "is young | is youthful"),
     "not Male": (.80, "noun woman | noun woman | noun lady"),
     "not Young": (.60, "is old | is older | is elderly"),
-    "not No_Beard": (.60, "has a beard | has a beard on {his} face | is bearded"),
+    "not No_Beard": (.60, "has a beard | has a full beard | is bearded"),
 }
 FACTS = ATTRIBUTES + ("not Male", "not Young", "not No_Beard")
 PROBABILITIES = np.array([GRAMMAR[fact][0] for fact in FACTS])  # (43,), of being stated

@@ -21,6 +21,8 @@ from common.weights import CHECKPOINT_FILES, load_verified, resolve_file, write_
 from flip import FLIP
 from inference import eval_mode
 
+EXAMPLES = ["a smiling woman with blond hair and glasses", "a man with a beard", "a person without a hat"]
+
 
 def load_feature_cache(cache: Path, embed_dim):
     """{key: feature} of earlier searches; empty if the file is missing or damaged."""
@@ -74,8 +76,8 @@ class SearchResult(NamedTuple):
 
 def split_negations(query: str) -> tuple[str, list[str]]:
     """What a sentence asks for and what it excludes: "a man without a hat or glasses" -> "a man", ["a hat",
-    "glasses"]. ("no beard" is a phrase of the caption grammar, and stays.)"""
-    negation = (r"\b(?:without|no|not|never)\s+(?!beard)(.+?)"
+    "glasses"]."""
+    negation = (r"\b(?:without|no|not|never)\s+(.+?)"
                 r"(?=\s*(?:[,.;]|\b(?:and|but|with|without|who|he|she|has|is|no|not)\b|$))")
     excluded = [phrase for phrases in re.findall(negation, query, re.I)
                 for phrase in re.split(r"\sor\s", phrases)]
@@ -83,8 +85,8 @@ def split_negations(query: str) -> tuple[str, list[str]]:
 
 
 def tokenize_query(model: FLIP, query: str):
-    """Captions (T) of what a query asks for and excludes, and their signs (T,). The model hardly knows
-    negations, because captions state what is there; so the score of what is excluded is subtracted."""
+    """Captions (T) of what a query asks for and excludes, and their signs (T,). Captions
+    state what is there, so a model does not learn negations: the score of what is excluded is subtracted."""
     asked, excluded = split_negations(query)
     if excluded:
         warnings.warn(f"ranked by {asked or 'nothing'!r} minus {', '.join(map(repr, excluded))}")
@@ -161,18 +163,20 @@ def serve(model: FLIP, folder: str | Path, cache: Path, top: int, sentence=""):
     try:
         import gradio
     except ImportError:
-        raise ValueError("--serve: expected the package gradio, found none; pip install gradio") from None
+        raise ValueError("--serve: expected the package gradio >= 6, found none; "
+                         "pip install 'gradio>=6'") from None
     features = encode_folder(model, folder, cache)
 
     def on_submit(query):
         with warnings.catch_warnings(record=True) as caught:
             try:
                 results = search(model, features, query, top)
-            except ValueError as error:
-                raise gradio.Error(str(error)) from None
-        for warning in caught:
-            gradio.Warning(str(warning.message))
-        return [(result.image(), str(result)) for result in results], (query, results), None
+            except ValueError as error:             # the faces of the last query stay
+                return f"⚠ {error}", gradio.skip(), gradio.skip(), gradio.skip()
+        message = "\n\n".join(f"⚠ {warning.message}" for warning in caught)
+        faces = [(result.image(), str(result._replace(path=result.path.relative_to(folder))))
+                 for result in results]
+        return message, gradio.Gallery(faces, label=query), (query, results), None
 
     def on_select(last_search, event: gradio.SelectData):
         query, results = last_search
@@ -180,12 +184,19 @@ def serve(model: FLIP, folder: str | Path, cache: Path, top: int, sentence=""):
 
     with gradio.Blocks(title="FLIP", delete_cache=(600, 600)) as page:      # gradio copies the faces it shows
         gradio.Markdown(f"# {len(features)} faces\nScore, cosine, match probability; click for heatmaps")
-        query, last_search = gradio.Textbox(sentence, label="query", autofocus=True), gradio.State()
-        gallery = gradio.Gallery(columns=4, object_fit="contain", allow_preview=False, show_label=False)
-        heatmaps = gradio.Image(show_label=False)
-        query.submit(on_submit, query, [gallery, last_search, heatmaps])
+        with gradio.Row():
+            query = gradio.Textbox(sentence or EXAMPLES[0], label="query", autofocus=True, scale=4)
+            button = gradio.Button("Search")
+        gradio.Examples(EXAMPLES, query)
+        message, last_search = gradio.Markdown(), gradio.State()
+        gallery = gradio.Gallery(columns=4, object_fit="contain", allow_preview=False, buttons=[])
+        heatmaps = gradio.Image(show_label=False, buttons=[])
+        gradio.on([page.load, query.submit, button.click], on_submit, query,
+                  [message, gallery, last_search, heatmaps], trigger_mode="always_last")
         gallery.select(on_select, last_search, heatmaps)
-    page.launch(server_name="127.0.0.1", inbrowser=True)
+    page.launch(server_name="127.0.0.1", inbrowser=True, footer_links=[],
+                css=".caption-label {white-space: normal !important; overflow-wrap: anywhere} "
+                    ".grid-wrap {padding-top: 2.5em}")
 
 
 def main():

@@ -3030,7 +3030,7 @@ def test_query_is_split_into_phrases_with_a_known_word():
     ("a man without glasses", "a man", ["glasses"]), ("not smiling", "", ["smiling"]),
     ("A woman with no hat or earrings, and red lips", "A woman with , and red lips", ["hat", "earrings"]),
     ("she is not young and never smiling, with bangs", "she is  and , with bangs", ["young", "smiling"]),
-    ("a man with no beard", "a man with no beard", []), ("nothing notable", "nothing notable", [])])
+    ("a man with no beard", "a man with", ["beard"]), ("nothing notable", "nothing notable", [])])
 def test_what_a_query_excludes_is_split_off(query, asked, excluded):
     assert search.split_negations(query) == (asked, excluded)
 
@@ -3052,25 +3052,76 @@ def test_score_of_what_a_query_excludes_is_subtracted(uninterrupted, tmp_path):
 
 
 def test_page_shows_faces_for_a_query_and_heatmaps_for_a_click(uninterrupted, tmp_path, monkeypatch):
-    """A mock replaces gradio and records the two functions that the page registers."""
-    gradio = MagicMock(Error=RuntimeError, Warning=warnings.warn, spec=[
-        "Blocks", "Markdown", "Textbox", "State", "Gallery", "Image", "SelectData", "Error", "Warning"])
+    """A mock replaces gradio and records the two functions that the page registers; the page itself is used
+    by `test_page_in_a_browser`."""
+    gradio = MagicMock()
     model, folder = FLIP.from_pretrained(uninterrupted), write_celeba(tmp_path)
     features = search.encode_folder(model, folder, tmp_path / "features.pt")
     monkeypatch.setitem(sys.modules, "gradio", gradio)
     search.serve(model, folder, tmp_path / "features.pt", 3)
-    page = gradio.Blocks().__enter__()
-    page.launch.assert_called_once_with(server_name="127.0.0.1", inbrowser=True)
-    on_submit, on_select = (f.call_args.args[0] for f in (gradio.Textbox().submit, gradio.Gallery().select))
-    gallery, last_search, _ = on_submit("a smiling woman")
-    results = search.search(model, features, "a smiling woman", 3)
-    assert [label for _, label in gallery] == [*map(str, results)]
+    assert gradio.Blocks().__enter__().launch.call_args.kwargs["server_name"] == "127.0.0.1"
+    on_submit, on_select = gradio.on.call_args.args[1], gradio.Gallery().select.call_args.args[0]
+    message, _, last_search, _ = on_submit("a smiling woman with eyeglases")
+    assert message == "⚠ not in the model's vocabulary: eyeglases"
+    assert last_search[1] == search.search(model, features, "a smiling woman with eyeglases", 3)
+    labels = [label for _, label in gradio.Gallery.call_args.args[0]]
+    assert [label.split()[-1] for label in labels] == [
+        str(result.path.relative_to(folder)) for result in last_search[1]]
     heatmaps = on_select(last_search, SimpleNamespace(index=2))
     assert heatmaps.width > 2 * 192 and heatmaps.height < 2 * 192
-    with pytest.raises(RuntimeError, match="no word of"):
-        on_submit("freckles")
+    message, *outputs = on_submit("freckles")
+    assert "no word of" in message and outputs == 3 * [gradio.skip()]
     monkeypatch.setitem(sys.modules, "gradio", None)
-    assert "pip install gradio" in error_of(search.serve, model, folder, "features.pt", 3)
+    assert "pip install 'gradio>=6'" in error_of(search.serve, model, folder, "features.pt", 3)
+
+
+@pytest.mark.slow
+def test_page_in_a_browser(uninterrupted, tmp_path):
+    """Needs `pip install 'gradio>=6' selenium`, and chromium with its driver."""
+    from selenium import webdriver
+    from selenium.webdriver.support.ui import WebDriverWait
+    model, folder = FLIP.from_pretrained(uninterrupted), write_celeba(tmp_path)
+    features = search.encode_folder(model, folder, tmp_path / "features.pt")
+    command = [sys.executable, str(ROOT / "search.py"), "--checkpoint", str(uninterrupted), "--images",
+               str(folder), "--top", "3", "--out", str(tmp_path / "out.png"), "--serve", "a man"]
+    page = subprocess.Popen(command, env=os.environ | {"BROWSER": "true"}, text=True, bufsize=1,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    options = webdriver.ChromeOptions()
+    for option in ("headless=new", "no-sandbox", "disable-gpu", "disable-background-networking"):
+        options.add_argument(f"--{option}")
+    browser = webdriver.Chrome(options)
+    try:
+        address = next(match[0] for line in page.stdout if (match := re.search(r"http://\S+", line)))
+        browser.get(address)
+        find = lambda css: browser.find_elements("css selector", css)
+        label = lambda: [element.text for element in find("[data-testid=block-label]")][:1]
+        wait = WebDriverWait(browser, 60).until
+        wait(lambda _: label() == ["a man"])                    # the page opens with faces
+
+        def submit(*sentences):
+            for sentence in sentences:
+                find("textarea")[0].send_keys("\ue009a\ue000", sentence, "\n")    # control-a, query, enter
+
+        submit("a woman with a hat", "an old woman")            # in a hurry: the last one wins
+        wait(lambda _: label() == ["an old woman"])
+        results = search.search(model, features, "an old woman", 3)
+        shown = [element.text.split()[-1] for element in find(".caption-label")]
+        assert shown == [str(result.path.relative_to(folder)) for result in results]
+        submit("freckles")                                      # a message; label and faces stay
+        wait(lambda _: "no word of 'freckles'" in find("body")[0].text)
+        assert label() == ["an old woman"] and len(find(".caption-label")) == 3
+        assert not find("[aria-label*=hare]")                   # no button shares a face
+        find(".thumbnail-lg")[1].click()
+        wait(lambda _: find("[data-testid=image] img, .image-frame img"))
+        [button] = [element for element in find("button") if element.text == "Search"]
+        submit_text = "a young man without glasses"
+        find("textarea")[0].send_keys("\ue009a\ue000", submit_text)
+        button.click()
+        wait(lambda _: label() == [submit_text] and "minus 'glasses'" in find("body")[0].text)
+    finally:
+        browser.quit()
+        page.send_signal(signal.SIGINT)
+    assert "Traceback" not in page.communicate(timeout=60)[1]
 
 
 def patches_of(face, seed, parts, patch=8, fine=5):
