@@ -95,12 +95,24 @@ def rerank_metrics(model, image_tokens, captions, similarity, image_of_text, con
 
 
 # ---- table and plots -----------------------------------------------------------------------------
-def recall_table(metrics: dict, validation: EvaluationSet) -> str:
-    """The final Markdown table: recalls in percent in both directions, beside chance and the references."""
+def warn_of_chance(faces: Faces):
+    """Warn if there are so few faces that recall is high by chance."""
+    chance = 100 * min(1, 10 / len(faces))
+    if chance > 4:
+        print(f"{faces.name}: with {len(faces)} faces, R@10 is {chance:.0f} % by chance; more faces give "
+              f"more meaningful figures")
+
+
+def recall_table(metrics: dict, validation: EvaluationSet, initial: dict | None = None) -> str:
+    """The final Markdown table: recalls in percent in both directions, beside chance, the references and,
+    if given, the metrics of the model of --init."""
     chance = [100 * min(1, k / len(validation.faces)) for k in (1, 5, 10)] * 2
     rows = {"chance": chance} | validation.references
-    for name, prefix in (("this model, ITC alone", "itc_"), ("this model, re-ranked", "")):
-        rows[name] = [metrics[f"{prefix}{way}_r{k}"] for way in ("img", "txt") for k in (1, 5, 10)]
+    for name, values, prefix in (("model of --init, re-ranked", initial, ""),
+                                 ("this model, ITC alone", metrics, "itc_"),
+                                 ("this model, re-ranked", metrics, "")):
+        if values:
+            rows[name] = [values[f"{prefix}{way}_r{k}"] for way in ("img", "txt") for k in (1, 5, 10)]
     ours = rows["this model, re-ranked"]
     for name in validation.references:
         rows[f"% of {name}"] = [100 * a / b for a, b in zip(ours, validation.references[name])]

@@ -187,18 +187,22 @@ def finetune(config: Config) -> list[Result]:
 
 
 def table(results, task):
-    """Markdown table: chance or majority class, then all encoders, the last one first."""
-    cells = list(itertools.product(task.columns, task.fractions))
-    header = [task.columns[column] + (f", {100 * fraction:g} %" if len(task.fractions) > 1 else "")
-              for column, fraction in cells]
+    """Markdown tables, one for each title in `task.columns`: chance or majority class, then all encoders, the
+    last one first."""
     rows = [(task.baseline_name, dict.fromkeys(task.fractions, results[0].final["baseline"]))]
     for result in results[::-1]:
         if not task.has_own_head:
             rows.append((f"{result.name}, before tuning", result.before))
         rows.append((f"{result.name}, tuned", result.tuned))
-    rows = [[name, *(f"{metrics[fraction][column]:.1f}" for column, fraction in cells)]
-            for name, metrics in rows]
-    return markdown_table(["%", *header], rows)
+    tables = []
+    for title, columns in itertools.groupby(task.columns, key=lambda column: task.columns[column][0]):
+        cells = list(itertools.product(columns, task.fractions))
+        header = [task.columns[column][1] or f"{100 * fraction:g} % of the faces"
+                  for column, fraction in cells]
+        tables.append(markdown_table([f"{title}, %", *header], [
+            [name, *(f"{metrics[fraction][column]:.1f}" for column, fraction in cells)]
+            for name, metrics in rows]))
+    return "\n\n".join(tables)
 
 
 def parse_arguments(argv=None):

@@ -31,7 +31,7 @@ from common.plots import new_figure, plot_retrieval
 from common.script import temporary_memmap
 from common.weights import write_checkpoint
 from data import Faces, drop, load_toy_faces, open_faces
-from evaluation import EvaluationSet, rerank_metrics
+from evaluation import EvaluationSet, rerank_metrics, warn_of_chance
 from flip import FLIP, project
 from kernels.contrastive import contrastive_loss
 
@@ -56,7 +56,8 @@ class EncodedSplit:
 class Task:
     """What the tasks share. finetune.py calls `open` and `encode` for each split, `trainable_module`, then
     `loss` in each step, `metrics` in each evaluation, finally `save` and `draw`; `config` holds its flags. A
-    task names its `selection_metric` (on the validation split) and the `columns` of its table."""
+    task names its `selection_metric` (on the validation split) and the columns of its tables, {metric:
+    (title of its table, header)}; without a header there is a column for each fraction."""
     recipe, toy_recipe = {}, {}             # overrides of the flags' defaults: always, and for drawn faces
     steps = 0                               # steps of the sketches to draw
     fractions = [1.0]                       # of the training split; each is trained on separately
@@ -131,7 +132,7 @@ class Attributes(Task):
     recipe = dict(epochs=100, batch_size=256, lr=1e-3, warmup=0, weight_decay=0.0)
     toy_recipe = dict(epochs=60, lr=3e-3, validation=500)
     selection_metric = "accuracy"
-    columns = {"accuracy": "accuracy", "balanced": "balanced accuracy"}
+    columns = {"accuracy": ("accuracy", ""), "balanced": ("balanced accuracy", "")}
     baseline_name, has_own_head = "majority class", True
 
     def __init__(self, config):
@@ -209,8 +210,9 @@ class Retrieval(Task):
                       faces=2000, validation=300, captions=8)
     toy_note = "Drawn faces are grey here, unlike in pre-training, so that there is something to learn.\n"
     selection_metric = "r_mean"
-    columns = {"img_r5": "T→I R@5", "img_r10": "T→I R@10", "txt_r5": "I→T R@5", "txt_r10": "I→T R@10"}
-    columns = columns | {f"itc_{name}": f"{title}, not re-ranked" for name, title in columns.items()}
+    columns = {f"{prefix}{way}_r{k}": (title, f"{header} R@{k}")
+               for prefix, title in (("itc_", "ITC alone"), ("", "re-ranked"))
+               for way, header in (("img", "text to image"), ("txt", "image to text")) for k in (5, 10)}
 
     def open(self, split, model):
         """Drawn faces are converted to greyscale: a domain shift from pre-training, so that there is
@@ -221,6 +223,8 @@ class Retrieval(Task):
         if split == "train" and (faces.identity == faces.identity[0]).all():
             raise ValueError(f"{faces.name} shows one person only, so there are no negatives; train on more "
                              f"people")
+        if split == "test":
+            warn_of_chance(faces)
         if self.config.data:
             return faces
         grey = np.asarray(faces.images) @ np.array([0.299, 0.587, 0.114])                   # (I, S, S)
@@ -326,7 +330,8 @@ class Sketch(Retrieval):
             "w@A, w@B: the same, early stages weighted more; A: the percentile for the finished sketch.\n")
     toy_note = ""
     selection_metric = "m@B"
-    columns = {name: name for name in ("m@A", "m@B", "w@A", "w@B")} | {"finished": "A, sketch finished"}
+    columns = {name: ("sketch", name) for name in ("m@A", "m@B", "w@A", "w@B")} | {
+        "finished": ("sketch", "A, finished")}
 
     def open(self, split, model):
         faces = Task.open(self, split, model)

@@ -46,7 +46,7 @@ from common.script import run_script
 from common.weights import load_bert, load_clip, load_state
 from config import MODELS, TINY, Config, parse_arguments
 from data import Batch, BatchLoader, Faces, drop_unreadable, load_toy_faces, open_faces
-from evaluation import EvaluationSet, evaluate_and_draw, recall_table
+from evaluation import EvaluationSet, evaluate_and_draw, recall_table, warn_of_chance
 from flip import FLIP, FLIPConfig, StepParams
 from vit import ViTConfig
 
@@ -143,8 +143,8 @@ def train(config: Config):
     stream = run.loader.iterate_from(start * config.accumulate)
     bar = tqdm(range(start, config.steps), "training", initial=start, total=config.steps, disable=rank > 0)
     with saved_at_end(run), contextlib.closing(stream):
-        # a checkpoint is saved before its evaluation, so a resumed run evaluates first
-        metrics = evaluate_and_draw(run, start) if start and is_due(start) else None
+        # a checkpoint is saved before its evaluation, so a resumed run evaluates first; --init has a row
+        metrics = evaluate_and_draw(run, start) if is_due(start) and (start or config.init) else None
         recent, waited, begin, last_save = [], 0.0, time.time(), time.time()
         for step in bar:
             waiting = time.time()
@@ -167,7 +167,8 @@ def train(config: Config):
                 metrics = evaluate_and_draw(run, done)
                 begin += time.time() - paused
     if rank == 0:
-        print(f"{recall_table(metrics, run.validation)}\n"
+        initial = next((line for line in log.lines if line.get("step") == 0), None)
+        print(f"{recall_table(metrics, run.validation, initial)}\n"
               f"{config.out}: flip.pt, log.jsonl, curves.png, retrieval.png")
     return run.model, metrics
 
@@ -325,14 +326,11 @@ def load_initial(config: Config) -> FLIP | None:
 def print_plan(config: Config, faces: Faces, validation: Faces, world_size: int, tokenizer: Tokenizer):
     """Print the length of the run, and warnings about few faces or unknown words."""
     epochs = config.steps * config.accumulate * config.batch_size * world_size / len(faces)
-    chance = 100 * min(1, 10 / len(validation))
     print(f"{len(faces):,} training faces, {len(validation):,} validation faces; {config.steps:,} steps are "
           f"{epochs:.1f} epochs")
     if epochs > 60:
         print(f"this will overfit: try --steps {round(30 * config.steps / epochs)}, or more faces")
-    if chance > 4:
-        print(f"with {len(validation)} validation faces, R@10 is {chance:.0f} % by chance; more faces give "
-              f"more meaningful figures (at most --validation {config.validation})")
+    warn_of_chance(validation)
     if config.init:
         unknown = {word for text in sample_captions(faces, 500) for word in tokenizer.split_known(text)[1]}
         if unknown:

@@ -28,6 +28,13 @@ def plot_curves(log: list[dict], validation, path: Path):
     for name in ("itc", "itm"):
         points = [(line["step"], line[name]) for line in log if line.get(name) is not None]
         left.plot(*zip(*points) if points else ([], []), label=name.upper())
+    config = log[0]["config"]
+    for name, start, side in (("queue", config["queue_from"], "right"),
+                              ("soft targets", config["alpha_ramp"][0], "left")):
+        if start > 0:                                               # ITC rises here, because its task changes
+            left.axvline(start * config["steps"], color="grey", linestyle=":")
+            left.text(start * config["steps"], 0.98, f" {name} ", transform=left.get_xaxis_transform(),
+                      rotation=90, ha=side, va="top", color="grey")
     left.set(xlabel="step", title="training losses")
     evaluations = [line for line in log if "img_r10" in line]
     for column, k, colour in ((0, 1, "tab:blue"), (1, 5, "tab:orange"), (2, 10, "tab:green")):
