@@ -116,7 +116,8 @@ class Inference:
             hints = ", ".join(word + (f" (did you mean {' or '.join(matches)}?)" if matches else "")
                               for word, matches in zip(unknown, similar))
             if not known:
-                raise ValueError(f"no word of {text!r} is in the model's vocabulary: {hints}")
+                raise ValueError(f"no word of {text!r} is in the model's vocabulary: {hints}; "
+                                 f"`search.py --words` prints all")
             if unknown:
                 warnings.warn(f"not in the model's vocabulary: {hints}")
         captions = tokenizer(texts).to(self.device)

@@ -35,7 +35,7 @@ def load_feature_cache(cache: Path, embed_dim):
 
 
 @torch.no_grad()
-def encode_folder(model: FLIP, folder: str | Path, cache: Path) -> dict[Path, torch.Tensor]:
+def encode_folder(model: FLIP, folder: str | Path, cache: str | Path) -> dict[Path, torch.Tensor]:
     """{path: feature (E,)} of every image in `folder` and its subfolders. Features of unchanged files come
     from the file `cache`; unreadable images are reported and skipped. Raises ValueError if none is left."""
     paths = [p for p in sorted(Path(folder).rglob("*")) if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file()]

@@ -142,7 +142,7 @@ class Attributes(Task):
     def open(self, split, model):
         faces = super().open(split, model)
         if faces.attributes is None:
-            raise ValueError(f"{faces.name}: expected attributes to learn, found none")
+            raise ValueError(f"{faces.name}: expected attributes to learn, as in CelebA or LFWA; found none")
         return faces
 
     def encode(self, model, faces, for_training):
@@ -336,7 +336,7 @@ class Sketch(Retrieval):
     def open(self, split, model):
         faces = Task.open(self, split, model)
         if faces.sketches is None:
-            raise ValueError(f"{faces.name}: expected sketches, found none")
+            raise ValueError(f"{faces.name}: expected sketches, as in FS2K-SDE or FS2K; found none")
         if split == "train" and faces.has_text:
             model.require_tokenizer()
         return faces

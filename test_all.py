@@ -2947,12 +2947,12 @@ def test_recipe_is_the_papers_on_own_data_and_flags_override_it():
     ("attributes", write_celeba, lambda saved: saved["model"]["temperature"].fill_(np.nan), "found NaN"),
     ("retrieval", write_mm_celeba, lambda saved: saved.update(tokenizer=None), "pass --vocabulary"),
     ("sketch", write_captioned_sde, lambda saved: saved.update(tokenizer=None), "pass --vocabulary"),
-    ("attributes", write_mm_celeba, None, "expected attributes to learn, found none"),
+    ("attributes", write_mm_celeba, None, "expected attributes to learn, as in CelebA or LFWA; found none"),
     ("retrieval", lambda d: write_captions(d, [{"image": f"{i}.png", "image_id": 1, "caption": "a face"}
                                                for i in range(4)]), None, "shows one person only"),
     ("retrieval", write_fs2k, None, "expected captions"),
     ("retrieval", write_celeba, None, "CelebA val: 1 images, expected at least 2"),
-    ("sketch", lambda d: write_celeba(d, count=40, held_out=5), None, "expected sketches, found none")])
+    ("sketch", lambda d: write_celeba(d, count=40, held_out=5), None, "expected sketches, as in FS2K")])
 def test_unusable_data_or_checkpoint_raises_a_one_line_error_before_encoding(
         tuned, uninterrupted, tmp_path, monkeypatch, task, write, change, message):
     monkeypatch.setattr(tasks.Task, "encode_pictures", lambda *_: pytest.fail("encoded"))
