@@ -32,7 +32,8 @@ class SharedFlags:
     vocabulary: str = flag("", "for a checkpoint without one (the official one): file, folder or hub name")
     device: str = flag("auto", "cpu, cuda, mps (Apple; untried), or auto: CUDA if any, else the CPU",
                        choices=DEVICES)
-    precision: str = flag("auto", "float32, bf16 (autocast), or auto: bf16 on CUDA, float32 on CPUs",
+    precision: str = flag("auto", "float32, bf16 (autocast), or auto: bf16 on CUDA and on CPUs that have it "
+                                    "(avx512_bf16 or AMX), float32 elsewhere",
                           choices=("auto", "float32", "bf16"))
     k_test: int = flag(256, "candidates per query to re-rank with the ITM head", low=1)
 

@@ -72,7 +72,7 @@ def evaluate(model: FLIP, validation: EvaluationSet, config):
     show, image_tokens, image_features = rank_and_world_size()[0] == 0, [], []
     captions = model.tokenizer(validation.texts).to(device)
     with eval_mode(model):
-        with autocast(config, device):
+        with autocast(config.precision, device):
             for _, pixels in iterate_images(faces.picture, len(faces), size, "encoding faces", show=show):
                 tokens, features = model.student.image_tokens_and_features(pixels.to(device))
                 image_tokens.append(tokens.cpu())
@@ -87,7 +87,7 @@ def rerank_metrics(model, image_tokens, captions, similarity, image_of_text, con
     """`retrieval_metrics` after re-ranking and by cosine alone ("itc_..."), and the re-ranked
     text-to-image scores (T, I). image_tokens (I, L, D), T captions, similarity (I, T): cosines."""
     device, show = similarity.device, rank_and_world_size()[0] == 0
-    with autocast(config, device):
+    with autocast(config.precision, device):
         scores = rerank(model, image_tokens, captions.to(device), similarity, config.k_test, progress=show)
     itc = retrieval_metrics(similarity, similarity.T, image_of_text.to(device))
     reranked = retrieval_metrics(*scores, image_of_text.to(device))

@@ -93,7 +93,7 @@ def train_head(task, module, training, train_indices, validation, log):
         for indices in order.tensor_split(per_epoch):                   # batches of nearly equal size
             step += 1
             set_learning_rate([optimizer], warmup_decay(step, epochs * per_epoch, warmup, config.lr))
-            with autocast(config, device):
+            with autocast(config.precision, device):
                 loss = task.loss(module, training, indices, rng, step - 1)
             optimizer.zero_grad()
             loss.backward()

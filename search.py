@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from common.distributed import DEVICES, choose_device
+from common.distributed import DEVICES, autocast, choose_device
 from common.images import IMAGE_SUFFIXES, contact_sheet, load_image
 from common.script import check_like, escape_control_chars, run_script
 from common.weights import CHECKPOINT_FILES, load_verified, resolve_file, write_checkpoint
@@ -45,7 +45,8 @@ def encode_folder(model: FLIP, folder: str | Path, cache: str | Path) -> dict[Pa
     keys = {path: f"{path.resolve()} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in paths}
     new = [path for path in paths if keys[path] not in cached]
     for indices, pixels in model.load_images(new, errors="skip") if new else ():
-        features = model.student.image_features(pixels).cpu()
+        with autocast("auto", model.device):
+            features = model.student.image_features(pixels).cpu()
         cached |= {keys[new[i]]: feature.clone() for i, feature in zip(indices, features)}
     if new:
         write_checkpoint(cached, cache)
@@ -98,11 +99,13 @@ def tokenize_query(model: FLIP, query: str):
 def search(model: FLIP, features: dict[Path, torch.Tensor], query: str, top=8, k=32) -> list[SearchResult]:
     """The `top` best images for a sentence: the ITM head re-ranks the k >= top most similar of `features`."""
     (captions, signs), paths = tokenize_query(model, query), list(features)
-    cosines = torch.stack(list(features.values())) @ model.student.text_features(captions).T.cpu()  # (I, T)
+    text_features = model.student.text_features(captions).cpu()
+    cosines = torch.stack(list(features.values())) @ text_features.T                            # (I, T)
     best = (cosines @ signs).topk(min(max(k, top), len(paths))).indices
-    tokens = torch.cat([model.student.image_tokens_and_features(pixels)[0]
-                        for _, pixels in model.load_images([paths[i] for i in best])])
-    logits = model.score_pairs(tokens, captions).cpu().unflatten(0, (len(best), -1))            # (k, T, 2)
+    with autocast("auto", model.device):
+        tokens = torch.cat([model.student.image_tokens_and_features(pixels)[0]
+                            for _, pixels in model.load_images([paths[i] for i in best])])
+        logits = model.score_pairs(tokens, captions).cpu().unflatten(0, (len(best), -1))        # (k, T, 2)
     scores = model.rerank_score(logits, cosines[best]) @ signs                                      # (k,)
     p = logits.softmax(-1)[..., 1]                                                              # (k, T)
     rows = zip(best, scores, cosines[best] @ signs, torch.where(signs > 0, p, 1 - p).prod(1))

@@ -91,7 +91,7 @@ class Task:
     def encode_pictures(self, compute, read, count, model, title, errors=None):
         """compute(pixels (B, 3, S, S)) for the images of `iterate_images`, in a `temporary_memmap`."""
         out, done, device = None, 0, model.device
-        with autocast(self.config, device):
+        with autocast(self.config.precision, device):
             size = model.config.vit.image_size
             for indices, pixels in iterate_images(read, count, size, title, errors=errors):
                 values = compute(pixels.to(device)).cpu()
@@ -243,7 +243,7 @@ class Retrieval(Task):
             captioned = EvaluationSet.of(faces)
             texts, image_of_text = captioned.texts, captioned.image_of_text
         captions, device = model.tokenizer(texts), model.device
-        with torch.no_grad(), autocast(self.config, device):
+        with torch.no_grad(), autocast(self.config.precision, device):
             cls_tokens = model.student.cls_tokens(captions.to(device)).float().cpu()
         return EncodedSplit(count=len(faces), faces=faces, tokens=tokens, captions=captions,
                             image_of_text=image_of_text, cls_tokens=cls_tokens,

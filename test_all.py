@@ -219,7 +219,7 @@ def cache(tmp_path_factory):
 def quick(out, cache, **changes):
     """The configuration of a short run on a few drawn faces, with every part of the recipe in use."""
     settings = train_config.RECIPES["tiny"] | dict(
-        out=str(out), cache=cache, faces=48, validation=20, steps=8, batch_size=8,
+        out=str(out), cache=cache, faces=48, validation=20, steps=8, batch_size=8, precision="float32",
         queue_size=20, queue_from=0.25, itm_from=0.1, itm_every=1, hardness_ramp=(0.2, 0.6),
         alpha_ramp=(0.2, 0.8), momentum_from=0.2, warmup=2, log_every=1, eval_every=6)
     return train_config.Config(**settings | changes)
@@ -1499,6 +1499,32 @@ def test_half_precision_models_have_nearly_the_same_features_and_scores(uninterr
     close(half.match_probability(images, texts), model.match_probability(images, texts), 2e-2)
     assert half.score(images, texts).dtype == torch.float32
     close(model.to(dtype).encode_image(images), half.encode_image(images), 0)
+
+
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_auto_precision_is_bf16_on_fast_cpus_and_stays_with_the_run(tmp_path, cache, monkeypatch, has_bf16):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": has_bf16})
+    expected = "bf16" if has_bf16 else "float32"
+    train.train(quick(tmp_path, cache, precision="auto", steps=1))
+    saved = torch.load(tmp_path / "flip.pt")
+    assert saved["training"]["config"]["precision"] == log_of(tmp_path)[0]["config"]["precision"] == expected
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": not has_bf16})
+    resume = lambda: train.setup(train_config.parse_arguments(["--resume", "--out", str(tmp_path)]))
+    with contextlib.closing((run := resume()).log):
+        assert run.config.precision == expected
+    saved["training"]["config"]["precision"] = "auto"       # as before: float32 on every CPU
+    torch.save(saved, tmp_path / "flip.pt")
+    with contextlib.closing((run := resume()).log):
+        assert run.config.precision == "float32"
+
+
+def test_features_of_a_search_in_both_precisions_agree(uninterrupted, tmp_path, monkeypatch):
+    model, folder, features = FLIP.from_pretrained(uninterrupted), write_celeba(tmp_path), []
+    for number, capabilities in enumerate(({}, {"amx_bf16": True})):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+        encoded = search.encode_folder(model, folder, tmp_path / f"{number}.pt")
+        features.append(torch.stack(list(encoded.values())))
+    assert 0 < (features[0] - features[1]).abs().max() < 1e-2
 
 
 def test_device_is_chosen_by_name_and_must_exist(monkeypatch):
@@ -2969,6 +2995,7 @@ def test_unusable_data_or_checkpoint_raises_a_one_line_error_before_encoding(
 # against scores of one image at a time, and the regions in which toyfaces.py draws
 def test_search_prints_the_best_scores_and_skips_other_files(uninterrupted, tmp_path, monkeypatch, capsys):
     folder, query, out = write_celeba(tmp_path), "a smiling woman", tmp_path / "results.bmp"
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
     (folder / "notes.png").write_text("not an image")
     (folder / "img_align_celeba/000001.jpg").rename(folder / "\x1b[31m.jpg")
     monkeypatch.setattr(sys, "argv", ["search.py", "--checkpoint", f"{uninterrupted}/flip.pt", "--top", "4",
@@ -3094,7 +3121,8 @@ def test_forty_queries_find_the_right_faces_after_the_default_run(default_run, t
         assert np.mean(precision, axis=0)[0] >= least
 
 
-def test_score_of_what_a_query_excludes_is_subtracted(uninterrupted, tmp_path):
+def test_score_of_what_a_query_excludes_is_subtracted(uninterrupted, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
     model, faces = FLIP.from_pretrained(uninterrupted), data.load_toy_faces(6, 48, 3, tmp_path)
     paths = [tmp_path / f"{i}.png" for i in range(6)]
     for image, path in zip(faces.images, paths):

@@ -39,7 +39,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from bert import Tokenizer
-from common.distributed import autocast, init_distributed, rank_and_world_size
+from common.distributed import autocast, choose_precision, init_distributed, rank_and_world_size
 from common.optim import build_optimizers, load_optimizers, set_learning_rate
 from common.resume import Log, Progress, load_run, save, saved_at_end
 from common.script import run_script
@@ -114,7 +114,7 @@ def train_step(run: TrainState, micro_batches: list[Batch], step: int) -> torch.
     for number, batch in enumerate(micro_batches, start=1):
         # DistributedDataParallel averages gradients in the last backward pass only
         run.ddp_model.require_backward_grad_sync = number == len(micro_batches)
-        with autocast(config, device):
+        with autocast(config.precision, device):
             batch = batch.to(device)
             out = run.ddp_model(batch.images, batch.captions, batch.identity, params, generator)
             ((out.itc + out.itm) / len(micro_batches)).backward()
@@ -248,7 +248,11 @@ def setup(config: Config) -> TrainState:
     if steps_per_epoch == 0:
         raise ValueError(f"an epoch has {loader.batches_per_epoch} batches, fewer than --accumulate "
                          f"{config.accumulate}")
-    config = dataclasses.replace(config, steps=config.steps or config.epochs * steps_per_epoch)
+    precision = choose_precision(config.precision, device)
+    if saved and config.precision == "auto":        # of a run before CPUs took bf16
+        precision = "bf16" if device.type == "cuda" else "float32"
+    config = dataclasses.replace(config, steps=config.steps or config.epochs * steps_per_epoch,
+                                 precision=precision)
     if rank == 0 and not saved:
         print_plan(config, faces, validation, world_size, model.tokenizer)
     optimizers = build_optimizers(model, config.weight_decay, config.beta2, config.temperature_lr,
@@ -327,7 +331,7 @@ def print_plan(config: Config, faces: Faces, validation: Faces, world_size: int,
     """Print the length of the run, and warnings about few faces or unknown words."""
     epochs = config.steps * config.accumulate * config.batch_size * world_size / len(faces)
     print(f"{len(faces):,} training faces, {len(validation):,} validation faces; {config.steps:,} steps are "
-          f"{epochs:.1f} epochs")
+          f"{epochs:.1f} epochs, in {config.precision}")
     if epochs > 60:
         print(f"this will overfit: try --steps {round(30 * config.steps / epochs)}, or more faces")
     warn_of_chance(validation)

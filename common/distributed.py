@@ -67,6 +67,19 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def choose_precision(name: str, device: torch.device) -> str:
+    """The precision of --precision, bf16 or float32; "auto" is bf16 on CUDA and on CPUs that multiply in bf16
+    (elsewhere it would be slower)."""
+    cpu = getattr(torch.cpu, "get_capabilities", dict)()            # not in torch 2.10
+    is_fast = {"cuda": True, "cpu": cpu.get("avx512_bf16") or cpu.get("amx_bf16")}.get(device.type)
+    return name if name != "auto" else "bf16" if is_fast else "float32"
+
+
+def autocast(precision: str, device: torch.device):
+    is_bf16 = choose_precision(precision, device) == "bf16"
+    return torch.autocast(device.type, torch.bfloat16, enabled=is_bf16)
+
+
 def init_distributed(device_name: str) -> torch.device:
     """Join the process group if torchrun started this process; return the device of this process."""
     device = choose_device(device_name)
@@ -103,6 +116,3 @@ def all_gather_objects(obj) -> list:
     return objects
 
 
-def autocast(config, device: torch.device):
-    enabled = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
-    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
