@@ -203,16 +203,16 @@ def head(has, look):
         yield Shape("ear", oval(x, 0.02, 0.11, 0.19), mix(look.skin, look.skin_dark, 0.4), depth=0)
         yield Shape("ear", oval(x * 1.04, 0.02, 0.05, 0.10), look.skin_dark, depth=0)
     if "Double_Chin" in has:
-        below = oval(0, 0.9, look.chin + 0.2, 0.38)
-        yield Shape("chin", below, mix(look.skin, look.skin_dark, 0.35), depth=0.6)
-        yield Shape("chin", [(-0.36, 1.16), (0, 1.28), (0.36, 1.16)], look.line, 0.045, depth=0.6)
+        below = oval(0, 0.9, look.chin + 0.25, 0.46)
+        yield Shape("chin", below, mix(look.skin, look.skin_dark, 0.7), depth=0.6)
+        yield Shape("chin", [(-0.4, 1.2), (0, 1.34), (0.4, 1.2)], look.line, 0.08, depth=0.6)
     outline = face_outline(look)
     yield Shape("face", outline, look.skin)
     edge = mirrored(-look.light, *outline[1:8])
     inner = [(x * 0.74, y * 0.96) for x, y in edge[:-1]]
     yield Shape("shade", edge + inner[::-1], (*look.skin_dark, look.shading))
     if "Double_Chin" in has:
-        yield Shape("chin", [(-0.3, 0.93), (0, 1.0), (0.3, 0.93)], look.line, 0.045)
+        yield Shape("chin", [(-0.3, 0.93), (0, 1.0), (0.3, 0.93)], look.line, 0.08)
 
 
 def skin(has, look):
