@@ -485,6 +485,12 @@ def test_contact_sheet_keeps_proportions_and_draws_frames_and_a_legend():
     assert with_legend.height > len(sheet) and (np.asarray(with_legend) == (40, 160, 70)).all(2).any()
 
 
+def test_pixels_are_normalised_by_clips_published_mean_and_deviation_in_rgb_order():
+    pixels = normalize_batch([resize_to_array(Image.new("RGB", (4, 4), (255, 51, 0)), 4)])[0, :, 0, 0]
+    mean, deviation = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
+    close(pixels, torch.tensor([(x - m) / d for x, m, d in zip((1.0, 0.2, 0.0), mean, deviation)]), 1e-6)
+
+
 # ---- common/weights.py ---------------------------------------------------------------------------
 # against the names, shapes and values of the official checkpoints, recorded in golden.npz
 def clip_weights(encoder):
@@ -834,6 +840,23 @@ def test_value_unlike_its_template_is_named(value, message):
     assert re.match(message, error_of(check_like, value, {"a": 0.0, "b": [{}], "t": torch.ones(2)}, "x"))
 
 
+def test_positions_are_resized_by_cubic_convolution():
+    """Against Keys' kernel with a = -0.75, in float64."""
+    a, grid = -0.75, torch.randn(1 + 16, 3, dtype=torch.float64)
+
+    def kernel(x):
+        x = abs(x)
+        return ((a + 2) * x**3 - (a + 3) * x**2 + 1 if x <= 1 else
+                a * (x**3 - 5 * x**2 + 8 * x - 4) if x < 2 else 0.0)
+    weights = torch.zeros(7, 4, dtype=torch.float64)            # from 4 to 7 positions
+    for i, tap in itertools.product(range(7), range(-2, 7)):
+        weights[i, min(max(tap, 0), 3)] += kernel((i + 0.5) * 4 / 7 - 0.5 - tap)
+    expected = torch.einsum("ia,jb,abd->ijd", weights, weights, grid[1:].unflatten(0, (4, 4)))
+    resized = resize_position_embedding(grid, 49)
+    close(resized[1:], expected.flatten(0, 1), 1e-5)
+    assert torch.equal(resized[0], grid[0])
+
+
 # ---- common/distributed.py -----------------------------------------------------------------------
 # against the threads and the processes that Linux lists
 def kill_this_process(job):
@@ -906,6 +929,24 @@ def test_every_trained_parameter_is_in_one_group_and_only_matrices_decay(image, 
     assert sorted(grouped) == sorted(id(p) for p in model.parameters() if p.requires_grad)
     assert all((p.ndim > 1) == (group["weight_decay"] > 0) for group in groups for p in group["params"])
     assert [group["scale"] for group in groups if group["params"][0] is model.temperature] == [0.1]
+
+
+def test_adamw_has_betas_of_0_9_and_beta2():
+    """Against torch's, with gradients that change."""
+    torch.manual_seed(0)
+    ours, theirs = nn.Linear(3, 3), nn.Linear(3, 3)
+    theirs.load_state_dict(ours.state_dict())
+    [one] = build_optimizers(ours, 0.1, beta2=0.98)
+    two = torch.optim.AdamW([{"params": [theirs.weight]}, {"params": [theirs.bias], "weight_decay": 0.0}],
+                            lr=0.1, betas=(0.9, 0.98), weight_decay=0.1)
+    common.optim.set_learning_rate([one], 0.1)
+    for _ in range(3):
+        for p, q in zip(ours.parameters(), theirs.parameters()):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        one.step(), two.step()
+    close(ours.weight, theirs.weight, 1e-6)
+    close(ours.bias, theirs.bias, 1e-6)
 
 
 def test_muon_matches_torchs_without_bfloat16(monkeypatch):
@@ -1369,8 +1410,8 @@ def test_perfect_matching_head_ranks_by_the_probability_of_the_pair(hardness):
     model = FLIP(dataclasses.replace(GOLDEN_CONFIG, hardness=hardness))
     truth, cosine, identity = torch.rand(5, 5), torch.rand(5, 5) * 2 - 1, torch.arange(5)
     q = losses.hard_negative_probabilities(cosine, identity, model.temperature, hardness)
-    log_odds = (truth / q).log()
-    score = model.rerank_score(torch.stack([torch.ones(5, 5), 1 + log_odds], -1), cosine)
+    log_odds, shift = (truth / q).log(), torch.randn(5, 5)
+    score = model.rerank_score(torch.stack([shift, shift + log_odds], -1), cosine)
     for row in range(5):
         others = identity != row            # a pair is never sampled as its own negative
         difference = score[row, others] - truth[row, others].log()
@@ -2407,6 +2448,15 @@ def test_augmentation_changes_five_in_nine_images_beyond_mirroring():
     assert abs(samples.count(mirrored) / 3000 - 2 / 9) < 0.03
 
 
+def test_caption_and_augmentation_of_a_face_differ_from_epoch_to_epoch():
+    dataset = data.FaceDataset(noise_faces(20), TOKENIZER, 16, seed=3, augmented=True)
+    first, again, second = ([dataset[epoch, i] for i in range(20)] for epoch in (0, 0, 1))
+    for (pixels, text, *_), (same_pixels, same_text, *_) in zip(first, again):
+        assert (pixels == same_pixels).all() and text == same_text
+    assert sum(one[1] != two[1] for one, two in zip(first, second)) > 15
+    assert sum((one[0] != two[0]).any() for one, two in zip(first, second)) > 10
+
+
 @pytest.mark.parametrize("source", ["memory", "tars"])
 def test_batches_are_the_same_for_any_number_of_workers_and_ranks_and_from_any_step(tmp_path, source):
     def equal(batches, *others):
@@ -2535,6 +2585,17 @@ def test_recall_table_contains_chance_and_both_references(uninterrupted, cache):
     assert lines[2].split(" | ")[1:4] == ["5.0", "25.0", "50.0"]
 
 
+def test_evaluation_is_without_dropout_and_keeps_the_training_mode(tmp_path, cache, monkeypatch):
+    vit, bert, size = train_config.TINY
+    monkeypatch.setitem(train.MODELS, "tiny", (vit, dataclasses.replace(bert, dropout=0.5), size))
+    config = quick(tmp_path, cache)
+    faces, validation = train.load_data(config, 48)
+    model = train.build_model(config, vit, faces, None).train()
+    one, two = (evaluation.evaluate(model, evaluation.EvaluationSet.of(validation), config)[1]
+                for _ in range(2))
+    assert torch.equal(one, two) and model.training
+
+
 # ---- train.py ------------------------------------------------------------------------------------
 # against the paper's schedule, and runs of one process without interruption
 def test_schedule_of_base_is_the_papers():
@@ -2584,6 +2645,34 @@ def test_two_processes_have_the_losses_of_one_with_the_same_global_batch(tmp_pat
     one, two = (FLIP.from_pretrained(out).state_dict() for out in (uninterrupted, tmp_path))
     for name in ("queue_identity", "queue_pointer", "image_queue", "text_queue"):
         close(two[name].double(), one[name].double(), 1e-4)
+
+
+def test_schedules_of_queue_and_itm():
+    """The queue comes in late, with the entries written so far; ITM is trained in every n-th step."""
+    config = dataclasses.replace(train_config.parse_arguments([]), steps=100, batch_size=4, queue_size=390,
+                                 queue_from=0.5, itm_from=0.4, itm_every=3)
+    lengths = [train.schedule(step, config).queue_length for step in (0, 49, 50, 97, 98)]
+    assert lengths == [0, 0, 200, 388, 390]
+    with_itm = [step for step in range(100) if train.schedule(step, config).with_itm]
+    assert with_itm == [step for step in range(40, 100) if step % 3 == 0]
+
+
+def test_a_step_clips_gradients_and_draws_its_own_dropout_mask(tmp_path, cache, monkeypatch):
+    """The same batch, without a queue and at a learning rate of 0."""
+    vit, bert, size = train_config.TINY
+    monkeypatch.setitem(train.MODELS, "tiny", (vit, dataclasses.replace(bert, dropout=0.5), size))
+    config = quick(tmp_path, cache, queue_from=1.0, alpha_ramp=(1, 1), momentum_from=1.0, itm_from=1.0,
+                   grad_clip=1e-3, lr=0.0, lr_start=0.0)
+    faces, norms = train.load_data(config, 48)[0], []
+    model = train.build_model(config, vit, faces, None).train()
+    [batch] = take(data.BatchLoader(faces, model.tokenizer, 48, 8), 0, 1)
+    optimizer = torch.optim.SGD([{"params": list(model.parameters()), "scale": 0.0}])
+    optimizer.step = lambda: norms.append(nn.utils.get_total_norm(
+        [p.grad for p in model.parameters() if p.grad is not None]).item())
+    run = train.TrainState(config, model, model, [optimizer], None, 3, None, None, Progress(0, 0))
+    losses = [train.train_step(run, [batch], step)[0].item() for step in (0, 1, 2, 0)]
+    assert losses[0] == losses[3] and len(set(losses)) == 3
+    assert norms == pytest.approx(4 * [1e-3], rel=1e-2)
 
 
 def test_two_micro_batches_give_their_mean_gradient(tmp_path, cache):
@@ -2937,6 +3026,17 @@ def test_weights_with_the_best_validation_metric_are_kept_even_if_initial(tuned,
     finetune.train_head(task, head, training, torch.arange(4), "validation", log)
     assert len(weights) == 4 and not torch.equal(weights[0], weights[1])
     assert torch.equal(head.weight, weights[best])
+
+
+def test_all_fractions_of_the_training_split_get_the_same_number_of_steps(tuned, tmp_path):
+    task, head, steps = tasks.Attributes(tuned("attributes", batch_size=2)), nn.Linear(2, 1), []
+    task.metrics = lambda *_: dict.fromkeys(task.columns, 0.0)
+    task.loss = lambda *_: (steps.append(1), head(torch.ones(2)).sum())[1]
+    for count in (16, 4, 2):
+        steps.append([])
+        finetune.train_head(task, head, tasks.EncodedSplit(count=16), torch.arange(count), "validation",
+                            Log(tmp_path / f"{count}.jsonl", []))
+    assert [len(list(group)) for kind, group in itertools.groupby(steps, type) if kind is int] == [24] * 3
 
 
 def test_head_does_not_depend_on_the_test_metrics(tuned, tmp_path, monkeypatch):
