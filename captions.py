@@ -295,3 +295,18 @@ def reference_recall(stated: np.ndarray, attributes: np.ndarray, k=(1, 5, 10)) -
                                 "image_to_text": expected_recall(fits.T, k)},
             "Bayes optimum": {"text_to_image": expected_recall(log_p, k),
                               "image_to_text": expected_recall(posterior.T, k)}}
+
+
+def ideal_contrastive_loss(stated, attributes, population, batch_size: int) -> float:
+    """The ITC loss of the best critic of image-caption pairs, log P(stated | face) - log P(stated) (arXiv
+    1807.03748, section 2.3), on whole batches of faces that no model has seen: stated int8 (I, 40),
+    attributes bool (I, 40). P(stated) is a mean over `population`, bool (N, 40), and the batch. No model does
+    better on new faces, so one that does on its training faces has learned them by heart."""
+    losses = []
+    for start in range(0, len(stated) - batch_size + 1, batch_size):
+        batch = slice(start, start + batch_size)
+        log_p = log_likelihood(stated[batch], np.concatenate([attributes[batch], population]))  # (B, B + N)
+        log_prior = np.logaddexp.reduce(log_p, axis=1, keepdims=True) - np.log(log_p.shape[1])
+        critic = log_p[:, :batch_size] - log_prior                                              # (B, B)
+        losses += [np.logaddexp.reduce(critic, axis) - np.diag(critic) for axis in (0, 1)]
+    return float(np.mean(losses))

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from captions import reference_recall, sample_caption
+from captions import ideal_contrastive_loss, reference_recall, sample_caption
 from common.distributed import autocast, rank_and_world_size
 from common.images import iterate_images
 from common.plots import plot_curves, plot_retrieval
@@ -48,22 +48,28 @@ class EvaluationSet(NamedTuple):
     faces: Faces
     texts: list[str]                # T captions
     image_of_text: torch.Tensor     # (T,)
-    references: dict                # {name: six recalls} from `captions.reference_recall`, or {}
+    references: dict = {}           # {name: six recalls} from `captions.reference_recall`
+    ideal_itc: float | None = None  # `captions.ideal_contrastive_loss`; for both, captions must be generated
 
     @staticmethod
-    def of(faces: Faces) -> "EvaluationSet":
+    def of(faces: Faces, training: Faces | None = None, batch_size: int = 0) -> "EvaluationSet":
+        """training: the faces of training, in batches of batch_size pairs, for `ideal_itc`."""
         images = torch.arange(len(faces))
         if faces.captions is not None:
             counts = torch.tensor([len(captions) for captions in faces.captions])
             texts = [text for captions in faces.captions for text in captions]
-            return EvaluationSet(faces, texts, images.repeat_interleave(counts), {})
+            return EvaluationSet(faces, texts, images.repeat_interleave(counts))
         texts, stated = zip(*(sample_caption(attributes, np.random.default_rng((1, i)))      # fixed seeds
                               for i, attributes in enumerate(faces.attributes)))
         references = {}
         for name, ways in reference_recall(np.stack(stated), faces.attributes).items():
             both = ways["text_to_image"], ways["image_to_text"]
             references[name] = [100 * way[k] for way in both for k in (1, 5, 10)]
-        return EvaluationSet(faces, list(texts), images, references)
+        ideal_itc = None
+        if training is not None and training.attributes is not None and batch_size <= len(faces):
+            ideal_itc = ideal_contrastive_loss(np.stack(stated), faces.attributes,
+                                               training.attributes[:20_000], batch_size)
+        return EvaluationSet(faces, list(texts), images, references, ideal_itc)
 
 
 def evaluate(model: FLIP, validation: EvaluationSet, config):
@@ -117,7 +123,9 @@ def recall_table(metrics: dict, validation: EvaluationSet, initial: dict | None 
     for name in validation.references:
         rows[f"% of {name}"] = [100 * a / b for a, b in zip(ours, validation.references[name])]
     header = ["recall in %", "text to image R@1", "R@5", "R@10", "image to text R@1", "R@5", "R@10"]
-    return markdown_table(header, [[name, *(f"{value:.1f}" for value in row)] for name, row in rows.items()])
+    table = markdown_table(header, [[name, *(f"{value:.1f}" for value in row)] for name, row in rows.items()])
+    ideal = validation.ideal_itc
+    return table + (f"\nideal ITC loss, without queue and soft targets: {ideal:.2f}" if ideal else "")
 
 
 def evaluate_and_draw(run, step: int) -> dict:

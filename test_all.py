@@ -1661,6 +1661,25 @@ def test_bayes_optimum_exceeds_attribute_match_on_sampled_captions():
     assert 0.6 < match["text_to_image"][5] < 0.8
 
 
+def test_no_critic_of_pairs_has_a_lower_contrastive_loss_than_the_ideal():
+    """Against torch's cross-entropy of the log-likelihood ratio, scaled, without prior and with noise."""
+    faces, population = random_faces(256, seed=1), random_faces(3000, seed=2)
+    stated = np.stack([grammar.sample_caption(a, np.random.default_rng(i))[1] for i, a in enumerate(faces)])
+    ideal = grammar.ideal_contrastive_loss(stated, faces, population, batch_size=64)
+    log_p = torch.from_numpy(grammar.log_likelihood(stated, np.concatenate([faces, population])))
+    noise = torch.randn(256, 256, generator=torch.Generator().manual_seed(0))
+
+    def loss(scale=1.0, of_prior=1.0, of_noise=0.0):
+        critic = scale * (log_p[:, :256] - of_prior * log_p.logsumexp(1, keepdim=True)) + of_noise * noise
+        blocks = [critic[i:i + 64, i:i + 64] for i in range(0, 256, 64)]
+        return np.mean([F.cross_entropy(x, torch.arange(64)).item() for b in blocks for x in (b, b.T)])
+    assert ideal == pytest.approx(loss(), rel=0.02)     # its P(stated) is over one batch, not over four
+    others = loss(scale=0.5), loss(scale=2.0), loss(of_prior=0.0), loss(of_noise=0.5)
+    assert min(others) > max(ideal, loss()) * 1.01, others
+    alike = grammar.ideal_contrastive_loss(stated[[0] * 64], faces[[0] * 64], population, 64)
+    assert alike == pytest.approx(np.log(64))           # chance
+
+
 # ---- drawing/ and toyfaces.py --------------------------------------------------------------------
 # against edges of the drawn images, other sizes of the same drawing, and CelebA's layout
 def test_sketch_grows_by_equal_amounts_of_ink_and_never_loses_any():

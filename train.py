@@ -270,7 +270,8 @@ def setup(config: Config) -> TrainState:
     ddp_model = model if world_size == 1 else DistributedDataParallel(
         model, broadcast_buffers=False, find_unused_parameters=config.itm_from > 0 or config.itm_every > 1)
     return TrainState(config, model, ddp_model, optimizers, loader, steps_per_epoch,
-                      EvaluationSet.of(validation), log, Progress(start, start))
+                      EvaluationSet.of(validation, faces, config.batch_size * world_size), log,
+                      Progress(start, start))
 
 
 def load_data(config: Config, size: int) -> tuple[Faces, Faces]:

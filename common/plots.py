@@ -35,6 +35,9 @@ def plot_curves(log: list[dict], validation, path: Path):
             left.axvline(start * config["steps"], color="grey", linestyle=":")
             left.text(start * config["steps"], 0.98, f" {name} ", transform=left.get_xaxis_transform(),
                       rotation=90, ha=side, va="top", color="grey")
+    if validation.ideal_itc:                # of the batch, without a queue and soft targets
+        end = min(config["queue_from"], config["alpha_ramp"][0]) * config["steps"]
+        left.plot([0, end], [validation.ideal_itc] * 2, "--", color="tab:blue", label="ideal ITC")
     left.set(xlabel="step", title="training losses")
     evaluations = [line for line in log if "img_r10" in line]
     for column, k, colour in ((0, 1, "tab:blue"), (1, 5, "tab:orange"), (2, 10, "tab:green")):
