@@ -1,11 +1,15 @@
-"""Report on a data set of faces: sizes, copies and captions, beside FLIP's (arXiv 2407.08515, section 3).
+"""Report on a data set of faces: sizes, copies and captions, beside FLIP's (arXiv 2407.08515, section 3);
+or on what a model has learned about each attribute.
 
-    python report.py --data DIR     # writes report.png and report.json; without --data: drawn faces
+    python report.py --data DIR                 # without --data: drawn faces
+    python report.py --checkpoint out/flip.pt   # for each attribute, pairs of drawn faces that differ in it:
+                                                # in how many does its sentence fit the right one?
 """
 import argparse
 import functools
 import itertools
 import json
+import random
 import re
 from pathlib import Path
 
@@ -13,11 +17,13 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from captions import ATTRIBUTES, FACE_PARTS, FACTS, NEGATABLE, PHRASES
+from captions import ATTRIBUTES, FACE_PARTS, FACTS, NEGATABLE, PHRASES, verbalize
 from common.images import contact_sheet
-from common.script import run_script
+from common.script import markdown_table, run_script
 from data import augment, load_toy_faces, open_faces
+from flip import FLIP
 from readers.index import COLUMNS, SPLITS, collect_errors
+from toyfaces import draw, sample_attributes
 
 GROUPS = {      # groups of attributes, and their percentage of FLIP's labels (section 3)
     "facial features": (34.0, ""),          # all attributes that are in no other group
@@ -137,8 +143,41 @@ def plot_stats(stats: dict, faces, path):
     figure.savefig(path, dpi=90)
 
 
+def counterfactual_pairs(attribute: int, count: int, size: int):
+    """`count` pairs of drawn faces: the same face without and with an attribute."""
+    rng, pairs = np.random.default_rng((attribute, 99)), []
+    while len(pairs) < count:
+        present, look = sample_attributes(rng), int(rng.integers(2 ** 62))
+        if present[attribute]:
+            absent = present & (np.arange(len(ATTRIBUTES)) != attribute)
+            pairs.append([draw(has, np.random.default_rng(look), size) for has in (absent, present)])
+    return pairs
+
+
+def report_counterfactuals(model: FLIP, path: str, count=50):
+    """Print in how many percent of `count` pairs per attribute its sentence fits the face that has it better,
+    by ITC, by ITM and by both (`FLIP.rerank_score`), and save a pair of each. ITM alone was trained to
+    tell apart what ITC finds similar, so it may rank others wrongly."""
+    rows, tiles = [], []
+    for attribute, name in enumerate(tqdm(ATTRIBUTES, "comparing", leave=False)):
+        pairs = counterfactual_pairs(attribute, count, model.config.vit.image_size)
+        sentence = verbalize([attribute], random.Random(0))
+        logits, cosines = model.match([image for pair in pairs for image in pair], sentence)
+        scores = cosines, logits[..., 1] - logits[..., 0], model.rerank_score(logits, cosines)
+        right = [100 * (score[1::2] > score[::2]).double().mean().item() for score in scores]
+        rows.append([name, *right])
+        tiles += [(pairs[0][0], name, False), (pairs[0][1], f"{right[0]:.0f}, {right[2]:.0f} %", True)]
+    rows.append(["mean", *np.mean([right for _, *right in rows], axis=0)])
+    print(markdown_table(["right in %", "ITC", "ITM", "both"],
+                         [[name, *(f"{value:.0f}" for value in right)] for name, *right in rows]))
+    legend = "green frame: with the attribute; below: pairs that are right by ITC, and by ITC and ITM"
+    rows = [("", tiles[start:start + 10]) for start in range(0, len(tiles), 10)]
+    contact_sheet(rows, 96, legend).save(path)
+
+
 def main():
     parser = argparse.ArgumentParser(description="Statistics of a data set of faces, on one page.")
+    parser.add_argument("--checkpoint", help="report on this model of drawn faces instead")
     parser.add_argument("--data", help="folder or JSON annotation file of faces (default: drawn faces)")
     parser.add_argument("--out", default="report.png", help="output image, beside a .json file (%(default)s)")
     parser.add_argument("--sample", type=int, default=10_000, help="captions to sample (%(default)s)")
@@ -149,6 +188,8 @@ def main():
     args = parser.parse_args()
     if args.sample < 10:
         raise ValueError(f"--sample {args.sample}: expected at least 10")
+    if args.checkpoint:
+        return report_counterfactuals(FLIP.from_pretrained(args.checkpoint), args.out)
     splits, errors = {}, []
     for split in SPLITS if args.data else ():
         with collect_errors(errors):

@@ -3397,6 +3397,24 @@ def test_report_counts_duplicates_damage_words_and_facts(tmp_path, monkeypatch, 
         "Male Chubby Mouth_Slightly_Open Big_Nose Goatee Mustache Oval_Face Receding_Hairline".split())
 
 
+def test_counterfactuals_are_the_same_face_and_right_if_the_score_of_the_one_with_it_is_higher(
+        uninterrupted, tmp_path, capsys):
+    attribute = ATTRIBUTES.index("Wearing_Hat")
+    for absent, present in report.counterfactual_pairs(attribute, 3, 96):
+        differs = (np.asarray(absent) != np.asarray(present)).any(-1)
+        assert differs[:40].any() and not differs[60:].any()
+    model = FLIP.from_pretrained(uninterrupted)
+
+    def match(images, sentence):            # ITC is right, ITM is not; both together as in the paper
+        odd = torch.arange(len(images)) % 2
+        return torch.stack([0.0 * odd, -0.1 * odd], -1), odd.float()
+    model.match, model.config = match, dataclasses.replace(model.config, hardness=None)
+    report.report_counterfactuals(model, f"{tmp_path}/card.png", count=2)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == "| mean | 100 | 0 | 100 |" and len(lines) == 2 + 40 + 1
+    assert Image.open(tmp_path / "card.png").width > 900
+
+
 # ---- bench.py ------------------------------------------------------------------------------------
 # against its own plain PyTorch baselines
 def test_bench_prints_its_tables(monkeypatch, capsys):
