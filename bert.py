@@ -143,7 +143,7 @@ class Tokenizer:
         if isinstance(texts, str):
             raise ValueError(f"the tokenizer expects a list of captions, found a string: {texts[:60]!r}")
         cleaned = [clean_caption(text) for text in texts]
-        encoded = self.wordpiece.encode_batch(cleaned, add_special_tokens=False)
+        encoded = self.wordpiece.encode_batch_fast(cleaned, add_special_tokens=False)
         ids = [[self.cls_id, *pieces.ids[:MAX_TOKENS - 2], self.sep_id] for pieces in encoded]
         packed = torch.tensor(list(chain.from_iterable(ids)))
         return Captions(packed, Sequences.from_lengths([*map(len, ids)]))

@@ -67,7 +67,8 @@ class Faces:
     def _load(self, i, stored, size=None):
         if isinstance(stored, np.ndarray):
             image = Image.fromarray(stored).convert("RGB")
-            return image.resize((size, size), Image.Resampling.BICUBIC) if size else image
+            is_right = size is None or image.size == (size, size)
+            return image if is_right else image.resize((size, size), Image.Resampling.BICUBIC)
         try:
             return stored.open(size) if isinstance(stored, TarImage) else load_image(stored, size=size)
         except (ValueError, OSError) as error:

@@ -127,7 +127,8 @@ def train_step(run: TrainState, micro_batches: list[Batch], step: int) -> torch.
     for out in outputs:
         model.enqueue(out.image_keys, out.text_keys, out.identity)
     for optimizer in run.optimizers:
-        optimizer.step()
+        with autocast(config.precision, device):        # for Muon's matrix products
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     model.clamp_temperature()
     model.update_momentum(schedule(step + 1, config).momentum)      # for the next step

@@ -19,7 +19,9 @@ SCALE, OFFSET = 1 / (255 * STD), MEAN / STD     # (x / 255 - MEAN) / STD = x * S
 
 def resize_to_array(image: Image.Image, size):
     """A PIL image -> uint8 (S, S, 3), resized to a square without cropping (FLIP paper, section 4.2)."""
-    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC).convert("RGB"))
+    if image.size != (size, size):                          # else PIL would copy the image
+        image = image.resize((size, size), Image.Resampling.BICUBIC)
+    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def normalize_batch(pixels) -> torch.Tensor:
