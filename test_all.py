@@ -3527,6 +3527,13 @@ def test_every_command_of_the_readme_works(tmp_path, monkeypatch):
     exec(lines.replace("000325", "000032"), {})             # DIR has 40 images
 
 
+def test_results_name_tests_that_exist():
+    tests = [name for name in globals() if name.startswith("test_")]
+    section = (ROOT / "RESULTS.md").read_text().split("## Famous failures")[1].split("\n## ")[0]
+    named = [name for row in section.splitlines()[7:] for name in re.findall(r"`(\w+)`", row.split("|")[-2])]
+    assert len(named) > 10 and all(any(name in test for test in tests) for name in named)
+
+
 # ---- damaged and malicious input -----------------------------------------------------------------
 # against the results for the undamaged files
 @pytest.mark.parametrize("call, message", [

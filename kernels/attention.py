@@ -122,7 +122,7 @@ def padded_attention(query, key, value, query_sequences, key_sequences, dropout=
         logits = query @ key.mT                                                     # (B, H, Lq, Lk)
         if not key_sequences.is_uniform:
             padding = ~key_sequences.token_mask[:, None, None]                      # (B, 1, 1, Lk)
-            logits = logits.masked_fill(padding, torch.finfo(logits.dtype).min)
+            logits = logits.masked_fill_(padding, torch.finfo(logits.dtype).min)
         weights = logits.softmax(-1)
         if dropout > 0:
             weights, value = weights * dropout_mask(weights, dropout), value / (1 - dropout)
