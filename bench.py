@@ -4,8 +4,6 @@
     python bench.py attention         one of them: attention or contrastive
     python bench.py step              a training step of the base model; minutes on a CPU
     python bench.py rerank            re-ranking with the base model; minutes on a CPU
-    python bench.py --compile-only    registers and shared memory of every launch configuration on compute
-                                      capability 8.0 (A100) and 9.0 (H100); needs no GPU
 
 "Ours" is the Triton kernel on a CUDA GPU, elsewhere the PyTorch path; "baseline" is our model, run as the
 official code runs its own. Times are medians (minima for step and rerank) and include launch overhead;
@@ -13,16 +11,11 @@ memory is the GPU's peak beyond the inputs. Compare only within a table: each is
 """
 import argparse
 import datetime
-import itertools
 import platform
-import re
 import statistics
-import subprocess
-import tempfile
 import time
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from unittest.mock import patch
 
 import torch
@@ -31,12 +24,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from bert import MAX_TOKENS, Captions
-from common.distributed import parallel_map
 from common.optim import build_optimizers, set_learning_rate
 from common.script import markdown_table, run_script
 from flip import FLIP, FLIPConfig, FLIPOutput, StepParams, project, rerank
-from kernels import attention as attention_file
-from kernels import contrastive as contrastive_file
 from kernels import triton
 from kernels.attention import Sequences, attention, pad, padded_attention, unpad
 from kernels.contrastive import contrastive_loss
@@ -294,69 +284,6 @@ def bench_rerank(config=FLIPConfig(queue_size=1), images=48, texts=48, k=16, rep
     print_seconds({"baseline": partial(baseline_rerank, *case), "ours": partial(rerank, *case)}, repeats)
 
 
-# ---- compiling without a GPU ---------------------------------------------------------------------
-# Types of the arguments that are not tensors of the kernel's own dtype.
-TYPES = {"*fp32": "lse delta delta_out queries temperature max_out denominator_out key_out",
-         "*i32": "query_offsets key_offsets",
-         "*i64": "identity key_identity", "i32": "B K keys_per_program", "i64": "seed"}
-TYPE_OF = {name: kind for kind, names in TYPES.items() for name in names.split()}
-# Maximum shared memory of a program, in bytes, by compute capability (CUDA C++ Programming Guide).
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
-# Channels per head to compile for, including 80, which is not a power of two. float16 compiles like bfloat16
-# except for the type of its products, so one size is enough.
-CHANNELS = {"bf16": (16, 32, 64, 80, 128), "fp16": (64,), "fp32": (16, 32, 64, 128)}
-
-
-def launched_configs():
-    """Yield every launch configuration: kernel name, dtype, compile-time arguments, compute capability."""
-    for capability in SHARED_LIMIT:
-        for dtype, channels in CHANNELS.items():
-            for name, d, dropout in itertools.product(("fwd", "bwd_dq", "bwd_dkdv"), channels, (0.0, 0.1)):
-                meta = attention_file.launch_config(name, d, 4 if dtype == "fp32" else 2)
-                yield f"{name}_kernel", dtype, dict(dropout=dropout, **meta), capability
-        for dtype, E in itertools.product(("fp32", "bf16"), (32, 64, 128, 256)):
-            meta = dict(E=E, BLOCK_E=E, **contrastive_file.LAUNCH_CONFIG)
-            yield "triton_sums_kernel", dtype, meta, capability
-
-
-def compile_one(config):
-    """Compile one of the `launched_configs`; returns registers and spilled bytes per thread, and bytes of
-    shared memory."""
-    name, dtype, meta, capability = config
-    kernel = getattr(attention_file, name, None) or getattr(contrastive_file, name)
-    constants = {argument: meta[argument] for argument in kernel.arg_names if argument in meta}
-    signature = {argument: "constexpr" if argument in meta else TYPE_OF.get(argument, f"*{dtype}")
-                 for argument in kernel.arg_names}
-    aligned = {(i,): [["tt.divisibility", 16]]              # PyTorch's allocations are aligned
-               for i, kind in enumerate(signature.values()) if kind.startswith("*")}
-    compiled = triton.compile(triton.compiler.ASTSource(kernel, signature, constants, aligned),
-                              target=triton.backends.compiler.GPUTarget("cuda", capability, 32),
-                              options=dict(num_warps=meta["num_warps"], num_stages=meta["num_stages"]))
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as binary:
-        Path(binary.name).write_bytes(compiled.asm["cubin"])
-        usage = subprocess.run([tool, "-res-usage", binary.name], capture_output=True, text=True, check=True)
-    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout).groups())
-    return registers, stack, compiled.metadata.shared
-
-
-def compile_all():
-    """Print a row per configuration. Raises ValueError if one spills or exceeds the shared memory."""
-    if not hasattr(triton, "compile"):
-        raise ValueError("--compile-only: Triton is not installed; run `pip install triton` on Linux")
-    configs, rows, failures = list(launched_configs()), [], []
-    with parallel_map(compile_one, configs, "compiling") as results:
-        for (name, dtype, meta, capability), (registers, stack, shared) in zip(configs, results):
-            rows.append([name, dtype, meta.get("d") or meta["E"], meta.get("dropout", ""), capability / 10,
-                         registers, stack, f"{shared / 1024:.1f}"])
-            if stack or shared > SHARED_LIMIT[capability]:
-                failures.append(rows[-1])
-    print(markdown_table(["kernel", "dtype", "d or E", "dropout", "capability", "registers", "spilled bytes",
-                          "shared KB"], rows))
-    if failures:
-        raise ValueError(f"spilled registers or too much shared memory; use smaller blocks: {failures}")
-
-
 BENCHES = {"attention": bench_attention, "contrastive": bench_contrastive, "step": bench_step,
            "rerank": bench_rerank}
 
@@ -364,10 +291,7 @@ BENCHES = {"attention": bench_attention, "contrastive": bench_contrastive, "step
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("which", nargs="?", choices=list(BENCHES), help="default: attention and contrastive")
-    parser.add_argument("--compile-only", action="store_true", help="compile all kernels, without a GPU")
     args = parser.parse_args()
-    if args.compile_only:
-        return compile_all()
     device = torch.cuda.get_device_name() if DEVICE == "cuda" else (
         f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)")
     print(f"{device}, torch {torch.__version__}, Triton {getattr(triton, '__version__', 'none')}, "

@@ -272,7 +272,7 @@ def expected_recall(scores: np.ndarray, k: tuple[int, ...]) -> dict:
     the diagonal. Ties are broken at random: with `better` candidates above the match and `tied` equal to it
     (itself included), it is in the top n with probability (n - better) / tied, clipped to [0, 1]."""
     true = np.diag(scores)[:, None]
-    better = (scores > true + 1e-9).sum(1)          # tolerance for rounding: true ties are exact
+    better = (scores > true + 1e-9).sum(1)          # tolerance: tied scores may differ by rounding
     tied = (scores >= true - 1e-9).sum(1) - better
     return {n: float(np.clip((n - better) / tied, 0, 1).mean()) for n in k}
 
@@ -298,15 +298,16 @@ def reference_recall(stated: np.ndarray, attributes: np.ndarray, k=(1, 5, 10)) -
 
 
 def ideal_contrastive_loss(stated, attributes, population, batch_size: int) -> float:
-    """The ITC loss of the best critic of image-caption pairs, log P(stated | face) - log P(stated) (arXiv
-    1807.03748, section 2.3), on whole batches of faces that no model has seen: stated int8 (I, 40),
-    attributes bool (I, 40). P(stated) is a mean over `population`, bool (N, 40), and the batch. No model does
-    better on new faces, so one that does on its training faces has learned them by heart."""
+    """Expected ITC loss in nats, mean of both directions, of the best possible score of a pair: log
+    P(stated | face) - log P(stated) (arXiv 1807.03748, section 2.3). No model's expected loss on new faces is
+    lower. stated int8 (I, 40), attributes bool (I, 40), in batches of `batch_size` <= I
+    pairs; an incomplete last batch is dropped. P(stated) is a mean over `population`, bool (N, 40), and the
+    batch."""
     losses = []
     for start in range(0, len(stated) - batch_size + 1, batch_size):
         batch = slice(start, start + batch_size)
         log_p = log_likelihood(stated[batch], np.concatenate([attributes[batch], population]))  # (B, B + N)
         log_prior = np.logaddexp.reduce(log_p, axis=1, keepdims=True) - np.log(log_p.shape[1])
-        critic = log_p[:, :batch_size] - log_prior                                              # (B, B)
-        losses += [np.logaddexp.reduce(critic, axis) - np.diag(critic) for axis in (0, 1)]
+        scores = log_p[:, :batch_size] - log_prior                                              # (B, B)
+        losses += [np.logaddexp.reduce(scores, axis) - np.diag(scores) for axis in (0, 1)]
     return float(np.mean(losses))

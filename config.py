@@ -74,7 +74,8 @@ class Config(SharedFlags):
     beta2: float = flag(0.999, "AdamW's second beta", high=1)
     grad_clip: float = flag(0.0, "maximum gradient norm; 0: no clipping", was="clip_grad")
     alpha: float = flag(0.4, "final weight of the soft targets", high=1)
-    alpha_ramp: tuple[float, float] = flag((0.0, 2 / 15), "part of the run in which alpha rises", high=1)
+    alpha_ramp: tuple[float, float] = flag((0.0, 2 / 15), "fractions of the run between which alpha rises "
+                                                         "from 0", high=1)
     momentum: float = flag(0.995, "final momentum of the momentum encoder", high=1)
     momentum_from: float = flag(0.0, "before this fraction of the run it copies the student", high=1)
     queue_size: int = flag(61_440, "entries of the queue", low=1)
@@ -104,18 +105,18 @@ class Config(SharedFlags):
 
 # The paper's recipe starts from CLIP and BERT. A short run from random weights needs other values:
 RECIPES = {"tiny": dict(
-    steps=1850, batch_size=128, workers=0, augment=False,       # --data turns augmentation on
-    log_every=20, eval_every=925, k_test=16,
+    steps=1930, batch_size=128, workers=0, augment=False,       # --data turns augmentation on
+    log_every=20, eval_every=965, k_test=16,
     lr=1e-3, lr_start=1e-5, lr_min=0.0, lr_decay="linear", warmup=60, beta2=0.98, grad_clip=1.0,
     # captions are learned faster than images: a slower text encoder lets the image encoder keep up
     muon_lr_image=4.5, muon_lr_text=1.5,
     # at the full rate the temperature drops before the features are of any use
-    temperature_lr=0.3,
-    # with hard negatives from the start the matching head only predicts the base rate: first, uniform ones
-    itm_from=0.5, itm_every=4, hardness_ramp=(0.55, 0.75), posterior=True,
+    temperature_lr=0.1,
+    # with hard negatives from the start, the matching head learns only the base rate: first, uniform ones
+    itm_from=0.25, itm_every=6, hardness_ramp=(0.5, 0.75), posterior=True,
     # in a short run a slow momentum encoder lags far behind the student: momentum and alpha rise late,
     # and the queue is used late, when the features of its entries change slowly
-    momentum=0.95, momentum_from=0.8, alpha_ramp=(0.85, 0.97), queue_size=512, queue_from=0.85)}
+    momentum=0.95, momentum_from=0.7, alpha_ramp=(0.75, 0.95), queue_size=512, queue_from=0.75)}
 
 
 # ---- the command line ----------------------------------------------------------------------------

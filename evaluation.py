@@ -48,12 +48,13 @@ class EvaluationSet(NamedTuple):
     faces: Faces
     texts: list[str]                # T captions
     image_of_text: torch.Tensor     # (T,)
-    references: dict = {}           # {name: six recalls} from `captions.reference_recall`
-    ideal_itc: float | None = None  # `captions.ideal_contrastive_loss`; for both, captions must be generated
+    references: dict = {}           # {name: recalls in %, text to image at 1, 5, 10, then image to text}
+    ideal_itc: float | None = None  # `captions.ideal_contrastive_loss`; both only for generated captions
 
     @staticmethod
     def of(faces: Faces, training: Faces | None = None, batch_size: int = 0) -> "EvaluationSet":
-        """training: the faces of training, in batches of batch_size pairs, for `ideal_itc`."""
+        """The faces with captions. With the faces of `training`, whose captions must be generated, too,
+        `ideal_itc` is that of batches of batch_size pairs (all processes)."""
         images = torch.arange(len(faces))
         if faces.captions is not None:
             counts = torch.tensor([len(captions) for captions in faces.captions])

@@ -18,7 +18,6 @@ momentum encoder and a queue, which frozen encoders do not need. None of this is
 head.pt for attributes, otherwise a complete flip.pt, which --checkpoint accepts.
 """
 import argparse
-import itertools
 import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -187,20 +186,20 @@ def finetune(config: Config) -> list[Result]:
 
 
 def table(results, task):
-    """Markdown tables, one for each title in `task.columns`: chance or majority class, then all encoders, the
-    last one first."""
+    """A Markdown table per title in `task.columns`, in percent: the baseline, then the encoders, the last one
+    first."""
     rows = [(task.baseline_name, dict.fromkeys(task.fractions, results[0].final["baseline"]))]
     for result in results[::-1]:
         if not task.has_own_head:
             rows.append((f"{result.name}, before tuning", result.before))
         rows.append((f"{result.name}, tuned", result.tuned))
     tables = []
-    for title, columns in itertools.groupby(task.columns, key=lambda column: task.columns[column][0]):
-        cells = list(itertools.product(columns, task.fractions))
-        header = [task.columns[column][1] or f"{100 * fraction:g} % of the faces"
-                  for column, fraction in cells]
-        tables.append(markdown_table([f"{title}, %", *header], [
-            [name, *(f"{metrics[fraction][column]:.1f}" for column, fraction in cells)]
+    for title in dict.fromkeys(title for title, _ in task.columns.values()):
+        cells = [(column, fraction, header or f"{100 * fraction:g} % of the faces")
+                 for column, (of, header) in task.columns.items() if of == title
+                 for fraction in task.fractions]
+        tables.append(markdown_table([f"{title}, %", *(header for _, _, header in cells)], [
+            [name, *(f"{metrics[fraction][column]:.1f}" for column, fraction, _ in cells)]
             for name, metrics in rows]))
     return "\n\n".join(tables)
 

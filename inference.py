@@ -25,8 +25,8 @@ MODE = threading.Lock()
 
 @contextlib.contextmanager
 def eval_mode(model):
-    """Evaluation mode without gradients. At the end of the block, or if several threads are in one, of the
-    last, the previous mode is restored."""
+    """Evaluation mode without gradients. Blocks may nest or run in several threads; the mode before the
+    first is restored when the last one ends."""
     with MODE:
         if model.evaluations == 0:
             model.was_training = model.training

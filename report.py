@@ -144,7 +144,8 @@ def plot_stats(stats: dict, faces, path):
 
 
 def counterfactual_pairs(attribute: int, count: int, size: int):
-    """`count` pairs of drawn faces: the same face without and with an attribute."""
+    """`count` pairs [absent, present] of PIL images, size x size pixels: a drawn face without and with the
+    attribute of this number."""
     rng, pairs = np.random.default_rng((attribute, 99)), []
     while len(pairs) < count:
         present, look = sample_attributes(rng), int(rng.integers(2 ** 62))
@@ -155,31 +156,35 @@ def counterfactual_pairs(attribute: int, count: int, size: int):
 
 
 def report_counterfactuals(model: FLIP, path: str, count=50):
-    """Print in how many percent of `count` pairs per attribute its sentence fits the face that has it better,
-    by ITC, by ITM and by both (`FLIP.rerank_score`), and save a pair of each. ITM alone was trained to
-    tell apart what ITC finds similar, so it may rank others wrongly."""
-    rows, tiles = [], []
+    """Print, for each attribute, the percentage of `count` pairs in which a sentence of the grammar that
+    states it scores higher for the face that has it (chance: 50): by cosine (ITC), by log-odds (ITM) and by
+    `FLIP.rerank_score` (both). ITM alone was trained to tell apart what ITC finds similar, so it may rank
+    other pairs wrongly. Save the first pair of each attribute to `path`."""
+    percent, tiles = {}, []
     for attribute, name in enumerate(tqdm(ATTRIBUTES, "comparing", leave=False)):
         pairs = counterfactual_pairs(attribute, count, model.config.vit.image_size)
         sentence = verbalize([attribute], random.Random(0))
         logits, cosines = model.match([image for pair in pairs for image in pair], sentence)
         scores = cosines, logits[..., 1] - logits[..., 0], model.rerank_score(logits, cosines)
-        right = [100 * (score[1::2] > score[::2]).double().mean().item() for score in scores]
-        rows.append([name, *right])
-        tiles += [(pairs[0][0], name, False), (pairs[0][1], f"{right[0]:.0f}, {right[2]:.0f} %", True)]
-    rows.append(["mean", *np.mean([right for _, *right in rows], axis=0)])
-    print(markdown_table(["right in %", "ITC", "ITM", "both"],
-                         [[name, *(f"{value:.0f}" for value in right)] for name, *right in rows]))
-    legend = "green frame: with the attribute; below: pairs that are right by ITC, and by ITC and ITM"
+        itc, itm, both = percent[name] = [
+            100 * (score[1::2] > score[::2]).double().mean().item() for score in scores]
+        tiles += [(pairs[0][0], name, False), (pairs[0][1], f"{itc:.0f}, {both:.0f} %", True)]
+    percent["mean"] = np.mean(list(percent.values()), axis=0)
+    print(markdown_table(["correct pairs, %", "ITC", "ITM", "both"],
+                         [[name, *(f"{value:.0f}" for value in values)] for name, values in percent.items()]))
+    legend = "green frame: has the attribute; below it: correct pairs by ITC, and by both"
     rows = [("", tiles[start:start + 10]) for start in range(0, len(tiles), 10)]
     contact_sheet(rows, 96, legend).save(path)
+    print(f"written: {path}")
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Statistics of a data set of faces, on one page.")
-    parser.add_argument("--checkpoint", help="report on this model of drawn faces instead")
+    parser = argparse.ArgumentParser(description="Statistics of a data set of faces, on one page, or of what "
+                                                 "a model has learned about each attribute.")
+    parser.add_argument("--checkpoint", help="test this model on pairs of drawn faces; omit --data")
     parser.add_argument("--data", help="folder or JSON annotation file of faces (default: drawn faces)")
-    parser.add_argument("--out", default="report.png", help="output image, beside a .json file (%(default)s)")
+    parser.add_argument("--out", help="output image, for --data beside a .json file (report.png or "
+                                      "counterfactuals.png)")
     parser.add_argument("--sample", type=int, default=10_000, help="captions to sample (%(default)s)")
     parser.add_argument("--cache", default="cache", help="folder for drawn faces or the index (%(default)s)")
     parser.add_argument("--columns", nargs="+", default=COLUMNS[:2], choices=COLUMNS,
@@ -189,7 +194,11 @@ def main():
     if args.sample < 10:
         raise ValueError(f"--sample {args.sample}: expected at least 10")
     if args.checkpoint:
-        return report_counterfactuals(FLIP.from_pretrained(args.checkpoint), args.out)
+        if args.data:
+            raise ValueError("--checkpoint is tested on drawn faces; omit --data")
+        model = FLIP.from_pretrained(args.checkpoint)
+        return report_counterfactuals(model, args.out or "counterfactuals.png")
+    args.out = args.out or "report.png"
     splits, errors = {}, []
     for split in SPLITS if args.data else ():
         with collect_errors(errors):

@@ -45,7 +45,7 @@ def encode_folder(model: FLIP, folder: str | Path, cache: str | Path) -> dict[Pa
     keys = {path: f"{path.resolve()} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in paths}
     new = [path for path in paths if keys[path] not in cached]
     for indices, pixels in model.load_images(new, errors="skip") if new else ():
-        with autocast("auto", model.device):
+        with eval_mode(model), autocast("auto", model.device):
             features = model.student.image_features(pixels).cpu()
         cached |= {keys[new[i]]: feature.clone() for i, feature in zip(indices, features)}
     if new:
@@ -77,9 +77,9 @@ class SearchResult(NamedTuple):
 
 def split_negations(query: str) -> tuple[str, list[str]]:
     """What a sentence asks for and what it excludes: "a man without a hat or glasses" -> "a man", ["a hat",
-    "glasses"]."""
-    negation = (r"\b(?:without|no|not|never)\s+(.+?)"
-                r"(?=\s*(?:[,.;]|\b(?:and|but|with|without|who|he|she|has|is|no|not)\b|$))")
+    "glasses"]. After "and" or a comma it asks again."""
+    negation = (r"\b(?:without|no|not|never|neither|nor|\w+n't)\s+(.+?)"
+                r"(?=\s*(?:[,.;]|\b(?:and|but|with|without|who|he|she|has|is|no|not|nor)\b|$))")
     excluded = [phrase for phrases in re.findall(negation, query, re.I)
                 for phrase in re.split(r"\sor\s", phrases)]
     return re.sub(negation, "", query, flags=re.I).strip(" ,.;"), excluded
@@ -97,7 +97,7 @@ def tokenize_query(model: FLIP, query: str):
 
 @torch.no_grad()
 def search(model: FLIP, features: dict[Path, torch.Tensor], query: str, top=8, k=32) -> list[SearchResult]:
-    """The `top` best images for a sentence: the ITM head re-ranks the k >= top most similar of `features`."""
+    """The `top` best images for a sentence: the ITM head re-ranks the max(k, top) of highest cosine."""
     (captions, signs), paths = tokenize_query(model, query), list(features)
     text_features = model.student.text_features(captions).cpu()
     cosines = torch.stack(list(features.values())) @ text_features.T                            # (I, T)
@@ -135,14 +135,14 @@ def attribute_patches(model: FLIP, images, phrase: str, steps=8) -> torch.Tensor
                 logits = model.score_pairs(model.student.image_tokens_and_features(interpolated)[0], captions)
                 log_odds = logits[:, 1] - logits[:, 0]
                 gradient += torch.autograd.grad(log_odds.sum(), interpolated)[0] / steps
-            attributions.append(patch ** 2 * F.avg_pool2d((pixels * gradient).sum(1), patch).cpu())
+            attributions.append(F.avg_pool2d((pixels * gradient).sum(1), patch, divisor_override=1).cpu())
     return torch.cat(attributions)
 
 
 def result_rows(model: FLIP, query: str, results: list[SearchResult], explain: bool):
-    """Rows for `contact_sheet`: all images in one row, or, if `explain`, a row for each image, which is
-    darkened, for each of the first 12 phrases of the query, where the attribution is low (scaled by its
-    maximum over all images), and labelled with the attribution's sum."""
+    """Rows for `contact_sheet`: all images in one row or, if `explain`, a row per image, with a copy of it
+    for each phrase of the query (at most 12). A copy is dark where the attribution is low, on one scale for
+    all images of a phrase; its label is the attribution's sum, in log-odds."""
     images = [result.image() for result in results]
     if not explain:
         return [(query, [(image, f"{result.score:.1f}  {result.cosine:.2f}  {100 * result.probability:.0f} %",

@@ -54,10 +54,10 @@ class EncodedSplit:
 
 
 class Task:
-    """What the tasks share. finetune.py calls `open` and `encode` for each split, `trainable_module`, then
-    `loss` in each step, `metrics` in each evaluation, finally `save` and `draw`; `config` holds its flags. A
-    task names its `selection_metric` (on the validation split) and the columns of its tables, {metric:
-    (title of its table, header)}; without a header there is a column for each fraction."""
+    """What the tasks share. finetune.py calls `open` for each split; then, for each encoder, `encode` for
+    each split, `trainable_module`, `loss` in each step, `metrics` in each evaluation, and `draw`; `save`
+    after the first. config: finetune.Config. A task names its `selection_metric` (on the validation split)
+    and its columns, {metric: (title of the table, header)}; an empty header shows the fraction."""
     recipe, toy_recipe = {}, {}             # overrides of the flags' defaults: always, and for drawn faces
     steps = 0                               # steps of the sketches to draw
     fractions = [1.0]                       # of the training split; each is trained on separately

@@ -68,11 +68,15 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_precision(name: str, device: torch.device) -> str:
-    """The precision of --precision, bf16 or float32; "auto" is bf16 on CUDA and on CPUs that multiply in bf16
-    (elsewhere it would be slower)."""
-    cpu = getattr(torch.cpu, "get_capabilities", dict)()            # not in torch 2.10
-    is_fast = {"cuda": True, "cpu": cpu.get("avx512_bf16") or cpu.get("amx_bf16")}.get(device.type)
-    return name if name != "auto" else "bf16" if is_fast else "float32"
+    """"bf16" or "float32" for a --precision; "auto" is bf16 where the hardware multiplies in it, if torch can
+    tell: GPUs from compute capability 8.0 on, x86 CPUs with AVX512-BF16 or AMX. Elsewhere it is slower."""
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    cpu = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    has_bf16 = device.type == "cpu" and (cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
+    return "bf16" if has_bf16 else "float32"
 
 
 def autocast(precision: str, device: torch.device):

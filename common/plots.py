@@ -1,4 +1,4 @@
-"""The plots of a training run; `validation` is an evaluation.EvaluationSet."""
+"""Plots of train.py and finetune.py; `validation` is an evaluation.EvaluationSet."""
 from pathlib import Path
 
 import numpy as np
@@ -29,15 +29,16 @@ def plot_curves(log: list[dict], validation, path: Path):
         points = [(line["step"], line[name]) for line in log if line.get(name) is not None]
         left.plot(*zip(*points) if points else ([], []), label=name.upper())
     config = log[0]["config"]
-    for name, start, side in (("queue", config["queue_from"], "right"),
-                              ("soft targets", config["alpha_ramp"][0], "left")):
-        if start > 0:                                               # ITC rises here, because its task changes
+    soft_from = config["alpha_ramp"][0] if config["alpha"] else 1.0
+    starts = {"queue": config["queue_from"], "soft targets": soft_from}
+    for (name, start), side in zip(starts.items(), ("right", "left")):
+        if 0 < start < 1:           # from here on ITC has more keys or softer targets, so it rises
             left.axvline(start * config["steps"], color="grey", linestyle=":")
             left.text(start * config["steps"], 0.98, f" {name} ", transform=left.get_xaxis_transform(),
                       rotation=90, ha=side, va="top", color="grey")
-    if validation.ideal_itc:                # of the batch, without a queue and soft targets
-        end = min(config["queue_from"], config["alpha_ramp"][0]) * config["steps"]
-        left.plot([0, end], [validation.ideal_itc] * 2, "--", color="tab:blue", label="ideal ITC")
+    if validation.ideal_itc and min(starts.values()) > 0:           # without queue and soft targets
+        left.plot([0, min(starts.values()) * config["steps"]], [validation.ideal_itc] * 2, "--",
+                  color="tab:blue", label="ideal ITC")
     left.set(xlabel="step", title="training losses")
     evaluations = [line for line in log if "img_r10" in line]
     for column, k, colour in ((0, 1, "tab:blue"), (1, 5, "tab:orange"), (2, 10, "tab:green")):

@@ -1,6 +1,6 @@
 """All attention and all ITC (contrastive loss) of this project, on CPUs as well as GPUs. Each file has the
 mathematics, a plain PyTorch version, which CPUs run, Triton kernels for NVIDIA GPUs, and a public function
-that picks one. `python bench.py` checks and times both; `--compile-only` compiles them without a GPU."""
+that picks one. `python bench.py` checks and times both."""
 from types import SimpleNamespace
 
 import torch

@@ -367,7 +367,7 @@ def bwd_dkdv_kernel(grad, query, key, value, lse, delta, dk_out, dv_out, query_o
 TAIL = 16       # the smallest block that tl.dot accepts
 MAX_D = 128
 # (kernel, bytes per element): rows of (largest d, BLOCK_M, BLOCK_N, warps, stages), not tuned on a GPU yet.
-# None spills registers on compute capability 8.0 or 9.0, with Triton 3.6 to 3.9 (`bench.py --compile-only`).
+# None spills registers on compute capability 8.0 or 9.0, with Triton 3.6 to 3.9 (`pytest -k shipped_kernel`).
 LAUNCH_CONFIGS = {("fwd", 2): [(64, 64, 64, 4, 2), (128, 64, 64, 8, 2)],
                   ("fwd", 4): [(64, 32, 32, 8, 1), (128, 16, 32, 4, 1)],
                   ("bwd_dq", 2): [(64, 64, 64, 4, 2), (128, 64, 32, 8, 2)],
