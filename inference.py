@@ -82,7 +82,7 @@ class Inference:
     def score(self, images, texts):
         """What ranks images for a sentence, and sentences for an image: `rerank_score` (I, T). Every pair
         costs a pass of the text encoder, so choose candidates with `similarity` first."""
-        return self.rerank_score(*self.match(images, texts))
+        return self.rerank_score(*self.match(images, texts)).detach()
 
     def match(self, images, texts):
         """ITM logits (I, T, 2) and cosines (I, T)."""

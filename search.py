@@ -121,20 +121,21 @@ def split_phrases(query: str, tokenizer) -> list[str]:
 
 
 def attribute_patches(model: FLIP, images, phrase: str, steps=8) -> torch.Tensor:
-    """Attribution of ITM's log-odds for a phrase to the patches of I images (paths or PIL images), (I, rows,
-    columns). Those of an image sum to about the difference in log-odds between it and a plain grey image.
+    """Attribution of the ranking score for a phrase to the patches of I images (paths or PIL images), (I,
+    rows, columns). Those of an image sum to about the difference in score between it and a plain grey image.
 
     Integrated gradients (arXiv 1703.01365): pixels times gradient, averaged along the path from grey, CLIP's
     mean colour, to the image. (At the image itself the gradient vanishes where the head is certain.)"""
     captions, patch, attributions = model.tokenize(phrase), model.config.vit.patch_size, []
+    text_feature = model.encode_text(phrase)[0]
     with eval_mode(model), torch.enable_grad():
         for pixels in torch.cat([pixels for _, pixels in model.load_images(images)]).split(8):
             gradient = torch.zeros_like(pixels)
             for step in range(steps):
                 interpolated = (pixels * (step + 0.5) / steps).requires_grad_()
-                logits = model.score_pairs(model.student.image_tokens_and_features(interpolated)[0], captions)
-                log_odds = logits[:, 1] - logits[:, 0]
-                gradient += torch.autograd.grad(log_odds.sum(), interpolated)[0] / steps
+                tokens, features = model.student.image_tokens_and_features(interpolated)
+                score = model.rerank_score(model.score_pairs(tokens, captions), features @ text_feature)
+                gradient += torch.autograd.grad(score.sum(), interpolated)[0] / steps
             attributions.append(F.avg_pool2d((pixels * gradient).sum(1), patch, divisor_override=1).cpu())
     return torch.cat(attributions)
 
@@ -142,7 +143,7 @@ def attribute_patches(model: FLIP, images, phrase: str, steps=8) -> torch.Tensor
 def result_rows(model: FLIP, query: str, results: list[SearchResult], explain: bool):
     """Rows for `contact_sheet`: all images in one row or, if `explain`, a row per image, with a copy of it
     for each phrase of the query (at most 12). A copy is dark where the attribution is low, on one scale for
-    all images of a phrase; its label is the attribution's sum, in log-odds."""
+    all images of a phrase; its label is the attribution's sum."""
     images = [result.image() for result in results]
     if not explain:
         return [(query, [(image, f"{result.score:.1f}  {result.cosine:.2f}  {100 * result.probability:.0f} %",

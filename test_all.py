@@ -3174,10 +3174,11 @@ def test_patch_attributions_sum_to_the_difference_from_a_grey_image(uninterrupte
     assert attributions.shape == (3, 6, 6)
     pixels = normalize_batch([resize_to_array(image, 48) for image in images])
     with torch.no_grad():
-        tokens = [model.student.image_tokens_and_features(x)[0] for x in (pixels, 0 * pixels)]
-        logits = [model.itm_logits(x, model.tokenizer(["a man"] * 3)) for x in tokens]
-    log_odds, grey_log_odds = (x[:, 1] - x[:, 0] for x in logits)
-    torch.testing.assert_close(attributions.sum((1, 2)), log_odds - grey_log_odds, atol=1e-3, rtol=1e-3)
+        captions, text = model.tokenizer(["a man"] * 3), model.encode_text("a man")[0]
+        score, grey_score = (
+            model.rerank_score(model.itm_logits(tokens, captions), features @ text)
+            for tokens, features in map(model.student.image_tokens_and_features, (pixels, 0 * pixels)))
+    torch.testing.assert_close(attributions.sum((1, 2)), score - grey_score, atol=1e-3, rtol=1e-3)
     grey = np.tile(common.images.MEAN.numpy() * 255, (48, 48, 1)).round().astype(np.uint8)
     grey[8:16, 40:] = 0             # one patch is not grey
     [attributions] = search.attribute_patches(model, Image.fromarray(grey), "a man")
@@ -3381,7 +3382,7 @@ def test_phrase_is_read_where_its_part_of_the_face_is(default_run):
         print(f"| {phrase} |", " | ".join(f"{value:.1f}" for value in (*row, *ratios[-1])), "|")
     ours, random = np.mean(ratios, axis=0)
     print(f"on average {ours:.1f} and {random:.1f} times the part's share of the patches")
-    assert ours >= 3 and 0.5 < random < 1.5
+    assert ours >= 3 and random < 1.5
 
 
 # ---- report.py -----------------------------------------------------------------------------------
