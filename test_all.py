@@ -2895,7 +2895,7 @@ def tuned(uninterrupted, cache, tmp_path):
     def config(task, **changes):
         settings = tasks.TASKS[task].recipe | tasks.TASKS[task].toy_recipe | dict(
             task=task, checkpoint=(f"{uninterrupted}/flip.pt",), out=str(tmp_path), cache=cache, faces=24,
-            validation=4, test=8, epochs=3, batch_size=8, itm_every=1)
+            validation=4, test=8, epochs=3, batch_size=8, itm_every=1, precision="float32")
         return finetune.Config(**settings | changes)
     return config
 
