@@ -2909,9 +2909,10 @@ def test_attributes_are_trained_on_celeba(tuned, tmp_path):
     assert results[0].final["majority"] == pytest.approx(100 * np.maximum(test, 1 - test).mean())
 
 
-def test_retrieval_is_trained_and_evaluated_on_images_with_several_captions(tuned, tmp_path):
+def test_retrieval_is_trained_and_evaluated_on_images_with_several_captions(tuned, tmp_path, capsys):
     write_mm_celeba(tmp_path, (*range(2, 42), *range(24000, 24012)))
     metrics = finetune.finetune(tuned("retrieval", data=str(tmp_path)))[0].final
+    assert "with 12 faces, R@10 is 83 % by chance" in capsys.readouterr().out
     scores, own = metrics["scores"], torch.arange(12).repeat_interleave(2)              # (T, I), (T,)
     assert scores.shape == (24, 12)
     better = (scores > scores[torch.arange(24), own][:, None]).sum(1)
