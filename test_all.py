@@ -2647,6 +2647,8 @@ def test_schedule_of_tiny_starts_with_itc_alone_and_ends_with_the_final_values()
     last = train.schedule(config.steps - config.steps % config.itm_every - config.itm_every, config)
     assert train.schedule(0, config) == (0.0, 0.0, 0, 0.0, False)
     assert last == (config.alpha, config.momentum, config.queue_size, config.hardness, True)
+    assert 0 < config.momentum < 1 and 0 < config.warmup < config.steps / 10
+    assert train.learning_rate(0, config, 156) < config.lr / 10
     assert train.schedule(config.itm_from * config.steps, config).hardness == 0
 
 
@@ -2690,7 +2692,7 @@ def test_schedules_of_queue_and_itm():
     assert with_itm == [step for step in range(40, 100) if step % 3 == 0]
 
 
-def test_a_step_clips_gradients_and_draws_its_own_dropout_mask(tmp_path, cache, monkeypatch):
+def test_a_step_clips_gradients_and_temperature_and_draws_its_own_dropout_mask(tmp_path, cache, monkeypatch):
     """The same batch, without a queue and at a learning rate of 0."""
     vit, bert, size = train_config.TINY
     monkeypatch.setitem(train.MODELS, "tiny", (vit, dataclasses.replace(bert, dropout=0.5), size))
@@ -2706,6 +2708,9 @@ def test_a_step_clips_gradients_and_draws_its_own_dropout_mask(tmp_path, cache, 
     losses = [train.train_step(run, [batch], step)[0].item() for step in (0, 1, 2, 0)]
     assert losses[0] == losses[3] and len(set(losses)) == 3
     assert norms == pytest.approx(4 * [1e-3], rel=1e-2)
+    model.temperature.data.fill_(2.0)
+    train.train_step(run, [batch], 0)
+    assert model.temperature.item() == 0.5
 
 
 def test_two_micro_batches_give_their_mean_gradient(tmp_path, cache):
