@@ -300,9 +300,8 @@ def reference_recall(stated: np.ndarray, attributes: np.ndarray, k=(1, 5, 10)) -
 def ideal_contrastive_loss(stated, attributes, population, batch_size: int) -> float:
     """Expected ITC loss in nats, mean of both directions, of the best possible score of a pair: log
     P(stated | face) - log P(stated) (arXiv 1807.03748, section 2.3). No model's expected loss on new faces is
-    lower. stated int8 (I, 40), attributes bool (I, 40), in batches of `batch_size` <= I
-    pairs; an incomplete last batch is dropped. P(stated) is a mean over `population`, bool (N, 40), and the
-    batch."""
+    lower. stated int8 (I, 40), attributes bool (I, 40), in batches of `batch_size` <= I pairs; an incomplete
+    last batch is dropped. P(stated) is a mean over `population`, bool (N, 40), and the batch."""
     losses = []
     for start in range(0, len(stated) - batch_size + 1, batch_size):
         batch = slice(start, start + batch_size)

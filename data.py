@@ -67,8 +67,7 @@ class Faces:
     def _load(self, i, stored, size=None):
         if isinstance(stored, np.ndarray):
             image = Image.fromarray(stored).convert("RGB")
-            is_right = size is None or image.size == (size, size)
-            return image if is_right else image.resize((size, size), Image.Resampling.BICUBIC)
+            return image.resize((size, size), Image.Resampling.BICUBIC) if size else image
         try:
             return stored.open(size) if isinstance(stored, TarImage) else load_image(stored, size=size)
         except (ValueError, OSError) as error:

@@ -34,7 +34,6 @@ def load_feature_cache(cache: Path, embed_dim):
         return {}
 
 
-@torch.no_grad()
 def encode_folder(model: FLIP, folder: str | Path, cache: str | Path) -> dict[Path, torch.Tensor]:
     """{path: feature (E,)} of every image in `folder` and its subfolders. Features of unchanged files come
     from the file `cache`; unreadable images are reported and skipped. Raises ValueError if none is left."""
@@ -86,8 +85,8 @@ def split_negations(query: str) -> tuple[str, list[str]]:
 
 
 def tokenize_query(model: FLIP, query: str):
-    """Captions (T) of what a query asks for and excludes, and their signs (T,). Captions
-    state what is there, so a model does not learn negations: the score of what is excluded is subtracted."""
+    """Captions (T) of what a query asks for and excludes, and their signs (T,). Captions state what is there,
+    so a model does not learn negations: the score of what is excluded is subtracted."""
     asked, excluded = split_negations(query)
     if excluded:
         warnings.warn(f"ranked by {asked or 'nothing'!r} minus {', '.join(map(repr, excluded))}")
@@ -99,10 +98,11 @@ def tokenize_query(model: FLIP, query: str):
 def search(model: FLIP, features: dict[Path, torch.Tensor], query: str, top=8, k=32) -> list[SearchResult]:
     """The `top` best images for a sentence: the ITM head re-ranks the max(k, top) of highest cosine."""
     (captions, signs), paths = tokenize_query(model, query), list(features)
-    text_features = model.student.text_features(captions).cpu()
+    with eval_mode(model):
+        text_features = model.student.text_features(captions).cpu()
     cosines = torch.stack(list(features.values())) @ text_features.T                            # (I, T)
     best = (cosines @ signs).topk(min(max(k, top), len(paths))).indices
-    with autocast("auto", model.device):
+    with eval_mode(model), autocast("auto", model.device):
         tokens = torch.cat([model.student.image_tokens_and_features(pixels)[0]
                             for _, pixels in model.load_images([paths[i] for i in best])])
         logits = model.score_pairs(tokens, captions).cpu().unflatten(0, (len(best), -1))        # (k, T, 2)
