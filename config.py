@@ -70,6 +70,7 @@ class Config(SharedFlags):
     muon_lr_image: float = flag(0.0, "learning rate of Muon (common/optim.py), as a multiple of lr, for the "
                                      "matrices in the image encoder's blocks; 0: AdamW", was="muon_image")
     muon_lr_text: float = flag(0.0, "the same for the text encoder's layers", was="muon_text")
+    muon_momentum: float = flag(0.95, "Muon's momentum", high=1)
     weight_decay: float = flag(0.05, "weight decay of parameters with two or more dimensions")
     beta2: float = flag(0.999, "AdamW's second beta", high=1)
     grad_clip: float = flag(0.0, "maximum gradient norm; 0: no clipping", was="clip_grad")
@@ -105,18 +106,18 @@ class Config(SharedFlags):
 
 # The paper's recipe starts from CLIP and BERT. A short run from random weights needs other values:
 RECIPES = {"tiny": dict(
-    steps=1930, batch_size=128, workers=0, augment=False,       # --data turns augmentation on
-    log_every=20, eval_every=965, k_test=16,
+    steps=2130, batch_size=128, workers=0, augment=False,       # --data turns augmentation on
+    log_every=20, eval_every=1065, k_test=16,
     lr=1e-3, lr_start=1e-5, lr_min=0.0, lr_decay="linear", warmup=60, beta2=0.98, grad_clip=1.0,
     # captions are learned faster than images: a slower text encoder lets the image encoder keep up
-    muon_lr_image=4.5, muon_lr_text=1.5,
+    muon_lr_image=4.5, muon_lr_text=1.5, muon_momentum=0.9, weight_decay=0.1,
     # at the full rate the temperature drops before the features are of any use
-    temperature_lr=0.1,
+    temperature_lr=0.3,
     # with hard negatives from the start, the matching head learns only the base rate: first, uniform ones
-    itm_from=0.25, itm_every=6, hardness_ramp=(0.5, 0.75), posterior=True,
+    itm_from=0.25, itm_every=8, hardness_ramp=(0.5, 0.75), posterior=True,
     # in a short run a slow momentum encoder lags far behind the student: momentum and alpha rise late,
     # and the queue is used late, when the features of its entries change slowly
-    momentum=0.95, momentum_from=0.7, alpha_ramp=(0.75, 0.95), queue_size=512, queue_from=0.75)}
+    momentum=0.95, momentum_from=0.85, alpha_ramp=(0.85, 0.97), queue_size=512, queue_from=0.88)}
 
 
 # ---- the command line ----------------------------------------------------------------------------

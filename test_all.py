@@ -956,8 +956,8 @@ def test_muon_matches_torchs_without_bfloat16(monkeypatch):
     torch.manual_seed(0)
     ours = [nn.Parameter(torch.randn(shape)) for shape in ((6, 6), (6, 24), (24, 6), (6, 6))]
     theirs = [nn.Parameter(p.detach().clone()) for p in ours]
-    muon = Muon([{"params": ours, "weight_decay": 0.1, "lr": 0.02}])
-    reference = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    muon = Muon([{"params": ours, "weight_decay": 0.1, "lr": 0.02}], momentum=0.9)
+    reference = torch.optim.Muon(theirs, 0.02, 0.1, momentum=0.9, adjust_lr_fn="match_rms_adamw")
     monkeypatch.setattr(torch.Tensor, "bfloat16", lambda tensor: tensor)
     for _ in range(3):
         for p, q in zip(ours, theirs):
@@ -967,6 +967,13 @@ def test_muon_matches_torchs_without_bfloat16(monkeypatch):
         reference.step()
     for p, q in zip(ours, theirs):
         close(p, q, 1e-5)
+
+
+def test_optimisers_have_the_settings_of_the_flags(tmp_path, cache):
+    adamw, muon = train.setup(quick(tmp_path, cache, beta2=0.97, muon_momentum=0.8)).optimizers
+    assert adamw.defaults["betas"] == (0.9, 0.97) and {g["momentum"] for g in muon.param_groups} == {0.8}
+    assert {g["weight_decay"] for g in adamw.param_groups + muon.param_groups} == {0, 0.1}
+    assert [{g["scale"] for g in o.param_groups} for o in (adamw, muon)] == [{1, 0.3}, {4.5, 1.5}]
 
 
 def test_newton_schulz_brings_singular_values_near_1_and_keeps_the_vectors():

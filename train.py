@@ -257,7 +257,7 @@ def setup(config: Config) -> TrainState:
     if rank == 0 and not saved:
         print_plan(config, faces, validation, world_size, model.tokenizer)
     optimizers = build_optimizers(model, config.weight_decay, config.beta2, config.temperature_lr,
-                                  config.muon_lr_image, config.muon_lr_text)
+                                  config.muon_lr_image, config.muon_lr_text, config.muon_momentum)
     start = saved["step"] if saved else 0
     if not 0 <= start <= config.steps:
         raise ValueError(f"{path}: expected a step from 0 to {config.steps}, found {start}")
@@ -354,7 +354,7 @@ def init_model(flip_config: FLIPConfig, tokenizer: Tokenizer) -> FLIP:
     model = FLIP(flip_config, tokenizer)
     if flip_config.vit.width != TINY[0].width:
         return model
-    nn.init.normal_(model.student.image.positions, std=0.3)
+    nn.init.normal_(model.student.image.positions, std=0.5)
     nn.init.normal_(model.student.text.words.weight, std=0.1)
     for module in model.modules():
         if isinstance(module, nn.Linear):

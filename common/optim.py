@@ -12,7 +12,7 @@ class Muon(torch.optim.Optimizer):
     scratch, gradients have nearly low rank: Adam, which scales per entry, follows the few large directions
     (what most captions say), and the many small ones (rare attributes) lag. Muon moves all at one rate."""
 
-    def __init__(self, groups, momentum=0.95):
+    def __init__(self, groups, momentum):
         super().__init__(groups, dict(momentum=momentum))
         for p in itertools.chain.from_iterable(group["params"] for group in self.param_groups):
             self.state[p]["momentum"] = torch.zeros_like(p)
@@ -49,7 +49,7 @@ def newton_schulz(X: torch.Tensor, steps=5) -> torch.Tensor:
 
 
 def build_optimizers(module: torch.nn.Module, weight_decay, beta2=0.999, temperature_lr=1.0,
-                     muon_lr_image=0.0, muon_lr_text=0.0) -> list[torch.optim.Optimizer]:
+                     muon_lr_image=0.0, muon_lr_text=0.0, muon_momentum=0.95) -> list[torch.optim.Optimizer]:
     """[AdamW], or [AdamW, Muon] if a Muon rate is not 0; each trained parameter is in exactly one group.
     Weight decay applies to all parameters with more than one dimension (position embeddings and the patch
     convolution, too). The rates are multiples of the learning rate; Muon's are for the matrices inside the
@@ -67,7 +67,7 @@ def build_optimizers(module: torch.nn.Module, weight_decay, beta2=0.999, tempera
     for p in itertools.chain.from_iterable(group["params"] for group in adamw):     # else AdamW's first step
         optimizers[0].state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p),
                                   "exp_avg_sq": torch.zeros_like(p)}
-    return optimizers + [Muon(muon)] if muon else optimizers
+    return optimizers + [Muon(muon, muon_momentum)] if muon else optimizers
 
 
 def load_optimizers(optimizers, saved: list[dict], where, complete=True):
