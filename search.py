@@ -34,14 +34,23 @@ def load_feature_cache(cache: Path, embed_dim):
         return {}
 
 
+def image_encoder_hash(model: FLIP) -> str:
+    """12 hexadecimal digits of the weights that image features depend on."""
+    digest, encoders = hashlib.sha256(), model.student
+    for p in (*encoders.image.parameters(), *encoders.image_projection.parameters()):
+        digest.update(p.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()[:12]
+
+
 def encode_folder(model: FLIP, folder: str | Path, cache: str | Path) -> dict[Path, torch.Tensor]:
-    """{path: feature (E,)} of every image in `folder` and its subfolders. Features of unchanged files come
-    from the file `cache`; unreadable images are reported and skipped. Raises ValueError if none is left."""
+    """{path: feature (E,)} of every image in `folder` and its subfolders, from the file `cache` if file and
+    encoder are unchanged; unreadable images are reported and skipped. Raises ValueError if none is left."""
     paths = [p for p in sorted(Path(folder).rglob("*")) if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file()]
     if not paths:
         raise ValueError(f"{folder}: expected images ({', '.join(IMAGE_SUFFIXES)}), found none")
     cached = load_feature_cache(cache, model.config.embed_dim)
-    keys = {path: f"{path.resolve()} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in paths}
+    encoder = image_encoder_hash(model)
+    keys = {p: f"{encoder} {p.resolve()} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in paths}
     new = [path for path in paths if keys[path] not in cached]
     for indices, pixels in model.load_images(new, errors="skip") if new else ():
         with eval_mode(model), autocast("auto", model.device):
@@ -229,9 +238,7 @@ def main():
         return print(*model.require_tokenizer().words)
     # report problems with the query before encoding images
     model.require_tokenizer() if args.serve else tokenize_query(model, args.query or "")
-    stat = path.stat()
-    version = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
-    cache = out.parent / f"features-{hashlib.sha256(version.encode()).hexdigest()[:12]}.pt"
+    cache = out.parent / f"features-{image_encoder_hash(model)}.pt"
     if args.serve:
         return serve(model, args.images, cache, args.top, args.query or "")
     features = encode_folder(model, args.images, cache)

@@ -3197,6 +3197,10 @@ def test_features_are_cached_and_only_new_images_are_encoded(uninterrupted, tmp_
     Image.new("RGB", (9, 9)).save(folder / "new.png")
     after = search.encode_folder(model, folder, cache)
     assert opened == [folder / "new.png"] and len(after) == 2 and torch.equal(after[path], before[path])
+    with torch.no_grad():
+        model.student.image_projection.bias[0] += 1         # another model, the same cache: nothing reused
+    assert not torch.equal(search.encode_folder(model, folder, cache)[path], before[path])
+    assert len(opened) == 3 and len(torch.load(cache)) == 4
 
 
 def test_patch_attributions_sum_to_the_difference_from_a_grey_image(uninterrupted):
