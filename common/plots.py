@@ -31,7 +31,7 @@ def plot_curves(log: list[dict], validation, path: Path):
     config = log[0]["config"]
     soft_from = config["alpha_ramp"][0] if config["alpha"] else 1.0
     starts = {"queue": config["queue_from"], "soft targets": soft_from}
-    for (name, start), side in zip(starts.items(), ("right", "left")):
+    for (name, start), side in zip(sorted(starts.items(), key=lambda item: item[1]), ("right", "left")):
         if 0 < start < 1:           # from here on ITC has more keys or softer targets, so it rises
             left.axvline(start * config["steps"], color="grey", linestyle=":")
             left.text(start * config["steps"], 0.98, f" {name} ", transform=left.get_xaxis_transform(),
