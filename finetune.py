@@ -60,8 +60,6 @@ class Config(SharedFlags):
     warmup: int = flag(2000, "warm-up steps, at most 10 %% of all")
     weight_decay: float = flag(0.05, "weight decay of parameters with two or more dimensions")
     itm_every: int = flag(1, "train the matching head in every n-th step", low=1)
-    patches: bool = flag(False, "sketch: add the mean patch tokens of four depths to the class token, "
-                                "which alone keeps little of where the face is (not in the paper)")
     fractions: tuple[float, ...] = flag((0.01, 0.1, 1.0), "attributes: fractions of the training split to "
                                                           "train on", low=1e-6, high=1, was="shares")
     num_evaluations: int = flag(5, "number of validation runs; the best one is kept", low=1,
@@ -71,9 +69,8 @@ class Config(SharedFlags):
         check_flags(self)
         if len(set(self.fractions)) < len(self.fractions):
             raise ValueError(f"--fractions {self.fractions}: expected no duplicates")
-        for name, task in (("fractions", "attributes"), ("patches", "sketch")):
-            if self.task != task and getattr(self, name) != getattr(Config, name):
-                raise ValueError(f"--{name} is a flag of {task}, not of {self.task}")
+        if self.task != "attributes" and self.fractions != Config.fractions:
+            raise ValueError(f"--fractions is a flag of attributes, not of {self.task}")
 
 
 # ---- training ------------------------------------------------------------------------------------

@@ -43,13 +43,13 @@ class EncodedSplit:
     faces: Faces | None = None
     vectors: torch.Tensor | None = None         # attributes: (I, V, D), and labels (I, labels)
     labels: torch.Tensor | None = None
-    pooled: torch.Tensor | None = None          # retrieval, sketch: (I, D), what the projection takes
     tokens: torch.Tensor | None = None          # retrieval: (I, L, D), T captions, their class tokens (T, D)
     captions: Captions | None = None
     cls_tokens: torch.Tensor | None = None
     image_of_text: torch.Tensor | None = None   # (T,)
     identity: torch.Tensor | None = None        # (I,)
-    sketches: torch.Tensor | None = None        # sketch: (I, steps, D)
+    photos: torch.Tensor | None = None          # sketch: (I, D)
+    sketches: torch.Tensor | None = None        # (I, steps, D)
     captioned: "EncodedSplit | None" = None     # sketch, training: the photos with captions, as for retrieval
 
 
@@ -232,8 +232,8 @@ class Retrieval(Task):
         return dataclasses.replace(faces, name=f"{faces.name}, greyscale", images=images)
 
     def encode(self, model, faces, for_training):
-        """Fill pooled, tokens, captions, cls_tokens, image_of_text and identity. For training, the grammar
-        writes config.captions captions per face; for evaluation, they are those of `EvaluationSet`."""
+        """Fill tokens, captions, cls_tokens, image_of_text and identity. For training, the grammar writes
+        config.captions captions per face; for evaluation, the captions are those of `EvaluationSet`."""
         tokens, faces = self.encode_faces(model.student.image, faces, model)
         if for_training and faces.captions is None:
             image_of_text = torch.arange(len(faces)).repeat_interleave(self.config.captions)
@@ -245,8 +245,8 @@ class Retrieval(Task):
         captions, device = model.tokenizer(texts), model.device
         with torch.no_grad(), autocast(self.config.precision, device):
             cls_tokens = model.student.cls_tokens(captions.to(device)).float().cpu()
-        return EncodedSplit(count=len(faces), faces=faces, pooled=tokens[:, 0], tokens=tokens,
-                            captions=captions, image_of_text=image_of_text, cls_tokens=cls_tokens,
+        return EncodedSplit(count=len(faces), faces=faces, tokens=tokens, captions=captions,
+                            image_of_text=image_of_text, cls_tokens=cls_tokens,
                             identity=torch.tensor(faces.identity))
 
     def trainable_module(self, model, samples):
@@ -261,7 +261,7 @@ class Retrieval(Task):
         ITC trains projections and temperature, ITM only the matching head. ITM costs a pass of the
         text encoder, and skipping it in most steps does not change the gradients of ITC."""
         chosen = sample_caption_index(samples.image_of_text, indices, rng)                  # (B,)
-        image = project(samples.pooled[indices], model.student.image_projection)
+        image = project(samples.tokens[indices, 0], model.student.image_projection)
         text = project(samples.cls_tokens[chosen], model.student.text_projection)
         identity = samples.identity[indices].to(image.device)
         itc = in_batch_contrastive_loss(image, text, identity, model.temperature)
@@ -277,7 +277,7 @@ class Retrieval(Task):
     @torch.no_grad()
     def metrics(self, model, samples):
         """`rerank_metrics` of the samples, with the chance level and the text-to-image scores."""
-        image = project(samples.pooled, model.student.image_projection)
+        image = project(samples.tokens[:, 0], model.student.image_projection)
         similarity = image @ project(samples.cls_tokens, model.student.text_projection).T     # (I, T)
         metrics, scores = rerank_metrics(model, samples.tokens, samples.captions, similarity,
                                          samples.image_of_text, self.config)
@@ -324,7 +324,7 @@ class Sketch(Retrieval):
     """Find the photo for a sketch that is still being drawn (sketch-less face retrieval)."""
     recipe = dict(epochs=100, lr=1e-4, warmup=200)
     toy_recipe = dict(epochs=600, batch_size=128, lr=1e-2, itm_every=40, faces=800, validation=100, test=200,
-                      captions=8, patches=True)
+                      captions=8)
     steps = 70
     note = ("m@A: mean rank percentile of the photo, m@B: mean reciprocal rank, over all stages;\n"
             "w@A, w@B: the same, early stages weighted more; A: the percentile for the finished sketch.\n")
@@ -342,26 +342,21 @@ class Sketch(Retrieval):
         return faces
 
     def encode(self, model, faces, for_training):
-        """Fill pooled (I, D), sketches (I, steps, D) and identity; for training on photos with captions also
-        `captioned`."""
-        def pool(images):
-            """Class token (B, D); with --patches plus the mean patch token of each depth of `pool_tokens`."""
-            if not self.config.patches:
-                return model.student.image(images, first_token_only=True)
-            vectors = pool_tokens(model.student.image, images)              # (B, V, D): class, mean, maximum
-            vectors = F.layer_norm(vectors, vectors.shape[-1:])
-            return vectors[:, -3] + vectors[:, 1::3].sum(1)
-
-        captioned = super().encode(model, faces, for_training) if for_training and faces.has_text else None
-        photos, faces = self.encode_faces(pool, captioned.faces if captioned else faces, model)
-        if captioned:
-            captioned.pooled = photos
+        """Fill photos (I, D), sketches (I, steps, D) and identity with class tokens; for training on photos
+        with captions also `captioned`."""
+        captioned = None
+        class_token = lambda images: model.student.image(images, first_token_only=True)
+        if for_training and faces.has_text:
+            captioned = super().encode(model, faces, for_training)
+            photos, faces = captioned.tokens[:, 0].float(), captioned.faces
+        else:
+            photos, faces = self.encode_faces(class_token, faces, model)
         # an encoder trained on photos tells sketches apart better when they are dark on light
         count, steps = len(faces), faces.sketch_steps
         read = lambda n, size: ImageOps.invert(faces.sketch(n // steps, n % steps))
-        sketches = self.encode_pictures(pool, read, count * steps, model,
+        sketches = self.encode_pictures(class_token, read, count * steps, model,
                                         f"encoding the sketches of {faces.name}").unflatten(0, (count, steps))
-        return EncodedSplit(count=count, faces=faces, pooled=photos, sketches=sketches, captioned=captioned,
+        return EncodedSplit(count=count, faces=faces, photos=photos, sketches=sketches, captioned=captioned,
                             identity=torch.tensor(faces.identity))
 
     def loss(self, model, samples, indices, rng, step):
@@ -369,7 +364,7 @@ class Sketch(Retrieval):
         ITM of the photo if it has captions."""
         steps = torch.from_numpy(rng.integers(samples.sketches.shape[1], size=len(indices)))
         sketch = project(samples.sketches[indices, steps], model.student.image_projection)
-        photo = project(samples.pooled[indices], model.student.image_projection)
+        photo = project(samples.photos[indices], model.student.image_projection)
         identity = samples.identity[indices].to(sketch.device)
         iic = in_batch_contrastive_loss(sketch, photo, identity, model.temperature)
         if samples.captioned is None:
@@ -378,7 +373,7 @@ class Sketch(Retrieval):
 
     @torch.no_grad()
     def metrics(self, model, samples):
-        photos = project(samples.pooled, model.student.image_projection)                      # (I, E)
+        photos = project(samples.photos, model.student.image_projection)                      # (I, E)
         similarity = project(samples.sketches, model.student.image_projection) @ photos.T     # (I, steps, I)
         similarity = similarity.cpu()               # the metrics need float64, which mps lacks
         metrics = early_retrieval(sketch_ranks(similarity), len(photos))
