@@ -11,6 +11,7 @@ import dataclasses
 import errno
 import functools
 import gzip
+import hashlib
 import io
 import itertools
 import json
@@ -1630,6 +1631,17 @@ def test_every_phrase_of_the_grammar_states_its_fact_alone():
             assert all(form.lower() in " ".join(texts).lower() for form in forms), words
 
 
+def test_grammar_writes_the_captions_that_all_figures_were_measured_on():
+    """Whatever changes the captions changes this hash: measure all figures anew, then update it."""
+    texts = []
+    for seed in range(400):
+        rng = grammar.random.Random(seed)
+        texts.append(grammar.verbalize(sorted(rng.sample(range(43), 1 + seed % 12)), rng))
+    assert texts[1] == ("In this photograph there is a person with black hair. They are wearing lipstick on "
+                        "their lips.")
+    assert hashlib.sha256("\n".join(texts).encode()).hexdigest()[:12] == "ed77c490d7d5"
+
+
 def test_captions_have_the_lengths_and_the_variety_of_flips():
     rng = np.random.default_rng(2)
     words = [grammar.sample_caption(attributes, rng)[0].split() for attributes in random_faces(5000)]
@@ -2477,6 +2489,23 @@ def test_augmentations_move_pixels_as_in_the_paper():
     assert (pixels["shear x"][200, -29:] == 128).all() and (pixels["rotate"][0, 0] == 128).all()
 
 
+COS, SIN, CENTRE = math.cos(math.radians(15)), math.sin(math.radians(15)), 111.5
+
+
+@pytest.mark.parametrize("name, matrix", [
+    ("shear x", [(1, 0.15, 0), (0, 1, 0)]), ("translate x", [(1, 0, 5), (0, 1, 0)]),
+    ("shear y", [(1, 0, 0), (0.15, 1, 0)]), ("translate y", [(1, 0, 0), (0, 1, 5)]),
+    ("rotate", [(COS, -SIN, CENTRE * (1 - COS + SIN)), (SIN, COS, CENTRE * (1 - SIN - COS))])])
+def test_affine_augmentations_map_coordinates_as_in_the_paper(name, matrix):
+    """The colour of an output pixel is the position of its input pixel, matrix @ (x, y, 1)."""
+    y, x = np.mgrid[:224, :224]
+    position = Image.fromarray(np.stack([x, y, 0 * x], axis=-1).astype(np.uint8))
+    expected = np.stack([x, y, 1 + 0 * x], axis=-1) @ np.array(matrix).T                # (224, 224, 2)
+    inside = ((expected > 1) & (expected < 222)).all(-1)
+    found = np.asarray(data.AUGMENTATIONS[name](position, 1))[..., :2]
+    assert abs(found - expected)[inside].max() <= 1.1
+
+
 def test_augmentation_changes_five_in_nine_images_beyond_mirroring():
     """Each of two operations is skipped with probability 1/2 and has no effect in 3 of 9 cases, so that
     (2/3)^2 of the images are unchanged."""
@@ -2623,6 +2652,8 @@ def test_recall_table_contains_chance_and_both_references(uninterrupted, cache):
         "this model, re-ranked", "% of attribute match", "% of Bayes optimum"]
     assert lines[5].split(" | ")[1] == "7.0"
     assert lines[2].split(" | ")[1:4] == ["5.0", "25.0", "50.0"]
+    reference = validation.references["Bayes optimum"]
+    assert lines[9].split(" | ")[1:6] == [f"{1000 / value:.1f}" for value in reference[:5]]
 
 
 def test_evaluation_is_without_dropout_and_keeps_the_training_mode(tmp_path, cache, monkeypatch):
@@ -2955,6 +2986,16 @@ def test_sketches_are_trained_with_captions_or_without_a_vocabulary(tuned, unint
     assert finetune.finetune(config)[0].final["scores"].shape == (5, 3, 5)
 
 
+@pytest.mark.parametrize("hardness, expected", [(None, 1.0), (0.25, 0.25)])
+def test_retrieval_samples_negatives_as_hard_as_in_pre_training(tuned, uninterrupted, hardness, expected):
+    task, model = tasks.Retrieval(tuned("retrieval")), FLIP.from_pretrained(uninterrupted)
+    model.config = dataclasses.replace(model.config, hardness=hardness)
+    samples, sampled, sample = task.encode(model, task.open("val", model), True), [], model.sample_negatives
+    model.sample_negatives = lambda *args: sampled.append(args[3]) or sample(*args)
+    task.loss(model, samples, torch.arange(4), np.random.default_rng(0), 0)
+    assert sampled == [expected]
+
+
 def test_sketches_are_encoded_dark_on_light(tuned, uninterrupted, monkeypatch):
     task, model, brightness = tasks.Sketch(tuned("sketch")), FLIP.from_pretrained(uninterrupted).eval(), []
 
@@ -3163,6 +3204,13 @@ def test_search_prints_the_best_scores_and_skips_other_files(uninterrupted, tmp_
             scores[line.replace("\x1b", "\\x1b")] = score
     assert printed.splitlines()[-5:-1] == sorted(scores, key=scores.get, reverse=True)[:4]
     assert "\x1b" not in printed and Image.open(out).width > 4 * 100
+
+
+def test_image_of_a_result_has_at_most_512_pixels(tmp_path):
+    Image.new("RGB", (1030, 2060)).save(tmp_path / "tall.png")
+    Image.new("RGB", (2060, 1030)).save(tmp_path / "wide.png")
+    sizes = [search.SearchResult(tmp_path / name, 0, 0, 0).image().size for name in ("tall.png", "wide.png")]
+    assert sizes == [(256, 512), (512, 256)]
 
 
 def test_features_are_cached_and_only_new_images_are_encoded(uninterrupted, tmp_path, monkeypatch):
