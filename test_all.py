@@ -419,6 +419,14 @@ def test_contrastive_operator_has_exact_gradients_and_passes_opcheck():
     torch.library.opcheck(contrastive_kernels.contrastive_forward, case)
 
 
+def test_triton_computes_float32_features_up_to_256_on_gpus_that_have_it(monkeypatch):
+    module = sys.modules["kernels.contrastive"]
+    for supported in (False, True):
+        monkeypatch.setattr(module, "triton_supports", lambda tensor: supported)
+        assert [module.uses_triton(torch.zeros(2, width, dtype=dtype)) for width, dtype in (
+            (256, torch.float32), (257, torch.float32), (256, torch.bfloat16))] == [supported, False, False]
+
+
 def test_contrastive_loss_is_float32_under_autocast_and_for_half_precision_features():
     feature, momentum, *others = *contrastive_case(temperature=0.01), 0.4
     half = feature.bfloat16(), momentum.bfloat16()
@@ -493,6 +501,12 @@ def test_pixels_are_normalised_by_clips_published_mean_and_deviation_in_rgb_orde
     pixels = normalize_batch([resize_to_array(Image.new("RGB", (4, 4), (255, 51, 0)), 4)])[0, :, 0, 0]
     mean, deviation = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
     close(pixels, torch.tensor([(x - m) / d for x, m, d in zip((1.0, 0.2, 0.0), mean, deviation)]), 1e-6)
+
+
+def test_image_of_80_million_pixels_is_not_decoded(tmp_path):
+    Image.new("1", (9000, 9000)).save(tmp_path / "bomb.png")
+    error = error_of(load_image, tmp_path / "bomb.png")
+    assert "expected at most 67,108,864 pixels, found (9000, 9000)" in error
 
 
 # ---- common/weights.py ---------------------------------------------------------------------------
@@ -2478,6 +2492,16 @@ def test_photos_of_sketches_take_captions_from_a_list_beside_them(tmp_path):
     assert list(open_faces(tmp_path, "test").captions) == [["the last"]]
 
 
+@pytest.mark.parametrize("box, inside", [((60, 0, 120, 50), True), ((80, 0, 130, 50), False)])
+def test_box_must_be_half_inside_its_image(box, inside):
+    image = TarImage(Path("0.tar"), "0.jpg", 0, 0, box)
+    find = lambda: tars.box_in_stored_image(image, (100, 100), (100, 100), False)
+    if inside:
+        assert find() == [60, 0, 100, 50]
+    else:
+        assert "expected half of (80, 0, 130, 50), over a pixel, inside the image" in error_of(find)
+
+
 # ---- data.py -------------------------------------------------------------------------------------
 # against pixels and probabilities worked by hand, and batches read with other workers, ranks and starts
 def test_augmentations_move_pixels_as_in_the_paper():
@@ -2758,12 +2782,14 @@ def test_two_micro_batches_give_their_mean_gradient(tmp_path, cache):
     faces, _ = train.load_data(config, 48)
     model = train.build_model(config, train_config.TINY[0], faces, None).train()
     first, second = take(data.BatchLoader(faces, model.tokenizer, 48, 8), 0, 2)
-    gradients, optimizer = [], torch.optim.SGD([{"params": list(model.parameters()), "scale": 0.0}])
+    gradients, losses = [], []
+    optimizer = torch.optim.SGD([{"params": list(model.parameters()), "scale": 0.0}])
     optimizer.step = lambda: gradients.append(model.student.image.class_token.grad.clone())
     run = train.TrainState(config, model, model, [optimizer], None, 3, None, None, Progress(0, 0))
     for batches in ([first], [second], [first, second]):
-        train.train_step(run, batches, 0)
+        losses.append(train.train_step(run, batches, 0))
     close(gradients[2], (gradients[0] + gradients[1]) / 2, 1e-6)
+    close(losses[2], (losses[0] + losses[1]) / 2, 1e-6)
 
 
 def test_init_loads_our_or_the_official_flip_also_at_another_image_size(uninterrupted, cache, tmp_path):
@@ -2897,6 +2923,7 @@ def test_balanced_accuracy_is_the_mean_of_both_recalls(monkeypatch):
         assert list(metrics["per_label"][name].values()) == pytest.approx(values, nan_ok=True)
     assert [metrics["accuracy"], metrics["balanced"]] == pytest.approx([75, (100 / 3 + 50) / 2])
     assert metrics["baseline"]["accuracy"] == metrics["majority"] == pytest.approx(250 / 3)
+    assert metrics["baseline"]["balanced"] == 50
 
 
 def test_chance_recalls_match_random_rankings():
@@ -3061,6 +3088,8 @@ def test_finetuning_changes_only_the_heads(tuned, tmp_path, monkeypatch, capsys,
         assert all(is_head(task, name) or p.grad is None for name, p in model.named_parameters())
     for name in plots.split():
         Image.open(tmp_path / task / name).load()
+    if task == "sketch":
+        assert 7 * 112 > Image.open(tmp_path / "sketch/sketch.png").height - 6 * 40 > 6 * 112       # 6 stages
     table = (tmp_path / task / "table.md").read_text()
     assert table in capsys.readouterr().out
     assert len({line.count("|") for line in table.splitlines() if line}) == 1
