@@ -507,6 +507,8 @@ def test_image_of_80_million_pixels_is_not_decoded(tmp_path):
     Image.new("1", (9000, 9000)).save(tmp_path / "bomb.png")
     error = error_of(load_image, tmp_path / "bomb.png")
     assert "expected at most 67,108,864 pixels, found (9000, 9000)" in error
+    Image.new("1", (8192, 8192)).save(tmp_path / "largest.png")
+    assert common.images.read_image_size(tmp_path / "largest.png") == (8192, 8192)
 
 
 # ---- common/weights.py ---------------------------------------------------------------------------
@@ -1224,6 +1226,14 @@ def test_vit_is_initialised_like_clip():
         assert parameter.std().item() == pytest.approx(std, rel=0.15)
 
 
+def test_default_encoders_are_vit_b_16_and_bert_base():
+    assert ViTConfig() == ViTConfig(image_size=224, patch_size=16, width=768, depth=12, heads=12)
+    assert BertConfig() == BertConfig(30_524, width=768, depth=12, heads=12, positions=512, dropout=0.1)
+    norms = [[m.eps for m in model.modules() if isinstance(m, nn.LayerNorm)] for model in (
+        ViT(GOLDEN_CONFIG.vit), Bert(GOLDEN_CONFIG.bert, 64))]
+    assert [{*eps} for eps in norms] == [{1e-5}, {1e-12}]
+
+
 # ---- bert.py -------------------------------------------------------------------------------------
 # against torch.nn.TransformerDecoderLayer and TransformerEncoderLayer, and recorded official token ids
 def test_bert_layer_matches_torchs_decoder_layer_or_without_images_its_encoder_layer():
@@ -1654,6 +1664,12 @@ def test_grammar_writes_the_captions_that_all_figures_were_measured_on():
     assert texts[1] == ("In this photograph there is a person with black hair. They are wearing lipstick on "
                         "their lips.")
     assert hashlib.sha256("\n".join(texts).encode()).hexdigest()[:12] == "ed77c490d7d5"
+
+
+def test_recipes_are_those_of_all_figures():
+    recipes = [train_config.TINY, train_config.RECIPES, [task.recipe | task.toy_recipe
+                                                         for task in tasks.TASKS.values()]]
+    assert hashlib.sha256(repr(recipes).encode()).hexdigest()[:12] == "1c3711d4e573"
 
 
 def test_captions_have_the_lengths_and_the_variety_of_flips():
@@ -2485,6 +2501,7 @@ def test_photos_of_sketches_take_captions_from_a_list_beside_them(tmp_path):
     write_images(tmp_path / "photo", ["photo2/image0103.jpg"])
     records = [{"photo": f"photo/photo1/image01{n:02d}.jpg", "caption": [f"face {n}"] * 2} for n in range(15)]
     records += [{"image": f"{name}.jpg", "caption": "another"} for name in ("photo2/image0103", "x")]
+    records[0]["pcfg"] = "of a column for --columns"
     (tmp_path / "train.json").write_text(json.dumps(records))
     assert list(open_faces(tmp_path).captions) == [[f"face {n}"] * 2 for n in range(13)]
     assert open_faces(tmp_path, "test").captions is None
