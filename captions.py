@@ -267,19 +267,20 @@ def prob_min_facts(facts):
     return 1 - (count * (np.arange(MIN_FACTS) < needed[:, None])).sum(1)
 
 
-def expected_recall(scores: np.ndarray, k: tuple[int, ...]) -> dict:
-    """Expected recall at each n in k, {n: recall}, of scores float (I, I), queries x candidates, matches on
+def expected_recall(scores: np.ndarray, k: tuple[int, ...] = (1, 5, 10)) -> list[float]:
+    """Expected recall at each n in k, in percent, of scores float (I, I), queries x candidates, matches on
     the diagonal. Ties are broken at random: with `better` candidates above the match and `tied` equal to it
     (itself included), it is in the top n with probability (n - better) / tied, clipped to [0, 1]."""
     true = np.diag(scores)[:, None]
     better = (scores > true + 1e-9).sum(1)          # tolerance: tied scores may differ by rounding
     tied = (scores >= true - 1e-9).sum(1) - better
-    return {n: float(np.clip((n - better) / tied, 0, 1).mean()) for n in k}
+    return [100 * float(np.clip((n - better) / tied, 0, 1).mean()) for n in k]
 
 
-def reference_recall(stated: np.ndarray, attributes: np.ndarray, k=(1, 5, 10)) -> dict:
-    """Recall of two rankings by the true attributes, {reference: {direction: {n: recall}}}. Caption i was
-    sampled for face i; stated int8 (I, 40), attributes bool (I, 40).
+def reference_recall(stated: np.ndarray, attributes: np.ndarray) -> dict:
+    """Recall in percent of two rankings by the true attributes, {reference: [text to image at 1, 5 and 10,
+    image to text at 1, 5 and 10]}. Caption i was sampled for face i; stated int8 (I, 40), attributes bool
+    (I, 40).
 
     "attribute match": all candidates that satisfy the stated facts tie.
     "Bayes optimum": the Bayes-optimal ranking under the grammar. Text to image, with a uniform prior over
@@ -291,10 +292,8 @@ def reference_recall(stated: np.ndarray, attributes: np.ndarray, k=(1, 5, 10)) -
     fits = np.where(satisfies(stated, attributes), 0.0, -np.inf)
     log_p = log_likelihood(stated, attributes)
     posterior = log_p - np.logaddexp.reduce(log_p, axis=1, keepdims=True)
-    return {"attribute match": {"text_to_image": expected_recall(fits, k),
-                                "image_to_text": expected_recall(fits.T, k)},
-            "Bayes optimum": {"text_to_image": expected_recall(log_p, k),
-                              "image_to_text": expected_recall(posterior.T, k)}}
+    return {"attribute match": expected_recall(fits) + expected_recall(fits.T),
+            "Bayes optimum": expected_recall(log_p) + expected_recall(posterior.T)}
 
 
 def ideal_contrastive_loss(stated, attributes, population, batch_size: int) -> float:

@@ -32,8 +32,7 @@ class SharedFlags:
     vocabulary: str = flag("", "for a checkpoint without one (the official one): file, folder or hub name")
     device: str = flag("auto", "cpu, cuda, mps (Apple; untried), or auto: CUDA if any, else the CPU",
                        choices=DEVICES)
-    precision: str = flag("auto", "float32, bf16 (autocast), or auto: bf16 on CUDA and on CPUs that have it "
-                                    "(avx512_bf16 or AMX), float32 elsewhere",
+    precision: str = flag("auto", "float32, bf16, or auto: bf16 on CUDA and CPUs with avx512_bf16 or AMX",
                           choices=("auto", "float32", "bf16"))
     k_test: int = flag(256, "candidates per query to re-rank with the ITM head", low=1)
 
@@ -75,8 +74,7 @@ class Config(SharedFlags):
     beta2: float = flag(0.999, "AdamW's second beta", high=1)
     grad_clip: float = flag(0.0, "maximum gradient norm; 0: no clipping", was="clip_grad")
     alpha: float = flag(0.4, "final weight of the soft targets", high=1)
-    alpha_ramp: tuple[float, float] = flag((0.0, 2 / 15), "fractions of the run between which alpha rises "
-                                                         "from 0", high=1)
+    alpha_ramp: tuple[float, float] = flag((0.0, 2 / 15), "alpha rises between these fractions", high=1)
     momentum: float = flag(0.995, "final momentum of the momentum encoder", high=1)
     momentum_from: float = flag(0.0, "before this fraction of the run it copies the student", high=1)
     queue_size: int = flag(61_440, "entries of the queue", low=1)

@@ -15,7 +15,6 @@ sees the batches of an uninterrupted one. Invalid input is reported with file an
 sizes, see vit.py.) Run `python data.py` to see one batch.
 """
 import itertools
-import signal
 import sys
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -29,7 +28,7 @@ import toyfaces
 from bert import Captions, Tokenizer
 from captions import ATTRIBUTES as ATTRIBUTES
 from captions import sample_caption
-from common.distributed import children_ignore, end_with_parent
+from common.distributed import end_with_parent, iterate_with_workers
 from common.images import TarImage, iterate_images, load_image, normalize_batch, resize_to_array
 from common.script import escape_control_chars, run_script
 from readers.index import COLUMNS, check_error_rate, open_split
@@ -248,12 +247,7 @@ class BatchLoader:
             multiprocessing_context="fork" if self.workers and sys.platform == "linux" else None,
             generator=torch.Generator(),        # the default would advance the model's random state
             worker_init_fn=end_with_parent)
-        # a signal to the whole process group stops the training process alone, which saves
-        with children_ignore(signal.SIGINT, signal.SIGTERM):
-            batches = iter(loader)
-        if self.workers and hasattr(signal, "SIGCHLD"):     # torch's handler raises anywhere in a step if a
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)   # worker is killed; without it, `next` raises
-        try:
+        with iterate_with_workers(loader) as batches:
             for number, batch in enumerate(batches, number):
                 if number % self.batches_per_epoch == 0:
                     self.errors = {}
@@ -263,10 +257,6 @@ class BatchLoader:
                     check_error_rate([*self.errors.values()], faces_per_epoch, self.max_errors)
                     tqdm.write(f"{escape_control_chars(batch.errors[i])} (replaced by another face)")
                 yield batch
-        except ValueError as error:     # a worker's message contains its traceback: keep the last line
-            raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
-        finally:        # now, even if an error keeps the iterator: Python's exit would wait for the workers
-            getattr(batches, "_shutdown_workers", lambda: None)()           # if there are any
 
     def batch_indices(self, number):
         """Yield for each batch the list of (epoch, index) of this rank."""

@@ -48,13 +48,13 @@ class EvaluationSet(NamedTuple):
     faces: Faces
     texts: list[str]                # T captions
     image_of_text: torch.Tensor     # (T,)
-    references: dict = {}           # {name: recalls in %, text to image at 1, 5, 10, then image to text}
+    references: dict = {}           # `captions.reference_recall`
     ideal_itc: float | None = None  # `captions.ideal_contrastive_loss`; both only for generated captions
 
     @staticmethod
     def of(faces: Faces, training: Faces | None = None, batch_size: int = 0) -> "EvaluationSet":
-        """The faces with captions. With the faces of `training`, whose captions must be generated, too,
-        `ideal_itc` is that of batches of batch_size pairs (all processes)."""
+        """The faces with captions. `ideal_itc` needs faces to train on, also with generated captions, and the
+        number of pairs in a batch of all processes."""
         images = torch.arange(len(faces))
         if faces.captions is not None:
             counts = torch.tensor([len(captions) for captions in faces.captions])
@@ -62,14 +62,11 @@ class EvaluationSet(NamedTuple):
             return EvaluationSet(faces, texts, images.repeat_interleave(counts))
         texts, stated = zip(*(sample_caption(attributes, np.random.default_rng((1, i)))      # fixed seeds
                               for i, attributes in enumerate(faces.attributes)))
-        references = {}
-        for name, ways in reference_recall(np.stack(stated), faces.attributes).items():
-            both = ways["text_to_image"], ways["image_to_text"]
-            references[name] = [100 * way[k] for way in both for k in (1, 5, 10)]
-        ideal_itc = None
-        if training is not None and training.attributes is not None and batch_size <= len(faces):
-            ideal_itc = ideal_contrastive_loss(np.stack(stated), faces.attributes,
-                                               training.attributes[:20_000], batch_size)
+        stated, ideal_itc = np.stack(stated), None
+        if training is not None and training.captions is None and batch_size <= len(faces):
+            population = training.attributes[:20_000]
+            ideal_itc = ideal_contrastive_loss(stated, faces.attributes, population, batch_size)
+        references = reference_recall(stated, faces.attributes)
         return EvaluationSet(faces, list(texts), images, references, ideal_itc)
 
 

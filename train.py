@@ -249,11 +249,8 @@ def setup(config: Config) -> TrainState:
     if steps_per_epoch == 0:
         raise ValueError(f"an epoch has {loader.batches_per_epoch} batches, fewer than --accumulate "
                          f"{config.accumulate}")
-    precision = choose_precision(config.precision, device)
-    if saved and config.precision == "auto":        # of a run before CPUs took bf16
-        precision = "bf16" if device.type == "cuda" else "float32"
     config = dataclasses.replace(config, steps=config.steps or config.epochs * steps_per_epoch,
-                                 precision=precision)
+                                 precision=choose_precision(config.precision, device, bool(saved)))
     if rank == 0 and not saved:
         print_plan(config, faces, validation, world_size, model.tokenizer)
     optimizers = build_optimizers(model, config.weight_decay, config.beta2, config.temperature_lr,

@@ -54,6 +54,23 @@ def parallel_map(function, jobs, title: str, chunk_size: int = 1):
             pool.shutdown(cancel_futures=True)
 
 
+@contextlib.contextmanager
+def iterate_with_workers(loader):
+    """Yield an iterator over a DataLoader. Its workers end with the block, and a ValueError of theirs is
+    reduced to one line."""
+    # a signal to the whole process group stops the training process alone, which saves
+    with children_ignore(signal.SIGINT, signal.SIGTERM):
+        batches = iter(loader)
+    if loader.num_workers and hasattr(signal, "SIGCHLD"):   # torch's handler raises anywhere in a step if a
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # worker is killed; without it, `next` raises
+    try:
+        yield batches
+    except ValueError as error:     # a worker's message contains its traceback: keep the last line
+        raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
+    finally:        # now, even if an error keeps the iterator: Python's exit would wait for the workers
+        getattr(batches, "_shutdown_workers", lambda: None)()               # if there are any
+
+
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
 
@@ -67,11 +84,14 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def choose_precision(name: str, device: torch.device) -> str:
+def choose_precision(name: str, device: torch.device, saved: bool = False) -> str:
     """"bf16" or "float32" for a --precision; "auto" is bf16 where the hardware multiplies in it, if torch can
-    tell: GPUs from compute capability 8.0 on, x86 CPUs with AVX512-BF16 or AMX. Elsewhere it is slower."""
+    tell: GPUs from compute capability 8.0 on, x86 CPUs with AVX512-BF16 or AMX. Elsewhere it is slower.
+    A run that saved "auto" dates from before bf16 on CPUs and resumes in float32 there."""
     if name != "auto":
         return name
+    if saved and device.type == "cpu":
+        return "float32"
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
     cpu = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
