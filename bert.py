@@ -9,8 +9,8 @@
 
 Image-grounded mode is used if image tokens are passed. Both modes share all weights but those of
 cross-attention; the first token tells the model its role. The contrastive loss trains [CLS] to
-summarise the caption, the matching loss [ENC] to tell whether it fits the image. They differ in one
-learned embedding, and the output at that position is the result.
+summarise the caption, the matching loss [ENC] to tell whether it fits the image. The two inputs differ
+only in the embedding of this first token, and the output at its position is the result.
 
 Captions differ in length, so they are packed into one tensor, and the linear layers and norms spend
 nothing on padding. (Attention itself pads where no Triton kernel runs, as on a CPU.) In each layer
@@ -166,7 +166,7 @@ class Tokenizer:
                 raise ValueError(f"found {found!r:.200}, expected bert-base-uncased's settings")
             wordpiece.no_padding()          # a tokenizer.json may ask for both; here captions are
             wordpiece.no_truncation()       # packed, and truncated in __call__
-            wordpiece.encode("caf\u00e9, \u2603", add_special_tokens=False)
+            wordpiece.encode("caf\u00e9, \u2603", add_special_tokens=False)     # fails if they contradict
         return Tokenizer(wordpiece, source)
 
     @staticmethod

@@ -12,7 +12,7 @@ from common.script import check_flags, check_like, flag, parse_flags
 from readers.index import COLUMNS
 from vit import ViTConfig
 
-# image encoder, text encoder (with the vocabulary's size, positions >= bert.MAX_TOKENS), feature size
+# image encoder, text encoder (vocab_size is set later; positions >= bert.MAX_TOKENS), feature size
 TINY = (ViTConfig(image_size=48, patch_size=8, width=128, depth=3, heads=4),
         BertConfig(vocab_size=1, width=128, depth=2, heads=4, positions=66, dropout=0.0), 128)
 MODELS = {"tiny": TINY, "base": (ViTConfig(), BertConfig(), 256),
@@ -32,7 +32,7 @@ class SharedFlags:
     vocabulary: str = flag("", "for a checkpoint without one (the official one): file, folder or hub name")
     device: str = flag("auto", "cpu, cuda, mps (Apple; untried), or auto: CUDA if any, else the CPU",
                        choices=DEVICES)
-    precision: str = flag("auto", "float32, bf16, or auto: bf16 on CUDA and CPUs with avx512_bf16 or AMX",
+    precision: str = flag("auto", "float32, bf16, or auto: bf16 on GPUs from A100 on, avx512_bf16, AMX",
                           choices=("auto", "float32", "bf16"))
     k_test: int = flag(256, "candidates per query to re-rank with the ITM head", low=1)
 
@@ -45,7 +45,7 @@ class Config(SharedFlags):
                               "and BERT-base) or large (ViT-L/16)", choices=tuple(MODELS))
     out: str = flag("out", "folder for checkpoint, log and plots")
     columns: tuple[str, ...] = flag(COLUMNS[:2], "columns of FaceCaption-15M to sample captions from "
-                                                 "(the first two: one column, two names)", choices=COLUMNS)
+                                                 "(the first two are names of the same)", choices=COLUMNS)
     faces: int = flag(20_000, "number of faces to draw for training", low=1)
     validation: int = flag(1000, "maximum number of validation faces", low=1)
     resume: bool = flag(False, "resume the run in --out, or start it if no checkpoint exists; flags come "
@@ -61,7 +61,7 @@ class Config(SharedFlags):
     accumulate: int = flag(1, "micro-batches per step, if a larger batch does not fit in memory", low=1)
     lr: float = flag(3e-5, "peak learning rate")
     lr_start: float = flag(1e-6, "learning rate at step 0")
-    lr_min: float = flag(1e-6, "final learning rate")
+    lr_min: float = flag(1e-6, "lowest learning rate; cosine and linear decay end there")
     lr_decay: str = flag("epoch", "after the warm-up: epoch (x 0.9 per epoch since step 0), cosine or linear",
                          choices=("epoch", "cosine", "linear"))
     warmup: int = flag(20_000, "steps from lr_start to lr, at most 20 %% of the run")
@@ -74,7 +74,8 @@ class Config(SharedFlags):
     beta2: float = flag(0.999, "AdamW's second beta", high=1)
     grad_clip: float = flag(0.0, "maximum gradient norm; 0: no clipping", was="clip_grad")
     alpha: float = flag(0.4, "final weight of the soft targets", high=1)
-    alpha_ramp: tuple[float, float] = flag((0.0, 2 / 15), "alpha rises between these fractions", high=1)
+    alpha_ramp: tuple[float, float] = flag((0.0, 2 / 15), "fractions between which alpha rises from 0 (the "
+                                                         "paper: 2 of 15 epochs)", high=1)
     momentum: float = flag(0.995, "final momentum of the momentum encoder", high=1)
     momentum_from: float = flag(0.0, "before this fraction of the run it copies the student", high=1)
     queue_size: int = flag(61_440, "entries of the queue", low=1)

@@ -53,8 +53,8 @@ class EvaluationSet(NamedTuple):
 
     @staticmethod
     def of(faces: Faces, training: Faces | None = None, batch_size: int = 0) -> "EvaluationSet":
-        """The faces with captions. `ideal_itc` needs faces to train on, also with generated captions, and the
-        number of pairs in a batch of all processes."""
+        """The faces with captions. `ideal_itc` is computed for a batch of `batch_size` pairs (all processes)
+        if the captions of `training`, the faces to train on, are generated, too."""
         images = torch.arange(len(faces))
         if faces.captions is not None:
             counts = torch.tensor([len(captions) for captions in faces.captions])

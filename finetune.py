@@ -12,7 +12,7 @@ The best validation metric selects the weights; the test split selects nothing.
 
 Departures: the official code selects the best epoch on the test split, trains LFWA's head on the test
 split, leaves dropout on inside the "frozen" encoders, trains the attribute head with SGD, and keeps a
-momentum encoder and a queue, which frozen encoders do not need. None of this is done here.
+momentum encoder and a queue, though frozen encoders allow large batches. None of this is done here.
 
 --out/<task> receives log.jsonl, table.md, plots, and the weights trained on the first checkpoint:
 head.pt for attributes, otherwise a complete flip.pt, which --checkpoint accepts.
@@ -137,7 +137,7 @@ def evaluate_encoder(name: str, model: FLIP, task: Task, splits: dict[str, Faces
     for fraction in task.fractions:
         torch.manual_seed(task.config.seed)
         module = task.trainable_module(model, training)
-        log.write(encoder=name, share=fraction)
+        log.write(encoder=name, fraction=fraction)
         result.before[fraction] = task.metrics(module, testing)     # for the table only
         count = max(1, round(fraction * training.count))
         train_indices = order[:count] if fraction < 1 else np.arange(training.count)

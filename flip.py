@@ -1,9 +1,9 @@
 """FLIP: two encoders, their momentum copies, the queue and the heads (FLIP paper, figure 2a).
 
                      student                           momentum encoder, a moving average of it
-    image -> ViT -> tokens -+-> projection -> feature     image -> ViT  -> projection -> feature
-    text -> BERT -----------|-> projection -> feature     text  -> BERT -> projection -> feature
-    text + image tokens -> BERT with cross-attention -> matching head
+    image -> ViT, class token -> projection -> feature    image -> ViT  -> projection -> feature
+    text -> BERT, [CLS] -> projection -> feature          text  -> BERT -> projection -> feature
+    text + all image tokens -> BERT with cross-attention, [ENC] -> matching head
 
 ITC compares student features with momentum features: those of the batch, and those of earlier
 batches in the queue. ITM classifies each pair of the batch and two hard negatives per pair with the
@@ -13,8 +13,8 @@ Why a momentum encoder? Contrastive learning needs more negatives than fit in a 
 of earlier batches are kept in a queue. They were computed with older weights and stay comparable
 only if the encoder changes slowly; so keys come from a moving average of the student. It also
 provides soft targets: another face's caption may be true of this face too, so a fraction alpha of
-the target is the momentum encoder's softmax over all captions instead of the one-hot label. Only
-its features are used, without gradient; ITM uses the student alone.
+the target is the momentum encoder's softmax over all keys; the rest is on the true pairs. Only its
+features are used, without gradient; ITM uses the student alone.
 
 `forward` computes the losses and changes no state. The training loop changes state, with one call
 each: `update_momentum`, `enqueue`, `clamp_temperature`. (The official forward does all of this.)
@@ -50,7 +50,7 @@ class FLIPConfig:
     bert: BertConfig = field(default_factory=BertConfig)
     embed_dim: int = 256
     queue_size: int = 61440
-    hardness: float | None = None   # None: rank by the paper's score; else see `rerank_score`
+    hardness: float | None = None   # of the head's negatives, for `rerank_score`; None: the paper's score
 
     def __post_init__(self):
         check_ranges(self, embed_dim=20_000, queue_size=10 ** 8)
@@ -120,7 +120,7 @@ def project(first_tokens, projection: nn.Linear):
     return F.normalize(projection(first_tokens.to(projection.weight)).float(), dim=-1)
 
 
-class FLIP(Inference, nn.Module):
+class FLIP(Inference, nn.Module):       # inference.py: device, encode_image, require_tokenizer, ...
     def __init__(self, config: FLIPConfig, tokenizer: Tokenizer | None = None):
         super().__init__()
         self.config, self.tokenizer = config, tokenizer
@@ -149,8 +149,8 @@ class FLIP(Inference, nn.Module):
 
     def score_pairs(self, image_tokens, captions: Captions, pairs: torch.Tensor | None = None,
                     progress: bool = False):
-        """ITM logits (P, 2) for `pairs` (P, 2) of image and caption indices, on the CPU and sorted by
-        image (None: all combinations); image_tokens may be on any device, in any dtype."""
+        """ITM logits (P, 2). pairs (P, 2): indices of image and caption, a CPU tensor sorted by image (None:
+        all combinations); image_tokens may be on any device, in any dtype."""
         device = self.device
         if pairs is None:
             pairs = torch.ones(len(image_tokens), len(captions)).nonzero()
@@ -188,7 +188,7 @@ class FLIP(Inference, nn.Module):
             image_features = self.student.image_features(images)
         text_features = self.student.text_features(captions)
         image_momentum, text_momentum = image_features.detach(), text_features.detach()
-        if params.momentum > 0:         # at 0 it is a copy of the student: reuse its features
+        if params.momentum > 0:         # at 0 it is a copy: the student's features will do
             with torch.no_grad():
                 image_momentum = self.momentum_encoder.image_features(images)
                 text_momentum = self.momentum_encoder.text_features(captions)
@@ -246,9 +246,9 @@ class FLIP(Inference, nn.Module):
         if world_size > 1:
             everyone = all_gather_objects(captions.to("cpu"))
             captions = Captions.concatenate(everyone).to(image_tokens.device)       # (A,)
-        own = torch.arange(world_size * B)
-        image_index = torch.cat([own, negative_image, own])                         # (3 A,)
-        text_index = torch.cat([own, own, negative_text])
+        true = torch.arange(world_size * B)
+        image_index = torch.cat([true, negative_image, true])                       # (3 A,)
+        text_index = torch.cat([true, true, negative_text])
         mine = (image_index // B == rank).nonzero().squeeze(1)
         mine = mine[image_index[mine].argsort(stable=True)]         # sorted by image
         is_match = (mine < world_size * B).long().to(image_tokens.device, non_blocking=True)
@@ -336,7 +336,8 @@ def rerank(model: FLIP, image_tokens, captions: Captions, similarity, k: int, pr
     scores[image_index, text_index] = model.rerank_score(logits, similarity[image_index, text_index])
     if world_size > 1:
         dist.all_reduce(scores)
-    return torch.where(for_image, scores, similarity - 100), torch.where(for_text, scores, similarity - 100).T
+    others = similarity + (scores.min() - 2).clamp(max=-100)        # below the worst candidate
+    return torch.where(for_image, scores, others), torch.where(for_text, scores, others).T
 
 
 def main():
@@ -388,7 +389,7 @@ def main():
     distance = lambda: (momentum.image_projection.weight - student.image_projection.weight).norm()
     before = distance()
     model.update_momentum(0.995)
-    show("FLIP.update_momentum", f"(next step) distance to the student {before:.4f} -> {distance():.4f}")
+    show("FLIP.update_momentum", f"distance to the student {before:.4f} -> {distance():.4f}")
 
 
 if __name__ == "__main__":

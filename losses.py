@@ -6,7 +6,7 @@
          training calls kernels.contrastive.contrastive_loss, which computes the same in chunks of
          keys and keeps no logits, on CPUs as well
     ITM  image-text matching: binary classification of image-caption pairs, true ones and hard
-         negatives, which are sampled more often the more similar ITC finds them
+         negatives: wrong pairs, sampled with a probability that grows with their cosine
 
 ITC compares features of the *student*, the model that is trained, with *keys*: features of the other
 modality computed by the *momentum encoder*, a moving average of the student. The keys are those of

@@ -1701,6 +1701,14 @@ def test_log_likelihood_is_finite_only_for_faces_that_satisfy_the_caption():
     assert (np.isfinite(grammar.log_likelihood(stated, faces)) == fits).all()
 
 
+def test_reranked_candidates_rank_above_all_others_whatever_their_scores():
+    similarity = -torch.tensor([[0.5, 0.6, 0.9], [0.8, 0.3, 0.7]])
+    model = SimpleNamespace(score_pairs=lambda tokens, captions, pairs, progress: torch.zeros(len(pairs), 2),
+                            rerank_score=lambda logits, cosines: 1000 * cosines)
+    for scores, cosines in zip(rerank(model, None, None, similarity, k=1), (similarity, similarity.T)):
+        assert torch.equal(scores.argsort(), cosines.argsort())
+
+
 def test_expected_and_reference_recall_match_cases_worked_by_hand():
     """Ties are broken at random. Of two men, "a bald young man" fits one, "a young man" both, but does not
     mention baldness."""

@@ -144,7 +144,7 @@ def train(config: Config):
     stream = run.loader.iterate_from(start * config.accumulate)
     bar = tqdm(range(start, config.steps), "training", initial=start, total=config.steps, disable=rank > 0)
     with saved_at_end(run), contextlib.closing(stream):
-        # a checkpoint is saved before its evaluation, so a resumed run evaluates first; --init has a row
+        # a resumed run may have ended before the evaluation of its step; the model of --init has a row, too
         metrics = evaluate_and_draw(run, start) if is_due(start) and (start or config.init) else None
         recent, waited, begin, last_save = [], 0.0, time.time(), time.time()
         for step in bar:
@@ -155,8 +155,8 @@ def train(config: Config):
             done = step + 1
             if done % config.log_every == 0 or done == config.steps:
                 line = mean_losses(recent, range(done - len(recent), done), run)
-                line["seconds"] = (time.time() - begin) / len(recent)       # per step, and of that
-                line["data_seconds"] = waited / len(recent)                 # waiting for data
+                line["seconds"] = (time.time() - begin) / len(recent)       # per step
+                line["data_seconds"] = waited / len(recent)                 # part of that
                 log.write(step=done, **line, num_errors=len(run.loader.errors))
                 bar.set_postfix({name: line[name] for name in ("itc", "itm", "seconds", "data_seconds")})
                 recent, waited, begin = [], 0.0, time.time()

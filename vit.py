@@ -13,9 +13,9 @@ drop CLIP's weights for this layer; here they load.)
 
 Capital letters are sizes, the same in every file:
     B items of a batch on one process    S pixels on a side         L tokens of an image (1 + patches)
-    D width of a token                   H heads of d = D / H       N tokens of many packed sequences
+    D width of a token (per encoder)     H heads of d = D / H       N tokens of many packed sequences
     E feature dimension                  Q entries of the queue     K keys of the contrastive loss
-    P captions, each paired with one image (several may share it)   I images, T texts of a call
+    P captions, in ITM one for each pair of image and caption       I images, T texts of a call
 A file that adds a letter says so.
 
 The tokens of a batch of images are packed (kernels/attention.py): one tensor (B L, D), and a
@@ -124,7 +124,7 @@ class ViT(nn.Module):
         """images (B, 3, S, S), normalised -> tokens (B, L, D), the class token first.
 
         first_token_only: return the class tokens (B, D) and skip all others in the last block.
-        return_hidden: also return the list of tokens after each block, before the final LayerNorm."""
+        return_hidden: also return the list of all tokens after each block, before the final LayerNorm."""
         size = self.config.image_size
         if images.shape[1:] != (3, size, size):
             raise ValueError(f"ViT: expected images (B, 3, {size}, {size}), found {tuple(images.shape)}")
@@ -134,14 +134,13 @@ class ViT(nn.Module):
         B, L, _ = x.shape
         sequences, x = Sequences.uniform(B, L, x.device), x.flatten(0, 1)                   # (B L, D)
         hidden = []
-        for block in self.blocks[:-1]:
-            x = block(x, sequences)
-            hidden.append(x.unflatten(0, (B, L)))
-        x = self.blocks[-1](x, sequences, first_token_only)
+        for block in self.blocks:
+            x = block(x, sequences, first_token_only and block is self.blocks[-1])
+            if return_hidden:
+                hidden.append(x.unflatten(0, (B, L)))
         if first_token_only:
             return self.norm_after(x)                                                       # (B, D)
-        hidden.append(x.unflatten(0, (B, L)))
-        tokens = self.norm_after(hidden[-1])                                                # (B, L, D)
+        tokens = self.norm_after(x.unflatten(0, (B, L)))                                    # (B, L, D)
         return (tokens, hidden) if return_hidden else tokens
 
     @torch.no_grad()
