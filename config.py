@@ -44,8 +44,8 @@ class Config(SharedFlags):
     model: str = flag("tiny", "tiny (for drawn faces, trains on two CPU cores), base (the paper's ViT-B/16 "
                               "and BERT-base) or large (ViT-L/16)", choices=tuple(MODELS))
     out: str = flag("out", "folder for checkpoint, log and plots")
-    columns: tuple[str, ...] = flag(COLUMNS[:2], "columns of FaceCaption-15M to sample captions from "
-                                                 "(the first two are names of the same)", choices=COLUMNS)
+    columns: tuple[str, ...] = flag(COLUMNS[:2], "caption columns of FaceCaption-15M (the first two are one)",
+                                    choices=COLUMNS)
     faces: int = flag(20_000, "number of faces to draw for training", low=1)
     validation: int = flag(1000, "maximum number of validation faces", low=1)
     resume: bool = flag(False, "resume the run in --out, or start it if no checkpoint exists; flags come "

@@ -122,7 +122,7 @@ class Inference:
                 warnings.warn(f"not in the model's vocabulary: {hints}")
         captions = tokenizer(texts).to(self.device)
         if captions.sequences.max_length >= MAX_TOKENS:
-            warnings.warn(f"the longest sentence is truncated at {MAX_TOKENS} tokens")
+            warnings.warn(f"the longest sentence fills all {MAX_TOKENS} tokens; the rest, if any, is cut")
         return captions
 
     def require_tokenizer(self):

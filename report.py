@@ -18,7 +18,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from captions import ATTRIBUTES, FACE_PARTS, FACTS, NEGATABLE, PHRASES, verbalize
-from common.images import contact_sheet
+from common.images import contact_sheet, prepare_image_file
 from common.script import markdown_table, run_script
 from data import augment, load_toy_faces, open_faces
 from flip import FLIP
@@ -183,8 +183,8 @@ def main():
                                                  "a model has learned about each attribute.")
     parser.add_argument("--checkpoint", help="test this model on pairs of drawn faces; omit --data")
     parser.add_argument("--data", help="folder or JSON annotation file of faces (default: drawn faces)")
-    parser.add_argument("--out", help="output image, for --data beside a .json file (report.png or "
-                                      "counterfactuals.png)")
+    parser.add_argument("--vocabulary", help="for the official checkpoint: bert-base-uncased, or its folder")
+    parser.add_argument("--out", help="output image (report.png and .json, or counterfactuals.png)")
     parser.add_argument("--sample", type=int, default=10_000, help="captions to sample (%(default)s)")
     parser.add_argument("--cache", default="cache", help="folder for drawn faces or the index (%(default)s)")
     parser.add_argument("--columns", nargs="+", default=COLUMNS[:2], choices=COLUMNS,
@@ -193,24 +193,28 @@ def main():
     args = parser.parse_args()
     if args.sample < 10:
         raise ValueError(f"--sample {args.sample}: expected at least 10")
+    args.out = args.out or ("counterfactuals.png" if args.checkpoint else "report.png")
+    prepare_image_file(args.out)
     if args.checkpoint:
         if args.data:
             raise ValueError("--checkpoint is tested on drawn faces; omit --data")
-        model = FLIP.from_pretrained(args.checkpoint)
-        return report_counterfactuals(model, args.out or "counterfactuals.png")
-    args.out = args.out or "report.png"
+        model = FLIP.from_pretrained(args.checkpoint, vocabulary=args.vocabulary)
+        return report_counterfactuals(model, args.out)
+    stats_file = Path(args.out).with_suffix(".json").resolve()
+    if args.data and Path(args.data).resolve() in (stats_file, *stats_file.parents):
+        raise ValueError(f"--out {args.out}: expected a file outside --data, as it comes with a .json file")
     splits, errors = {}, []
     for split in SPLITS if args.data else ():
         with collect_errors(errors):
             splits[split] = open_faces(args.data, split, args.cache, tuple(args.columns), max_errors=100,
                                        outside=args.outside)
     if errors and not splits:
-        raise ValueError(errors[-1])
+        raise ValueError(errors[0])
     splits = splits or {"train": load_toy_faces(1000, 192, seed=0, folder=args.cache)}
     stats = compute_stats(splits, args.sample, np.random.default_rng(0))
     plot_stats(stats, next(iter(splits.values())), args.out)
-    Path(args.out).with_suffix(".json").write_text(json.dumps(stats, indent=1))
-    print("\n".join([stats["set"], *(f"  {line}" for line in format_stats(stats))]))
+    stats_file.write_text(json.dumps(stats, indent=1))
+    print("\n".join([stats["set"], *(f"  {line}" for line in format_stats(stats)), *errors]))
     print(f"written: {args.out}, with FLIP's figures for comparison")
 
 

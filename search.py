@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from PIL import Image
 
 from common.distributed import DEVICES, autocast, choose_device
-from common.images import IMAGE_SUFFIXES, contact_sheet, load_image
+from common.images import IMAGE_SUFFIXES, contact_sheet, load_image, prepare_image_file
 from common.script import check_like, escape_control_chars, run_script
-from common.weights import CHECKPOINT_FILES, load_verified, resolve_file, write_checkpoint
+from common.weights import load_verified, write_checkpoint
 from flip import FLIP
 from inference import eval_mode
 
@@ -86,8 +86,9 @@ class SearchResult(NamedTuple):
 def split_negations(query: str) -> tuple[str, list[str]]:
     """What a sentence asks for and what it excludes: "a man without a hat or glasses" -> "a man", ["a hat",
     "glasses"]. After "and" or a comma it asks again."""
-    negation = (r"\b(?:without|no|not|never|neither|nor|\w+n't)\s+(.+?)"
-                r"(?=\s*(?:[,.;]|\b(?:and|but|with|without|who|he|she|has|is|no|not|nor)\b|$))")
+    query = query.replace("\u2019", "'")
+    end = "and|but|with|without|who|whose|that|he|she|they|has|have|having|is|are|wears|wearing|no|not|nor"
+    negation = rf"\b(?:without|no|not|never|neither|nor|\w+n't)\s+(.+?)(?=\s*(?:[,.;]|\b(?:{end})\b|$))"
     excluded = [phrase for phrases in re.findall(negation, query, re.I)
                 for phrase in re.split(r"\sor\s", phrases)]
     return re.sub(negation, "", query, flags=re.I).strip(" ,.;"), excluded
@@ -176,8 +177,7 @@ def serve(model: FLIP, folder: str | Path, cache: Path, top: int, sentence=""):
     try:
         import gradio
     except ImportError:
-        raise ValueError("--serve: expected the package gradio >= 6, found none; "
-                         "pip install 'gradio>=6'") from None
+        raise ValueError("--serve: expected the package gradio >= 6; pip install 'gradio>=6'") from None
     features = encode_folder(model, folder, cache)
 
     def on_submit(query):
@@ -223,17 +223,16 @@ def main():
     parser.add_argument("--out", default="out/search.png", help="file for the contact sheet")
     parser.add_argument("--explain", action="store_true", help="show a heatmap per phrase beside each face")
     parser.add_argument("--words", action="store_true", help="print the words that the model knows")
-    parser.add_argument("--serve", action="store_true", help="open a local web page (pip install gradio)")
+    parser.add_argument("--serve", action="store_true", help="open a web page (pip install 'gradio>=6')")
     args = parser.parse_args()
     out = Path(args.out)
     if args.top < 1:
         raise ValueError(f"--top {args.top}: expected at least 1")
-    if out.suffix.lower() not in Image.registered_extensions():
-        raise ValueError(f"--out {out}: expected an image file name, such as out/search.png")
+    prepare_image_file(out)
     if not (args.words or args.images and Path(args.images).is_dir()):
         raise FileNotFoundError(f"--images {args.images}: expected a folder of images, found none")
-    path = resolve_file(args.checkpoint, CHECKPOINT_FILES)
-    model = FLIP.from_pretrained(path, vocabulary=args.vocabulary, device=choose_device(args.device))
+    device = choose_device(args.device)
+    model = FLIP.from_pretrained(args.checkpoint, vocabulary=args.vocabulary, device=device)
     if args.words:
         return print(*model.require_tokenizer().words)
     # report problems with the query before encoding images

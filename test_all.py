@@ -3321,7 +3321,11 @@ def test_query_is_split_into_phrases_with_a_known_word():
     ("A woman with no hat or earrings, and red lips", "A woman with , and red lips", ["hat", "earrings"]),
     ("she is not young and never smiling, with bangs", "she is  and , with bangs", ["young", "smiling"]),
     ("he isn't smiling", "he", ["smiling"]), ("neither a hat nor a tie", "", ["a hat", "a tie"]),
-    ("a man with no beard", "a man with", ["beard"]), ("nothing notable", "nothing notable", [])])
+    ("a man with no beard", "a man with", ["beard"]), ("nothing notable", "nothing notable", []),
+    ("a man without glasses wearing a hat", "a man  wearing a hat", ["glasses"]),
+    ("a woman who isn\u2019t smiling", "a woman who", ["smiling"]),
+    ("people without hats that are smiling", "people  that are smiling", ["hats"]),
+    ("a woman with no makeup whose hair is blond", "a woman with  whose hair is blond", ["makeup"])])
 def test_what_a_query_excludes_is_split_off(query, asked, excluded):
     assert search.split_negations(query) == (asked, excluded)
 
@@ -3523,14 +3527,16 @@ def test_report_counts_duplicates_damage_words_and_facts(tmp_path, monkeypatch, 
                  lambda i: Image.fromarray(pixels[max(i, 5)]).resize((60, 50)))
     (tmp_path / "images/29.png").write_text("not an image")
     (tmp_path / "train.json").write_text(json.dumps(records))
+    (tmp_path / "val.json").write_text("[]")
     monkeypatch.setattr(sys, "argv", ["report.py", "--data", str(tmp_path), "--cache", f"{tmp_path}/cache",
-                                      "--out", f"{tmp_path}/page.png"])
+                                      "--out", f"{tmp_path}_report/page.png"])
     report.main()
-    stats = json.loads((tmp_path / "page.json").read_text())
+    stats = json.loads(Path(f"{tmp_path}_report/page.json").read_text())
     assert stats["faces"] == {"train": 30} and stats["pictures looked at"] == 29 and stats["unreadable"] == 1
     assert stats["like another"] == 5 and stats["sizes"] == [[60, 50]] * 29
     assert stats["equal captions"] == 20 and max(stats["words"]) == 8 and stats["labels"]["Wearing_Hat"] == 1
-    assert Image.open(tmp_path / "page.png").width > 1000 and "FLIP" in capsys.readouterr().out
+    assert Image.open(f"{tmp_path}_report/page.png").width > 1000
+    assert "val: expected at least one face in this split" in capsys.readouterr().out
     official = ("The man is chubby, with a slightly open mouth. He has a large nose, a goatee, a mustache, "
                 "an oval-shaped face, and a receding hairline.")
     assert {FACTS[n] for n in np.flatnonzero(report.find_facts(official))} == set(
@@ -3628,8 +3634,12 @@ def test_every_script_shows_an_example(tmp_path, arguments, expected):
     ("toyfaces.py --out faces --size 3", "--size 3: expected at least 8"),
     ("toyfaces.py --out faces --seed -1", "--seed -1: expected at least 0"),
     ("toyfaces.py --out a_file", ".*Not a directory: 'a_file"),
-    ("toyfaces.py --sketch absent/s.png", ".*absent/s.png"),
+    ("toyfaces.py --sketch a_file/s.png", ".*exists: 'a_file'"),
     ("toyfaces.py --sheet sheet.txt", "sheet.txt: expected a file name ending in .jpg"),
+    ("toyfaces.py --out .", "--out .: expected a new or an empty folder, found files"),
+    ("search.py --images . --out s.psd query", "s.psd: expected a file name ending in"),
+    ("report.py --out r", "r: expected a file name ending in"),
+    ("report.py --data . --out train.png", "--out train.png: expected a file outside --data"),
     ("data.py --data DIR", "data.py takes no arguments"), ("train.py --lr -1", "--lr -1.0: expected at le"),
     ("finetune.py sketch --fractions 0.5", "--fractions is a flag of attributes"),
     ("search.py --images nowhere query", "--images nowhere: expected a folder"),

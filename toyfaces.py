@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from captions import ATTRIBUTES
 from common.distributed import parallel_map
-from common.images import IMAGE_SUFFIXES, contact_sheet
+from common.images import contact_sheet, prepare_image_file
 from common.script import atomic_write, error_context, run_script
 from drawing.portrait import BEARDS, build_shapes, render
 from drawing.sketch import rasterize_strokes, stroke_points
@@ -187,9 +187,11 @@ def sketch_rows(seed, size, count=6, stages=(10, 25, 40, 60, 80, 100)):
 
 def write_faces(folder: Path, count, size, seed):
     """Write a data set in CelebA's layout, as Kaggle distributes it. Image n is face n - 1. The validation
-    and the test split are the last 20 % of the faces, one half each."""
+    and the test split are the last 20 % of the faces, one half each. Raises ValueError if files exist."""
     images = folder / "img_align_celeba"
-    images.mkdir(parents=True, exist_ok=True)
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"--out {folder}: expected a new or an empty folder, found files")
+    images.mkdir(parents=True)
     held_out = max(count // 10, int(count >= 3))  # faces each of the validation and the test split
     split = np.repeat([0, 1, 2], [count - 2 * held_out, held_out, held_out])  # train, val, test
     labels, partition = [("image_id", *ATTRIBUTES)], [("image_id", "partition")]
@@ -217,9 +219,8 @@ def main():
     for flag, value, minimum in (("count", args.count, 1), ("size", args.size, 8), ("seed", args.seed, 0)):
         if value < minimum:
             raise ValueError(f"--{flag} {value}: expected at least {minimum}")
-    for path in (args.sheet, args.sketch):
-        if path and path.suffix.lower() not in IMAGE_SUFFIXES:
-            raise ValueError(f"{path}: expected a file name ending in {', '.join(IMAGE_SUFFIXES)}")
+    for path in filter(None, (args.sheet, args.sketch)):
+        prepare_image_file(path)
     if args.sheet:
         contact_sheet(attribute_rows(96), tile=96).save(args.sheet)
     if args.sketch:

@@ -1,6 +1,5 @@
-"""Devices and processes: worker processes, ranks, and what ranks gather, without gradient: momentum features
-and identities (ITC's keys), student features (to sample negatives) and captions (for ITM); never image
-tokens."""
+"""Devices, worker processes and ranks. Ranks exchange, without gradients, momentum features and identities
+(ITC's keys), student features (to sample negatives) and captions (for ITM), but never image tokens."""
 import atexit
 import contextlib
 import ctypes
@@ -18,7 +17,7 @@ from tqdm import tqdm
 
 @contextlib.contextmanager
 def children_ignore(*numbers: int):
-    """Block signals, also for ever in the child processes that are started inside. (Python would lose an
+    """Block these signals; child processes started inside keep them blocked for good. (Python would lose an
     interrupt inside a fork, and leave locks held.)"""
     with contextlib.suppress(AttributeError):               # Windows
         signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
@@ -56,8 +55,7 @@ def parallel_map(function, jobs, title: str, chunk_size: int = 1):
 
 @contextlib.contextmanager
 def iterate_with_workers(loader):
-    """Yield an iterator over a DataLoader. Its workers end with the block, and a ValueError of theirs is
-    reduced to one line."""
+    """Yield an iterator over a DataLoader whose workers end with the block and raise one-line ValueErrors."""
     # a signal to the whole process group stops the training process alone, which saves
     with children_ignore(signal.SIGINT, signal.SIGTERM):
         batches = iter(loader)
@@ -90,12 +88,10 @@ def choose_precision(name: str, device: torch.device, saved: bool = False) -> st
     A run that saved "auto" dates from before bf16 on CPUs and resumes in float32 there."""
     if name != "auto":
         return name
-    if saved and device.type == "cpu":
-        return "float32"
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
     cpu = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    has_bf16 = device.type == "cpu" and (cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
+    has_bf16 = device.type == "cpu" and not saved and (cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
     return "bf16" if has_bf16 else "float32"
 
 
@@ -138,5 +134,3 @@ def all_gather_objects(obj) -> list:
     objects = [None] * rank_and_world_size()[1]
     dist.all_gather_object(objects, obj)
     return objects
-
-

@@ -35,6 +35,13 @@ IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 MAX_PIXELS = 2 ** 26        # larger images are rejected: decompression bombs would exhaust memory
 
 
+def prepare_image_file(path):
+    """Create the folder of an image to write. Raises ValueError if the file name is not that of an image."""
+    if Path(path).suffix.lower() not in IMAGE_SUFFIXES:
+        raise ValueError(f"{path}: expected a file name ending in {', '.join(IMAGE_SUFFIXES)}")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+
+
 @contextlib.contextmanager
 def checked_open(file, name):
     """Open an image, reading only the header (a PIL image is copied), and yield it. Raises a ValueError that

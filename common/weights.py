@@ -249,7 +249,7 @@ def official_state(model) -> dict[str, torch.Tensor]:
 
 def official_sizes(weights):
     """The sizes of an official checkpoint, inferred from its shapes, with heads 64 wide, as in BERT and
-    OpenAI's CLIP. Raises ValueError if a width is not a multiple of 64, or another error if weights lack."""
+    OpenAI's CLIP. Raises ValueError if a width is not a multiple of 64, KeyError if a weight is missing."""
     depth = lambda prefix: len({key[len(prefix):].split(".")[0] for key in weights if key.startswith(prefix)})
     image, text = "visual_encoder.vision_model.", "text_encoder."
     width, _, patch, _ = weights[image + "embeddings.patch_embedding.weight"].shape

@@ -61,8 +61,8 @@ def open_split(path: str | Path, split: str, layouts, cache: str | Path, columns
         layout = layouts[-1]
     if not layout:
         known = ", ".join(f"{layout.reads.split()[0]} ({layout.title})" for layout in layouts)
-        raise ValueError(f"{path}: expected one of {known}, found none (FaceCaption-15M's .parquet files "
-                         f"hold only image URLs: download the images with img2dataset)")
+        raise ValueError(f"{path}: expected one of {known}, found none (unpack .tar.gz files to .tar; "
+                         f"FaceCaption-15M's .parquet files hold only URLs: download with img2dataset)")
     folder = path if path.is_dir() else path.parent
     try:
         index = Path(cache) / f"index-{fingerprint(layout.reads, path, folder, columns, outside)}.npy"
@@ -77,6 +77,7 @@ def open_split(path: str | Path, split: str, layouts, cache: str | Path, columns
         check_error_rate(own, counts[split] + len(own), max_errors)
         if not fields:
             hint = f"; list them in {split}.json" if "train.json" in layout.reads else ""
+            hint += f"; first invalid record: {errors[0]}" if errors else ""
             raise ValueError(f"{split}: expected at least one face in this split, found {counts}{hint}")
     except (ValueError, FileNotFoundError) as error:
         raise ValueError(f"{layout.title}: {error}") from error
@@ -111,7 +112,7 @@ class IndexColumn:
 
     def _record(self, i):
         begin, length = self.rows["start"][i], self.rows["length"][i]
-        with error_context("a whole index; delete it, to have it made anew", self.text.filename):
+        with error_context("a complete index; delete this file and it will be rebuilt", self.text.filename):
             record = json.loads(self.text[begin:begin + length].tobytes())
             return record[self.field] if self.field else record
 
