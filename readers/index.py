@@ -61,8 +61,8 @@ def open_split(path: str | Path, split: str, layouts, cache: str | Path, columns
         layout = layouts[-1]
     if not layout:
         known = ", ".join(f"{layout.reads.split()[0]} ({layout.title})" for layout in layouts)
-        raise ValueError(f"{path}: expected one of {known}, found none (unpack .tar.gz files to .tar; "
-                         f"FaceCaption-15M's .parquet files hold only URLs: download with img2dataset)")
+        raise ValueError(f"{path}: expected one of {known}, found none (FaceCaption-15M's .parquet "
+                         f"files hold only URLs: download with img2dataset; unpack .tar.gz files to .tar)")
     folder = path if path.is_dir() else path.parent
     try:
         index = Path(cache) / f"index-{fingerprint(layout.reads, path, folder, columns, outside)}.npy"
