@@ -21,6 +21,7 @@ from common.weights import load_verified, write_checkpoint
 from flip import FLIP
 from inference import eval_mode
 
+CLAUSE_WORDS = "and|but|with|without|who|whose|that|he|she|they|has|have|having|is|are|wears|wearing"
 EXAMPLES = ["a smiling woman with blond hair and glasses", "a man with a beard", "a person without a hat"]
 
 
@@ -87,8 +88,8 @@ def split_negations(query: str) -> tuple[str, list[str]]:
     """What a sentence asks for and what it excludes: "a man without a hat or glasses" -> "a man", ["a hat",
     "glasses"]. After "and" or a comma it asks again."""
     query = query.replace("\u2019", "'")
-    end = "and|but|with|without|who|whose|that|he|she|they|has|have|having|is|are|wears|wearing|no|not|nor"
-    negation = rf"\b(?:without|no|not|never|neither|nor|\w+n't)\s+(.+?)(?=\s*(?:[,.;]|\b(?:{end})\b|$))"
+    negation = (r"\b(?:without|no|not|never|neither|nor|\w+n't)\s+(.+?)"
+                rf"(?=\s*(?:[,.;]|\b(?:{CLAUSE_WORDS}|no|not|nor)\b|$))")
     excluded = [phrase for phrases in re.findall(negation, query, re.I)
                 for phrase in re.split(r"\sor\s", phrases)]
     return re.sub(negation, "", query, flags=re.I).strip(" ,.;"), excluded
@@ -125,8 +126,7 @@ def search(model: FLIP, features: dict[Path, torch.Tensor], query: str, top=8, k
 
 def split_phrases(query: str, tokenizer) -> list[str]:
     """The phrases of a sentence with a known word: "a man with a hat and a tie" -> a man, a hat, a tie."""
-    separators = r"(?<![\w-])(?:he|she|and|with|who|has|have|is|are|wears|wearing)(?![\w-])"
-    phrases = re.split(rf"[,.;]|{separators}", query.lower())
+    phrases = re.split(rf"[,.;]|(?<![\w-])(?:{CLAUSE_WORDS})(?![\w-])", query.lower())
     return [phrase.strip() for phrase in phrases if tokenizer.split_known(phrase)[0]]
 
 
@@ -237,7 +237,7 @@ def main():
         return print(*model.require_tokenizer().words)
     # report problems with the query before encoding images
     model.require_tokenizer() if args.serve else tokenize_query(model, args.query or "")
-    cache = out.parent / f"features-{image_encoder_hash(model)}.pt"
+    cache = out.parent / "features.pt"
     if args.serve:
         return serve(model, args.images, cache, args.top, args.query or "")
     features = encode_folder(model, args.images, cache)

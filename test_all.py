@@ -1449,6 +1449,14 @@ def test_reranked_scores_are_the_official_ones_and_the_rest_rank_by_cosine(offic
         assert evaluation.retrieval_metrics(*scores, torch.arange(8)) == pytest.approx(theirs)
 
 
+def test_reranked_candidates_rank_above_all_others_whatever_their_scores():
+    similarity = -torch.tensor([[0.5, 0.6, 0.9], [0.8, 0.3, 0.7]])
+    model = SimpleNamespace(score_pairs=lambda tokens, captions, pairs, progress: torch.zeros(len(pairs), 2),
+                            rerank_score=lambda logits, cosines: 1000 * cosines)
+    for scores, cosines in zip(rerank(model, None, None, similarity, k=1), (similarity, similarity.T)):
+        assert torch.equal(scores.argsort(), cosines.argsort())
+
+
 @pytest.mark.parametrize("hardness", [0.0, 0.5, 1.0])
 def test_perfect_matching_head_ranks_by_the_probability_of_the_pair(hardness):
     """At any cosines: the score corrects for the sampling of the negatives."""
@@ -1699,14 +1707,6 @@ def test_log_likelihood_is_finite_only_for_faces_that_satisfy_the_caption():
     fits = ((stated[:, None] == 0) | ((stated[:, None] > 0) == faces)).all(2)       # fact by fact
     assert (grammar.satisfies(stated, faces) == fits).all()
     assert (np.isfinite(grammar.log_likelihood(stated, faces)) == fits).all()
-
-
-def test_reranked_candidates_rank_above_all_others_whatever_their_scores():
-    similarity = -torch.tensor([[0.5, 0.6, 0.9], [0.8, 0.3, 0.7]])
-    model = SimpleNamespace(score_pairs=lambda tokens, captions, pairs, progress: torch.zeros(len(pairs), 2),
-                            rerank_score=lambda logits, cosines: 1000 * cosines)
-    for scores, cosines in zip(rerank(model, None, None, similarity, k=1), (similarity, similarity.T)):
-        assert torch.equal(scores.argsort(), cosines.argsort())
 
 
 def test_expected_and_reference_recall_match_cases_worked_by_hand():
@@ -3314,6 +3314,7 @@ def test_query_is_split_into_phrases_with_a_known_word():
     query = "She is a smiling woman with blond hair and freckles, who is wearing a hat and a tie."
     phrases = ["a smiling woman", "blond hair", "a hat", "a tie"]
     assert search.split_phrases(query, TOKENIZER) == phrases
+    assert search.split_phrases("a man that is smiling but bald", TOKENIZER) == ["a man", "smiling", "bald"]
 
 
 @pytest.mark.parametrize("query, asked, excluded", [

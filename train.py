@@ -155,8 +155,8 @@ def train(config: Config):
             done = step + 1
             if done % config.log_every == 0 or done == config.steps:
                 line = mean_losses(recent, range(done - len(recent), done), run)
-                line["seconds"] = (time.time() - begin) / len(recent)       # per step
-                line["data_seconds"] = waited / len(recent)                 # part of that
+                line["seconds"] = (time.time() - begin) / len(recent)       # per step, of them
+                line["data_seconds"] = waited / len(recent)                 # waiting for data
                 log.write(step=done, **line, num_errors=len(run.loader.errors))
                 bar.set_postfix({name: line[name] for name in ("itc", "itm", "seconds", "data_seconds")})
                 recent, waited, begin = [], 0.0, time.time()
