@@ -22,9 +22,7 @@ again for each caption, and drops BERT's token-type embedding. Here type 0, whic
 token, is folded into the positions on loading.
 
 Shapes: see vit.py; N tokens of P captions, which attend to I images of L tokens.
-Run `python bert.py "a smiling woman"` to see its word pieces and the shapes.
 """
-import argparse
 import os
 import re
 from collections import Counter
@@ -38,8 +36,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common.script import check_ranges, error_context, run_script
-from common.weights import load_bert, resolve_file
+from common.script import check_ranges, error_context
+from common.weights import resolve_file
 from kernels.attention import Sequences
 from vit import Attention
 
@@ -290,29 +288,3 @@ class Bert(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
-
-
-def main():
-    parser = argparse.ArgumentParser(description="Show a caption's word pieces and the encoder's shapes.")
-    parser.add_argument("caption", nargs="?", default="She is young, with a hat on, and has pale skin.")
-    parser.add_argument("--bert", help="vocabulary and weights: folder or hub name (bert-base-uncased); "
-                                       "default: random weights and a vocabulary of the caption's own words")
-    args = parser.parse_args()
-    tokenizer = Tokenizer.load(args.bert) if args.bert else Tokenizer.train([args.caption])
-    bert = Bert(BertConfig(vocab_size=tokenizer.vocab_size)).eval()
-    if args.bert:
-        load_bert(bert, args.bert)
-    captions = tokenizer([args.caption])
-    with torch.no_grad():
-        text = bert(captions)
-        joint = bert(captions.with_first_token(bert.enc_id), image_tokens=torch.zeros(1, 197, 768))
-    print(f"caption      {args.caption}")
-    print(f"cleaned      {clean_caption(args.caption)}")
-    print(f"pieces       {' '.join(tokenizer.pieces(captions))}")
-    print(f"text tokens  {tuple(text.shape)}   the first, [CLS], summarises the caption")
-    print(f"joint tokens {tuple(joint.shape)}   the first is now [ENC]; image: all zeros")
-    print(f"parameters   {sum(p.numel() for p in bert.parameters()):,}")
-
-
-if __name__ == "__main__":
-    run_script(main)

@@ -2,7 +2,7 @@
 (FLIP paper, section 4) as defaults, and the recipe of the tiny model, with reasons."""
 import argparse
 import textwrap
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from bert import BertConfig
@@ -28,7 +28,7 @@ class SharedFlags:
     cache: str = flag("cache", "folder for drawn faces and for the index of --data")
     outside: bool = flag(False, "accept images outside --data, which its lists may name by absolute paths")
     max_errors: float = flag(1.0, "percent of records or images that may be invalid; they are skipped and "
-                                  "counted, and the run stops if there are more", high=100, was="max_lost")
+                                  "counted, and the run stops if there are more", high=100)
     vocabulary: str = flag("", "for a checkpoint without one (the official one): file, folder or hub name")
     device: str = flag("auto", "cpu, cuda, mps (Apple; untried), or auto: CUDA if any, else the CPU",
                        choices=DEVICES)
@@ -67,12 +67,12 @@ class Config(SharedFlags):
     warmup: int = flag(20_000, "steps from lr_start to lr, at most 20 %% of the run")
     temperature_lr: float = flag(1.0, "learning rate of the temperature, as a multiple of lr")
     muon_lr_image: float = flag(0.0, "learning rate of Muon (common/optim.py), as a multiple of lr, for the "
-                                     "matrices in the image encoder's blocks; 0: AdamW", was="muon_image")
-    muon_lr_text: float = flag(0.0, "the same for the text encoder's layers", was="muon_text")
+                                     "matrices in the image encoder's blocks; 0: AdamW")
+    muon_lr_text: float = flag(0.0, "the same for the text encoder's layers")
     muon_momentum: float = flag(0.95, "Muon's momentum", high=1)
     weight_decay: float = flag(0.05, "weight decay of parameters with two or more dimensions")
     beta2: float = flag(0.999, "AdamW's second beta", high=1)
-    grad_clip: float = flag(0.0, "maximum gradient norm; 0: no clipping", was="clip_grad")
+    grad_clip: float = flag(0.0, "maximum gradient norm; 0: no clipping")
     alpha: float = flag(0.4, "final weight of the soft targets", high=1)
     alpha_ramp: tuple[float, float] = flag((0.0, 2 / 15), "fractions between which alpha rises from 0 (the "
                                                          "paper: 2 of 15 epochs)", high=1)
@@ -85,7 +85,7 @@ class Config(SharedFlags):
     hardness: float = flag(1.0, "final hardness of the negatives: 1 samples them by similarity, as the paper "
                                 "does, 0 uniformly")
     hardness_ramp: tuple[float, float] = flag((0.0, 0.0), "fractions of the run between which hardness rises "
-                                                          "from 0", high=1, was="hard_ramp")
+                                                          "from 0", high=1)
     augment: bool = flag(True, "augment the images as in the paper")
     workers: int = flag(8, "data loading processes per training process")
     log_every: int = flag(50, "steps between log lines", low=1)
@@ -131,10 +131,7 @@ def parse_arguments(argv: list[str] | None = None, description: str | None = __d
     given = parse_flags(parser, Config, argv)
     path = Path(given.get("out", Config.out)) / "flip.pt"
     if given.get("resume") and path.exists():
-        renamed = {f.metadata["was"]: f.name for f in fields(Config)}
-        saved = load_run(path)["training"]["config"]            # perhaps without flags of later versions
-        defaults = {"outside": False, "device": "auto"}
-        before = defaults | {renamed.get(name, name): value for name, value in saved.items()}
+        before = load_run(path)["training"]["config"]
         check_like(before, asdict(Config()), f"{path}: training, config")
         for name, value in given.items():
             if name not in ("resume", "out", *CHANGEABLE_ON_RESUME) and value != before[name]:

@@ -61,9 +61,8 @@ class Config(SharedFlags):
     weight_decay: float = flag(0.05, "weight decay of parameters with two or more dimensions")
     itm_every: int = flag(1, "train the matching head in every n-th step", low=1)
     fractions: tuple[float, ...] = flag((0.01, 0.1, 1.0), "attributes: fractions of the training split to "
-                                                          "train on", low=1e-6, high=1, was="shares")
-    num_evaluations: int = flag(5, "number of validation runs; the best one is kept", low=1,
-                                was="evaluations")
+                                                          "train on", low=1e-6, high=1)
+    num_evaluations: int = flag(5, "number of validation runs; the best one is kept", low=1)
 
     def __post_init__(self):
         check_flags(self)

@@ -35,7 +35,7 @@ from tqdm import tqdm
 from bert import Bert, BertConfig, Captions, Tokenizer
 from common.distributed import all_gather, all_gather_objects, rank_and_world_size
 from common.script import check_like, check_ranges, error_context, run_script
-from common.weights import CHECKPOINT_VERSION, load_state, official_sizes, read_checkpoint, write_folder
+from common.weights import load_state, official_sizes, read_checkpoint, write_folder
 from common.weights import official_name as official_name
 from common.weights import official_state as official_state
 from inference import Inference
@@ -280,7 +280,7 @@ class FLIP(Inference, nn.Module):       # inference.py: device, encode_image, re
     # ---- checkpoints ----
     def checkpoint(self):
         """Everything `from_pretrained` needs, as plain tensors, numbers and text."""
-        return {"version": CHECKPOINT_VERSION, "flip": asdict(self.config), "model": self.state_dict(),
+        return {"flip": asdict(self.config), "model": self.state_dict(),
                 "tokenizer": self.tokenizer.to_json() if self.tokenizer else None}
 
     def save_pretrained(self, folder: str):

@@ -250,7 +250,7 @@ def setup(config: Config) -> TrainState:
         raise ValueError(f"an epoch has {loader.batches_per_epoch} batches, fewer than --accumulate "
                          f"{config.accumulate}")
     config = dataclasses.replace(config, steps=config.steps or config.epochs * steps_per_epoch,
-                                 precision=choose_precision(config.precision, device, bool(saved)))
+                                 precision=choose_precision(config.precision, device))
     if rank == 0 and not saved:
         print_plan(config, faces, validation, world_size, model.tokenizer)
     optimizers = build_optimizers(model, config.weight_decay, config.beta2, config.temperature_lr,
@@ -259,10 +259,7 @@ def setup(config: Config) -> TrainState:
     if not 0 <= start <= config.steps:
         raise ValueError(f"{path}: expected a step from 0 to {config.steps}, found {start}")
     if saved:
-        is_old = "version" not in checkpoint
-        load_optimizers(optimizers, saved["optimizers"], f"{path}: training, optimizers", not is_old)
-        if is_old:          # version 1 saved before the momentum update, which began the next step
-            model.update_momentum(schedule(start, config).momentum)
+        load_optimizers(optimizers, saved["optimizers"], f"{path}: training, optimizers")
     lines = saved["log"] if saved else [{"config": asdict(config)}]
     log = Log(Path(config.out) / "log.jsonl", lines, writes=rank == 0)
     ddp_model = model if world_size == 1 else DistributedDataParallel(

@@ -20,20 +20,14 @@ A file that adds a letter says so.
 
 The tokens of a batch of images are packed (kernels/attention.py): one tensor (B L, D), and a
 `Sequences` with the offset of each image.
-
-Run `python vit.py photo.jpg` to see the tensor shapes along the way.
 """
-import argparse
 from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image
 
-from common.images import load_image, normalize_batch, resize_to_array
-from common.script import check_ranges, run_script
-from common.weights import load_clip
+from common.script import check_ranges
 from kernels.attention import Sequences, attention
 
 
@@ -159,29 +153,3 @@ class ViT(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
-
-
-def main():
-    parser = argparse.ArgumentParser(description="Show what the image encoder computes for one image.")
-    parser.add_argument("image", nargs="?", help="an image file (default: a grey square)")
-    parser.add_argument("--clip", help="weights: file, folder or hub name (openai/clip-vit-base-patch16)")
-    args = parser.parse_args()
-    config = ViTConfig()
-    image = load_image(args.image) if args.image else Image.new("RGB", (178, 218), "grey")
-    vit = ViT(config).eval()
-    if args.clip:
-        load_clip(vit, args.clip)
-    pixels = normalize_batch([resize_to_array(image, config.image_size)])
-    with torch.no_grad():
-        tokens, hidden = vit(pixels, return_hidden=True)
-    print(f"image        {image.size[0]} x {image.size[1]} {image.mode}")
-    print(f"pixels       {tuple(pixels.shape)}   normalised, {pixels.min():.2f} to {pixels.max():.2f}")
-    for index, tokens_after in enumerate(hidden, start=1):
-        length = tokens_after.norm(dim=-1).mean()
-        print(f"block {index:2}     {tuple(tokens_after.shape)}   mean norm of a token {length:.2f}")
-    print(f"tokens       {tuple(tokens.shape)}   class token first, then {config.num_patches} patches")
-    print(f"parameters   {sum(p.numel() for p in vit.parameters()):,}")
-
-
-if __name__ == "__main__":
-    run_script(main)

@@ -82,16 +82,15 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def choose_precision(name: str, device: torch.device, saved: bool = False) -> str:
+def choose_precision(name: str, device: torch.device) -> str:
     """"bf16" or "float32" for a --precision; "auto" is bf16 where the hardware multiplies in it, if torch can
-    tell: GPUs from compute capability 8.0 on, x86 CPUs with AVX512-BF16 or AMX. Elsewhere it is slower.
-    A run that saved "auto" dates from before bf16 on CPUs and resumes in float32 there."""
+    tell: GPUs from compute capability 8.0 on, x86 CPUs with AVX512-BF16 or AMX. Elsewhere it is slower."""
     if name != "auto":
         return name
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
     cpu = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    has_bf16 = device.type == "cpu" and not saved and (cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
+    has_bf16 = device.type == "cpu" and (cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
     return "bf16" if has_bf16 else "float32"
 
 

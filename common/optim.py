@@ -70,17 +70,15 @@ def build_optimizers(module: torch.nn.Module, weight_decay, beta2=0.999, tempera
     return optimizers + [Muon(muon, muon_momentum)] if muon else optimizers
 
 
-def load_optimizers(optimizers, saved: list[dict], where, complete=True):
+def load_optimizers(optimizers, saved: list[dict], where):
     """Load the states of `saved`, one state dict per optimiser. Raises ValueError unless they fit the
-    parameters and, if `complete`, contain them all (version 1 had no states of parameters without a gradient
-    so far). torch checks neither, and another shape crashes the fused AdamW."""
+    parameters and contain them all. torch checks neither, and another shape crashes the fused AdamW."""
     if len(saved) != len(optimizers):
         raise ValueError(f"{where}: expected the states of {len(optimizers)} optimisers, found {len(saved)}")
     for optimizer, state in zip(optimizers, saved):
         current = optimizer.state_dict()
-        state = state["state"] if complete else current["state"] | state["state"]
-        check_like(state, current["state"], where)
-        optimizer.load_state_dict(current | {"state": state})
+        check_like(state["state"], current["state"], where)
+        optimizer.load_state_dict(current | {"state": state["state"]})
 
 
 def set_learning_rate(optimizers, lr):

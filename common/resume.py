@@ -4,8 +4,6 @@
   - under "training": the optimiser states, step, configuration and log, and the numbers of processes and of
     faces, which must not change.
 
-Version 1, which is read as well, was saved before the momentum update that now ends a step.
-
 It needs no random-number state and no data position: both are pure functions of (seed, step)."""
 import contextlib
 import json

@@ -153,9 +153,9 @@ def markdown_table(header, rows):
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
-def flag(default, help, low=0, high=2 ** 62, choices=(), was=""):
-    """A dataclass field that is a flag: its default, help text, range (inclusive) or choices, former name."""
-    return field(default=default, metadata=dict(help=help, low=low, high=high, choices=choices, was=was))
+def flag(default, help, low=0, high=2 ** 62, choices=()):
+    """A dataclass field that is a flag: its default, help text, range (inclusive) or choices."""
+    return field(default=default, metadata=dict(help=help, low=low, high=high, choices=choices))
 
 
 def check_flags(config):
@@ -176,14 +176,13 @@ def check_flags(config):
 def parse_flags(parser: argparse.ArgumentParser, config, argv):
     """Add a flag for every field of the dataclass `config`; return those given in `argv`, {name: value}."""
     for f in filter(lambda f: f.metadata, fields(config)):
-        names = [f"--{name}" for name in (f.name, f.metadata["was"]) if name]
         default = f" ({f.default})" if f.default not in ("", ()) else ""
         options = {"type": f.type}
         if f.type is bool:
             options = {"action": argparse.BooleanOptionalAction}
         elif isinstance(f.default, tuple):
             options = {"type": typing.get_args(f.type)[0], "nargs": "+"}
-        parser.add_argument(*names, dest=f.name, default=argparse.SUPPRESS, help=f.metadata["help"] + default,
+        parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=f.metadata["help"] + default,
                             **options)
     given = vars(parser.parse_args(argv))
     return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}

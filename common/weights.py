@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from common.script import atomic_write, check_like, error_context, short_message
 
 CHECKPOINT_FILES = ("flip.pt", "model.safetensors", "FLIP-base.pth", "ckpt/FLIP-base.pth")
-CHECKPOINT_VERSION = 2      # version 1 has no "version"; it differs only under "training"
 
 
 def resolve_file(source: str | Path, filenames: tuple[str, ...]) -> Path:
@@ -93,16 +92,14 @@ def read_checkpoint(source: str | Path) -> dict:
     folder may be one of `write_folder`, the file a state dict without anything else."""
     path = resolve_file(source, CHECKPOINT_FILES)
     saved = load_verified(path)
-    with error_context("a checkpoint of FLIP, of this version or an older one", path):
+    with error_context("a checkpoint of FLIP", path):
         if all(map(torch.is_tensor, saved.values())):
             saved = {"model": saved}
         if path.suffix == ".safetensors":
             config, tokenizer = (resolve_file(path.parent if Path(source).exists() else source, (name,))
                                  for name in ("config.json", "tokenizer.json"))
             saved |= json.loads(config.read_text()) | {"tokenizer": tokenizer.read_text(encoding="utf-8")}
-        if saved.get("version", 1) not in (1, CHECKPOINT_VERSION):
-            raise ValueError(f"found version {saved['version']!r:.99}: update this project")
-        known = {"version", "flip", "model", "tokenizer", "training"} if "flip" in saved else saved.keys()
+        known = {"flip", "model", "tokenizer", "training"} if "flip" in saved else saved.keys()
         if not isinstance(saved["model"], dict) or saved.keys() - known:
             raise ValueError(f"found the fields {[*saved]!r:.200}")
     return saved
