@@ -36,7 +36,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common.script import check_ranges, error_context
+from common.script import naming
 from common.weights import resolve_file
 from kernels.attention import Sequences
 from vit import Attention
@@ -51,11 +51,6 @@ class BertConfig:
     positions: int = 512        # max_position_embeddings
     dropout: float = 0.1
 
-    def __post_init__(self):
-        check_ranges(self, vocab_size=10 ** 7, width=20_000, depth=200, heads=1000, positions=10 ** 5)
-        if self.width % self.heads:
-            raise ValueError(f"BERT: width {self.width} is not a multiple of the {self.heads} heads")
-
 
 # ---- from text to tokens -------------------------------------------------------------------------
 MAX_WORDS = 65
@@ -67,6 +62,11 @@ def clean_caption(text: str) -> str:
     """Lower-case a caption, replace the punctuation . ! " ( ) * # : ; ~ by spaces and keep the first
     MAX_WORDS words, as BLIP does."""
     return " ".join(re.sub(r'[.!"()*#:;~]', " ", text.lower()).split()[:MAX_WORDS])
+
+
+def words_of(text: str) -> list[str]:
+    """The words of a caption, lower-case, without punctuation."""
+    return re.findall(r"\w[\w'-]*", clean_caption(text))
 
 
 @dataclass(frozen=True)
@@ -106,31 +106,32 @@ class Tokenizer:
     known pieces. Calling it on a list of captions cleans them, truncates them to MAX_TOKENS and
     returns packed `Captions`: [CLS] pieces [SEP]."""
 
-    def __init__(self, wordpiece, source="vocabulary"):
+    def __init__(self, wordpiece: tokenizers.Tokenizer):
         self.wordpiece, vocabulary = wordpiece, wordpiece.get_vocab()
         missing = [token for token in SPECIAL[:4] if token not in vocabulary]
         if missing or sorted(vocabulary.values()) != [*range(len(vocabulary))]:
-            raise ValueError(f"{source}: expected a vocabulary like bert-base-uncased's, with the ids 0 to "
-                             f"{len(vocabulary) - 1}; missing: {', '.join(missing) or 'some of these ids'}")
+            raise ValueError(f"expected a vocabulary like bert-base-uncased's, without repetitions; missing: "
+                             f"{', '.join(missing) or 'some of its ids'}")
         self.cls_id, self.sep_id = vocabulary["[CLS]"], vocabulary["[SEP]"]
-        # one of ours has whole words, and single letters to spell all others
-        self.spells = all(len(piece) == 3 for piece in vocabulary if piece.startswith("##"))
+        # true for vocabularies built by `train`: whole words, and single letters to spell all others
+        self.has_letters_only = all(len(piece) == 3 for piece in vocabulary if piece.startswith("##"))
 
     @property
     def vocab_size(self):
         """Number of embeddings the model needs: all word pieces, [DEC] and [ENC]."""
         return self.wordpiece.get_vocab_size() + 2
 
-    def split_known(self, text: str) -> tuple[list[str], list[str]]:
-        """The words of a text that are in the vocabulary, and those that are not: [UNK], or spelled out
-        letter by letter, be it only the end ("with ##o ##u ##t")."""
-        known, unknown = [], []
-        for word in re.findall(r"\w[\w'-]*", clean_caption(text)):
+    def unknown_words(self, text: str) -> list[str]:
+        """The words of a text that are not in the vocabulary: [UNK], or spelled out letter by letter, even if
+        only the ending is ("with ##o ##u ##t")."""
+        unknown = []
+        for word in words_of(text):
             pieces = self.wordpiece.encode(word, add_special_tokens=False).tokens
             spelled = len(word) > 1 and all(len(piece.removeprefix("##")) == 1 for piece in pieces)
-            spelled = spelled or self.spells and any(piece.startswith("##") for piece in pieces)
-            (unknown if spelled or "[UNK]" in pieces else known).append(word)
-        return known, unknown
+            ending_spelled = self.has_letters_only and any(piece.startswith("##") for piece in pieces)
+            if spelled or ending_spelled or "[UNK]" in pieces:
+                unknown.append(word)
+        return unknown
 
     @property
     def words(self) -> list[str]:
@@ -154,43 +155,33 @@ class Tokenizer:
         return self.wordpiece.to_str()
 
     @staticmethod
-    def from_json(text, source="vocabulary"):
-        with error_context("a tokenizer.json of BERT", source):
-            wordpiece = tokenizers.Tokenizer.from_str(text)
-            parts, model = (wordpiece.normalizer, wordpiece.pre_tokenizer), wordpiece.model
-            found = [*(type(part).__name__ for part in parts), model.unk_token,
-                     model.continuing_subword_prefix, model.max_input_chars_per_word]
-            if found != ["BertNormalizer", "BertPreTokenizer", "[UNK]", "##", 100]:
-                raise ValueError(f"found {found!r:.200}, expected bert-base-uncased's settings")
-            wordpiece.no_padding()          # a tokenizer.json may ask for both; here captions are
-            wordpiece.no_truncation()       # packed, and truncated in __call__
-            wordpiece.encode("caf\u00e9, \u2603", add_special_tokens=False)     # fails if they contradict
-        return Tokenizer(wordpiece, source)
+    def from_json(text: str):
+        """From the contents of a tokenizer.json. Its padding and truncation are not used: captions are
+        packed, and truncated in `__call__`."""
+        wordpiece = tokenizers.Tokenizer.from_str(text)
+        wordpiece.no_padding()
+        wordpiece.no_truncation()
+        return Tokenizer(wordpiece)
 
     @staticmethod
-    def from_vocabulary(pieces, source="vocabulary"):
+    def from_vocabulary(pieces: list[str]):
         """From the list of word pieces; the index of a piece is its id."""
-        if len(set(pieces)) < len(pieces):
-            piece, count = Counter(pieces).most_common(1)[0]
-            raise ValueError(f"{source}: lists {piece!r} {count} times, expected every piece once")
         model = tokenizers.models.WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]",
                                             max_input_chars_per_word=100)
         wordpiece = tokenizers.Tokenizer(model)
         wordpiece.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=True)
         wordpiece.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
-        return Tokenizer(wordpiece, source)
+        return Tokenizer(wordpiece)
 
     @staticmethod
     def load(source: str):
         """From a vocab.txt, a tokenizer.json, a folder containing either, or a hub name."""
         path = resolve_file(source, ("vocab.txt", "tokenizer.json"))
-        with error_context("a vocabulary of at most 10 MB in UTF-8", path):
-            if path.stat().st_size > 10 ** 7:
-                raise ValueError(f"found {path.stat().st_size} bytes")
+        with naming(path):
             text = path.read_text(encoding="utf-8-sig")
-        if path.suffix == ".json":
-            return Tokenizer.from_json(text, str(path))
-        return Tokenizer.from_vocabulary(text.rstrip("\n").split("\n"), str(path))
+            if path.suffix == ".json":
+                return Tokenizer.from_json(text)
+            return Tokenizer.from_vocabulary(text.rstrip("\n").split("\n"))
 
     @staticmethod
     def train(captions: list[str]):

@@ -8,7 +8,6 @@ An image is a path, a PIL image, or a uint8 array or tensor (H, W, 3); a single 
 list. Shapes: see vit.py; I images, T sentences.
 """
 import contextlib
-import difflib
 import threading
 import warnings
 from pathlib import Path
@@ -17,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from bert import MAX_TOKENS, BertConfig, Captions, Tokenizer
+from bert import MAX_TOKENS, Captions, words_of
 from common.images import iterate_images, load_image
 
 MODE = threading.Lock()
@@ -107,31 +106,26 @@ class Inference:
             warnings.warn(f"skipped: {message}")
 
     def tokenize(self, texts) -> Captions:
-        """Sentences -> packed captions. Warns about words that are not in the vocabulary and suggests others;
-        raises ValueError if a sentence has no known word."""
+        """Sentences -> packed captions. Warns about words that are not in the vocabulary; raises ValueError
+        if a sentence has no known word."""
         texts, tokenizer = as_list(texts, str, "sentences"), self.require_tokenizer()
         for text in texts:
-            known, unknown = tokenizer.split_known(text)
-            similar = [difflib.get_close_matches(word, tokenizer.words, cutoff=0.76) for word in unknown]
-            hints = ", ".join(word + (f" (did you mean {' or '.join(matches)}?)" if matches else "")
-                              for word, matches in zip(unknown, similar))
-            if not known:
-                raise ValueError(f"no word of {text!r} is in the model's vocabulary: {hints}; "
-                                 f"`search.py --words` prints all")
+            unknown = tokenizer.unknown_words(text)
+            if len(unknown) == len(words_of(text)):
+                raise ValueError(f"no word of {text!r} is in the model's vocabulary; `search.py --words` "
+                                 f"prints all")
             if unknown:
-                warnings.warn(f"not in the model's vocabulary: {hints}")
+                warnings.warn(f"not in the model's vocabulary: {', '.join(unknown)}")
         captions = tokenizer(texts).to(self.device)
         if captions.sequences.max_length >= MAX_TOKENS:
             warnings.warn(f"the longest sentence fills all {MAX_TOKENS} tokens; the rest, if any, is cut")
         return captions
 
     def require_tokenizer(self):
-        """The tokenizer. A model without one, such as the official, takes bert-base-uncased's, from the hub;
-        raises ValueError if that has another size."""
-        if self.tokenizer is None and self.config.bert.vocab_size != BertConfig().vocab_size:
-            raise ValueError("the checkpoint contains no vocabulary; pass --vocabulary (in Python: "
-                             "from_pretrained(vocabulary=...)), a vocab.txt, its folder or a hub name")
-        self.tokenizer = self.tokenizer or Tokenizer.load("bert-base-uncased")
+        """The tokenizer. Raises ValueError if the model has none."""
+        if self.tokenizer is None:
+            raise ValueError("the checkpoint contains no vocabulary; pass --vocabulary bert-base-uncased (in "
+                             "Python: from_pretrained(vocabulary=...)), a vocab.txt or its folder")
         return self.tokenizer
 
 

@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from bert import words_of
 from common.distributed import DEVICES, autocast, choose_device
 from common.images import IMAGE_SUFFIXES, contact_sheet, load_image, prepare_image_file
 from common.script import check_like, escape_control_chars, run_script
-from common.weights import load_verified, write_checkpoint
+from common.weights import read_file, write_checkpoint
 from flip import FLIP
 from inference import eval_mode
 
@@ -28,7 +29,7 @@ EXAMPLES = ["a smiling woman with blond hair and glasses", "a man with a beard",
 def load_feature_cache(cache: Path, embed_dim):
     """{key: feature} of earlier searches; empty if the file is missing or damaged."""
     try:
-        cached = load_verified(cache)
+        cached = read_file(cache)
         check_like(cached, dict.fromkeys(cached, torch.zeros(embed_dim)), cache)
         return cached
     except Exception:                               # after any error the features are computed again
@@ -127,7 +128,8 @@ def search(model: FLIP, features: dict[Path, torch.Tensor], query: str, top=8, k
 def split_phrases(query: str, tokenizer) -> list[str]:
     """The phrases of a sentence with a known word: "a man with a hat and a tie" -> a man, a hat, a tie."""
     phrases = re.split(rf"[,.;]|(?<![\w-])(?:{CLAUSE_WORDS})(?![\w-])", query.lower())
-    return [phrase.strip() for phrase in phrases if tokenizer.split_known(phrase)[0]]
+    return [phrase.strip() for phrase in phrases
+            if len(tokenizer.unknown_words(phrase)) < len(words_of(phrase))]
 
 
 def attribute_patches(model: FLIP, images, phrase: str, steps=8) -> torch.Tensor:

@@ -9,7 +9,6 @@ import contextlib
 import copy
 import dataclasses
 import errno
-import functools
 import gzip
 import hashlib
 import io
@@ -539,148 +538,72 @@ def test_clip_weights_load_by_hugging_face_names_and_resize_to_another_image_siz
     close(grid.mean((0, 1)), source.positions[1:].mean(0), 1e-3)
 
 
-BIAS, TABLE = "vision_model.pre_layrnorm.bias", "vision_model.embeddings.position_embedding.weight"
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")         # quantised tensors are deprecated
-    QUANTIZED = torch.quantize_per_tensor(torch.ones(24), 0.1, 0, torch.qint8)
+BIAS = "vision_model.pre_layrnorm.bias"
 
 
 @pytest.mark.parametrize("key, value, message", [
-    ("epoch", 3, "'epoch' is unknown"), ("a", torch.ones(1), "'a' is unknown"), (7, 8, "'7' is unknown"),
-    ("x\n", 3, r"'x\n' is unknown"), (BIAS, "text", f"{BIAS}: expected Tensor, found str"),
-    (BIAS, torch.ones(3), f"{BIAS}: expected (24,) torch.float32 torch.strided, found (3,)"),
-    (BIAS, torch.ones(()), f"{BIAS}: expected (24,) torch.float32 torch.strided, found ()"),
-    (BIAS, torch.ones(24).int(), "found (24,) torch.int32"),
-    (BIAS, torch.ones(24).bool(), "torch.bool"), (BIAS, QUANTIZED, "torch.qint8"),
-    (BIAS, torch.ones(24).to(torch.float8_e4m3fn), "torch.float8_e4m3fn"),
-    (BIAS, torch.ones(24) + 0j, "torch.complex64"), (BIAS, torch.ones(24) * np.nan, "expected (24,)"),
-    (BIAS, torch.ones(24).double() * 1e300, "expected (24,)"),       # infinite in float32
-    (BIAS, torch.ones(24).to_sparse(), "expected (24,)"),
-    (BIAS, torch.ones(24, device="meta"), "missing"), (TABLE, torch.ones(()), "0-d"),
-    (TABLE, torch.ones(18, 24), "found shape (18, 24)")])
+    ("a", torch.ones(1), "a is unknown"), (BIAS, None, "norm_before.bias is missing"),
+    (BIAS, torch.ones(3), "norm_before.bias: expected (24,) torch.float32, found (3,)"),
+    (BIAS, torch.ones(24).int(), "norm_before.bias: expected (24,) torch.float32, found (24,) torch.int32"),
+    (BIAS, torch.ones(24) * np.nan, "norm_before.bias: expected (24,) torch.float32, found NaN or infinite"),
+    (BIAS, torch.ones(24).double() * 1e300,                     # infinite in float32
+     "norm_before.bias: expected (24,) torch.float32, found NaN")])
 def test_mismatched_weights_are_named_and_none_is_loaded(tmp_path, key, value, message):
     encoder = ViT(GOLDEN_CONFIG.vit)
     before = copy.deepcopy(encoder.state_dict())
-    torch.save(clip_weights(ViT(GOLDEN_CONFIG.vit)) | {key: value}, tmp_path / "pytorch_model.bin")
-    error = error_of(load_clip, encoder, tmp_path)
-    assert message in error and error.startswith(f"{tmp_path}/pytorch_model.bin: expected ")
+    weights = clip_weights(ViT(GOLDEN_CONFIG.vit)) | {key: value}
+    torch.save({name: x for name, x in weights.items() if x is not None}, tmp_path / "pytorch_model.bin")
+    assert f"pytorch_model.bin: {message}" in error_of(load_clip, encoder, tmp_path)
     assert all(torch.equal(tensor, before[name]) for name, tensor in encoder.state_dict().items())
 
 
-@pytest.mark.parametrize("section, settings, message", [
-    ("vision_config", {}, None), ("vision_config", {"hidden_act": "quick_gelu", "projection_dim": 3}, None),
-    (None, {"num_attention_heads": 3, "vocab_size": 7}, None),
-    (None, {"hidden_act": "gelu"}, "(found ['gelu', 1e-05, 3])"),
-    ("vision_config", {"hidden_act": "gelu"}, "'quick_gelu', 'layer_norm_eps': 1e-05, 'num_attention_heads'"),
-    ("vision_config", {"layer_norm_eps": 1e-6}, "1e-06"), ("vision_config", {"num_attention_heads": 4}, "4]"),
-    ("vision_config", None, "NoneType"), ("vision_config", [7], "TypeError"),
-    (None, "[" * 10 ** 5, "RecursionError"), (None, "{", "Expecting property name"), (None, "[]", "'list'")])
-def test_weights_with_other_settings_in_their_config_json_are_rejected(tmp_path, section, settings, message):
+@pytest.mark.parametrize("settings, message", [
+    ({}, None), ({"vision_config": {"hidden_act": "quick_gelu", "projection_dim": 3}}, None),
+    ({"hidden_act": "gelu"}, "expected hidden_act 'quick_gelu', found 'gelu'"),
+    ({"vision_config": {"layer_norm_eps": 1e-6}}, "expected layer_norm_eps 1e-05, found 1e-06"),
+    ({"vision_config": {"num_attention_heads": 4}}, "expected num_attention_heads 3, found 4")])
+def test_weights_with_other_settings_in_their_config_json_are_rejected(tmp_path, settings, message):
     torch.save(clip_weights(ViT(GOLDEN_CONFIG.vit)), tmp_path / "pytorch_model.bin")
-    text = settings if isinstance(settings, str) else json.dumps({section: settings} if section else settings)
-    (tmp_path / "config.json").write_text(text)
+    (tmp_path / "config.json").write_text(json.dumps(settings))
     for source in (tmp_path, tmp_path / "pytorch_model.bin"):
         if message:
-            error = error_of(load_clip, ViT(GOLDEN_CONFIG.vit), source)
-            assert error.startswith(f"{tmp_path}/config.json: expected the settings") and message in error
+            assert message in error_of(load_clip, ViT(GOLDEN_CONFIG.vit), source)
         else:
             load_clip(ViT(GOLDEN_CONFIG.vit), source)
 
 
-def test_bert_with_other_heads_or_relative_positions_is_rejected(tmp_path):
-    encoder = Bert(GOLDEN_CONFIG.bert, image_width=24)
-    weights = {map_key(name, BERT_KEYS): x for name, x in encoder.state_dict().items()}
-    torch.save(weights, tmp_path / "b.bin")
-    for settings, message in (({"num_attention_heads": 4}, "found ['gelu', 1e-12, 4"),
-                              ({"position_embedding_type": "relative_key"}, "'relative_key']"),
-                              ({"hidden_act": "gelu", "num_attention_heads": 2}, None)):
-        (tmp_path / "config.json").write_text(json.dumps(settings))
-        if message:
-            assert message in error_of(load_bert, encoder, tmp_path / "b.bin")
-    load_bert(encoder, tmp_path / "b.bin")
-
-
-@pytest.mark.parametrize("index", ["model.safetensors.index.json", "pytorch_model.bin.index.json"])
-def test_shards_load_by_their_index_and_none_outside_the_folder_is_opened(tmp_path, index):
-    from safetensors.torch import save_file
-    source, encoder, folder = ViT(GOLDEN_CONFIG.vit), ViT(GOLDEN_CONFIG.vit), tmp_path / "model"
-    folder.mkdir()
-    weights, stem = clip_weights(source), index.removesuffix(".index.json")
-    save = save_file if stem.endswith("s") else torch.save
-    shards = {f"{n}.{stem}": dict([*weights.items()][n::2]) for n in range(2)}
-    for name, shard in shards.items():
-        save(shard, folder / name)
-    files = {key: name for name, shard in shards.items() for key in shard}
-
-    def write_index(**changes):
-        (folder / index).write_text(json.dumps({"metadata": {}, "weight_map": files | changes}))
-        return folder / index
-    write_index()
-    for path in (folder, folder / index):
-        load_clip(encoder, path)
-        assert all(map(torch.equal, encoder.state_dict().values(), source.state_dict().values()))
-        nn.init.zeros_(encoder.positions)
-    save(weights, tmp_path / f"0.{stem}")
-    for changes, message in (({BIAS: f"../0.{stem}"}, f"'{BIAS}' is not in the file listed"),
-                             ({BIAS: f"{tmp_path}/0.{stem}"}, f"'{BIAS}' is not in the file listed"),
-                             ({BIAS: ".."}, "contains .."), ({"x": f"0.{stem}"}, "'x' is not in the"),
-                             ({"x": 3}, "int"), ({"x": f"2.{stem}"}, f"contains 2.{stem}"),
-                             ({"x": index}, "not a checkpoint, or damaged")):
-        assert message in error_of(load_clip, encoder, write_index(**changes))
-    (folder / index).write_text('{"weight_map": 5}')
-    assert "'int' object has no" in error_of(load_clip, encoder, folder)
-
-
-def test_files_of_a_hub_name_come_from_the_hub_and_a_missing_config_json_is_accepted(tmp_path, monkeypatch):
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A stand-in for the hub: the list of (name, file) asked for, which come from folders named hub/name."""
     import huggingface_hub
-    torch.save(clip_weights(ViT(GOLDEN_CONFIG.vit)), tmp_path / "1.bin")
-    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(
-        clip_weights(ViT(GOLDEN_CONFIG.vit)), "1.bin")}))
-    asked = []
-
-    def download(name, filename):
-        asked.append(filename)
-        if not (tmp_path / filename).exists():
-            raise huggingface_hub.errors.EntryNotFoundError("404")
-        return str(tmp_path / filename)
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    load_clip(ViT(GOLDEN_CONFIG.vit), "owner/model")
-    assert asked == ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
-                     "pytorch_model.bin.index.json", "config.json", "1.bin"]
-    (tmp_path / "config.json").write_text('{"vision_config": {"hidden_act": "gelu"}}')
-    assert "['gelu'" in error_of(load_clip, ViT(GOLDEN_CONFIG.vit), "owner/model")
-
-
-def test_official_weights_and_vocabulary_come_from_the_hub_in_one_line(official, tmp_path, monkeypatch):
-    """A stand-in for the hub, at which the weights are in a folder."""
-    import huggingface_hub
-    (tmp_path / "ckpt").mkdir()
-    (tmp_path / "official.pth").rename(tmp_path / "ckpt/FLIP-base.pth")
     asked = []
 
     def download(name, filename):
         asked.append((name, filename))
-        path = golden_tokenizer_file(tmp_path) if name == "bert-base-uncased" else tmp_path / filename
-        if not path.exists() or name == "bert-base-uncased" and filename != "vocab.txt":
+        if not (tmp_path / "hub" / name / filename).exists():
             raise huggingface_hub.errors.EntryNotFoundError("404")
-        return str(path)
+        return str(tmp_path / "hub" / name / filename)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    model = FLIP.from_pretrained("OpenFace-CQUPT/FLIP", GOLDEN_CONFIG)
-    assert all(map(torch.equal, model.parameters(), official.parameters())) and len(asked) == 4
-    with pytest.raises(ValueError, match="contains no vocabulary"):
-        model.encode_text(["a man"])
-    monkeypatch.setattr(inference, "BertConfig", lambda: SimpleNamespace(vocab_size=81))     # for 30,524
-    assert model.encode_text(["a man"]).shape == (1, 12) and asked[-1] == ("bert-base-uncased", "vocab.txt")
+    return asked
 
 
-@pytest.mark.parametrize("name", ["out/fllip", "flip", "./out", "out//flip", "a/b/c", "~/flip"])
-def test_misspelt_path_is_rejected_without_asking_the_hub(tmp_path, monkeypatch, name):
-    import huggingface_hub
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_: pytest.fail("asked"))
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "out").mkdir()
-    if name != "./out":
-        assert error_of(FLIP.from_pretrained, name).startswith(f"{name}: no such file or folder")
+def test_files_of_a_hub_name_come_from_the_hub_and_misspelt_paths_do_not_ask_it(official, tmp_path, hub):
+    for name in ("OpenFace-CQUPT/FLIP/ckpt", "bert-base-uncased", "owner/clip"):
+        (tmp_path / "hub" / name).mkdir(parents=True)
+    (tmp_path / "official.pth").rename(tmp_path / "hub/OpenFace-CQUPT/FLIP/ckpt/FLIP-base.pth")
+    golden_tokenizer_file(tmp_path / "hub/bert-base-uncased")
+    model = FLIP.from_pretrained("OpenFace-CQUPT/FLIP", GOLDEN_CONFIG, vocabulary="bert-base-uncased")
+    assert all(map(torch.equal, model.parameters(), official.parameters()))
+    assert model.encode_text(["a man"]).shape == (1, 12)
+    assert "contains no vocabulary; pass --vocabulary" in error_of(official.encode_text, ["a man"])
+    torch.save(clip_weights(ViT(GOLDEN_CONFIG.vit)), tmp_path / "hub/owner/clip/pytorch_model.bin")
+    load_clip(ViT(GOLDEN_CONFIG.vit), "owner/clip")                 # it has no config.json
+    (tmp_path / "hub/owner/clip/config.json").write_text('{"vision_config": {"hidden_act": "gelu"}}')
+    assert "found 'gelu'" in error_of(load_clip, ViT(GOLDEN_CONFIG.vit), "owner/clip")
+    hub.clear()
+    for name in ("flip", "a/b/c", "~/flip", "out/flip.pt", str(tmp_path)):
+        assert error_of(FLIP.from_pretrained, name).startswith(f"{name}: expected a file, a folder that")
+    assert not hub
 
 
 def test_model_is_saved_as_safetensors_and_read_by_everything_that_takes_a_checkpoint(
@@ -689,54 +612,52 @@ def test_model_is_saved_as_safetensors_and_read_by_everything_that_takes_a_check
     model.save_pretrained(tmp_path / "saved")
     assert {path.name for path in (tmp_path / "saved").iterdir()} == {
         "model.safetensors", "config.json", "tokenizer.json"}
-    torch.save(model.state_dict(), tmp_path / "plain.pt")
     for other in (FLIP.from_pretrained(tmp_path / "saved"),
-                  FLIP.from_pretrained(tmp_path / "saved/model.safetensors"),
-                  FLIP.from_pretrained(tmp_path / "plain.pt", config=model.config)):
+                  FLIP.from_pretrained(tmp_path / "saved/model.safetensors")):
         assert other.config == model.config and all(map(
             torch.equal, model.state_dict().values(), other.state_dict().values()))
-    assert other.tokenizer is None and "does not say the model's sizes" in error_of(
-        FLIP.from_pretrained, tmp_path / "plain.pt")
-    again = FLIP.from_pretrained(tmp_path / "saved", device="meta", dtype=torch.bfloat16)
-    assert again.device.type == "meta" and again.dtype == torch.bfloat16
+        assert other.tokenizer.to_json() == model.tokenizer.to_json()
+    again = FLIP.from_pretrained(tmp_path / "saved", dtype=torch.bfloat16)
+    assert again.dtype == torch.bfloat16
     run = train.setup(quick(tmp_path / "run", cache, init=str(tmp_path / "saved")))
     assert torch.equal(run.model.student.image.positions, model.student.image.positions)
-    (tmp_path / "saved/config.json").unlink()
-    assert "config.json" in error_of(FLIP.from_pretrained, tmp_path / "saved")
 
 
-def test_named_pipe_is_no_file_of_weights_and_no_hub_name(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    os.mkfifo("pipe.x")
-    Path("folder").mkdir()
-    os.mkfifo("folder/flip.pt")
-    for path in ("pipe.x", "folder", "folder/flip.pt"):
-        error = error_of(FLIP.from_pretrained, path)
-        assert error.startswith(f"{path}: expected a file, or a folder that contains flip.pt")
+def flip_bit(path):
+    """Flip a bit of the largest tensor of a file that torch.save wrote."""
+    content = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        largest = max(archive.infolist(), key=lambda entry: entry.file_size)
+        content[content.index(archive.read(largest)) + 4321] ^= 64
+    path.write_bytes(content)
 
 
-@pytest.mark.parametrize("part, field, value, message", [
-    ("flip", "hardness", -1.0, "out of range"), ("flip", "hardness", "", "TypeError"),
-    ("flip", "hardness", KeyError, "'hardness' is missing"), ("vit", "heads", KeyError, "'heads' is missing"),
-    ("flip", "embed_dim", True, "embed_dim is True"),
-    ("bert", "dropout", np.nan, "out of range"), ("bert", "dropout", "0.1", "expected float, found str"),
-    ("flip", "x", 1, "unexpected keyword argument 'x'"), ("vit", "x", 1, "unexpected keyword argument 'x'"),
-    ("flip", "queue_size", 10 ** 8, "expected (100000000, 12)"),         # 10 GB are not allocated
-    ("model", "queue_pointer", torch.tensor([8]), "expected queue_pointer below 8"),
-    ("model", "queue_pointer", torch.tensor([-1]), "expected queue_pointer below 8"),
-    ("model", "queue_pointer", torch.ones(1), "queue_pointer: expected (1,) torch.int64"),
-    ("model", "queue_identity", torch.ones(8).bool(), "queue_identity: expected (8,) torch.int64"),
-    ("model", "temperature", torch.tensor(-0.1), "0.001 to 0.5, found 0 and -0.1"),
-    ("model", "temperature", torch.tensor(0.6), "temperature 0.001 to 0.5"),
-    ("model", "image_queue", torch.full((8, 12), np.inf), "image_queue: expected (8, 12)")])
-def test_checkpoint_with_fields_missing_or_out_of_range_is_rejected(tmp_path, part, field, value, message):
-    saved = copy.deepcopy(small_flip().checkpoint())
-    fields = saved["flip"][part] if part in saved["flip"] else saved[part]
-    fields[field] = value
-    if value is KeyError:
-        del fields[field]
+@pytest.mark.parametrize("change, message", [
+    (lambda saved: saved["model"].pop("matching_head.bias"), "matching_head.bias is missing"),
+    (lambda saved: saved["model"].update(x=torch.ones(1)), "x is unknown"),
+    (lambda saved: saved["model"].update(queue_pointer=torch.ones(1)), "expected (1,) torch.int64"),
+    (lambda saved: saved["model"]["image_queue"].fill_(np.inf), "image_queue: expected (20, 128)"),
+    (lambda saved: saved["flip"].update(embed_dim=64), "found (20, 128)"),
+    (lambda saved: saved["flip"]["bert"].update(vocab_size=7), "but the model has 7; use"),
+    (lambda saved: saved.pop("model"), "expected a checkpoint of FLIP, found ['flip'"),
+    (lambda saved: saved.pop("flip"), "entries with [DEC] and [ENC], but the model has 30524")])
+def test_changed_checkpoint_is_rejected(uninterrupted, tmp_path, change, message):
+    saved = torch.load(uninterrupted / "flip.pt")
+    change(saved)
     torch.save(saved, tmp_path / "flip.pt")
-    assert message in error_of(FLIP.from_pretrained, tmp_path)
+    with pytest.raises((ValueError, KeyError), match=re.escape(message)):
+        FLIP.from_pretrained(tmp_path)
+
+
+def test_damaged_checkpoint_is_rejected_with_its_name(uninterrupted, tmp_path):
+    path = tmp_path / "flip.pt"
+    for change in (flip_bit, lambda path: path.write_bytes(path.read_bytes()[:-5000]),
+                   lambda path: path.write_text("noise" * 100)):
+        shutil.copy(uninterrupted / "flip.pt", path)
+        change(path)
+        with pytest.raises(Exception) as caught:
+            FLIP.from_pretrained(tmp_path)
+        assert f"in {path}" in caught.value.__notes__
 
 
 def test_bert_weights_load_with_token_type_0_added_and_cross_attention_unchanged(tmp_path):
@@ -792,15 +713,15 @@ def test_all_names_of_the_official_base_model_load_and_save(tmp_path):
     assert len(saved) == 1049 and {name: list(tensor.shape) for name, tensor in saved.items()} == SHAPES
 
 
-def test_full_disk_keeps_the_old_checkpoint_and_leaves_no_other_file(tmp_path, monkeypatch):
+def test_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):
     def full_disk(contents, path):
         Path(path).write_bytes(b"half")
         raise RuntimeError("[enforce fail at inline_container.cc:659] . unexpected pos 5684864 vs 5684752")
     write_checkpoint({"model": 1}, tmp_path / "flip.pt")
     monkeypatch.setattr(torch, "save", full_disk)
-    with pytest.raises(ValueError, match="flip.pt: expected enough disk space"):
+    with pytest.raises(RuntimeError):
         write_checkpoint({"model": 2}, tmp_path / "flip.pt")
-    assert torch.load(tmp_path / "flip.pt") == {"model": 1} and len(list(tmp_path.iterdir())) == 1
+    assert torch.load(tmp_path / "flip.pt") == {"model": 1}
 
 
 def test_partial_files_are_removed_at_the_next_start_unless_a_living_process_writes_them(tmp_path):
@@ -1259,16 +1180,15 @@ def test_trained_vocabulary_is_deterministic_and_knows_exactly_its_words():
     assert Tokenizer.train(TEXTS).to_json() == TOKENIZER.to_json()
     ids = TOKENIZER(TEXTS).ids
     assert (ids != TOKENIZER.wordpiece.token_to_id("[UNK]")).all() and ids.max() < TOKENIZER.vocab_size - 2
-    split_known = Tokenizer.train(["a man with glasses, o'clock"]).split_known
-    assert split_known("A bald man with red glasses.")[1] == ["bald", "red"]
-    assert split_known("man/xyz Ω ?") == (["man"], ["xyz", "ω"]) and split_known("???") == ([], [])
-    assert split_known("a man, o'clock")[1] == []
-    assert split_known("a man without glasses")[1] == ["without"], "with ##o ##u ##t"
+    unknown_words = Tokenizer.train(["a man with glasses, o'clock"]).unknown_words
+    assert unknown_words("A bald man with red glasses.") == ["bald", "red"]
+    assert unknown_words("man/xyz Ω ?") == ["xyz", "ω"] and unknown_words("???") == []
+    assert unknown_words("a man, o'clock") == []
+    assert unknown_words("a man without glasses") == ["without"], "with ##o ##u ##t"
 
 
 @pytest.mark.parametrize("content, message", [
-    (b"\xef\xbb\xbf", None), (b"\n", "missing: [PAD], [UNK], [CLS]"), (b"\xff", "can't decode byte 0xff"),
-    (b"0" * (10 ** 7 + 1), "a vocabulary of at most 10 MB")])
+    (b"\xef\xbb\xbf", None), (b"\n", "missing: [PAD], [UNK], [CLS]"), (b"\xff", "can't decode byte 0xff")])
 def test_vocabulary_with_crlf_and_bom_is_the_same_and_a_damaged_one_is_rejected(tmp_path, content, message):
     pieces = [*bert.SPECIAL, "a", "man", "\x85", "\u2028", "x\x0cy"]       # splitlines() would split these
     text = "\r\n".join(pieces) + "\r\n\r\n"
@@ -1279,35 +1199,14 @@ def test_vocabulary_with_crlf_and_bom_is_the_same_and_a_damaged_one_is_rejected(
         assert Tokenizer.load(tmp_path).to_json() == Tokenizer.from_vocabulary(pieces).to_json()
 
 
-def changed_tokenizer(path, value):
-    """TOKENIZER's json with another value at a path of keys."""
-    parts = json.loads(TOKENIZER.to_json())
-    *path, last = path.split()
-    functools.reduce(dict.get, path, parts)[last] = value
-    return json.dumps(parts)
-
-
-@pytest.mark.parametrize("path, value, message", [
-    ("model vocab x", 10 ** 6, "missing: some of these"), ("model vocab x", 7, "missing: some of these"),
-    ("model vocab x", -1, "invalid value"), ("model unk_token", "[PAD]", "'[PAD]', '##', 100], expected"),
-    ("model max_input_chars_per_word", 10 ** 18, "100000"), ("model", {"type": "BPE"}, "Missing vocab"),
-    ("normalizer", {"type": "Replace", "pattern": {"String": "a"}, "content": "b" * 10 ** 6}, "Replace"),
-    ("normalizer", {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "b"}]}, "Sequence"),
-    ("pre_tokenizer", {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated",
-                       "invert": False}, "Split"), ("pre_tokenizer", None, "NoneType"), ("added_tokens", [{
-        "id": 99, "content": "\0", "single_word": False, "lstrip": False, "rstrip": False, "normalized": True,
-        "special": False}], "AddedVocabulary bad split")])              # a panic in Rust
-def test_tokenizer_json_with_other_parts_or_ids_is_rejected(path, value, message):
-    assert message in error_of(Tokenizer.from_json, changed_tokenizer(path, value))
-
-
 def test_padding_and_special_tokens_of_a_tokenizer_json_are_not_used():
     template = {"type": "TemplateProcessing", "pair": [], "special_tokens": {},
                 "single": [{part: {"id": name, "type_id": 0}}
                            for part, name in (("SpecialToken", "[X]"), ("Sequence", "A"))]}
     padding = {"strategy": {"Fixed": 10 ** 12}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
                "pad_type_id": 0, "pad_token": "[PAD]"}
-    for changed in (changed_tokenizer("post_processor", template), changed_tokenizer("padding", padding)):
+    for change in ({"post_processor": template}, {"padding": padding}):
+        changed = json.dumps(json.loads(TOKENIZER.to_json()) | change)
         assert torch.equal(Tokenizer.from_json(changed)(TEXTS).ids, TOKENIZER(TEXTS).ids)
 
 
@@ -1521,7 +1420,7 @@ def test_similarity_and_match_probability_are_those_of_itc_and_itm(uninterrupted
             (paths, "freckles", "no word of 'freckles' is in the model's vocabulary")):
         with pytest.raises((TypeError, ValueError), match=re.escape(message)):
             model.similarity(images, sentences)
-    with pytest.warns(UserWarning, match=r"vocabulary: smilin \(did you mean smil.*\?\), freckles$"):
+    with pytest.warns(UserWarning, match="vocabulary: smilin, freckles$"):
         model.similarity(paths[0], "a smilin man with freckles")
 
 
@@ -2776,9 +2675,12 @@ def test_two_micro_batches_give_their_mean_gradient(tmp_path, cache):
     close(losses[2], (losses[0] + losses[1]) / 2, 1e-6)
 
 
-def test_init_loads_our_or_the_official_flip_also_at_another_image_size(uninterrupted, cache, tmp_path):
+def test_init_loads_our_or_the_official_flip_also_at_another_image_size(
+        uninterrupted, cache, tmp_path, monkeypatch):
     before = FLIP.from_pretrained(uninterrupted)
     torch.save({"model": official_state(before)}, tmp_path / "official.pth")
+    defaults = [getattr(before.config, f.name) for f in dataclasses.fields(FLIPConfig)]
+    monkeypatch.setattr(FLIPConfig.__init__, "__defaults__", tuple(defaults))       # instead of base
     (tmp_path / "tokenizer.json").write_text(before.tokenizer.to_json())
     init = f"{tmp_path}/official.pth"
     for change in (dict(init=str(uninterrupted)), dict(init=init, vocabulary=f"{tmp_path}/tokenizer.json")):
@@ -3610,8 +3512,9 @@ def test_every_command_of_the_readme_works(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_celeba(tmp_path / "DIR", count=40)
     torch.manual_seed(0)
-    official_like = FLIP(FLIPConfig(ViTConfig(32, 8, 64, 1, 1), BertConfig(81, 64, 1, 1, 66), 16, 4))
-    torch.save({"model": official_state(official_like)}, "FLIP-base.pth")
+    small = ViTConfig(32, 8, 64, 1, 1), BertConfig(81, 64, 1, 1, 66), 16, 4, None
+    monkeypatch.setattr(FLIPConfig.__init__, "__defaults__", small)         # instead of base
+    torch.save({"model": official_state(FLIP(FLIPConfig()))}, "FLIP-base.pth")
     golden_tokenizer(tmp_path)
     less = {"train.py": "--faces 64 --validation 20 --steps 4 --batch_size 8", "toyfaces.py": "--count 60",
             "finetune.py": "--faces 16 --validation 3 --test 6 --epochs 1"}
@@ -3657,10 +3560,8 @@ def test_results_name_tests_that_exist():
     (lambda: small_flip().sample_negatives(unit(3, 12), unit(3, 12), torch.tensor([4, 4, 4])), "same person"),
     (lambda: small_flip().sample_negatives(unit(3, 12) * np.nan, unit(3, 12), torch.arange(3)), "diverged"),
     (lambda: TOKENIZER("a man"), "expects a list of captions, found a string: 'a man'"),
-    (lambda: Tokenizer.from_vocabulary([*bert.SPECIAL, "man", "man"]),
-     "lists 'man' 2 times, expected every piece once"),
-    (lambda: Tokenizer.from_vocabulary(["[PAD]", "[UNK]", "[SEP]", "woman"], "vocab.txt"),
-     "to 3; missing: [CLS]")])
+    (lambda: Tokenizer.from_vocabulary([*bert.SPECIAL, "man", "man"]), "missing: some of its ids"),
+    (lambda: Tokenizer.from_vocabulary(["[PAD]", "[UNK]", "[SEP]", "woman"]), "missing: [CLS]")])
 def test_invalid_input_raises_a_one_line_error(call, message):
     assert message in error_of(call)
 
@@ -3730,56 +3631,6 @@ def test_invalid_data_set_is_rejected_and_runs_no_pickle(tmp_path, monkeypatch, 
         path.write_bytes(path.read_bytes().replace(*change, 1) if isinstance(change, tuple) else change)
     assert message in error_of(open_faces, tmp_path)
     assert not (tmp_path / "malicious-pickle-ran").exists()
-
-
-OFFICIAL = recorded("checkpoint.")
-
-
-@pytest.mark.parametrize("weights, config, message", [
-    (None, None, "model.pt: no such file or folder"), ("noise" * 100, None, "model.pt: not a checkpoint"),
-    ({"a": torch.ones(1)}, None, "model.pt: expected one of our checkpoints, or an official one"),
-    (OFFICIAL | {"surprise": torch.ones(1)}, GOLDEN_CONFIG, "surprise"),
-    (dict([*OFFICIAL.items()][1:]), GOLDEN_CONFIG, " is missing"), (OFFICIAL, None, "pass config="),
-    (OFFICIAL, dataclasses.replace(GOLDEN_CONFIG, embed_dim=64), "found (12, 8)")])
-def test_other_files_and_mismatched_checkpoints_are_rejected(tmp_path, weights, config, message):
-    path = tmp_path / "model.pt"
-    if isinstance(weights, str):
-        path.write_text(weights)
-    elif weights:
-        torch.save({"model": weights}, path)
-    assert message in error_of(FLIP.from_pretrained, path, config)
-
-
-def sums_of_weights(folder):
-    state = FLIP.from_pretrained(folder).state_dict()
-    return {name: tensor.double().sum().item() for name, tensor in state.items()}
-
-
-def test_flipped_bit_and_shorter_storage_are_rejected_and_a_compressed_file_loads(uninterrupted, tmp_path):
-    whole, path = (uninterrupted / "flip.pt").read_bytes(), tmp_path / "flip.pt"
-    with zipfile.ZipFile(uninterrupted / "flip.pt") as archive:
-        entries = {entry.filename: archive.read(entry) for entry in archive.infolist()}
-    largest = max(entries, key=lambda name: len(entries[name]))
-    offset = whole.index(entries[largest]) + 4321
-    path.write_bytes(whole[:offset] + bytes([whole[offset] ^ 64]) + whole[offset + 1:])
-    assert "flip.pt: not a checkpoint, or damaged (wrong checksum of" in error_of(FLIP.from_pretrained, path)
-    for length in (None, 1000):
-        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-            for name, content in entries.items():
-                archive.writestr(name, content[:length] if name == largest else content)
-        if length is None:
-            assert sums_of_weights(path) == sums_of_weights(uninterrupted)
-    assert "damaged (record size (1000 bytes) does not match" in error_of(FLIP.from_pretrained, path)
-
-
-@pytest.mark.parametrize("part, field, value", [
-    ("vit", "depth", 2 ** 40), ("vit", "width", 10 ** 6), ("vit", "patch_size", 0),
-    ("bert", "vocab_size", -1), ("bert", "positions", "66"), ("vit", "image_size", 96.0)])
-def test_absurd_sizes_are_rejected_before_memory_is_allocated(uninterrupted, tmp_path, part, field, value):
-    saved = torch.load(uninterrupted / "flip.pt")
-    saved["flip"][part][field] = value
-    torch.save(saved, tmp_path / "flip.pt")
-    assert f"{field} is {value!r}, expected an integer" in error_of(FLIP.from_pretrained, tmp_path)
 
 
 def damage(content, rng):
@@ -3881,8 +3732,6 @@ def readers_of(tmp_path, uninterrupted):
     model = FLIP.from_pretrained(uninterrupted)
     pieces = model.tokenizer.wordpiece.get_vocab()
     (tmp_path / "vocab.txt").write_text("\n".join(sorted(pieces, key=pieces.get)))
-    (tmp_path / "tokenizer.json").write_text(model.tokenizer.to_json())
-    shutil.copy(uninterrupted / "flip.pt", tmp_path / "flip.pt")
     write_celeba(tmp_path / "celeba", count=40, held_out=5)
     write_celeba(tmp_path / "kaggle", kaggle=True)
     pickled(tmp_path / "mm")
@@ -3907,8 +3756,7 @@ def readers_of(tmp_path, uninterrupted):
         folder = tmp_path / path.relative_to(tmp_path).parts[0]
         return [len(open_faces(folder, split)) for split in ("train", "test")]
     sums_of_features(tmp_path / "cache.pt")
-    readers = {"vocab.txt": count_tokens, "tokenizer.json": count_tokens, "flip.pt": sums_of_weights,
-               "cache.pt": sums_of_features} | dict.fromkeys([
+    readers = {"vocab.txt": count_tokens, "cache.pt": sums_of_features} | dict.fromkeys([
         "celeba/list_attr_celeba.txt", "celeba/list_eval_partition.txt", "kaggle/list_attr_celeba.csv",
         "kaggle/list_eval_partition.csv", "mm/train/filenames.pickle", "mm/test/filenames.pickle",
         "lists/train.json", "tars/00000.tar", "lfwa/lfw_att_40.mat", "lfwa/indices_train_test.mat",
@@ -3943,137 +3791,6 @@ def test_damaged_file_raises_a_one_line_error_or_changes_nothing(readers_of, cas
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1e6, "KB"
     with capsys.disabled():
         print(dict(outcomes), end=" ")
-
-
-ODD_VALUES = [
-    None, True, 0, -1, 2 ** 40, 10 ** 30, 1e-9, np.nan, np.inf, "", "2", "a\nb", "x" * 10 ** 6, b"0", [], {},
-    (1, 2), functools.reduce(lambda inner, _: [inner], range(300), []), torch.ones(()), torch.ones(2, 3)]
-ODD_TENSORS = [
-    torch.Tensor.int, torch.Tensor.bool, torch.Tensor.half, torch.Tensor.bfloat16, torch.Tensor.double,
-    nn.Parameter, torch.Tensor.cfloat, torch.Tensor.to_sparse, torch.Tensor.tolist, torch.Tensor.flatten,
-    torch.Tensor.neg, torch.Tensor.sum, torch.Tensor.t, lambda x: x.to(torch.float8_e4m3fn),
-    lambda x: x.to("meta"), lambda x: x * np.nan, lambda x: x.double() - 1e300, lambda x: x / 0,
-    lambda x: x[None], lambda x: x[:-1], lambda x: x[:0], lambda x: torch.cat([x, x]),
-    lambda x: x.flatten()[0].expand(x.shape),
-    lambda x: torch.zeros((), dtype=x.dtype).expand(10 ** 12)]
-
-
-def distort(value, rng):
-    """The nested value with one entry removed, added, renamed or replaced."""
-    if isinstance(value, dict) and value and rng.random() < 0.95:
-        key, action, value = [*value][rng.integers(len(value))], rng.integers(12), {**value}
-        odd = ODD_VALUES[rng.integers(len(ODD_VALUES))]
-        if action < 2:
-            kept = value.pop(key)
-        if 0 < action < 3:
-            name = [f"{key}.x", f"bert.{key}", "x" * 10 ** 6, "\n"][rng.integers(4)]
-            value[name] = kept if action == 1 else odd
-        return value if action < 3 else value | {key: distort(value[key], rng)}
-    if torch.is_tensor(value) and rng.random() < 0.9:
-        with warnings.catch_warnings(), contextlib.suppress(RuntimeError, IndexError):
-            warnings.simplefilter("ignore")
-            return ODD_TENSORS[rng.integers(len(ODD_TENSORS))](value)
-    return ODD_VALUES[rng.integers(len(ODD_VALUES))]
-
-
-def check_loaded(state, weights, renamed):
-    """Every tensor of a module is a finite one of the file, of the same kind of number and the same shape."""
-    for name, tensor in state.items():
-        source = weights[renamed(name)]
-        if "position" in name and len(source) != len(tensor):       # of another image size
-            source = resize_position_embedding(source, len(tensor) - 1)
-        assert source.is_floating_point() if tensor.is_floating_point() else source.dtype == torch.int64, name
-        assert torch.equal(tensor, source.to(tensor.dtype)) and tensor.isfinite().all(), name
-
-
-def load_malformed(kind, rng, folder):
-    """Load a malformed file and check what was loaded. Raises ValueError or OSError if it is rejected."""
-    torch.manual_seed(0)
-    vocabulary = Tokenizer.train(["a man", "a woman"])
-    sizes = FLIPConfig(ViTConfig(16, 8, 64, 1, 1), BertConfig(vocabulary.vocab_size, 64, 1, 1, 9, 0.0), 4, 4)
-    model = FLIP(sizes, vocabulary)
-    path = folder / ("tokenizer.json" if kind == "tokenizer" else "pytorch_model.bin")
-    twisted = lambda value: distort(distort(value, rng), rng) if rng.random() < 0.5 else distort(value, rng)
-    if kind == "tokenizer":
-        parts = twisted(json.loads(vocabulary.to_json()))
-        path.write_text(json.dumps(parts, default=str))
-        loaded = Tokenizer.load(path)
-        texts = ["a man", "woman xyz", "Ω man's 3 é", "a" * 10 ** 5, ""]
-        captions, vocab = loaded(texts), loaded.wordpiece.get_vocab()
-        assert sorted(vocab.values()) == [*range(loaded.vocab_size - 2)]
-        assert captions.ids.max() < loaded.vocab_size - 2
-        if vocab == vocabulary.wordpiece.get_vocab():
-            assert torch.equal(captions.ids, vocabulary(texts).ids)
-        return
-    encoders = model.student
-    if kind == "clip":
-        key = lambda name: map_key(name, CLIP_KEYS)
-        weights = twisted({key(name): x for name, x in encoders.image.state_dict().items()})
-        torch.save(weights, path)
-        loaded = ViT(sizes.vit)
-        load_clip(loaded, path)
-        check_loaded(loaded.state_dict(), weights, key)
-    elif kind == "bert":
-        key, cross = lambda name: map_key(name, BERT_KEYS), "cross_attention"
-        state = {name: x for name, x in encoders.text.state_dict().items() if cross not in name}
-        weights = twisted({key(name): x for name, x in state.items()})
-        torch.save(weights, path)
-        loaded = Bert(sizes.bert, image_width=64)
-        load_bert(loaded, path)
-        check_loaded({name: x for name, x in loaded.state_dict().items() if cross not in name}, weights, key)
-    else:
-        saved = model.checkpoint()
-        if kind == "official":
-            saved = {"model": official_state(model), "optimizer": {}, "config": {}, "epoch": 3}
-        saved = twisted(saved)
-        torch.save(saved, path)
-        loaded = FLIP.from_pretrained(path)
-        assert 0 < loaded.temperature <= 0.5 and 0 <= loaded.queue_pointer < loaded.config.queue_size
-        if kind == "official":
-            state = {name: x for name, x in official_state(loaded).items() if "position_ids" not in name}
-            check_loaded(state, saved["model"], str)
-        else:
-            assert dataclasses.asdict(loaded.config) == saved["flip"]
-            check_loaded(loaded.state_dict(), saved["model"], str)
-
-
-@pytest.mark.parametrize("kind", ["clip", "bert", "checkpoint", "official", "tokenizer"])
-def test_malformed_weights_load_right_or_raise_a_one_line_error(tmp_path, capsys, kind):
-    outcomes = Counter()
-    for seed in range(50):
-        try:
-            load_malformed(kind, np.random.default_rng(seed), tmp_path)
-            outcomes["loaded"] += 1
-        except (ValueError, OSError) as error:
-            assert len(str(error).splitlines()) == 1, (seed, str(error)[:1000])
-            outcomes["errors"] += 1
-    assert outcomes["loaded"] and outcomes["errors"]
-    with capsys.disabled():
-        print(kind, dict(outcomes), end=" ")
-
-
-def test_malformed_training_states_are_rejected_and_features_are_computed_anew(uninterrupted, tmp_path):
-    saved, model = torch.load(uninterrupted / "flip.pt"), FLIP.from_pretrained(uninterrupted)
-    encode = lambda: search.encode_folder(model, tmp_path / "images", tmp_path / "cache.pt")
-    write_images(tmp_path / "images", ["0.png", "1.png"])
-    whole, features, outcomes = encode(), torch.load(tmp_path / "cache.pt"), Counter()
-    for case in range(50):
-        rng = np.random.default_rng(case)
-        training = distort(saved["training"], rng)
-        torch.save(saved | {"training": training}, tmp_path / "flip.pt")
-        try:
-            config = train_config.parse_arguments(["--resume", "--out", str(tmp_path)])
-            optimizers = build_optimizers(model, config.weight_decay, config.beta2, 0.1, 4.5, 1.5)
-            load_optimizers(optimizers, training["optimizers"], "x")
-            for optimizer, state in zip(optimizers, training["optimizers"]):
-                torch.testing.assert_close(optimizer.state_dict()["state"], state["state"], rtol=0, atol=0)
-            outcomes["loaded"] += 1
-        except ValueError as error:
-            assert "\n" not in common.script.escape_control_chars(error), case
-            outcomes["rejected"] += 1
-        torch.save(distort(features, rng), tmp_path / "cache.pt")
-        check_like(encode(), whole, "features of the right shape, finite")
-    assert outcomes["rejected"] > 25, outcomes
 
 
 # ---- compiled kernels ----------------------------------------------------------------------------

@@ -43,7 +43,7 @@ from common.distributed import autocast, choose_precision, init_distributed, ran
 from common.optim import build_optimizers, load_optimizers, set_learning_rate
 from common.resume import Log, Progress, load_run, save, saved_at_end
 from common.script import run_script
-from common.weights import load_bert, load_clip, load_state
+from common.weights import load_bert, load_clip, load_weights
 from config import MODELS, TINY, Config, parse_arguments
 from data import Batch, BatchLoader, Faces, drop_unreadable, load_toy_faces, open_faces
 from evaluation import EvaluationSet, evaluate_and_draw, recall_table, warn_of_chance
@@ -299,7 +299,8 @@ def build_model(config: Config, vit: ViTConfig, faces: Faces, initial: FLIP | No
     flip_config = FLIPConfig(vit, bert, embed_dim, config.queue_size, hardness)
     model = init_model(flip_config, tokenizer)
     if initial:                     # all learned weights; queue and momentum encoder start anew
-        load_state(model.student.state_dict(), initial.student.state_dict(), config.init)
+        load_weights(model.student, initial.student.state_dict(), config.init,
+                     image_positions=("image.positions",))
         model.matching_head.load_state_dict(initial.matching_head.state_dict())
         model.temperature.copy_(initial.temperature)
     if config.clip:
@@ -332,7 +333,7 @@ def print_plan(config: Config, faces: Faces, validation: Faces, world_size: int,
         print(f"this will overfit: try --steps {round(30 * config.steps / epochs)}, or more faces")
     warn_of_chance(validation)
     if config.init:
-        unknown = {word for text in sample_captions(faces, 500) for word in tokenizer.split_known(text)[1]}
+        unknown = {word for text in sample_captions(faces, 500) for word in tokenizer.unknown_words(text)}
         if unknown:
             print(f"{len(unknown)} words of the captions are not in the vocabulary of --init, for example "
                   f"{min(unknown)!r}")

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import tempfile
+import traceback
 import typing
 import warnings
 from dataclasses import field, fields
@@ -28,13 +29,16 @@ def tune_cpu():
 
 
 def run_script(main):
-    """Run `main`. Print a ValueError or OSError, which the user can fix, in one line, without a traceback."""
+    """Run `main`. A ValueError or OSError, which the user can usually fix, is printed in one sentence with
+    the place that raised it; any other error, usually a programmer's mistake, keeps its traceback."""
     tune_cpu()
     warnings.formatwarning = lambda message, *_: f"{escape_control_chars(message)}\n"
     try:
         main()
     except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {escape_control_chars(error)}")
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        message = "; ".join([str(error), *getattr(error, "__notes__", ())])
+        raise SystemExit(f"error: {message} ({Path(place.filename).name}, line {place.lineno})")
     except KeyboardInterrupt:
         raise SystemExit("interrupted")
 
@@ -44,6 +48,16 @@ def escape_control_chars(text) -> str:
     shorten words of over 200 characters."""
     text = re.sub(r"(\S{200})\S+", r"\1...", str(text))
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+@contextlib.contextmanager
+def naming(path):
+    """Add the path to the errors of libraries that read a file, most of which do not name it."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"in {path}")
+        raise
 
 
 def short_message(error: Exception) -> str:
