@@ -2,13 +2,13 @@
 (FLIP paper, section 4) as defaults, and the recipe of the tiny model, with reasons."""
 import argparse
 import textwrap
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from bert import BertConfig
 from common.distributed import DEVICES
-from common.resume import load_run
-from common.script import check_flags, check_like, flag, parse_flags
+from common.script import check_flags, flag, parse_flags
+from common.weights import read_checkpoint
 from readers.index import COLUMNS
 from vit import ViTConfig
 
@@ -131,8 +131,7 @@ def parse_arguments(argv: list[str] | None = None, description: str | None = __d
     given = parse_flags(parser, Config, argv)
     path = Path(given.get("out", Config.out)) / "flip.pt"
     if given.get("resume") and path.exists():
-        before = load_run(path)["training"]["config"]
-        check_like(before, asdict(Config()), f"{path}: training, config")
+        before = read_checkpoint(path)["training"]["config"]
         for name, value in given.items():
             if name not in ("resume", "out", *CHANGEABLE_ON_RESUME) and value != before[name]:
                 raise ValueError(f"--resume: the run in {path} has --{name} {before[name]}, which cannot "

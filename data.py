@@ -28,7 +28,7 @@ import toyfaces
 from bert import Captions, Tokenizer
 from captions import ATTRIBUTES as ATTRIBUTES
 from captions import sample_caption
-from common.distributed import end_with_parent, iterate_with_workers
+from common.distributed import iterate_with_workers, start_worker
 from common.images import TarImage, iterate_images, load_image, normalize_batch, resize_to_array
 from common.script import escape_control_chars, run_script
 from readers.index import COLUMNS, check_error_rate, open_split
@@ -246,7 +246,7 @@ class BatchLoader:
             # forked workers share the memory-mapped index; spawned ones would receive a copy
             multiprocessing_context="fork" if self.workers and sys.platform == "linux" else None,
             generator=torch.Generator(),        # the default would advance the model's random state
-            worker_init_fn=end_with_parent)
+            worker_init_fn=start_worker)
         with iterate_with_workers(loader) as batches:
             for number, batch in enumerate(batches, number):
                 if number % self.batches_per_epoch == 0:

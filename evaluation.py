@@ -8,12 +8,10 @@ import torch
 
 from captions import ideal_contrastive_loss, reference_recall, sample_caption
 from common.distributed import autocast, rank_and_world_size
-from common.images import iterate_images
-from common.plots import plot_curves, plot_retrieval
+from common.images import contact_sheet, iterate_images
 from common.script import markdown_table
 from data import Faces
 from flip import FLIP, rerank
-from inference import eval_mode
 
 
 # ---- retrieval metrics ---------------------------------------------------------------------------
@@ -70,29 +68,23 @@ class EvaluationSet(NamedTuple):
         return EvaluationSet(faces, list(texts), images, references, ideal_itc)
 
 
+@torch.no_grad()
 def evaluate(model: FLIP, validation: EvaluationSet, config):
-    """Encode the validation set and return its `rerank_metrics`. config: precision and k_test."""
+    """Encode the validation set and re-rank it. Returns `retrieval_metrics` after re-ranking and by cosine
+    alone ("itc_..."), and the re-ranked text-to-image scores (T, I). config: precision and k_test. The
+    caller puts the model into evaluation mode."""
     device, size, faces = model.device, model.config.vit.image_size, validation.faces
     show, image_tokens, image_features = rank_and_world_size()[0] == 0, [], []
-    captions = model.tokenizer(validation.texts).to(device)
-    with eval_mode(model):
-        with autocast(config.precision, device):
-            for _, pixels in iterate_images(faces.picture, len(faces), size, "encoding faces", show=show):
-                tokens, features = model.student.image_tokens_and_features(pixels.to(device))
-                image_tokens.append(tokens.cpu())
-                image_features.append(features)
-            text_features = model.student.text_features(captions)
-        similarity = torch.cat(image_features) @ text_features.T                    # (I, T), in float32
-        return rerank_metrics(model, torch.cat(image_tokens), captions, similarity, validation.image_of_text,
-                              config)
-
-
-def rerank_metrics(model, image_tokens, captions, similarity, image_of_text, config):
-    """`retrieval_metrics` after re-ranking and by cosine alone ("itc_..."), and the re-ranked
-    text-to-image scores (T, I). image_tokens (I, L, D), T captions, similarity (I, T): cosines."""
-    device, show = similarity.device, rank_and_world_size()[0] == 0
+    captions, image_of_text = model.tokenizer(validation.texts).to(device), validation.image_of_text
     with autocast(config.precision, device):
-        scores = rerank(model, image_tokens, captions.to(device), similarity, config.k_test, progress=show)
+        for _, pixels in iterate_images(faces.picture, len(faces), size, "encoding faces", show=show):
+            tokens, features = model.student.image_tokens_and_features(pixels.to(device))
+            image_tokens.append(tokens.cpu())
+            image_features.append(features)
+        text_features = model.student.text_features(captions)
+    similarity = torch.cat(image_features) @ text_features.T                            # (I, T), in float32
+    with autocast(config.precision, device):
+        scores = rerank(model, torch.cat(image_tokens), captions, similarity, config.k_test, progress=show)
     itc = retrieval_metrics(similarity, similarity.T, image_of_text.to(device))
     reranked = retrieval_metrics(*scores, image_of_text.to(device))
     return reranked | {f"itc_{name}": value for name, value in itc.items()}, scores[1].cpu()
@@ -126,11 +118,50 @@ def recall_table(metrics: dict, validation: EvaluationSet, initial: dict | None 
     return table + (f"\nideal ITC loss, without queue and soft targets: {ideal:.2f}" if ideal else "")
 
 
-def evaluate_and_draw(run, step: int) -> dict:
-    """Evaluate the model of a train.TrainState and update log.jsonl and the plots; returns the metrics."""
-    metrics, text_to_image = evaluate(run.model, run.validation, run.config)
-    run.log.write(step=step, **metrics)
-    if rank_and_world_size()[0] == 0:
-        plot_curves(run.log.lines, run.validation, Path(run.config.out) / "curves.png")
-        plot_retrieval(run.validation, text_to_image, Path(run.config.out) / "retrieval.png")
-    return metrics
+# ---- pictures -----------------------------------------------------------------------------------
+def new_figure(width, height, columns=1):
+    from matplotlib.figure import Figure  # without pyplot: no window, nothing to close
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(1, columns)
+
+
+def plot_retrieval(validation, text_to_image, path: Path, queries=6, top=5):
+    """Save the top-ranked faces for some captions, with scores; the caption's own face is framed."""
+    rows = []
+    for t in np.linspace(0, len(validation.texts) - 1, queries).astype(int):
+        own, scores = validation.image_of_text[t], text_to_image[t]
+        rows.append((validation.texts[t], [(validation.faces.picture(i), f"score {scores[i]:.1f}", i == own)
+                                           for i in scores.argsort(descending=True)[:top].tolist()]))
+    contact_sheet(rows, legend="green frame: the face the caption was written for").save(path)
+
+
+def plot_curves(log: list[dict], validation, path: Path):
+    """Plot losses and recalls over steps, with the references as dotted and dashed lines."""
+    figure, (left, right) = new_figure(12, 4.5, columns=2)
+    for name in ("itc", "itm"):
+        points = [(line["step"], line[name]) for line in log if line.get(name) is not None]
+        left.plot(*zip(*points) if points else ([], []), label=name.upper())
+    config = log[0]["config"]
+    soft_from = config["alpha_ramp"][0] if config["alpha"] else 1.0
+    starts = {"queue": config["queue_from"], "soft targets": soft_from}
+    for (name, start), side in zip(sorted(starts.items(), key=lambda item: item[1]), ("right", "left")):
+        if 0 < start < 1:           # from here on ITC has more keys or softer targets, so it rises
+            left.axvline(start * config["steps"], color="grey", linestyle=":")
+            left.text(start * config["steps"], 0.98, f" {name} ", transform=left.get_xaxis_transform(),
+                      rotation=90, ha=side, va="top", color="grey")
+    if validation.ideal_itc and min(starts.values()) > 0:           # without queue and soft targets
+        left.plot([0, min(starts.values()) * config["steps"]], [validation.ideal_itc] * 2, "--",
+                  color="tab:blue", label="ideal ITC")
+    left.set(xlabel="step", title="training losses")
+    evaluations = [line for line in log if "img_r10" in line]
+    for column, k, colour in ((0, 1, "tab:blue"), (1, 5, "tab:orange"), (2, 10, "tab:green")):
+        steps, recall = zip(*((line["step"], line[f"img_r{k}"]) for line in evaluations))
+        right.plot(steps, recall, "o-", color=colour, label=f"R@{k}")
+        for name, style in zip(validation.references, (":", "--")):
+            right.axhline(validation.references[name][column], color=colour, linestyle=style, linewidth=0.8)
+    lines = "\n(dotted: attribute match, dashed: Bayes optimum)" if validation.references else ""
+    right.set(xlabel="step", ylabel="%", ylim=(0, 100), xlim=(0, None),
+              title=f"recall, text to image, re-ranked{lines}")
+    left.legend()
+    right.legend()
+    figure.savefig(path, dpi=110)

@@ -29,8 +29,7 @@ from tqdm import tqdm
 
 from common.distributed import autocast, choose_device
 from common.optim import build_optimizers, set_learning_rate
-from common.resume import Log
-from common.script import check_flags, flag, markdown_table, parse_flags, run_script
+from common.script import Log, check_flags, flag, markdown_table, parse_flags, run_script
 from config import SharedFlags
 from data import Faces
 from flip import FLIP
@@ -168,7 +167,8 @@ def finetune(config: Config) -> list[Result]:
     for faces in splits.values():
         if len(faces) < 2:
             raise ValueError(f"{faces.name}: {len(faces)} images, expected at least 2")
-    log, results = Log(folder / "log.jsonl", [{"config": asdict(config)}]), []
+    log, results = Log(folder / "log.jsonl"), []
+    log.restart([{"config": asdict(config)}])
     for name, model in encoders:
         print(f"{name} ...", flush=True)
         model.to(device).eval().requires_grad_(False)       # frozen; tasks unfreeze the heads

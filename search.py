@@ -17,7 +17,7 @@ from PIL import Image
 from bert import words_of
 from common.distributed import DEVICES, autocast, choose_device
 from common.images import IMAGE_SUFFIXES, contact_sheet, load_image, prepare_image_file
-from common.script import check_like, escape_control_chars, run_script
+from common.script import escape_control_chars, run_script
 from common.weights import read_file, write_checkpoint
 from flip import FLIP
 from inference import eval_mode
@@ -30,7 +30,6 @@ def load_feature_cache(cache: Path, embed_dim):
     """{key: feature} of earlier searches; empty if the file is missing or damaged."""
     try:
         cached = read_file(cache)
-        check_like(cached, dict.fromkeys(cached, torch.zeros(embed_dim)), cache)
         return cached
     except Exception:                               # after any error the features are computed again
         return {}

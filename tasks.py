@@ -27,12 +27,11 @@ from bert import Captions
 from captions import ATTRIBUTES
 from common.distributed import autocast
 from common.images import contact_sheet, iterate_images
-from common.plots import new_figure, plot_retrieval
 from common.script import temporary_memmap
 from common.weights import write_checkpoint
 from data import Faces, drop, load_toy_faces, open_faces
-from evaluation import EvaluationSet, rerank_metrics, warn_of_chance
-from flip import FLIP, project
+from evaluation import EvaluationSet, new_figure, plot_retrieval, retrieval_metrics, warn_of_chance
+from flip import FLIP, project, rerank
 from kernels.contrastive import contrastive_loss
 
 
@@ -290,6 +289,17 @@ class Retrieval(Task):
     def save(self, model, head, folder):
         """Save a complete checkpoint; momentum encoder and queue are still those of pre-training."""
         write_checkpoint(model.checkpoint(), folder / "flip.pt")
+
+
+def rerank_metrics(model, image_tokens, captions, similarity, image_of_text, config):
+    """`retrieval_metrics` after re-ranking and by cosine alone ("itc_..."), and the re-ranked
+    text-to-image scores (T, I). image_tokens (I, L, D), T captions, similarity (I, T): cosines."""
+    device = similarity.device
+    with autocast(config.precision, device):
+        scores = rerank(model, image_tokens, captions.to(device), similarity, config.k_test, progress=True)
+    itc = retrieval_metrics(similarity, similarity.T, image_of_text.to(device))
+    reranked = retrieval_metrics(*scores, image_of_text.to(device))
+    return reranked | {f"itc_{name}": value for name, value in itc.items()}, scores[1].cpu()
 
 
 def sample_caption_index(image_of_text, indices, rng):

@@ -16,14 +16,15 @@ uninterrupted one does. A step uses these random numbers, seeded by
 
     order of the faces                  (seed, epoch)           BatchLoader.batch_indices
     caption and augmentation            (seed, epoch, index)    FaceDataset.__getitem__
-    dropout                             (seed, step, rank)      train_step
-    negatives, sampled on rank 0        (seed, step)            train_step
+    dropout                             (seed, step, rank)      compute_gradients
+    negatives, sampled on rank 0        (seed, step)            compute_gradients
 
---out receives flip.pt (its contents: common/resume.py), log.jsonl, retrieval.png and curves.png, with
+--out receives flip.pt (its contents: `save`), log.jsonl, retrieval.png and curves.png, with
 the reference rows of the table as dotted and dashed lines.
 """
 import contextlib
 import dataclasses
+import hashlib
 import itertools
 import math
 import time
@@ -39,16 +40,22 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from bert import Tokenizer
-from common.distributed import autocast, choose_precision, init_distributed, rank_and_world_size
+from common.distributed import (
+    autocast,
+    choose_precision,
+    init_distributed,
+    on_any_rank,
+    rank_and_world_size,
+    rank_zero_first,
+    stop_signals,
+)
 from common.optim import build_optimizers, load_optimizers, set_learning_rate
-from common.resume import Log, Progress, load_run, save, saved_at_end
-from common.script import run_script
-from common.weights import load_bert, load_clip, load_weights
+from common.script import Log, run_script
+from common.weights import load_bert, load_clip, load_weights, read_checkpoint, write_checkpoint
 from config import MODELS, TINY, Config, parse_arguments
 from data import Batch, BatchLoader, Faces, drop_unreadable, load_toy_faces, open_faces
-from evaluation import EvaluationSet, evaluate_and_draw, recall_table, warn_of_chance
+from evaluation import EvaluationSet, evaluate, plot_curves, plot_retrieval, recall_table, warn_of_chance
 from flip import FLIP, FLIPConfig, StepParams
-from vit import ViTConfig
 
 
 # ---- schedules: pure functions of the step -------------------------------------------------------
@@ -99,15 +106,15 @@ class TrainState(NamedTuple):
     steps_per_epoch: int
     validation: EvaluationSet
     log: Log
-    progress: Progress
+    start: int                      # steps done by the run that is resumed
+    recent: list[torch.Tensor]      # their losses since the last line of the log
 
 
-def train_step(run: TrainState, micro_batches: list[Batch], step: int) -> torch.Tensor:
-    """One optimiser step on `accumulate` micro-batches. Returns the mean (ITC, ITM) loss as a tensor (2,);
-    ITM is 0 in steps that skip it. All changes of state are here, at the end: whatever fails before them
-    leaves the state of the last step."""
-    config, model, rank = run.config, run.model, rank_and_world_size()[0]
-    device, params = model.device, schedule(step, config)
+def compute_gradients(run: TrainState, micro_batches: list[Batch], step: int):
+    """Compute the gradients of one step on `accumulate` micro-batches. Returns the mean (ITC, ITM) loss of
+    all processes, a tensor (2,), where ITM is 0 in steps that skip it, and the outputs of `FLIP.forward`."""
+    config, device, (rank, world_size) = run.config, run.model.device, rank_and_world_size()
+    params = schedule(step, config)
     torch.manual_seed(derive_seed(config.seed, step, rank))                     # dropout
     generator = torch.Generator().manual_seed(derive_seed(config.seed, step))   # negatives, for all ranks
     losses, outputs = torch.zeros(2, device=device), []
@@ -120,53 +127,82 @@ def train_step(run: TrainState, micro_batches: list[Batch], step: int) -> torch.
             ((out.itc + out.itm) / len(micro_batches)).backward()
         outputs.append(out)
         losses += torch.stack([out.itc, out.itm]).detach() / len(micro_batches)
+    if world_size > 1:
+        dist.all_reduce(losses)
+        losses /= world_size
+    return losses, outputs
+
+
+def update(run: TrainState, outputs, step: int):
+    """Everything that a step changes: queue, weights, temperature and momentum encoder."""
+    config, model = run.config, run.model
     if config.grad_clip:
         nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
     set_learning_rate(run.optimizers, learning_rate(step, config, run.steps_per_epoch))
-    run.progress.done = None                        # from here on the model changes
     for out in outputs:
         model.enqueue(out.image_keys, out.text_keys, out.identity)
     for optimizer in run.optimizers:
-        with autocast(config.precision, device):        # for Muon's matrix products
+        with autocast(config.precision, model.device):      # for Muon's matrix products
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     model.clamp_temperature()
     model.update_momentum(schedule(step + 1, config).momentum)      # for the next step
-    run.progress.done = step + 1
-    return losses
 
 
 def train(config: Config):
     """Run the training; returns the model and its final validation metrics."""
-    run = setup(config)
-    config, log, rank, start = run.config, run.log, rank_and_world_size()[0], run.progress.done
+    device = init_distributed(config.device)
+    path = Path(config.out) / "log.jsonl"           # locked until it is closed
+    with contextlib.closing(Log(path, writes=rank_and_world_size()[0] == 0)) as log:
+        return training_loop(setup(config, device, log))
+
+
+def training_loop(run: TrainState):
+    config, log, rank = run.config, run.log, rank_and_world_size()[0]
     is_due = lambda done: done % config.eval_every == 0 or done == config.steps
-    stream = run.loader.iterate_from(start * config.accumulate)
-    bar = tqdm(range(start, config.steps), "training", initial=start, total=config.steps, disable=rank > 0)
-    with saved_at_end(run), contextlib.closing(stream):
-        # a resumed run may have ended before the evaluation of its step; the model of --init has a row, too
-        metrics = evaluate_and_draw(run, start) if is_due(start) and (start or config.init) else None
-        recent, waited, begin, last_save = [], 0.0, time.time(), time.time()
-        for step in bar:
-            waiting = time.time()
-            micro_batches = next_batches(run, stream)
-            waited += time.time() - waiting
-            recent.append(train_step(run, micro_batches, step))
-            done = step + 1
-            if done % config.log_every == 0 or done == config.steps:
-                line = mean_losses(recent, range(done - len(recent), done), run)
-                line["seconds"] = (time.time() - begin) / len(recent)       # per step, of them
-                line["data_seconds"] = waited / len(recent)                 # waiting for data
-                log.write(step=done, **line, num_errors=len(run.loader.errors))
-                bar.set_postfix({name: line[name] for name in ("itc", "itm", "seconds", "data_seconds")})
-                recent, waited, begin = [], 0.0, time.time()
-            if is_due(done) or time.time() - last_save > 60 * config.save_every:
-                save(run)
-                last_save = time.time()
-            if is_due(done):
-                paused = time.time()
-                metrics = evaluate_and_draw(run, done)
-                begin += time.time() - paused
+    bar = tqdm(range(run.start, config.steps), "training", initial=run.start, total=config.steps,
+               disable=rank > 0)
+    stream = run.loader.iterate_from(run.start * config.accumulate)
+    done, recent, num_errors, updating, metrics = run.start, run.recent, 0, False, None
+    with stop_signals() as stopped, contextlib.closing(stream):
+        try:
+            # evaluate first if this step's evaluation is missing, or for the row of --init
+            evaluated = [line["step"] for line in log.lines if "r_mean" in line]
+            if is_due(done) and done not in evaluated and (done or config.init):
+                metrics = validate(run, done)
+            timed_from, waited, begin, last_save = done, 0.0, time.time(), time.time()
+            for step in bar:
+                waiting = time.time()
+                micro_batches = list(itertools.islice(stream, config.accumulate))
+                waited += time.time() - waiting
+                num_errors = len(run.loader.errors)
+                losses, outputs = compute_gradients(run, micro_batches, step)
+                updating = True
+                update(run, outputs, step)
+                updating, done = False, step + 1
+                recent.append(losses)
+                if done % config.log_every == 0 or done == config.steps:
+                    line = mean_losses(recent, range(done - len(recent), done), run)
+                    line["seconds"] = (time.time() - begin) / (done - timed_from)       # per step
+                    line["data_seconds"] = waited / (done - timed_from)     # of these, waiting for data
+                    log.write(step=done, **line, num_errors=num_errors)
+                    bar.set_postfix({name: line[name] for name in ("itc", "itm", "seconds", "data_seconds")})
+                    recent, timed_from, waited, begin = [], done, 0.0, time.time()
+                stop = on_any_rank(bool(stopped), run.model.device)
+                if is_due(done) or stop or time.time() - last_save > 60 * config.save_every:
+                    save(run, done, recent)
+                    last_save = time.time()
+                if stop:
+                    raise SystemExit(f"stopped after step {done}; continue with --resume")
+                if is_due(done):
+                    paused = time.time()
+                    metrics = validate(run, done)
+                    begin += time.time() - paused
+        except Exception as error:
+            if not updating and all_finite(run.model):
+                save(run, done, recent)
+                error.add_note(f"saved after step {done}; continue with --resume")
+            raise
     if rank == 0:
         initial = next((line for line in log.lines if line.get("step") == 0), None)
         print(f"{recall_table(metrics, run.validation, initial)}\n"
@@ -174,43 +210,31 @@ def train(config: Config):
     return run.model, metrics
 
 
-def next_batches(run, stream):
-    """The micro-batches of a step. If any rank received a stop signal or failed to read its batch, every
-    rank raises an error, so that all stop after the same step."""
-    failure, micro_batches = None, []
-    try:
-        micro_batches = list(itertools.islice(stream, run.config.accumulate))
-    except Exception as error:                      # a damaged image, or a data worker was killed
-        failure = error
-    flags = torch.tensor([failure is not None, run.progress.stop], dtype=torch.float32,
-                         device=run.model.device)
-    if dist.is_initialized():
-        dist.all_reduce(flags)
-    failed, stopped = (flags > 0).tolist()
-    if failed:
-        raise failure or ValueError("another process could not read its batch")
-    if stopped:
-        raise KeyboardInterrupt
-    return micro_batches
-
-
 def mean_losses(losses, steps, run):
-    """Mean losses of these steps over all processes, for the log; ITM is None if no step trained it.
-    Raises ValueError if a loss is not finite."""
+    """Mean losses of these steps, for the log; ITM is None if no step trained it. Raises ValueError if a loss
+    is not finite."""
     stacked = torch.stack(losses)                                               # (steps, 2)
-    bad, total = (~stacked.isfinite()).any(1).float(), stacked.sum(0)           # (steps,), (2,)
-    if dist.is_initialized():
-        dist.all_reduce(bad)
-        dist.all_reduce(total)
-        total /= dist.get_world_size()
+    bad = (~stacked.isfinite()).any(1)
     if bad.any():
-        raise ValueError(f"a loss of step {steps[int(bad.argmax())] + 1} is NaN or infinite: training has "
+        raise ValueError(f"a loss of step {steps[bad.int().argmax()] + 1} is NaN or infinite: training has "
                          f"diverged; start a new run with a smaller --lr, or with --grad_clip")
-    itc, itm = total.tolist()
+    itc, itm = stacked.sum(0).tolist()
     matched = sum(schedule(step, run.config).with_itm for step in steps)
     return {"itc": itc / len(losses), "itm": itm / matched if matched else None,
             "temperature": run.model.temperature.item(),
             "lr": learning_rate(steps[-1], run.config, run.steps_per_epoch)}
+
+
+def validate(run: TrainState, step: int) -> dict:
+    """Evaluate the model, log the metrics, draw the plots; returns the metrics."""
+    run.model.eval()
+    metrics, text_to_image = evaluate(run.model, run.validation, run.config)
+    run.model.train()
+    run.log.write(step=step, **metrics)
+    if rank_and_world_size()[0] == 0:
+        plot_curves(run.log.lines, run.validation, Path(run.config.out) / "curves.png")
+        plot_retrieval(run.validation, text_to_image, Path(run.config.out) / "retrieval.png")
+    return metrics
 
 
 def derive_seed(*numbers: int) -> int:
@@ -218,55 +242,108 @@ def derive_seed(*numbers: int) -> int:
     return int(np.random.SeedSequence((len(numbers), *numbers)).generate_state(1)[0])
 
 
+# ---- saving, stopping and resuming ---------------------------------------------------------------
+# A checkpoint has what `FLIP.checkpoint` returns (weights, momentum encoder, queues, vocabulary) and, under
+# "training", optimiser states, step, configuration, log and the losses that it does not contain yet. It needs
+# no state of random numbers and no position in the data: both are pure functions of (seed, step).
+def all_finite(model: FLIP) -> bool:
+    return all(p.isfinite().all() for p in model.parameters())
+
+
+def save(run: TrainState, done: int, recent: list[torch.Tensor]):
+    """Save the run after `done` steps, on rank 0. Raises ValueError, and keeps the previous checkpoint, if
+    weights are NaN or infinite."""
+    if not all_finite(run.model):
+        raise ValueError(f"after step {done}: expected finite weights, found NaN or infinity; training has "
+                         f"diverged and is not saved; restart with a smaller --lr or with --grad_clip")
+    rank, world_size = rank_and_world_size()
+    if rank == 0:
+        state = {"config": asdict(run.config), "processes": world_size, "faces": digest(run.loader.faces),
+                 "step": done, "log": run.log.lines, "recent": recent,
+                 "optimizers": [optimizer.state_dict() for optimizer in run.optimizers]}
+        write_checkpoint(run.model.checkpoint() | {"training": state}, Path(run.config.out) / "flip.pt")
+
+
+def digest(faces: Faces) -> str:
+    """Hash of the faces' identities: a resumed run must have the same faces, perhaps in another folder."""
+    return hashlib.sha256(np.ascontiguousarray(faces.identity)).hexdigest()
+
+
 # ---- what a run starts from ----------------------------------------------------------------------
-def setup(config: Config) -> TrainState:
+def setup(config: Config, device: torch.device, log: Log) -> TrainState:
     """Data, model and optimisers: new, or from the checkpoint in --out."""
-    device, (rank, world_size) = init_distributed(config.device), rank_and_world_size()
-    path = Path(config.out) / "flip.pt"
-    if path.exists() and not config.resume:
+    (rank, world_size), path = rank_and_world_size(), Path(config.out) / "flip.pt"
+    if path.exists() and not config.resume:         # looked up once the folder is locked
         raise ValueError(f"{path} already exists; use --resume, or choose another --out")
-    checkpoint = load_run(path) if path.exists() else {}
-    saved = checkpoint.get("training")
+    saved = read_checkpoint(path) if path.exists() else None
     if config.resume and not saved and rank == 0:
         print(f"no checkpoint in {config.out} yet: starting a new run")
-    if rank > 0:
-        dist.barrier()              # until rank 0 has drawn or indexed the data and downloaded the weights
-    model = FLIP.from_pretrained(path, saved=checkpoint) if saved else load_initial(config)
-    vit = model.config.vit if model else MODELS[config.model][0]
-    vit = dataclasses.replace(vit, image_size=config.image_size or vit.image_size)
-    faces, validation = load_data(config, vit.image_size)
-    if saved and (saved["processes"], saved["faces"]) != (world_size, len(faces)):
-        raise ValueError(f"--resume: the run in {path} had {saved['processes']} processes and "
-                         f"{saved['faces']} faces, found {world_size} and {len(faces)}; use the same")
-    if not saved:
-        model = build_model(config, vit, faces, initial=model)
+    with rank_zero_first():     # it draws or indexes the data and downloads the weights, for all
+        if saved:
+            model = FLIP.from_pretrained(path, saved=saved)
+            faces, validation = load_data(config, model.config.vit.image_size)
+        else:
+            model, faces, validation = new_model(config)
     model.to(device).train()
-    if rank == 0 and world_size > 1:
-        dist.barrier()
     loader = BatchLoader(faces, model.tokenizer, model.config.vit.image_size, config.batch_size,
                          config.seed, config.augment, rank, world_size, config.workers, config.max_errors)
     steps_per_epoch = loader.batches_per_epoch // config.accumulate
-    if steps_per_epoch == 0:
-        raise ValueError(f"an epoch has {loader.batches_per_epoch} batches, fewer than --accumulate "
-                         f"{config.accumulate}")
     config = dataclasses.replace(config, steps=config.steps or config.epochs * steps_per_epoch,
                                  precision=choose_precision(config.precision, device))
-    if rank == 0 and not saved:
-        print_plan(config, faces, validation, world_size, model.tokenizer)
     optimizers = build_optimizers(model, config.weight_decay, config.beta2, config.temperature_lr,
                                   config.muon_lr_image, config.muon_lr_text, config.muon_momentum)
-    start = saved["step"] if saved else 0
-    if not 0 <= start <= config.steps:
-        raise ValueError(f"{path}: expected a step from 0 to {config.steps}, found {start}")
     if saved:
-        load_optimizers(optimizers, saved["optimizers"], f"{path}: training, optimizers")
-    lines = saved["log"] if saved else [{"config": asdict(config)}]
-    log = Log(Path(config.out) / "log.jsonl", lines, writes=rank == 0)
+        saved = saved["training"]
+        if (saved["processes"], saved["faces"]) != (world_size, digest(faces)):
+            raise ValueError(f"--resume: the run in {path} had {saved['processes']} processes, found "
+                             f"{world_size}, or it had other faces than these; use the same")
+        load_optimizers(optimizers, saved["optimizers"], path)
+        log.restart(saved["log"])
+        start, recent = saved["step"], [losses.to(device) for losses in saved["recent"]]
+    else:
+        log.restart([{"config": asdict(config)}])
+        start, recent = 0, []
+        if rank == 0:
+            print_plan(config, faces, validation, world_size, model.tokenizer)
     ddp_model = model if world_size == 1 else DistributedDataParallel(
         model, broadcast_buffers=False, find_unused_parameters=config.itm_from > 0 or config.itm_every > 1)
     return TrainState(config, model, ddp_model, optimizers, loader, steps_per_epoch,
-                      EvaluationSet.of(validation, faces, config.batch_size * world_size), log,
-                      Progress(start, start))
+                      EvaluationSet.of(validation, faces, config.batch_size * world_size), log, start, recent)
+
+
+@torch.no_grad()
+def new_model(config: Config) -> tuple[FLIP, Faces, Faces]:
+    """A model to train, and its training and validation faces. Its weights are those of --init, or random but
+    for those of --clip and --bert. Without --init and --bert, the vocabulary is built from captions."""
+    vit, bert, embed_dim = MODELS[config.model]
+    tokenizer, initial, posterior = None, None, config.posterior
+    if config.init:
+        initial = FLIP.from_pretrained(config.init, vocabulary=config.vocabulary)
+        if initial.config.vit.width != vit.width:
+            raise ValueError(f"--init {config.init}: its image encoder has width {initial.config.vit.width}, "
+                             f"but --model {config.model} has {vit.width}; choose the --model of that width")
+        vit, bert, embed_dim = initial.config.vit, initial.config.bert, initial.config.embed_dim
+        tokenizer, posterior = initial.require_tokenizer(), posterior or initial.config.hardness is not None
+    elif config.bert:
+        tokenizer = Tokenizer.load(config.bert)
+    vit = dataclasses.replace(vit, image_size=config.image_size or vit.image_size)
+    faces, validation = load_data(config, vit.image_size)
+    tokenizer = tokenizer or Tokenizer.train(sample_captions(faces))
+    bert = dataclasses.replace(bert, vocab_size=tokenizer.vocab_size)
+    torch.manual_seed(config.seed)
+    model = init_model(FLIPConfig(vit, bert, embed_dim, config.queue_size,
+                                  config.hardness if posterior else None), tokenizer)
+    if initial:                     # all learned weights; queue and momentum encoder start anew
+        load_weights(model.student, initial.student.state_dict(), config.init,
+                     image_positions=("image.positions",))
+        model.matching_head.load_state_dict(initial.matching_head.state_dict())
+        model.temperature.copy_(initial.temperature)
+    if config.clip:
+        load_clip(model.student.image, config.clip)
+    if config.bert:
+        load_bert(model.student.text, config.bert)
+    model.update_momentum(0)        # the momentum encoder starts as a copy of the student
+    return model, faces, validation
 
 
 def load_data(config: Config, size: int) -> tuple[Faces, Faces]:
@@ -280,48 +357,6 @@ def load_data(config: Config, size: int) -> tuple[Faces, Faces]:
         return train, drop_unreadable(validation, config.max_errors, size)
     return (load_toy_faces(config.faces, size, seed=0, folder=config.cache),
             load_toy_faces(config.validation, size, seed=1, folder=config.cache))
-
-
-@torch.no_grad()
-def build_model(config: Config, vit: ViTConfig, faces: Faces, initial: FLIP | None) -> FLIP:
-    """A new model with the image encoder `vit`, otherwise sized like `initial` (from --init) or --model.
-    Weights are those of `initial`, of --clip and --bert, or random. Without --init and --bert the
-    vocabulary is built from captions of `faces`."""
-    torch.manual_seed(config.seed)
-    _, bert, embed_dim = MODELS[config.model]
-    if initial:
-        bert, embed_dim, tokenizer = initial.config.bert, initial.config.embed_dim, initial.tokenizer
-    else:
-        tokenizer = Tokenizer.load(config.bert) if config.bert else Tokenizer.train(sample_captions(faces))
-    bert = dataclasses.replace(bert, vocab_size=tokenizer.vocab_size)
-    posterior = config.posterior or initial is not None and initial.config.hardness is not None
-    hardness = config.hardness if posterior else None
-    flip_config = FLIPConfig(vit, bert, embed_dim, config.queue_size, hardness)
-    model = init_model(flip_config, tokenizer)
-    if initial:                     # all learned weights; queue and momentum encoder start anew
-        load_weights(model.student, initial.student.state_dict(), config.init,
-                     image_positions=("image.positions",))
-        model.matching_head.load_state_dict(initial.matching_head.state_dict())
-        model.temperature.copy_(initial.temperature)
-    if config.clip:
-        load_clip(model.student.image, config.clip)
-    if config.bert:
-        load_bert(model.student.text, config.bert)
-    model.update_momentum(0)        # the momentum encoder starts as a copy of the student
-    return model
-
-
-def load_initial(config: Config) -> FLIP | None:
-    """The model of --init, or None. Raises ValueError if its width is not that of --model."""
-    if not config.init:
-        return None
-    initial = FLIP.from_pretrained(config.init, vocabulary=config.vocabulary)
-    width, expected = initial.config.vit.width, MODELS[config.model][0].width
-    if width != expected:
-        raise ValueError(f"--init {config.init}: its image encoder has width {width}, but --model "
-                         f"{config.model} has width {expected}; choose the --model of matching width")
-    initial.require_tokenizer()
-    return initial
 
 
 def print_plan(config: Config, faces: Faces, validation: Faces, world_size: int, tokenizer: Tokenizer):

@@ -1,5 +1,5 @@
-"""Devices, worker processes and ranks. Ranks exchange, without gradients, momentum features and identities
-(ITC's keys), student features (to sample negatives) and captions (for ITM), but never image tokens."""
+"""Signals, worker processes, devices and ranks. Ranks exchange, without gradients, momentum features and
+identities (ITC's keys), student features (to sample negatives) and captions (for ITM), not image tokens."""
 import atexit
 import contextlib
 import ctypes
@@ -7,7 +7,6 @@ import datetime
 import os
 import signal
 from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 
 import torch
 import torch.distributed as dist
@@ -15,60 +14,68 @@ import torch.distributed.nn  # unused; a later import, with a process group, wou
 from tqdm import tqdm
 
 
-@contextlib.contextmanager
-def children_ignore(*numbers: int):
-    """Block these signals; child processes started inside keep them blocked for good. (Python would lose an
-    interrupt inside a fork, and leave locks held.)"""
-    with contextlib.suppress(AttributeError):               # Windows
-        signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
-    try:
-        yield
-    finally:
-        with contextlib.suppress(AttributeError):
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
-
-
-def end_with_parent(_=0, number=signal.SIGKILL):
+def end_with_parent(number=signal.SIGKILL):
     """Have this process receive a signal when its parent ends, even if that is killed (on Linux)."""
     with contextlib.suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).prctl(1, number)                  # PR_SET_PDEATHSIG
 
 
+# ---- signals and worker processes ----------------------------------------------------------------
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
+@contextlib.contextmanager
+def stop_signals():
+    """Yield a list of the signals received inside the block: Ctrl-C, SIGTERM and SIGHUP (a closed terminal)
+    do not end the process, so look at the list. Signals that were ignored before (nohup) still are."""
+    received = []
+    previous = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    for number in STOP_SIGNALS:
+        if previous[number] != signal.SIG_IGN:
+            signal.signal(number, lambda number, frame: received.append(number))
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def start_worker(_=0):
+    """Called in each new worker process: signals to the whole group are for the process that started it, with
+    which it ends."""
+    end_with_parent()
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 @contextlib.contextmanager
 def parallel_map(function, jobs, title: str, chunk_size: int = 1):
-    """Yield an iterator over function(job) for each job, computed on all cores, with a progress bar. Raises
-    ValueError if a worker process is killed. (multiprocessing.Pool would wait for its result for ever.)"""
+    """Yield an iterator over function(job) for each job, computed on all cores, with a progress bar."""
     if len(jobs) == 1:                              # in this process: the results need not be pickled
         yield map(function, jobs)
         return
-    with ProcessPoolExecutor(initializer=end_with_parent) as pool:
+    # multiprocessing.Pool would wait for the result of a killed worker for ever
+    with ProcessPoolExecutor(initializer=start_worker) as pool:
         try:
-            with children_ignore(signal.SIGINT):
-                results = pool.map(function, jobs, chunksize=chunk_size)
-            yield tqdm(results, title, len(jobs))
-        except BrokenProcessPool:
-            raise ValueError(f"{title}: a worker process was killed, perhaps because memory ran out; start "
-                             f"again") from None
+            yield tqdm(pool.map(function, jobs, chunksize=chunk_size), title, len(jobs))
         finally:
             pool.shutdown(cancel_futures=True)
 
 
 @contextlib.contextmanager
 def iterate_with_workers(loader):
-    """Yield an iterator over a DataLoader whose workers end with the block and raise one-line ValueErrors."""
-    # a signal to the whole process group stops the training process alone, which saves
-    with children_ignore(signal.SIGINT, signal.SIGTERM):
-        batches = iter(loader)
+    """Yield an iterator over a DataLoader whose workers end with the block."""
+    batches = iter(loader)
     if loader.num_workers and hasattr(signal, "SIGCHLD"):   # torch's handler raises anywhere in a step if a
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # worker is killed; without it, `next` raises
     try:
         yield batches
-    except ValueError as error:     # a worker's message contains its traceback: keep the last line
-        raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
-    finally:        # now, even if an error keeps the iterator: Python's exit would wait for the workers
-        getattr(batches, "_shutdown_workers", lambda: None)()               # if there are any
+    finally:                                        # or Python's exit would wait for them for ever
+        if loader.num_workers:
+            batches._shutdown_workers()
 
 
+# ---- devices and precision -----------------------------------------------------------------------
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
 
@@ -99,6 +106,7 @@ def autocast(precision: str, device: torch.device):
     return torch.autocast(device.type, torch.bfloat16, enabled=is_bf16)
 
 
+# ---- ranks ---------------------------------------------------------------------------------------
 def init_distributed(device_name: str) -> torch.device:
     """Join the process group if torchrun started this process; return the device of this process."""
     device = choose_device(device_name)
@@ -116,6 +124,26 @@ def init_distributed(device_name: str) -> torch.device:
 
 def rank_and_world_size() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+@contextlib.contextmanager
+def rank_zero_first():
+    """Run the block on rank 0, then on all others, which find what it has downloaded, drawn or indexed."""
+    rank, world_size = rank_and_world_size()
+    if rank > 0:
+        dist.barrier()
+    yield
+    if rank == 0 and world_size > 1:
+        dist.barrier()
+
+
+def on_any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether the flag is set on at least one rank."""
+    if not dist.is_initialized():
+        return flag
+    flags = torch.tensor(float(flag), device=device)
+    dist.all_reduce(flags)
+    return flags.item() > 0
 
 
 def all_gather(x: torch.Tensor) -> torch.Tensor:

@@ -3,7 +3,7 @@ import itertools
 
 import torch
 
-from common.script import check_like
+from common.weights import check_tensors
 
 
 class Muon(torch.optim.Optimizer):
@@ -71,14 +71,13 @@ def build_optimizers(module: torch.nn.Module, weight_decay, beta2=0.999, tempera
 
 
 def load_optimizers(optimizers, saved: list[dict], where):
-    """Load the states of `saved`, one state dict per optimiser. Raises ValueError unless they fit the
-    parameters and contain them all. torch checks neither, and another shape crashes the fused AdamW."""
-    if len(saved) != len(optimizers):
-        raise ValueError(f"{where}: expected the states of {len(optimizers)} optimisers, found {len(saved)}")
-    for optimizer, state in zip(optimizers, saved):
-        current = optimizer.state_dict()
-        check_like(state["state"], current["state"], where)
-        optimizer.load_state_dict(current | {"state": state["state"]})
+    """Load one state dict per optimiser. Raises ValueError unless their tensors are complete, fit the
+    parameters and are finite: torch checks nothing."""
+    def tensors(state):
+        return {f"state {i} {name}": x for i, own in state["state"].items() for name, x in own.items()}
+    for optimizer, state in zip(optimizers, saved, strict=True):
+        check_tensors(tensors(state), tensors(optimizer.state_dict()), where)
+        optimizer.load_state_dict(state)
 
 
 def set_learning_rate(optimizers, lr):

@@ -2,6 +2,7 @@
 import argparse
 import contextlib
 import ctypes
+import json
 import math
 import os
 import re
@@ -87,62 +88,49 @@ def check_ranges(config, **limits):
                              f"{limit}")
 
 
-def lock(file):
-    """Lock an open file until it is closed or its process ends. Raises BlockingIOError if another process has
-    locked it, another OSError or an ImportError where locks do not exist (Windows, some network disks)."""
-    import fcntl
-    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+class Log:
+    """log.jsonl: the configuration, then a line every few steps. It is locked while a run uses its folder;
+    raises ValueError if another run does. A resumed run rewrites it from the copy in its checkpoint."""
 
+    def __init__(self, path: Path, writes: bool = True):
+        self.lines, self.file = [], None
+        if writes:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.file = open(path, "a")
+            try:
+                import fcntl
+                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)       # until it is closed
+            except BlockingIOError:
+                raise ValueError(f"{path} is in use by another run; choose another --out") from None
+            except (OSError, ImportError):
+                pass                        # a network disk without locks; Windows
 
-def prepare_folder(folder: Path):
-    """Create a folder, or delete the partial files that killed processes have left in it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for partial in folder.glob("*.????????.partial"):
-        with contextlib.suppress(OSError, ImportError), open(partial, "rb+") as file:
-            lock(file)                  # fails while its process writes it
-            partial.unlink()
+    def restart(self, lines: list[dict]):
+        if self.file:
+            self.file.truncate(0)
+        for line in lines:
+            self.write(**line)
 
+    def write(self, **line):
+        self.lines.append(line)
+        if self.file:
+            print(json.dumps(line), file=self.file, flush=True)
 
-def check_like(value, template, where):
-    """Raise a ValueError unless `value`, read from a file, has the type of `template`; if dictionaries, the
-    same keys with values alike; if lists, items like the template's first; if tensors, the same shape and
-    dtype and only finite numbers. An empty dictionary or list in the template stands for any."""
-    kind = type(template)
-    if type(value) is not kind and (kind, type(value)) != (float, int):
-        raise ValueError(f"{where}: expected {kind.__name__}, found {type(value).__name__}")
-    if isinstance(template, dict):
-        for key in template.keys() ^ value.keys() if template else ():
-            raise ValueError(f"{where}: {key!r} is {'missing' if key in template else 'unknown'}")
-        for key in template:
-            check_like(value[key], template[key], f"{where}, {key}")
-    elif isinstance(template, (list, tuple)) and template:
-        for number, item in enumerate(value):
-            check_like(item, template[0], f"{where} {number}")
-    elif torch.is_tensor(template):
-        expected, found = (f"{tuple(x.shape)} {x.dtype} {x.layout}" for x in (template, value))
-        if expected == found and (value.is_meta or not value.isfinite().all()):
-            found = "NaN, infinite or missing values"
-        if expected != found:
-            raise ValueError(f"{where}: expected {expected}, found {found}")
+    def close(self):
+        if self.file:
+            self.file.close()
 
 
 @contextlib.contextmanager
 def atomic_write(path: str | Path):
-    """Yield a temporary path. At the end of the block it is flushed to disk and replaces `path`; after an
-    error it is deleted."""
+    """Yield a temporary path beside `path`, which it replaces at the end of the block; so a killed process
+    leaves the old file. After an error it is deleted."""
     path = Path(path)
-    prepare_folder(path.parent)
-    partial = path.with_name(f"{path.name}.{os.urandom(4).hex()}.partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        with open(partial, "wb") as file:
-            with contextlib.suppress(OSError, ImportError):
-                lock(file)
-            yield partial
-            os.fsync(file.fileno())
+        yield partial
         os.replace(partial, path)
-    except OSError as error:
-        error.filename = error.filename or str(path)    # the error of a full disk names no file
-        raise
     finally:
         partial.unlink(missing_ok=True)
 
