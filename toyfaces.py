@@ -14,8 +14,6 @@ Every attribute is visible. Most are drawn literally; these follow a convention:
 - No hair colour: copper, auburn or dyed. Straight_Hair and Wavy_Hair hang loose, to the nape for men;
   with neither, hair is put up (women) or cropped (men).
 
-    python toyfaces.py --sheet sheet.png                # every attribute, absent and present
-    python toyfaces.py --sketch sketch.png              # some faces, and their sketches in stages
     python toyfaces.py --out DIR --count 1000           # a data set for train.py --data DIR
 """
 import argparse
@@ -29,9 +27,8 @@ from tqdm import tqdm
 
 from captions import ATTRIBUTES
 from common.distributed import parallel_map
-from common.images import contact_sheet, prepare_image_file
-from common.script import atomic_write, error_context, run_script
-from drawing.portrait import BEARDS, build_shapes, render
+from common.script import atomic_write, run_script
+from drawing.portrait import build_shapes, render
 from drawing.sketch import rasterize_strokes, stroke_points
 
 # ---- attribute probabilities, close to CelebA's frequencies --------------------------------------
@@ -141,21 +138,16 @@ def draw_cached(count: int, size: int, seed: int, folder: str, steps: int) -> np
     code = [Path(__file__), here / "captions.py", *sorted(here.glob("drawing/*.py"))]
     version = hashlib.sha256(b"".join(path.read_bytes() for path in code)).hexdigest()[:8]
     path = Path(folder) / f"faces-{count}x{size}-{steps}steps-seed{seed}-{version}.npy"
-    dtype = np.dtype([("attributes", bool, len(ATTRIBUTES)), ("picture", np.uint8, (size, size, 3)),
-                      ("sketches", np.uint8, (steps, size, size))])
     if not path.exists():
+        dtype = [("attributes", bool, len(ATTRIBUTES)), ("picture", np.uint8, (size, size, 3)),
+                 ("sketches", np.uint8, (steps, size, size))]
         draw_one = functools.partial(face_and_sketch, seed=seed, size=size, steps=steps)
-        with (atomic_write(path) as partial, open(partial, "wb") as file,
+        with (atomic_write(path) as partial,
               parallel_map(draw_one, range(count), "drawing faces", chunk_size=16) as rows):
-            descr = np.lib.format.dtype_to_descr(dtype)
-            np.lib.format.write_array_header_1_0(file, dict(descr=descr, fortran_order=False, shape=(count,)))
-            for row in rows:
-                file.write(np.array(row, dtype))
-    with error_context("drawn faces; delete this file to draw them again", path):
-        drawn = np.load(path, mmap_mode="r")
-        if drawn.dtype != dtype or drawn.shape != (count,):
-            raise ValueError(f"found {drawn.shape} {drawn.dtype}")
-    return drawn
+            drawn = np.lib.format.open_memmap(partial, "w+", dtype, (count,))
+            for i, row in enumerate(rows):
+                drawn[i] = row
+    return np.load(path, mmap_mode="r")
 
 
 def face_and_sketch(index, seed, size, steps):
@@ -164,27 +156,7 @@ def face_and_sketch(index, seed, size, steps):
     return attributes, np.asarray(image), frames
 
 
-# ---- contact sheets and command line -------------------------------------------------------------
-def attribute_rows(size, pairs_per_row=5):
-    """Rows for `contact_sheet`: for each attribute the same person without it and, framed, with it."""
-    men = {*BEARDS, "No_Beard", "Bald", "Receding_Hairline", "Bushy_Eyebrows", "Gray_Hair", "Wearing_Necktie"}
-    tiles = []
-    for i, name in enumerate(ATTRIBUTES):
-        others = {"Young", "Attractive", "No_Beard", "Brown_Hair", *["Male"] * (name in men)}
-        for has, label in ((others - {name}, name), (others | {name}, "")):
-            image = draw(np.isin(ATTRIBUTES, list(has)), np.random.default_rng(i), size)
-            tiles.append((image, label, name in has))
-    return [("", tiles[start:start + 2 * pairs_per_row]) for start in range(0, len(tiles), 2 * pairs_per_row)]
-
-
-def sketch_rows(seed, size, count=6, stages=(10, 25, 40, 60, 80, 100)):
-    """Rows for `contact_sheet`: a face, and its sketch at these percentages of the total stroke length."""
-    for index in range(count):
-        frames = sketch(index, seed, size, steps=100)
-        yield "", [(face(index, seed, size)[0], "", False),
-                   *((Image.fromarray(frames[stage - 1]), f"{stage} %", False) for stage in stages)]
-
-
+# ---- a data set on disk ---------------------------------------------------------------------------
 def write_faces(folder: Path, count, size, seed):
     """Write a data set in CelebA's layout, as Kaggle distributes it. Image n is face n - 1. The validation
     and the test split are the last 20 % of the faces, one half each. Raises ValueError if files exist."""
@@ -207,27 +179,13 @@ def write_faces(folder: Path, count, size, seed):
 
 def main():
     parser = argparse.ArgumentParser(description="Render toy faces with CelebA's 40 attributes.")
-    parser.add_argument("--out", type=Path, help="folder for a data set in CelebA's layout")
+    parser.add_argument("--out", type=Path, required=True, help="folder for a data set in CelebA's layout")
     parser.add_argument("--count", type=int, default=1000, help="number of faces (default %(default)s)")
     parser.add_argument("--size", type=int, default=64, help="image size in pixels (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the data set (default %(default)s)")
-    parser.add_argument("--sheet", type=Path, help="image file to write: every attribute, absent and present")
-    parser.add_argument("--sketch", type=Path, help="image file to write: faces and stages of their sketches")
     args = parser.parse_args()
-    if not (args.out or args.sheet or args.sketch):
-        parser.error("nothing to do: give --out, --sheet, --sketch or several of them")
-    for flag, value, minimum in (("count", args.count, 1), ("size", args.size, 8), ("seed", args.seed, 0)):
-        if value < minimum:
-            raise ValueError(f"--{flag} {value}: expected at least {minimum}")
-    for path in filter(None, (args.sheet, args.sketch)):
-        prepare_image_file(path)
-    if args.sheet:
-        contact_sheet(attribute_rows(96), tile=96).save(args.sheet)
-    if args.sketch:
-        contact_sheet(list(sketch_rows(args.seed, 160)), tile=160).save(args.sketch)
-    if args.out:
-        write_faces(args.out, args.count, args.size, args.seed)
-    print("written:", *filter(None, (args.sheet, args.sketch, args.out)))
+    write_faces(args.out, args.count, args.size, args.seed)
+    print(f"written: {args.out}")
 
 
 if __name__ == "__main__":
