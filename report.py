@@ -8,7 +8,6 @@ or on what a model has learned about each attribute.
 import argparse
 import functools
 import itertools
-import json
 import random
 import re
 from pathlib import Path
@@ -18,11 +17,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from captions import ATTRIBUTES, FACE_PARTS, FACTS, NEGATABLE, PHRASES, verbalize
-from common.images import contact_sheet, prepare_image_file
+from common.images import contact_sheet
 from common.script import markdown_table, run_script
 from data import augment, load_toy_faces, open_faces
 from flip import FLIP
-from readers.index import COLUMNS, SPLITS, collect_errors
+from readers.index import COLUMNS, SPLITS
 from toyfaces import draw, sample_attributes
 
 GROUPS = {      # groups of attributes, and their percentage of FLIP's labels (section 3)
@@ -57,92 +56,66 @@ def find_facts(text: str):
     return np.array([pattern.search(text.lower()) is not None for pattern in fact_patterns()])
 
 
-def compute_stats(splits: dict, count: int, rng: np.random.Generator):
-    """Statistics of {split: Faces}, ready for JSON. All but the numbers of faces describe a sample of `count`
-    faces of the first split, of which at most 2,000 images are read."""
-    faces = next(iter(splits.values()))
-    chosen = rng.choice(len(faces), min(count, len(faces)), replace=False).tolist()
-    valid, sizes, hashes, errors = [], [], set(), []
-    for i in tqdm(sorted(chosen[:2000]), "reading images", leave=False):
-        with collect_errors(errors):
+# ---- a data set ----------------------------------------------------------------------------------
+def report_data(splits: dict, path):
+    """Print statistics of {split: Faces}, with FLIP's (section 3) in brackets, and save a page with these,
+    histograms and some faces. All but the numbers of faces describe a sample of the first split."""
+    from matplotlib.figure import Figure
+    faces, rng, sizes, hashes, rows = next(iter(splits.values())), np.random.default_rng(0), [], set(), []
+    order = rng.permutation(len(faces))
+    for i in tqdm(order[:2000].tolist(), "reading images", leave=False):
+        try:
             image = faces.picture(i)
-            valid.append(i)
-            sizes.append(image.size)
-            grey = np.asarray(image.convert("L").resize((17, 16), Image.Resampling.BILINEAR))
-            hashes.add((grey[:, 1:] > grey[:, :-1]).tobytes())      # dHash: equal for copies of other sizes
-    stats = {"set": faces.name, "faces": {split: len(split_faces) for split, split_faces in splits.items()},
-             "captions looked at": len(chosen) * faces.has_text, "pictures looked at": len(sizes),
-             "unreadable": len(errors), "like another": len(sizes) - len(hashes),
-             "shown": valid[::len(valid) // 4 + 1], "sizes": sizes}
-    if not faces.has_text:
-        return stats
-    texts = [faces.caption(i, rng) for i in tqdm(chosen, "sampling captions", leave=False)]
-    words, grams, four_grams = [text.split() for text in texts], set(), []
-    for chunk in np.array_split(np.arange(len(words)), 10):
-        grams.update(gram for n in chunk for gram in zip(words[n], words[n][1:], words[n][2:], words[n][3:]))
-        four_grams.append(len(grams))
+        except ValueError as error:
+            tqdm.write(f"unreadable: {error}")
+            continue
+        sizes.append(image.size)
+        grey = np.asarray(image.convert("L").resize((17, 16), Image.Resampling.BILINEAR))
+        hashes.add((grey[:, 1:] > grey[:, :-1]).tobytes())      # dHash: equal for copies of other sizes
+        if len(rows) < 4:
+            augmented = [(augment(image, rng), "augmented", False) for _ in range(3)]
+            title = faces.caption(i, rng) if faces.has_text else ""
+            rows.append((title, [(image, "original", False), *augmented]))
+    lines = [f"{split}: {len(each):,} faces" for split, each in splits.items()]
+    width, height = np.mean(sizes, axis=0)
+    lines += [f"{len(sizes):,} images, {len(order[:2000]) - len(sizes):,} unreadable, "
+              f"{len(sizes) - len(hashes):,} copies, mean size {width:.0f} x {height:.0f} pixels (285 x 285)"]
+    figure = Figure(figsize=(15, 8), layout="constrained")
+    faces_axis, sizes_axis, *axes = figure.subplots(1, 4, width_ratios=(1.6, 1, 1, 1))
+    faces_axis.imshow(contact_sheet(rows))
+    faces_axis.axis("off")
+    sizes_axis.hist(np.prod(sizes, axis=1) ** 0.5, 40)
+    sizes_axis.set(title="sqrt(width x height) in pixels (285)")
+    if faces.has_text:
+        lines += caption_stats([faces.caption(i, rng) for i in order[:10_000].tolist()], *axes)
+    figure.suptitle("\n".join([faces.name, *lines]))
+    figure.savefig(path, dpi=90)
+    print("\n  ".join([faces.name, *lines]))
+
+
+def caption_stats(texts: list[str], words_axis, groups_axis):
+    """Lines of text about captions; draws histograms of their words and of the labels they state."""
+    words, ticks = [text.split() for text in texts], np.arange(len(GROUPS))
+    lengths = np.array([len(text) for text in words])
+    grams = {gram for text in words for gram in zip(text, text[1:], text[2:], text[3:])}
     stated = np.mean([find_facts(text) for text in tqdm(texts, "finding facts", leave=False)], axis=0)
     stated[NEGATABLE] += stated[len(ATTRIBUTES):]       # a negation states the label, too
-    labels = dict(zip(ATTRIBUTES, stated.tolist()))
-    total = max(sum(labels.values()), 1e-9)
-    shares = {group: 100 * sum(labels[name] for name in names.split()) / total
-              for group, (_, names) in GROUPS.items()}
-    shares["facial features"] = 100 - sum(shares.values())
-    return stats | {"equal captions": len(texts) - len(set(texts)), "words": [len(text) for text in words],
-                    "four-grams": four_grams, "labels in a caption": total, "shares of groups": shares,
-                    "labels": labels}
+    total = stated[:len(ATTRIBUTES)].sum()
+    shares = [stated[np.isin(FACTS, names.split())].sum() / max(total, 1e-9) for _, names in GROUPS.values()]
+    shares[0] = 1 - sum(shares)
+    words_axis.hist(lengths, np.arange(80))
+    words_axis.set(title="words per caption (mode 20 to 22)")
+    groups_axis.barh(ticks + 0.2, 100 * np.array(shares), 0.4, label="this data set")
+    groups_axis.barh(ticks - 0.2, [share for share, _ in GROUPS.values()], 0.4, color="grey", label="FLIP")
+    groups_axis.set(yticks=ticks, yticklabels=GROUPS, title="% of the labels stated in captions")
+    groups_axis.legend()
+    return [f"{len(texts):,} captions: {len(texts) - len(set(texts))} equal to another, {len(grams):,} "
+            f"distinct 4-grams; {total:.1f} labels stated per caption, in the grammar's wording",
+            f"words per caption: mean {lengths.mean():.1f} (30), mode {np.bincount(lengths).argmax()} "
+            f"(20 to 22), {lengths.min()} to {lengths.max()} (10 to 75)"]
 
 
-def format_stats(stats: dict):
-    """Lines of text that summarise the statistics; FLIP's figures (section 3) in brackets."""
-    lines = [f"{split}: {count:,} faces" for split, count in stats["faces"].items()]
-    lines += [f"{stats['pictures looked at']:,} images: {stats['like another']} copies, "
-              f"{stats['unreadable']} unreadable"]
-    if stats["sizes"]:
-        width, height = np.mean(stats["sizes"], axis=0)
-        lines += [f"mean size {width:.0f} x {height:.0f} pixels (285 x 285)"]
-    if stats["captions looked at"]:
-        words = np.array(stats["words"])
-        lines += [f"{stats['captions looked at']:,} captions: {stats['equal captions']} equal to another",
-                  f"words per caption: mean {words.mean():.1f} (30), mode {np.bincount(words).argmax()} "
-                  f"(20 to 22), {words.min()} to {words.max()} (10 to 75)",
-                  f"{stats['four-grams'][-1]:,} distinct 4-grams",
-                  f"{stats['labels in a caption']:.1f} labels stated per caption, in the grammar's wording"]
-    return lines
-
-
-def plot_stats(stats: dict, faces, path):
-    """Save a page with the summary, histograms and some faces."""
-    from matplotlib.figure import Figure
-    figure, rows = Figure(figsize=(15, 9), layout="constrained"), []
-    for i in stats["shown"]:
-        rng, image = np.random.default_rng(i), faces.picture(i, 128)
-        rows.append((faces.caption(i, rng) if faces.has_text else "", [(image, "original", False), *(
-            (augment(image, rng), "augmented", False) for _ in range(3))]))
-    axes = figure.subplot_mosaic([["faces", "text", "words"], ["faces", "sizes", "grams"],
-                                  ["faces", "sizes", "groups"]], width_ratios=(1.3, 1, 1))
-    if rows:
-        axes["faces"].imshow(contact_sheet(rows))
-        axes["sizes"].hist(np.prod(stats["sizes"], axis=1) ** 0.5, 40)
-    axes["sizes"].set(title="sqrt(width x height) in pixels (285)")
-    axes["text"].text(0, 1, "\n".join(format_stats(stats)), va="top", fontsize=9)
-    if stats["captions looked at"]:
-        axes["words"].hist(stats["words"], np.arange(80))
-        axes["words"].set(title="words per caption (mode 20 to 22)")
-        axes["grams"].plot(range(10, 101, 10), stats["four-grams"], "o-")
-        axes["grams"].set(title="distinct 4-grams by % of captions", ylim=0)
-        ticks = np.arange(len(GROUPS))
-        axes["groups"].barh(ticks + 0.2, stats["shares of groups"].values(), 0.4, label="this data set")
-        axes["groups"].barh(ticks - 0.2, [share for share, _ in GROUPS.values()], 0.4, label="FLIP",
-                            color="lightgrey")
-        axes["groups"].set(yticks=ticks, yticklabels=list(GROUPS), title="% of the labels stated in captions")
-        axes["groups"].legend()
-    axes["faces"].axis("off")
-    axes["text"].axis("off")
-    figure.suptitle(stats["set"])
-    figure.savefig(path, dpi=90)
-
-
+# ---- a model -------------------------------------------------------------------------------------
 def counterfactual_pairs(attribute: int, count: int, size: int):
     """`count` pairs [absent, present] of PIL images, size x size pixels: a drawn face without and with the
     attribute of this number."""
@@ -155,67 +128,53 @@ def counterfactual_pairs(attribute: int, count: int, size: int):
     return pairs
 
 
-def report_counterfactuals(model: FLIP, path: str, count=50):
-    """Print, for each attribute, the percentage of `count` pairs in which a sentence of the grammar that
-    states it scores higher for the face that has it (chance: 50): by cosine (ITC), by log-odds (ITM) and by
-    `FLIP.rerank_score` (both). ITM alone was trained to tell apart what ITC finds similar, so it may rank
-    other pairs wrongly. Save the first pair of each attribute to `path`."""
+def report_counterfactuals(model: FLIP, path, count=50):
+    """Print, for each attribute, in what percentage of `count` pairs (chance: 50) a sentence that states it
+    scores higher for the face that has it: by cosine (ITC) and by `FLIP.rerank_score` (ITC and ITM). Save the
+    first pair of each attribute to `path`."""
     percent, tiles = {}, []
     for attribute, name in enumerate(tqdm(ATTRIBUTES, "comparing", leave=False)):
         pairs = counterfactual_pairs(attribute, count, model.config.vit.image_size)
         sentence = verbalize([attribute], random.Random(0))
-        logits, cosines = model.match([image for pair in pairs for image in pair], sentence)
-        scores = cosines, logits[..., 1] - logits[..., 0], model.rerank_score(logits, cosines)
-        itc, itm, both = percent[name] = [
-            100 * (score[1::2] > score[::2]).double().mean().item() for score in scores]
-        tiles += [(pairs[0][0], name, False), (pairs[0][1], f"{itc:.0f}, {both:.0f} %", True)]
+        logits, cosines = model.match([image for pair in pairs for image in pair], [sentence])
+        percent[name] = [100 * (score[1::2] > score[::2]).double().mean().item()
+                         for score in (cosines, model.rerank_score(logits, cosines))]
+        tiles += [(pairs[0][0], name, False), (pairs[0][1], "{:.0f}, {:.0f} %".format(*percent[name]), True)]
     percent["mean"] = np.mean(list(percent.values()), axis=0)
-    print(markdown_table(["correct pairs, %", "ITC", "ITM", "both"],
+    print(markdown_table(["correct pairs, %", "ITC", "ITC and ITM"],
                          [[name, *(f"{value:.0f}" for value in values)] for name, values in percent.items()]))
-    legend = "green frame: has the attribute; below it: correct pairs by ITC, and by both"
+    legend = "green frame: has the attribute; below it: correct pairs by ITC, and by ITC and ITM"
     rows = [("", tiles[start:start + 10]) for start in range(0, len(tiles), 10)]
     contact_sheet(rows, 96, legend).save(path)
-    print(f"written: {path}")
 
 
 def main():
     parser = argparse.ArgumentParser(description="Statistics of a data set of faces, on one page, or of what "
                                                  "a model has learned about each attribute.")
-    parser.add_argument("--checkpoint", help="test this model on pairs of drawn faces; omit --data")
-    parser.add_argument("--data", help="folder or JSON annotation file of faces (default: drawn faces)")
+    subject = parser.add_mutually_exclusive_group()
+    subject.add_argument("--data", help="folder or JSON annotation file of faces (default: drawn faces)")
+    subject.add_argument("--checkpoint", help="a model, to test on pairs of drawn faces")
     parser.add_argument("--vocabulary", help="for the official checkpoint: bert-base-uncased, or its folder")
-    parser.add_argument("--out", help="output image (report.png and .json, or counterfactuals.png)")
-    parser.add_argument("--sample", type=int, default=10_000, help="captions to sample (%(default)s)")
+    parser.add_argument("--out", default="report.png", help="output image (%(default)s)")
     parser.add_argument("--cache", default="cache", help="folder for drawn faces or the index (%(default)s)")
     parser.add_argument("--columns", nargs="+", default=COLUMNS[:2], choices=COLUMNS,
                         help="caption columns of FaceCaption-15M (caption, face_caption)")
     parser.add_argument("--outside", action="store_true", help="accept images outside --data")
-    args = parser.parse_args()
-    if args.sample < 10:
-        raise ValueError(f"--sample {args.sample}: expected at least 10")
-    args.out = args.out or ("counterfactuals.png" if args.checkpoint else "report.png")
-    prepare_image_file(args.out)
-    if args.checkpoint:
-        if args.data:
-            raise ValueError("--checkpoint is tested on drawn faces; omit --data")
-        model = FLIP.from_pretrained(args.checkpoint, vocabulary=args.vocabulary)
-        return report_counterfactuals(model, args.out)
-    stats_file = Path(args.out).with_suffix(".json").resolve()
-    if args.data and Path(args.data).resolve() in (stats_file, *stats_file.parents):
-        raise ValueError(f"--out {args.out}: expected a file outside --data, as it comes with a .json file")
-    splits, errors = {}, []
+    args, splits = parser.parse_args(), {}
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     for split in SPLITS if args.data else ():
-        with collect_errors(errors):
-            splits[split] = open_faces(args.data, split, args.cache, tuple(args.columns), max_errors=100,
+        try:
+            splits[split] = open_faces(args.data, split, args.cache, tuple(args.columns),
                                        outside=args.outside)
-    if errors and not splits:
-        raise ValueError(errors[0])
-    splits = splits or {"train": load_toy_faces(1000, 192, seed=0, folder=args.cache)}
-    stats = compute_stats(splits, args.sample, np.random.default_rng(0))
-    plot_stats(stats, next(iter(splits.values())), args.out)
-    stats_file.write_text(json.dumps(stats, indent=1))
-    print("\n".join([stats["set"], *(f"  {line}" for line in format_stats(stats)), *errors]))
-    print(f"written: {args.out}, with FLIP's figures for comparison")
+        except ValueError as error:             # an empty split, for example
+            print(f"left out: {error}")
+    if args.checkpoint:
+        report_counterfactuals(FLIP.from_pretrained(args.checkpoint, vocabulary=args.vocabulary), args.out)
+    elif splits or not args.data:
+        report_data(splits or {"train": load_toy_faces(1000, 192, seed=0, folder=args.cache)}, args.out)
+    else:
+        raise ValueError(f"{args.data}: no split can be opened")
+    print(f"written: {args.out}")
 
 
 if __name__ == "__main__":
