@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bert import BertConfig
-from common.distributed import DEVICES
 from common.script import check_flags, flag, parse_flags
 from common.weights import read_checkpoint
 from readers.index import COLUMNS
@@ -30,8 +29,7 @@ class SharedFlags:
     max_errors: float = flag(1.0, "percent of records or images that may be invalid; they are skipped and "
                                   "counted, and the run stops if there are more", high=100)
     vocabulary: str = flag("", "for a checkpoint without one (the official one): file, folder or hub name")
-    device: str = flag("auto", "cpu, cuda, mps (Apple; untried), or auto: CUDA if any, else the CPU",
-                       choices=DEVICES)
+    device: str = flag("auto", "cpu, cuda, mps (Apple; untried), or auto: CUDA if any, else the CPU")
     precision: str = flag("auto", "float32, bf16, or auto: bf16 on GPUs from A100 on, avx512_bf16, AMX",
                           choices=("auto", "float32", "bf16"))
     k_test: int = flag(256, "candidates per query to re-rank with the ITM head", low=1)

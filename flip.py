@@ -22,23 +22,25 @@ each: `update_momentum`, `enqueue`, `clamp_temperature`. (The official forward d
 Shapes: see vit.py; A = B x processes, the global batch. Run `python flip.py` to trace a batch.
 """
 import copy
-import sys
+import warnings
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from PIL import Image
 from tqdm import tqdm
 
-from bert import Bert, BertConfig, Captions, Tokenizer
+from bert import Bert, BertConfig, Captions, Tokenizer, words_of
 from common.distributed import all_gather, all_gather_objects, rank_and_world_size
+from common.images import iterate_images, load_image, normalize_batch, resize_to_array
 from common.script import run_script
 from common.weights import load_flip, read_checkpoint, write_folder
 from common.weights import official_name as official_name
 from common.weights import official_state as official_state
-from inference import Inference
 from kernels.contrastive import contrastive_loss
 from losses import contrastive_loss_reference, hard_negative_probabilities, matching_loss, soft_targets
 from vit import ViT, ViTConfig
@@ -96,15 +98,12 @@ class Encoders(nn.Module):
         return project(self.image(images, first_token_only=True), self.image_projection)
 
     def text_features(self, captions: Captions, batch_size: int = 500):
-        """Captions -> features (P, E) of unit norm."""
-        return project(self.cls_tokens(captions, batch_size), self.text_projection)
-
-    def cls_tokens(self, captions: Captions, batch_size: int = 500):
-        """Packed captions -> [CLS] tokens (P, D), in chunks of at most batch_size captions."""
+        """Captions -> features (P, E) of unit norm, computed for at most batch_size captions at a time."""
         chunks = [captions]
         if len(captions) > batch_size:
             chunks = [captions.select(part) for part in torch.arange(len(captions)).split(batch_size)]
-        return torch.cat([self.text(chunk, first_token_only=True) for chunk in chunks])
+        cls_tokens = torch.cat([self.text(chunk, first_token_only=True) for chunk in chunks])
+        return project(cls_tokens, self.text_projection)
 
 
 def project(first_tokens, projection: nn.Linear):
@@ -112,7 +111,7 @@ def project(first_tokens, projection: nn.Linear):
     return F.normalize(projection(first_tokens.to(projection.weight)).float(), dim=-1)
 
 
-class FLIP(Inference, nn.Module):       # inference.py: device, encode_image, require_tokenizer, ...
+class FLIP(nn.Module):
     def __init__(self, config: FLIPConfig, tokenizer: Tokenizer | None = None):
         super().__init__()
         self.config, self.tokenizer = config, tokenizer
@@ -130,6 +129,14 @@ class FLIP(Inference, nn.Module):       # inference.py: device, encode_image, re
             self.register_buffer(name, F.normalize(features, dim=-1))
         self.register_buffer("queue_identity", torch.full((config.queue_size,), -100))
         self.register_buffer("queue_pointer", torch.zeros(1, dtype=torch.int64))
+
+    @property
+    def device(self) -> torch.device:
+        return self.temperature.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.temperature.dtype
 
     def itm_logits(self, image_tokens, captions: Captions, captions_per_image: torch.Tensor | None = None):
         """ITM logits (P, 2), class 1 = match, of P captions with the images (I, L, D) they attend to:
@@ -161,11 +168,13 @@ class FLIP(Inference, nn.Module):       # inference.py: device, encode_image, re
     def rerank_score(self, logits, cosine):
         """The score that re-ranks candidates: ITM logits (..., 2) and cosines (...) -> (...).
 
-        The paper uses logit 1 + cosine. But hard negatives are sampled from a density q(image, text)
-        roughly proportional to p(image) p(text) exp(hardness * cosine / temperature), so the head's
-        log-odds (logit 1 - logit 0) estimate log(p(image, text) / q(image, text)). To rank by
-        log(p(image, text) / (p(image) p(text))), the exponent must be added back: log-odds + hardness *
-        cosine / temperature, used if the configuration has a hardness (train.py --posterior)."""
+        The paper uses logit 1 + cosine. With a hardness in the configuration (config.py, posterior), it is
+
+            logit 1 - logit 0          estimates  log p(image, text) - log q(image, text)
+            + hardness * cosine / tau  restores   log q(image, text) - log p(image) - log p(text)
+
+        since hard negatives are sampled from a density q that is roughly proportional to
+        p(image) p(text) exp(hardness * cosine / tau); the sum is a pair's pointwise mutual information."""
         if self.config.hardness is None:
             return logits[..., 1] + cosine
         return logits[..., 1] - logits[..., 0] + self.config.hardness * cosine / self.temperature.to(cosine)
@@ -206,18 +215,16 @@ class FLIP(Inference, nn.Module):       # inference.py: device, encode_image, re
         """Sample a negative image for every caption and a negative caption for every image: two CPU
         tensors (A,). Raises ValueError if there is only one identity or a feature is not finite.
 
-        Rank 0 samples for all ranks, because their probabilities may differ in the last bit. This is
-        a host sync: the sampled captions determine the number of tokens."""
-        if (identity == identity[0]).all():
-            raise ValueError("all pairs of this batch show the same person, so there are no negatives; use "
-                             "larger batches or more people")
+        Rank 0 samples for all ranks, because rounding differs between ranks. The CPU must wait here, since
+        the sampled captions determine the number of tokens."""
         with torch.autocast(image_features.device.type, enabled=False):
             similarity = text_features @ image_features.T                           # (A texts, A images)
             image_probs = hard_negative_probabilities(similarity, identity, self.temperature, hardness)
             text_probs = hard_negative_probabilities(similarity.T, identity, self.temperature, hardness)
         probabilities = torch.cat([image_probs, text_probs]).cpu()                  # (2 A, A)
         if not probabilities.isfinite().all():
-            raise ValueError("some features are NaN or infinite: training has diverged; use a smaller --lr")
+            raise ValueError("a batch has no negatives: all its pairs show the same person, or training has "
+                             "diverged and its features are not finite")
         sampled = torch.multinomial(probabilities, 1, generator=generator)
         if dist.is_initialized():
             sampled = sampled.to(identity.device)
@@ -269,6 +276,79 @@ class FLIP(Inference, nn.Module):       # inference.py: device, encode_image, re
     def clamp_temperature(self):
         self.temperature.clamp_(0.001, 0.5)
 
+    # ---- use from Python: without gradients, in the mode the model is in (from_pretrained: evaluation) ----
+    def preprocess(self, image) -> torch.Tensor:
+        """A path or PIL image -> pixels (3, S, S), resized to a square and normalised, for `encode_image`."""
+        size = self.config.vit.image_size
+        return normalize_batch([resize_to_array(load_image(image, size=size), size)])[0]
+
+    def require_tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise ValueError("the checkpoint contains no vocabulary; pass --vocabulary bert-base-uncased (in "
+                             "Python: from_pretrained(vocabulary=...)), a vocab.txt or its folder")
+        return self.tokenizer
+
+    def pixel_batches(self, images, batch_size: int = 128):
+        """Yield pixels (B, 3, S, S) on the model's device, from a tensor of them, a list of paths or PIL
+        images, or one of these."""
+        if torch.is_tensor(images):
+            batches = images.split(batch_size)
+        else:
+            images = [images] if isinstance(images, (str, Path, Image.Image)) else list(images)
+            batches = (pixels for _, pixels in iterate_images(
+                lambda i, size: load_image(images[i], size=size), len(images), self.config.vit.image_size,
+                "reading images", batch_size, show=len(images) > batch_size))
+        for pixels in batches:
+            yield pixels.to(self.device, self.dtype)
+
+    def tokenize(self, texts) -> Captions:
+        """A text, a list of texts or `Captions` -> captions on the model's device. Warns about words that are
+        not in the vocabulary; raises ValueError if there is no vocabulary or a text has no known word."""
+        if isinstance(texts, Captions):
+            return texts.to(self.device)
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        for text in texts:
+            unknown = self.require_tokenizer().unknown_words(text)
+            if len(unknown) == len(words_of(text)):
+                raise ValueError(f"no word of {text!r} is in the model's vocabulary (search.py --words)")
+            if unknown:
+                warnings.warn(f"not in the model's vocabulary: {', '.join(unknown)}")
+        return self.tokenizer(texts).to(self.device)
+
+    @torch.no_grad()
+    def encode_image(self, images, batch_size: int = 128):
+        """Images, see `pixel_batches`, -> features (I, E), float32, of unit norm."""
+        return torch.cat([self.student.image_features(x) for x in self.pixel_batches(images, batch_size)])
+
+    @torch.no_grad()
+    def encode_text(self, texts):
+        """Texts, see `tokenize`, -> features (T, E), float32, of unit norm."""
+        return self.student.text_features(self.tokenize(texts))
+
+    def similarity(self, images, texts):
+        """Cosines (I, T)."""
+        return self.encode_image(images) @ self.encode_text(texts).T
+
+    @torch.no_grad()
+    def match(self, images, texts):
+        """ITM logits (I, T, 2) and cosines (I, T). Every pair costs a pass of the text encoder."""
+        captions, logits, cosines = self.tokenize(texts), [], []
+        text_features = self.student.text_features(captions)
+        for pixels in self.pixel_batches(images):
+            tokens, features = self.student.image_tokens_and_features(pixels)
+            logits.append(self.score_pairs(tokens, captions))
+            cosines.append(features @ text_features.T)
+        return torch.cat(logits).unflatten(0, (-1, len(captions))), torch.cat(cosines)
+
+    def match_probability(self, images, texts):
+        """Probabilities of a match (I, T) from the matching head, which was trained on pairs that ITC finds
+        similar: to rank, use `score`."""
+        return self.match(images, texts)[0].softmax(-1)[..., 1]
+
+    def score(self, images, texts):
+        """What re-ranking ranks by, (I, T): `rerank_score`."""
+        return self.rerank_score(*self.match(images, texts)).detach()
+
     # ---- checkpoints ----
     def checkpoint(self):
         """Everything `from_pretrained` needs, as plain tensors, numbers and text."""
@@ -278,7 +358,6 @@ class FLIP(Inference, nn.Module):       # inference.py: device, encode_image, re
     def save_pretrained(self, folder: str):
         """Write model.safetensors, config.json and tokenizer.json to a folder, for `from_pretrained` and for
         everything else that takes a checkpoint."""
-        self.require_tokenizer()
         write_folder(self.checkpoint(), folder)
 
     @staticmethod
@@ -328,9 +407,6 @@ def rerank(model: FLIP, image_tokens, captions: Captions, similarity, k: int, pr
 
 def main():
     """Trace a batch of four pairs through a training step: shapes, values, and the function of each line."""
-    if sys.argv[1:]:
-        raise ValueError("flip.py takes no arguments; to search images, run python search.py --images DIR")
-
     def show(function, text, values=None):
         print(f"{function:36}{text}" + ("" if values is None else f"\n{values.detach().numpy().round(2)}\n"))
 

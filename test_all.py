@@ -32,7 +32,6 @@ import tempfile
 import time
 import zipfile
 from collections import Counter
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import MagicMock
@@ -1129,8 +1128,8 @@ def test_vocabulary_of_another_size_is_rejected():
 
 
 @pytest.mark.parametrize("features, identity, message", [
-    (torch.ones(3, 12), torch.zeros(3), "all pairs of this batch show the same person"),
-    (torch.full((3, 12), torch.nan), torch.arange(3), "some features are NaN or infinite")])
+    (torch.ones(3, 12), torch.zeros(3), "all its pairs show the same person"),
+    (torch.full((3, 12), torch.nan), torch.arange(3), "diverged and its features are not finite")])
 def test_sampling_negatives_names_what_is_wrong(features, identity, message):
     assert message in error_of(small_flip().sample_negatives, features, features, identity)
 
@@ -1297,12 +1296,11 @@ def test_negatives_are_sampled_with_their_probabilities():
 
 
 def test_similarity_and_match_probability_are_those_of_itc_and_itm(uninterrupted, tmp_path):
-    model, texts = FLIP.from_pretrained(uninterrupted).train(), ["a smiling woman", "a man"]
+    model, texts = FLIP.from_pretrained(uninterrupted), ["a smiling woman", "a man"]
     paths = [tmp_path / f"{i}.jpg" for i in range(130)]         # more than one batch
     write_images(tmp_path, paths)
     cosines, matches = model.similarity(paths, texts), model.match_probability(paths[:3], texts)
-    assert model.training and not cosines.requires_grad and cosines.shape == (130, 2)
-    model.eval()
+    assert not cosines.requires_grad and cosines.shape == (130, 2)
     for i in (0, 2):
         pixels = normalize_batch([resize_to_array(Image.open(paths[i]), 48)])
         tokens, feature = model.student.image_tokens_and_features(pixels)
@@ -1312,14 +1310,10 @@ def test_similarity_and_match_probability_are_those_of_itc_and_itm(uninterrupted
             expected = model.itm_logits(tokens, model.tokenizer([text])).softmax(1)[0, 1]
             torch.testing.assert_close(matches[i, t], expected)
     torch.testing.assert_close(model.similarity(Image.open(paths[0]), "a man")[0, 0], cosines[0, 1])
-    for images, sentences, message in (
-            (3.5, "a man", "expected paths, PIL images or uint8 arrays (H, W, 3), found float at index 0"),
-            ([paths[0], None], "a man", "found NoneType at index 1"),
-            (paths, [b"a man"], "expected sentences, found bytes at index 0"),
-            (paths, [], "expected sentences, found an empty list"),
-            (paths, "freckles", "no word of 'freckles' is in the model's vocabulary")):
-        with pytest.raises((TypeError, ValueError), match=re.escape(message)):
-            model.similarity(images, sentences)
+    logits, cosines = model.match(paths[:3], texts)
+    assert torch.equal(model.score(paths[:3], texts), model.rerank_score(logits, cosines))
+    for text in ("freckles", "", " . "):
+        assert f"no word of {text!r} is in the model's" in error_of(model.encode_text, ["a man", text])
     with pytest.warns(UserWarning, match="vocabulary: smilin, freckles$"):
         model.similarity(paths[0], "a smilin man with freckles")
 
@@ -1330,38 +1324,25 @@ def test_images_of_every_kind_have_the_same_features_in_any_batches(uninterrupte
     paths = [tmp_path / f"{i}.png" for i in range(5)]
     for picture, path in zip(pictures, paths):
         picture.save(path)
-    arrays = np.array(faces.images)
-    expected = model.encode_image(paths)
+    expected, pixels = model.encode_image(paths), torch.stack([model.preprocess(path) for path in paths])
     close(expected.norm(dim=1), torch.ones(5))
-    for images in (pictures, arrays, torch.from_numpy(arrays), [*arrays], [str(paths[0]), *pictures[1:]]):
+    for images in (pictures, pixels, [str(paths[0]), *pictures[1:]]):
         assert torch.equal(model.encode_image(images), expected)
     close(model.encode_image(paths, batch_size=2), expected, 1e-6)
-    close(model.encode_image(arrays[3])[0], expected[3], 1e-6)
+    close(model.encode_image(pictures[3])[0], expected[3], 1e-6)
     texts = ["a man", "a smiling woman", "an old man"]
-    close(model.encode_text(texts, batch_size=2), model.encode_text(texts), 1e-6)
+    assert torch.equal(model.encode_text(model.tokenizer(texts)), model.encode_text(texts))
     assert torch.equal(model.similarity(paths, texts), expected @ model.encode_text(texts).T)
-    logits, cosines = model.match(paths, texts)
-    assert torch.equal(model.score(paths, texts), model.rerank_score(logits, cosines))
-
-
-def test_unreadable_images_are_named_by_index_or_skipped_with_a_warning(uninterrupted, tmp_path):
-    model, good = FLIP.from_pretrained(uninterrupted), Image.new("RGB", (9, 9))
     (tmp_path / "text.png").write_text("no image")
-    with pytest.raises(FileNotFoundError, match="image 1: .*missing.png does not exist"):
-        model.encode_image([good, tmp_path / "missing.png"])
-    for bad, message in ((np.zeros((3, 9, 9)), r"image 1: expected a uint8 array \(H, W, 3\), found float64"),
-                         (Image.new("F", (9, 9)), "image 1 cannot be read: expected 8 bits per channel"),
-                         (tmp_path / "text.png", "text.png is not an image")):
-        with pytest.raises(ValueError, match=message):
-            model.encode_image([good, bad])
-    with pytest.warns(UserWarning, match="skipped: image 1: .*missing.png does not exist"):
-        features = model.encode_image([good, tmp_path / "missing.png", good], errors="skip")
-    assert features.isfinite().all(1).tolist() == [True, False, True]
+    for name, error in (("missing.png", OSError), ("text.png", ValueError)):
+        with pytest.raises((OSError, ValueError), match=name):
+            model.encode_image([paths[0], tmp_path / name])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_models_have_nearly_the_same_features_and_scores(uninterrupted, tmp_path, dtype):
-    images, texts = data.load_toy_faces(5, 48, 3, tmp_path).images, ["a man", "a smiling woman"]
+    faces, texts = data.load_toy_faces(5, 48, 3, tmp_path), ["a man", "a smiling woman"]
+    images = [faces.picture(i) for i in range(5)]
     model, half = FLIP.from_pretrained(uninterrupted), FLIP.from_pretrained(uninterrupted, dtype=dtype)
     assert half.dtype == dtype and half.device == torch.device("cpu")
     close(half.encode_image(images), model.encode_image(images), 1e-2)
@@ -1393,24 +1374,11 @@ def test_features_of_a_search_in_both_precisions_agree(uninterrupted, tmp_path, 
     assert 0 < (features[0] - features[1]).abs().max() < 1e-2
 
 
-def test_device_is_chosen_by_name_and_must_exist(monkeypatch):
-    choose = common.distributed.choose_device
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+def test_device_is_a_gpu_if_there_is_one(monkeypatch):
     for cuda in (True, False):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
-        assert choose("auto").type == ("cuda" if cuda else "cpu") and choose("cpu").type == "cpu"
-    assert error_of(choose, "cuda") == "--device cuda: not available on this machine"
-    assert "--device mps" in error_of(choose, "mps")
-    assert train_config.parse_arguments(["--device", "cpu"]).device == "cpu"
-
-
-def test_training_mode_is_kept_when_several_threads_ask(uninterrupted, tmp_path):
-    model = FLIP.from_pretrained(uninterrupted).train()
-    images = data.load_toy_faces(5, 48, 3, tmp_path).images
-    model.student.text.register_forward_pre_hook(lambda module, _: None if not module.training else 1 / 0)
-    with ThreadPool(4) as pool:
-        pool.map(lambda _: model.match_probability(images, ["a man"]), range(20))
-    assert model.training and all(module.training for module in model.modules())
+        assert common.distributed.choose_device("auto").type == ("cuda" if cuda else "cpu")
+    assert common.distributed.choose_device("mps").type == "mps"
 
 
 # ---- captions.py ---------------------------------------------------------------------------------
@@ -3386,7 +3354,7 @@ def test_bench_prints_its_tables(monkeypatch, capsys):
 # ---- the layout, the scripts and the README ------------------------------------------------------
 # against the import statements of every file, and the commands that README.md shows
 ORDER = """kernels/__init__ kernels/attention kernels/contrastive common/script common/images common/weights
-    common/distributed common/optim vit bert losses inference flip captions
+    common/distributed common/optim vit bert losses flip captions
     drawing/portrait drawing/sketch toyfaces readers/index readers/tars readers/layouts data config evaluation
     train tasks finetune search report bench test_all""".split()
 
@@ -3425,12 +3393,11 @@ def test_every_script_shows_an_example(tmp_path, arguments, expected):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    ("flip.py --images DIR query", "flip.py takes no arguments; to search"),
     ("toyfaces.py --out a_file", ".*Not a directory: 'a_file"),
     ("toyfaces.py --out .", "--out .: expected a new or an empty folder, found files"),
     ("data.py --data DIR", "data.py takes no arguments"), ("train.py --lr -1", "--lr -1.0: expected at le"),
     ("finetune.py sketch --fractions 0.5", "--fractions is a flag of attributes"),
-    ("search.py --checkpoint nowhere.pt query", "nowhere.pt: no such file"),
+    ("search.py --checkpoint nowhere.pt query", "nowhere.pt: expected a file"),
     ("report.py --data nowhere", "nowhere: no such folder or file")])
 def test_invalid_arguments_of_a_script_end_in_a_one_line_error(tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
