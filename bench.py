@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
+from attention import Sequences, attention, pad, unpad
 from bert import MAX_TOKENS, Captions
 from common.script import markdown_table, run_script
 from flip import FLIP, FLIPConfig, StepParams
-from kernels.attention import Sequences, attention, pad, unpad
 from kernels.contrastive import contrastive_loss
 from losses import contrastive_loss_reference
 

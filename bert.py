@@ -36,9 +36,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from attention import Sequences
 from common.script import naming
 from common.weights import resolve_file
-from kernels.attention import Sequences
 from vit import Attention
 
 
@@ -88,7 +88,7 @@ class Captions:
         """Repack the captions at `indices` (a CPU tensor; repeats allowed)."""
         device = self.ids.device
         chosen = Sequences.from_lengths(self.sequences.lengths[indices], device)
-        starts = self.sequences.first_index[indices.to(device, non_blocking=True)]
+        starts = self.sequences.first_token_index[indices.to(device, non_blocking=True)]
         return Captions(self.ids[starts[chosen.sequence_ids] + chosen.position_ids], chosen)
 
     @staticmethod
@@ -98,7 +98,8 @@ class Captions:
 
     def with_first_token(self, token: int) -> "Captions":
         """The same captions with their first token replaced by the id `token`."""
-        return Captions(self.ids.index_fill(0, self.sequences.first_index.long(), token), self.sequences)
+        first = self.sequences.first_token_index.long()
+        return Captions(self.ids.index_fill(0, first, token), self.sequences)
 
 
 class Tokenizer:
@@ -219,7 +220,7 @@ class BertLayer(nn.Module):
         captions_per_image)."""
         x, x_sequences = text, sequences
         if first_token_only:
-            x = text.index_select(0, sequences.first_index)                                 # (P, D)
+            x = text.index_select(0, sequences.first_token_index)                           # (P, D)
             x_sequences = Sequences.uniform(len(x), 1, x.device)
         x = self.norm_attention(x + self.dropout(self.attention(x, x_sequences, text, sequences)))
         if image_context is not None:

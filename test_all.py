@@ -66,6 +66,7 @@ import tasks
 import toyfaces
 import train
 import vit
+from attention import Sequences, attention
 from bert import Bert, BertConfig, Captions, Tokenizer, clean_caption
 from captions import ATTRIBUTES, FACTS
 from common.images import TarImage, contact_sheet, load_image, normalize_batch, resize_to_array
@@ -87,7 +88,6 @@ from flip import FLIP, FLIPConfig, StepParams, rerank
 from kernels import attention as attention_kernels
 from kernels import contrastive as contrastive_kernels
 from kernels import triton
-from kernels.attention import Sequences, attention
 from kernels.contrastive import contrastive_loss
 from readers import index, tars
 from vit import ViT, ViTConfig
@@ -255,7 +255,7 @@ def run_python(*arguments, cwd=ROOT, timeout=240, **env):
 TORCHRUN = "-m torch.distributed.run --standalone --no-python --nproc_per_node".split()
 
 
-# ---- kernels/attention.py ------------------------------------------------------------------------
+# ---- attention.py and kernels/attention.py -------------------------------------------------------
 # against float64 autograd through the definition; with PyTorch alone and with the Triton kernels
 OWN = [1, 5, 16, 17, 64, 65, 0], [1, 5, 16, 17, 64, 65, 0]                      # the last: an empty caption
 OTHERS = [17, 24, 0], [65, 10, 7]                                               # no queries for the third
@@ -272,7 +272,7 @@ def device(request, monkeypatch):
         return "cpu"
     if DEVICE == "cpu":
         triton_sums = contrastive_kernels.triton_sums
-        monkeypatch.setattr(attention_kernels, "uses_triton", lambda query: True)
+        monkeypatch.setattr("attention.uses_triton", lambda query: True)
         monkeypatch.setattr(contrastive_kernels, "uses_triton", lambda feature: True)
         monkeypatch.setattr(contrastive_kernels, "triton_sums", lambda *case: triton_sums(*case, programs=8))
     return DEVICE
@@ -313,7 +313,7 @@ def assert_near(actual, expected, tolerance):
 
 @EVERY_DEVICE
 @pytest.mark.parametrize("lengths, channels", [
-    (OWN, 16), (OWN, 24), (OTHERS, 32), (([197], [197]), 64), (([0, 32], [16, 197]), 128),
+    (OWN, 16), (OWN, 24), (OTHERS, 32), (([133], [133]), 64), (([0, 32], [16, 197]), 64),
     (([4, 3], [0, 5]), 16), (([5, 5, 5], [5, 5, 5]), 8), (([1, 1, 1], [4, 9, 2]), 8), (([9, 7], [7, 7]), 8)])
 def test_attention_and_its_gradients_match_float64_autograd(device, dtype, lengths, channels):
     case = attention_case(*lengths, device, dtype, channels)
@@ -324,15 +324,17 @@ def test_attention_and_its_gradients_match_float64_autograd(device, dtype, lengt
 def test_dropout_drops_the_same_weights_forward_and_backward_and_rescales_the_rest(device, dtype):
     """With equal scores and the identity as values, the output shows which weights were dropped. The
     definition with these weights dropped must then give the results for any other scores."""
-    inputs, sequences, grad = attention_case([65, 9, 100], [128, 70, 30], device, dtype, channels=128)
+    inputs, sequences, grad = attention_case([65, 9], [80, 30], device, dtype, channels=64)
     q, k, v = inputs
-    identity = torch.cat([torch.eye(n, 128) for n in (128, 70, 30)]).to(v)[:, None].expand_as(v)
-    torch.manual_seed(7)
-    one, other = (attention(q * 0, k, identity, *sequences, dropout=0.3) for _ in range(2))
+    identity, halves = torch.cat([torch.eye(n, 128) for n in (80, 30)]).to(v), []
+    for half in identity[:, None].expand(-1, 2, -1).split(64, -1):
+        torch.manual_seed(7)
+        one, other = (attention(q * 0, k, half, *sequences, dropout=0.3) for _ in range(2))
+        halves.append(one)
     factors = [(o[..., :n].transpose(0, 1) > 0).double() / 0.7                              # (H, Lq, n)
-               for o, n in zip(one.split([65, 9, 100]), (128, 70, 30))]
+               for o, n in zip(torch.cat(halves, -1).split([65, 9]), (80, 30))]
     kept = torch.cat([factor.flatten() for factor in factors]).bool().double().mean()
-    assert kept == pytest.approx(0.7, abs=0.015)                                            # 5 deviations
+    assert kept == pytest.approx(0.7, abs=0.022)                                            # 5 deviations
     assert not torch.equal(other, one), "another seed drops others"
     expected = expected_attention(inputs, sequences, grad, factors)
     assert_near(attention_and_gradients(inputs, sequences, grad, 0.3), expected, TOLERANCE[dtype])
@@ -344,15 +346,6 @@ def test_attention_kernels_are_deterministic_and_exact_at_dropout_0(device, firs
     """A dropout of 2 ** -40 takes the path of dropout and drops nothing."""
     one, other = (attention_and_gradients(*attention_case(*OTHERS), dropout) for dropout in (first, second))
     assert all(map(torch.equal, one, other))
-
-
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_attention_operators_pass_opcheck(dropout):
-    inputs, (queries, keys), grad = attention_case(*OTHERS)
-    rest = queries.offsets, keys.offsets, queries.max_length, keys.max_length, dropout, torch.tensor(2 ** 40)
-    torch.library.opcheck(attention_kernels.attention_forward, (*inputs, *rest))
-    saved = [x.detach() for x in (grad, *inputs, *attention_kernels.attention_forward(*inputs, *rest))]
-    torch.library.opcheck(attention_kernels.attention_backward, (*saved, *rest))
 
 
 def test_attention_rejects_sequences_of_another_number_of_tokens():
@@ -1158,7 +1151,7 @@ def test_activations_are_the_official_ones_also_for_first_tokens_alone(official,
             ("image_tokens", tokens), *((f"hidden.layer_{k}", hidden[k]) for k in range(3)),
             ("image_feat", student.image_tokens_and_features(images)[1]),
             ("image_feat", student.image_features(images)), ("text_feat", student.text_features(captions)),
-            (f"itm_logits_{first}", official.matching_head(joint[captions.sequences.first_index.long()])),
+            (f"itm_logits_{first}", official.matching_head(joint[captions.sequences.first_token_index])),
             (f"itm_logits_{first}", official.matching_head(joint_first))):
         close(actual, GOLDEN[f"eval.{name}"])
     for name, actual in (("text_tokens", student.text(captions)), (f"joint_tokens_{first}", joint)):
@@ -3354,7 +3347,7 @@ def test_bench_prints_its_tables(monkeypatch, capsys):
 # ---- the layout, the scripts and the README ------------------------------------------------------
 # against the import statements of every file, and the commands that README.md shows
 ORDER = """kernels/__init__ kernels/attention kernels/contrastive common/script common/images common/weights
-    common/distributed common/optim vit bert losses flip captions
+    common/distributed common/optim attention vit bert losses flip captions
     drawing/portrait drawing/sketch toyfaces readers/index readers/tars readers/layouts data config evaluation
     train tasks finetune search report bench test_all""".split()
 
@@ -3698,23 +3691,24 @@ def test_damaged_file_raises_a_one_line_error_or_changes_nothing(readers_of, cas
 # Types of the arguments that are not tensors of the kernel's own dtype.
 TYPES = {"*fp32": "lse delta delta_out queries temperature max_out denominator_out key_out",
          "*i32": "query_offsets key_offsets",
-         "*i64": "identity key_identity", "i32": "B K keys_per_program", "i64": "seed"}
+         "*i64": "identity key_identity seed", "i32": "B K keys_per_program"}
 TYPE_OF = {name: kind for kind, names in TYPES.items() for name in names.split()}
 # Maximum shared memory of a program, in bytes, by compute capability (CUDA C++ Programming Guide).
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
-# Channels per head to compile for, including 80, which is not a power of two. float16 compiles like bfloat16
-# except for the type of its products, so one size is enough.
-CHANNELS = {"bf16": (16, 32, 64, 80, 128), "fp16": (64,), "fp32": (16, 32, 64, 128)}
+# Channels per head and dropout to compile for, including 48, which is not a power of two. Dropout takes more
+# registers. float16 compiles like bfloat16 except for the type of its products, so one case is enough.
+CASES = [(16, 0.1), (32, 0.1), (48, 0.1), (64, 0.1), (64, 0.0)]
+ATTENTION_CASES = {"bf16": CASES, "fp16": [(64, 0.1)], "fp32": CASES}
 
 
 def launched_configs():
     """Yield every launch configuration: kernel name, dtype, compile-time arguments, compute capability."""
     for capability in SHARED_LIMIT:
-        for dtype, channels in CHANNELS.items():
-            for name, d, dropout in itertools.product(("fwd", "bwd_dq", "bwd_dkdv"), channels, (0.0, 0.1)):
+        for dtype, cases in ATTENTION_CASES.items():
+            for name, (d, dropout) in itertools.product(("fwd", "bwd_dq", "bwd_dkdv"), cases):
                 meta = attention_kernels.launch_config(name, d, 4 if dtype == "fp32" else 2)
                 yield f"{name}_kernel", dtype, dict(dropout=dropout, **meta), capability
-        for dtype, E in itertools.product(("fp32", "bf16"), (32, 64, 128, 256)):
+        for dtype, E in itertools.product(("fp32", "bf16"), (64, 256)):
             meta = dict(E=E, BLOCK_E=E, **contrastive_kernels.LAUNCH_CONFIG)
             yield "triton_sums_kernel", dtype, meta, capability
 

@@ -18,7 +18,7 @@ Capital letters are sizes, the same in every file:
     P captions, in ITM one for each pair of image and caption       I images, T texts of a call
 A file that adds a letter says so.
 
-The tokens of a batch of images are packed (kernels/attention.py): one tensor (B L, D), and a
+The tokens of a batch of images are packed (attention.py): one tensor (B L, D), and a
 `Sequences` with the offset of each image.
 """
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from kernels.attention import Sequences, attention
+from attention import Sequences, attention
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class ViTBlock(nn.Module):
         y = self.norm_attention(x)
         query, query_sequences = y, sequences
         if first_token_only:
-            first = sequences.first_index
+            first = sequences.first_token_index
             x, query = x.index_select(0, first), y.index_select(0, first)                   # (B, D)
             query_sequences = Sequences.uniform(len(x), 1, x.device)
         x = x + self.attention(query, query_sequences, y, sequences)

@@ -1,0 +1,152 @@
+"""Multi-head attention over packed sequences: all attention of this project, on CPUs and GPUs.
+
+Captions differ in length, so tokens are packed: one tensor stores all sequences contiguously, without
+padding, and `Sequences` says where each begins. Linear layers and norms waste no computation on padding.
+`attention` lets the tokens of query sequence i attend to the tokens of key sequence i. It serves three uses:
+
+    self-attention of images       queries = keys = image tokens, all sequences equally long
+    self-attention of captions     queries = keys = text tokens, lengths differ
+    cross-attention                queries = the tokens of all captions that attend to image i (the matching
+                                   loss pairs it with several), as one sequence, since queries do not
+                                   interact; keys = the tokens of image i
+
+`padded_attention`, in plain PyTorch, pads all sequences to the longest, computes softmax(q k^T / sqrt(d)) v
+and removes the padding. On NVIDIA GPUs from A100 on, kernels/attention.py computes the same without padding.
+
+Capital letters are sizes: B sequences (one per item of the local batch) hold N tokens in total, at most L_max
+each (L for images, Lq for queries, Lk for keys); H heads of d = D / H channels share the width D. Run
+`python bench.py attention` to check and time it.
+"""
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.attention import TritonAttention, uses_triton
+
+
+# ---- packed sequences ----------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Sequences:
+    """Layout of B sequences packed into one tensor of N tokens: tokens[offsets[i]:offsets[i + 1]] is
+    sequence i. All tensors but `lengths`, including the properties, are on the tokens' device."""
+    lengths: Tensor     # (B,) int64, always on the CPU, so that sizes are known without waiting for the GPU
+    offsets: Tensor     # (B + 1,) int32
+    max_length: int     # L_max
+    num_tokens: int     # N
+
+    @staticmethod
+    def from_lengths(lengths: Tensor | list[int], device="cpu") -> "Sequences":
+        lengths = torch.as_tensor(lengths, dtype=torch.int64)
+        offsets = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+        max_length, tokens = int(lengths.max()), int(lengths.sum())
+        return Sequences(lengths, offsets.to(device, non_blocking=True), max_length, tokens)
+
+    @staticmethod
+    def uniform(count: int, length: int, device="cpu") -> "Sequences":
+        offsets = torch.arange(count + 1, dtype=torch.int32, device=device) * length
+        return Sequences(torch.full((count,), length), offsets, length, count * length)
+
+    def merge_groups(self, counts: Tensor) -> "Sequences":
+        """Merge consecutive sequences, such as the captions of one image: the first counts[0],
+        the next counts[1], ... (int64, on the CPU)."""
+        ends = F.pad(self.lengths.cumsum(0), (1, 0))[F.pad(counts.cumsum(0), (1, 0))]
+        return Sequences.from_lengths(ends.diff(), self.offsets.device)
+
+    def to(self, device):
+        return replace(self, offsets=self.offsets.to(device, non_blocking=True))
+
+    def __len__(self):
+        return len(self.lengths)
+
+    @property
+    def is_uniform(self):
+        return self.max_length * len(self) == self.num_tokens
+
+    @property
+    def first_token_index(self):
+        """Index of the first token of each sequence, (B,) int32."""
+        return self.offsets[:-1]
+
+    @property
+    def sequence_ids(self):
+        """Index of the sequence each token belongs to, (N,) int64."""
+        tokens = torch.arange(self.num_tokens, device=self.offsets.device)
+        return torch.searchsorted(self.offsets, tokens, right=True) - 1
+
+    @property
+    def position_ids(self):
+        """Position of each token in its sequence, (N,) int64: 0, 1, 2, ..., restarting at every sequence."""
+        return torch.arange(self.num_tokens, device=self.offsets.device) - self.offsets[self.sequence_ids]
+
+    @property
+    def token_mask(self):
+        """True where the padded layout (B, L_max) holds a token, False for padding."""
+        return torch.arange(self.max_length, device=self.offsets.device) < self.offsets.diff()[:, None]
+
+
+def pad(tokens, sequences):
+    """Packed (N, H, d) -> padded with zeros (B, H, L_max, d)."""
+    B, L_max = len(sequences), sequences.max_length
+    if sequences.is_uniform:
+        return tokens.unflatten(0, (B, L_max)).transpose(1, 2)
+    padded = tokens.new_zeros(B, L_max, *tokens.shape[1:])
+    padded[sequences.sequence_ids, sequences.position_ids] = tokens
+    return padded.transpose(1, 2)
+
+
+def unpad(padded, sequences):
+    """Padded (B, H, L_max, d) -> packed (N, H, d)."""
+    padded = padded.transpose(1, 2)                                                 # (B, L_max, H, d)
+    if sequences.is_uniform:
+        return padded.flatten(0, 1)
+    return padded[sequences.sequence_ids, sequences.position_ids]
+
+
+# ---- attention -----------------------------------------------------------------------------------
+def dropout_mask(weights, dropout):
+    """A mask like `weights`: 0 with probability `dropout`, else 1. Uses 16 random bits per weight: on a CPU,
+    drawing a full random number for each would take longer than the rest of attention."""
+    count = weights.numel()
+    random = torch.randint(-2 ** 63, 2 ** 63 - 1, (-(-count // 4),), device=weights.device)     # 64 bits each
+    bits = random.view(torch.int16)[:count].view(weights.shape)
+    return (bits >= round(dropout * 2 ** 16) - 2 ** 15).to(weights.dtype)
+
+
+def padded_attention(query, key, value, query_sequences, key_sequences, dropout=0.0):
+    """`attention` in plain PyTorch, on sequences padded to one length."""
+    query = pad(query * query.shape[-1] ** -0.5, query_sequences)                   # (B, H, Lq, d)
+    key, value = pad(key, key_sequences), pad(value, key_sequences)                 # (B, H, Lk, d)
+    with torch.autocast(query.device.type, enabled=False):      # autocast would run the softmax in float32
+        logits = query @ key.mT                                                     # (B, H, Lq, Lk)
+        if not key_sequences.is_uniform:
+            padding = ~key_sequences.token_mask[:, None, None]                      # (B, 1, 1, Lk)
+            logits = logits.masked_fill_(padding, torch.finfo(logits.dtype).min)
+        weights = logits.softmax(-1)
+        if dropout > 0:
+            weights, value = weights * dropout_mask(weights, dropout), value / (1 - dropout)
+        return unpad(weights @ value, query_sequences)                              # (N, H, d)
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, query_sequences: Sequences,
+              key_sequences: Sequences, dropout: float = 0.0) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v for every head; query sequence i attends to key sequence i.
+
+    query: (N, H, d), packed as `query_sequences`; key, value: likewise, packed as `key_sequences`; dropout:
+    the probability of dropping an attention weight. Returns a tensor of query's shape, under autocast in
+    autocast's dtype. Raises ValueError if tensors and sequences do not match."""
+    sizes = len(query), len(key), len(key_sequences)
+    if (query_sequences.num_tokens, key_sequences.num_tokens, len(query_sequences)) != sizes:
+        raise ValueError(
+            f"attention: expected one query and one key per token, and equally many sequences of both, found "
+            f"{len(query)} queries for {len(query_sequences)} sequences of {query_sequences.num_tokens} "
+            f"tokens, {len(key)} keys for {len(key_sequences)} of {key_sequences.num_tokens}")
+    device = query.device.type
+    if torch.is_autocast_enabled(device):
+        query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
+    if uses_triton(query):
+        key_offsets = key_sequences.offsets[:]      # a view: torch.compile accepts no tensor twice
+        return TritonAttention.apply(query, key, value, query_sequences.offsets, key_offsets,
+                                     query_sequences.max_length, key_sequences.max_length, dropout)
+    return padded_attention(query, key, value, query_sequences, key_sequences, dropout)
