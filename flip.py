@@ -196,10 +196,10 @@ class FLIP(nn.Module):
         # all_gather passes no gradients
         image_keys, text_keys, all_identity = map(all_gather, (image_momentum, text_momentum, identity))
         queue_part = slice(params.queue_length)
-        # ITC's keys in two pieces, batch and queue: concatenating them would copy the queue
-        image_keys_and_queue = [image_keys, self.image_queue[queue_part]]
-        text_keys_and_queue = [text_keys, self.text_queue[queue_part]]
-        shared = identity, [all_identity, self.queue_identity[queue_part]], self.temperature, params.alpha
+        image_keys_and_queue = torch.cat([image_keys, self.image_queue[queue_part]])
+        text_keys_and_queue = torch.cat([text_keys, self.text_queue[queue_part]])
+        key_identity = torch.cat([all_identity, self.queue_identity[queue_part]])
+        shared = identity, key_identity, self.temperature, params.alpha
         image_to_text = contrastive_loss(image_features, image_momentum, text_keys_and_queue, *shared)
         text_to_image = contrastive_loss(text_features, text_momentum, image_keys_and_queue, *shared)
         itc = (image_to_text + text_to_image) / 2

@@ -313,7 +313,7 @@ def in_batch_contrastive_loss(one, other, identity, temperature):
     """Symmetric contrastive loss within a batch, features (B, E) each. As in pre-training, no gradient
     flows into the keys. It needs no queue: a pair costs only two projections, so a larger batch is cheap."""
     def one_way(rows, keys):        # the second argument, the momentum features, is unused at alpha 0
-        return contrastive_loss(rows, rows, [keys.detach()], identity, [identity], temperature, alpha=0.0)
+        return contrastive_loss(rows, rows, keys.detach(), identity, identity, temperature, alpha=0.0)
     return (one_way(one, other) + one_way(other, one)) / 2
 
 

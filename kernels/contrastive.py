@@ -18,10 +18,9 @@ times. But y sums to 1, and s is linear in k:
 So each row needs only three average keys, under softmax(s), softmax(t) and e, and one log-sum-exp; and an
 average under a softmax is *attention with the keys as values*. It is computed as in FlashAttention: the keys
 are processed in blocks, and each row keeps the largest logit so far, the sum of weights and the weighted sum
-of keys. `SoftmaxSums` over different keys merge into the `SoftmaxSums` over all of them. Hence batch and
-queue are passed as two tensors and never concatenated; and a few rows still fill a GPU, since each of its
-multiprocessors can process a range of keys. e is a softmax, too: of logits 0 for the row's own identity and
--inf for all others.
+of keys. `SoftmaxSums` over different keys merge into the `SoftmaxSums` over all of them. Hence a few rows
+still fill a GPU, since each of its multiprocessors can process a range of keys. e is a softmax, too: of
+logits 0 for the row's own identity and -inf for all others.
 
 One pass over the keys gives the loss and both gradients; the backward pass only scales them. All of it runs
 in float32, even under autocast: at tau 0.01 half-precision cosines are too coarse.
@@ -58,11 +57,6 @@ def chunk_sums(queries, keys, identity, key_identity, temperature):
                        key_sum=torch.cat([weights @ keys, positive_sum[None]]))
 
 
-def stack_sums(sums):
-    """Stack several `SoftmaxSums`, over different keys, along a new first dimension."""
-    return SoftmaxSums(*map(torch.stack, zip(*sums)))
-
-
 def merge_sums(stacked):
     """Merge n stacked `SoftmaxSums`, (n, 3, B, ...), into the sums over all their keys."""
     max_logit = stacked.max_logit.amax(0)
@@ -72,13 +66,12 @@ def merge_sums(stacked):
 
 
 def torch_sums(feature, momentum_feature, keys, identity, key_identity, temperature, chunk=2048):
-    """`SoftmaxSums` over all pieces of keys in plain PyTorch, `chunk` keys at a time."""
+    """`SoftmaxSums` over all keys in plain PyTorch, `chunk` keys at a time."""
     queries = torch.stack([feature, momentum_feature])
     sums = None
-    for piece, piece_identity in zip(keys, key_identity):
-        for key_chunk, identity_chunk in zip(piece.split(chunk), piece_identity.split(chunk)):
-            update = chunk_sums(queries, key_chunk.to(feature.dtype), identity, identity_chunk, temperature)
-            sums = update if sums is None else merge_sums(stack_sums([sums, update]))
+    for key_chunk, identity_chunk in zip(keys.split(chunk), key_identity.split(chunk)):
+        update = chunk_sums(queries, key_chunk.to(feature.dtype), identity, identity_chunk, temperature)
+        sums = update if sums is None else merge_sums(SoftmaxSums(*map(torch.stack, zip(sums, update))))
     return sums
 
 
@@ -154,31 +147,27 @@ def uses_triton(feature):
 
 
 def triton_sums(feature, momentum_feature, keys, identity, key_identity, temperature, programs=None):
-    """`SoftmaxSums` over all pieces of keys, each split so that about `programs` programs have work, by
-    default one per multiprocessor. Rows for positives cost next to nothing and do not count."""
+    """`SoftmaxSums` over all keys, which are split so that about `programs` programs have work, by default
+    one per multiprocessor. Rows for positives cost next to nothing and do not count."""
     programs = programs or torch.cuda.get_device_properties(feature.device).multi_processor_count
     queries = torch.stack([feature, momentum_feature, torch.zeros_like(feature)])
-    (B, E), block = feature.shape, LAUNCH_CONFIG["BLOCK_KEYS"]
+    (B, E), K, block = feature.shape, len(keys), LAUNCH_CONFIG["BLOCK_KEYS"]
     row_blocks, busy_blocks = (triton.cdiv(n * B, LAUNCH_CONFIG["BLOCK_ROWS"]) for n in (3, 2))
-    piece_sums = []
-    for piece, piece_identity in zip(keys, key_identity):
-        K = len(piece)
-        keys_per_program = triton.cdiv(K, max(1, programs // busy_blocks) * block) * block
-        num_splits = triton.cdiv(K, keys_per_program)
-        out = SoftmaxSums(max_logit=queries.new_empty(num_splits, 3, B),
-                          denominator=queries.new_empty(num_splits, 3, B),
-                          key_sum=queries.new_empty(num_splits, 3, B, E))
-        triton_sums_kernel[row_blocks, num_splits](
-            queries, piece.contiguous(), identity.contiguous(), piece_identity.contiguous(), temperature,
-            *out, B, K, keys_per_program, E=E, BLOCK_E=max(32, triton.next_power_of_2(E)), **LAUNCH_CONFIG)
-        piece_sums.append(merge_sums(out))
-    return merge_sums(stack_sums(piece_sums))
+    keys_per_program = triton.cdiv(K, max(1, programs // busy_blocks) * block) * block
+    num_splits = triton.cdiv(K, keys_per_program)
+    out = SoftmaxSums(max_logit=queries.new_empty(num_splits, 3, B),
+                      denominator=queries.new_empty(num_splits, 3, B),
+                      key_sum=queries.new_empty(num_splits, 3, B, E))
+    triton_sums_kernel[row_blocks, num_splits](
+        queries, keys.contiguous(), identity.contiguous(), key_identity.contiguous(), temperature, *out, B, K,
+        keys_per_program, E=E, BLOCK_E=max(32, triton.next_power_of_2(E)), **LAUNCH_CONFIG)
+    return merge_sums(out)
 
 
 # ---- the public function -------------------------------------------------------------------------
 @torch.library.custom_op("flip::contrastive", mutates_args=())
-def contrastive_forward(feature: Tensor, momentum_feature: Tensor, keys: list[Tensor], identity: Tensor,
-                        key_identity: list[Tensor], temperature: Tensor,
+def contrastive_forward(feature: Tensor, momentum_feature: Tensor, keys: Tensor, identity: Tensor,
+                        key_identity: Tensor, temperature: Tensor,
                         alpha: float) -> tuple[Tensor, Tensor, Tensor]:
     """The loss and its gradients with respect to feature and temperature; one node for torch.compile."""
     with torch.autocast(feature.device.type, enabled=False):
@@ -194,31 +183,25 @@ def _(feature, momentum_feature, keys, identity, key_identity, temperature, alph
 
 def save_gradients(ctx, inputs, output):
     ctx.save_for_backward(*output[1:])
-    ctx.pieces = len(inputs[2])
 
 
 def scale_gradients(ctx, grad_loss, *_):
     d_feature, d_temperature = ctx.saved_tensors
-    no_grads = [None] * ctx.pieces
-    return grad_loss * d_feature, None, no_grads, None, no_grads, grad_loss * d_temperature, None
+    return grad_loss * d_feature, None, None, None, None, grad_loss * d_temperature, None
 
 
 contrastive_forward.register_autograd(scale_gradients, setup_context=save_gradients)
 
 
-def contrastive_loss(feature: Tensor, momentum_feature: Tensor, keys: list[Tensor], identity: Tensor,
-                     key_identity: list[Tensor], temperature: Tensor, alpha: float) -> Tensor:
+def contrastive_loss(feature: Tensor, momentum_feature: Tensor, keys: Tensor, identity: Tensor,
+                     key_identity: Tensor, temperature: Tensor, alpha: float) -> Tensor:
     """Cross-entropy with soft targets in one direction of ITC, averaged over the batch, a tensor ().
 
-    feature, momentum_feature (B, E): student and momentum features of one modality; keys [(K1, E), ...]:
-    momentum features of the other, in pieces, such as batch and queue; all of unit length. identity (B,),
-    key_identity [(K1,), ...]: equal numbers mean the same person, hence a positive; every row needs one.
-    temperature: a tensor () on the same device; alpha: weight of the soft targets, from 0 to 1. Gradients
-    flow into feature and temperature only. Raises ValueError if there are no keys."""
-    pieces = [piece for piece in zip(keys, key_identity) if len(piece[0])]
-    if not pieces:
-        raise ValueError("contrastive loss: expected at least one key, found none; pass the batch's own keys")
-    keys, key_identity = map(list, zip(*pieces))
+    feature, momentum_feature (B, E): student and momentum features of one modality; keys (K, E): momentum
+    features of the other, from batch and queue; all of unit length. identity (B,), key_identity (K,): equal
+    numbers mean the same person, hence a positive; every row needs one. temperature: a scalar tensor on the
+    same device; alpha: weight of the soft targets, from 0 to 1. Gradients flow into feature and temperature
+    only."""
     dtype = torch.promote_types(feature.dtype, torch.float32)
     return contrastive_forward(feature.to(dtype), momentum_feature.detach().to(dtype), keys, identity,
                                key_identity, temperature.to(dtype), alpha)[0]
