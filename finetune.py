@@ -1,217 +1,407 @@
-"""Train heads on frozen encoders, select them on the validation split, test them, print the table (FLIP
-paper, section 5).
+"""The three tasks: train heads on frozen encoders, select them on the validation split, test them, print the
+table (FLIP paper, section 5 and figure 2, panels b to d).
 
     python finetune.py retrieval      find the face for a caption, and the caption for a face
     python finetune.py attributes     predict the 40 attributes of a face
     python finetune.py sketch         find the photo for a sketch that is still being drawn
 
-The tasks are classes in tasks.py. Without --data they run on drawn faces, in a few minutes on two CPU
-cores. Frozen means evaluation mode, no gradient and no optimiser state for the encoders. Several
-checkpoints can be compared; the same heads are also trained on a frozen encoder with random weights.
-The best validation metric selects the weights; the test split selects nothing.
+A task is a function that returns what is trained, its loss, its metrics and its picture; `train_heads` is the
+loop. Frozen means evaluation mode (no dropout) and no gradient. For comparison, the same heads are trained on
+encoders with random weights. Without --data, drawn faces take a few minutes on two CPU cores. --out/<task>
+receives log.jsonl, table.md, a picture, and the weights trained on --checkpoint: head.pt for attributes,
+otherwise a complete flip.pt (momentum encoder and queue are still those of pre-training).
 
-Departures: the official code selects the best epoch on the test split, trains LFWA's head on the test
-split, leaves dropout on inside the "frozen" encoders, trains the attribute head with SGD, and keeps a
-momentum encoder and a queue, though frozen encoders allow large batches. None of this is done here.
-
---out/<task> receives log.jsonl, table.md, plots, and the weights trained on the first checkpoint:
-head.pt for attributes, otherwise a complete flip.pt, which --checkpoint accepts.
+Departures: the official code selects the best epoch on the test split, trains LFWA's head on the test split,
+leaves dropout on inside the "frozen" encoders, keeps a momentum encoder and a queue for them, trains the
+attribute head with SGD, and for sketches a matching head that no metric uses. None of this is done here.
 """
 import argparse
+import contextlib
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import ImageOps
 from tqdm import tqdm
 
 from common.distributed import autocast, choose_device
+from common.images import contact_sheet, iterate_images
 from common.optim import build_optimizers, set_learning_rate
-from common.script import Log, check_flags, flag, markdown_table, parse_flags, run_script
+from common.script import Log, flag, markdown_table, parse_flags, run_script
+from common.weights import write_checkpoint
 from config import SharedFlags
-from data import Faces
-from flip import FLIP
-from readers.index import SPLITS
-from tasks import TASKS, Task
+from data import ATTRIBUTES, BatchLoader, Faces, drop_unreadable, load_toy_faces, open_faces
+from evaluation import EvaluationSet, evaluate, new_figure, plot_retrieval
+from flip import FLIP, StepParams, project
+from kernels.contrastive import contrastive_loss
 from train import init_model, warmup_decay
 
 
 # ---- configuration -------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Config(SharedFlags):
-    """The flags. Defaults are the paper's for retrieval; a task's `recipe` overrides them, and for drawn
-    faces its `toy_recipe`."""
-    task: str = field(default="")
-    checkpoint: tuple[str, ...] = flag(("out/flip.pt",), "one or more: from train.py, or the official one")
-    random: bool = flag(True, "also train on a frozen encoder with random weights, for comparison")
+    """The flags (the last two fields are none). Defaults are the paper's for retrieval."""
+    task: str = ""
+    checkpoint: str = flag("out/flip.pt", "from train.py, or the official one: file, folder or hub name")
+    random: bool = flag(True, "also train on frozen encoders with random weights, for comparison")
     out: str = flag("out", "folder for the results, in a subfolder named after the task")
-    faces: int = flag(4000, "number of faces to draw for training", low=2)
-    validation: int = flag(1000, "number of faces to draw for validation; with --data the maximum", low=2)
-    test: int = flag(1000, "number of faces to draw for the test split", low=2)
-    captions: int = flag(2, "captions the grammar writes for each training face without captions", low=1)
-    seed: int = flag(0, "seed of the random encoder, new weights, data order, captions and negatives")
-    epochs: int = flag(50, "epochs over the training split; smaller fractions get more epochs, so that the "
-                           "number of steps stays the same", low=1)
-    batch_size: int = flag(64, "samples per step", low=2)
-    lr: float = flag(3e-5, "peak learning rate, with cosine decay to 0")
-    warmup: int = flag(2000, "warm-up steps, at most 10 %% of all")
-    weight_decay: float = flag(0.05, "weight decay of parameters with two or more dimensions")
-    itm_every: int = flag(1, "train the matching head in every n-th step", low=1)
-    fractions: tuple[float, ...] = flag((0.01, 0.1, 1.0), "attributes: fractions of the training split to "
-                                                          "train on", low=1e-6, high=1)
-    num_evaluations: int = flag(5, "number of validation runs; the best one is kept", low=1)
+    faces: int = flag(4000, "number of faces to draw for training")
+    validation: int = flag(1000, "number of faces to draw for validation; with --data the maximum")
+    test: int = flag(1000, "number of faces to draw for the test split")
+    fractions: tuple[float, ...] = flag((1.0,), "fractions of the training split, each trained on by itself")
+    seed: int = flag(0, "seed of the random encoders, new weights, data order, captions and negatives")
+    epochs: int = flag(50, "epochs; smaller fractions get more, so that the number of steps stays the same")
+    batch_size: int = flag(64, "samples per step")
+    lr: float = flag(3e-5, "peak learning rate, after 10 %% of the steps, with cosine decay to 0")
+    workers: int = flag(8, "data loading processes of retrieval")
+    itm_every: int = 1                  # retrieval: train the matching head in every n-th step
+    sketch_steps: int = 70              # of drawn faces
 
-    def __post_init__(self):
-        check_flags(self)
-        if len(set(self.fractions)) < len(self.fractions):
-            raise ValueError(f"--fractions {self.fractions}: expected no duplicates")
-        if self.task != "attributes" and self.fractions != Config.fractions:
-            raise ValueError(f"--fractions is a flag of attributes, not of {self.task}")
+
+RECIPES = {"retrieval": {}, "sketch": dict(epochs=100, lr=1e-4),
+           # the official learning rates, 0.3 for CelebA and 0.003 for LFWA, are for SGD
+           "attributes": dict(epochs=100, batch_size=256, lr=1e-3, fractions=(0.01, 0.1, 1.0))}
+DRAWN = {"retrieval": dict(epochs=30, batch_size=250, lr=3e-3, itm_every=5, k_test=16, faces=2000,
+                           validation=200, workers=0),
+         "attributes": dict(epochs=60, lr=3e-3, validation=500),
+         "sketch": dict(epochs=600, batch_size=128, lr=1e-2, faces=800, validation=100, test=200)}
 
 
 # ---- training ------------------------------------------------------------------------------------
-def train_head(task, module, training, train_indices, validation, log):
-    """Train the parameters of `module` that require gradients on the training samples `train_indices`,
-    then restore those with the best validation metric (possibly the initial ones)."""
-    config, device = task.config, next(module.parameters()).device
-    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    [optimizer] = build_optimizers(module, config.weight_decay)
-    epochs = round(config.epochs * training.count / len(train_indices))     # equal steps for all fractions
-    per_epoch, step = math.ceil(len(train_indices) / config.batch_size), 0
-    warmup = min(config.warmup, epochs * per_epoch // 10)
-    eval_epochs = {round(epochs * (n + 1) / config.num_evaluations) for n in range(config.num_evaluations)}
-    best_metric = task.metrics(module, validation)[task.selection_metric]
-    best_weights = copy_parameters(trained)
-    for epoch in tqdm(range(1, epochs + 1), "training", leave=False):
-        rng = np.random.default_rng((config.seed, epoch))
-        order, losses = train_indices[rng.permutation(len(train_indices))], []
-        for indices in order.tensor_split(per_epoch):                   # batches of nearly equal size
-            step += 1
-            set_learning_rate([optimizer], warmup_decay(step, epochs * per_epoch, warmup, config.lr))
-            with autocast(config.precision, device):
-                loss = task.loss(module, training, indices, rng, step - 1)
+class Task(NamedTuple):
+    """What a task makes of a model with frozen encoders and of {split: I faces}."""
+    trained: nn.Module      # the model, or a new head; trained is whatever requires gradients
+    batches: Callable       # batches(samples, config): endless, from these faces of the training split
+    loss: Callable          # loss(batch, step) -> a scalar tensor
+    metrics: Callable       # metrics("val" or "test") -> metrics in percent, and what `draw` needs
+    draw: Callable          # draw(second result of metrics("test"), path)
+    selected_by: str        # a metric of the validation split
+    baseline: tuple         # the table's first row, name and metrics; these are its columns
+
+
+def train_heads(task: Task, model: FLIP, samples: np.ndarray, steps: int, config: Config, log: Log):
+    """Train on the faces `samples` of the training split, then restore the weights with the best validation
+    metric (possibly the initial ones)."""
+    [optimizer] = build_optimizers(task.trained, weight_decay=0.05)
+    evaluated = {round(steps * n / 5) for n in range(1, 6)}
+    best, best_weights = task.metrics("val")[0][task.selected_by], trained_weights(task)
+    with contextlib.closing(task.batches(samples, config)) as batches:
+        for step, batch in zip(tqdm(range(steps), "training", leave=False), batches):
+            set_learning_rate([optimizer], warmup_decay(step, steps, steps // 10, config.lr))
+            with autocast(config.precision, model.device):
+                loss = task.loss(batch, step)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            if not task.has_own_head:                                   # then the module is the FLIP
-                module.clamp_temperature()
-            losses.append(loss.detach())
-        if epoch in eval_epochs:
-            metrics = task.metrics(module, validation)
-            log.write(epoch=epoch, loss=torch.stack(losses).mean().item(),
-                      **{f"val_{column}": metrics[column] for column in task.columns})
-            if metrics[task.selection_metric] > best_metric:
-                best_metric, best_weights = metrics[task.selection_metric], copy_parameters(trained)
-    with torch.no_grad():
-        for name, p in trained.items():
-            p.copy_(best_weights[name])
+            model.clamp_temperature()
+            if step + 1 in evaluated:
+                metrics, _ = task.metrics("val")
+                log.write(step=step + 1, loss=loss.item(), validation=metrics)
+                if metrics[task.selected_by] > best:
+                    best, best_weights = metrics[task.selected_by], trained_weights(task)
+    task.trained.load_state_dict(best_weights, strict=False)
 
 
-def copy_parameters(parameters):
-    return {name: p.detach().clone() for name, p in parameters.items()}
+def trained_weights(task):
+    """Copies of the weights that are trained."""
+    return {name: p.detach().clone() for name, p in task.trained.named_parameters() if p.requires_grad}
+
+
+def shuffled_batches(samples, config):
+    """Yield index tensors (B,): each epoch all samples in a new order, in batches of nearly equal size."""
+    rng, count = np.random.default_rng(config.seed), math.ceil(len(samples) / config.batch_size)
+    while True:
+        yield from torch.from_numpy(rng.permutation(samples)).tensor_split(count)
+
+
+@torch.no_grad()
+def encode(compute, read, count, model, config):
+    """compute(pixels (B, 3, S, S)) -> (B, ...) of the images read(0, size), ..., read(count - 1, size), once
+    for the whole training: (count, ...), float16, in the CPU's memory."""
+    chunks = []
+    for _, pixels in iterate_images(read, count, model.config.vit.image_size, "encoding images"):
+        with autocast(config.precision, model.device):
+            chunks.append(compute(pixels.to(model.device)).half().cpu())
+    return torch.cat(chunks)            # outside autocast, which cannot concatenate float16 on a CPU
+
+
+# ---- retrieval: find the face for a caption, and the caption for a face --------------------------
+def retrieval(model: FLIP, splits: dict[str, Faces], config: Config) -> Task:
+    """Frozen: both encoders; they run in every step, as the grammar writes new captions in every epoch.
+    Trained: projections, matching head, temperature. Loss: ITC + ITM within the batch, that is `FLIP.forward`
+    without momentum encoder, queue and soft targets. Metrics: recall after re-ranking."""
+    tokenizer, size = model.require_tokenizer(), model.config.vit.image_size
+    evaluation_sets = {split: EvaluationSet.of(splits[split]) for split in ("val", "test")}
+    hardness = 1.0 if model.config.hardness is None else model.config.hardness      # as in pre-training
+
+    def batches(samples, config):
+        batch_size = min(config.batch_size, len(samples))
+        return BatchLoader(splits["train"].subset(samples), tokenizer, size, batch_size, config.seed,
+                           augmented=False, workers=config.workers).iterate_from(0)
+
+    def loss(batch, step):
+        # ITM costs a pass of the text encoder and trains the matching head only: skipping it in most steps
+        # does not change the gradients of ITC
+        params = StepParams(alpha=0.0, momentum=0.0, queue_length=0, hardness=hardness,
+                            with_itm=step % config.itm_every == 0)
+        batch = batch.to(model.device)
+        out = model(batch.images, batch.captions, batch.identity, params)
+        return out.itc + out.itm
+
+    metrics = lambda split: evaluate(model, evaluation_sets[split], config)
+    draw = lambda text_to_image, path: plot_retrieval(evaluation_sets["test"], text_to_image, path)
+    return Task(model, batches, loss, metrics, draw, selected_by="r_mean",
+                baseline=("chance", chance_recalls(evaluation_sets["test"].image_of_text)))
+
+
+def chance_recalls(image_of_text):
+    """Expected recalls in percent of a random ranking. The n of T captions of an image are all outside the
+    first k with probability C(T - n, k) / C(T, k)."""
+    T, counts = len(image_of_text), image_of_text.bincount().tolist()
+    recalls = {f"img_r{k}": 100 * min(1, k / len(counts)) for k in (5, 10)}
+    for k in (5, 10):
+        missed = [math.comb(T - n, min(k, T)) / math.comb(T, min(k, T)) for n in counts]
+        recalls[f"txt_r{k}"] = 100 * (1 - sum(missed) / len(missed))
+    return recalls
+
+
+# ---- attributes: predict the 40 attributes of a face ---------------------------------------------
+def attributes(model: FLIP, splits: dict[str, Faces], config: Config) -> Task:
+    """Frozen: the image encoder; it encodes each image once. Trained: a new `AttributeHead`. Loss: binary
+    cross-entropy, mean over faces and labels. Metrics: accuracy and balanced accuracy, means over labels."""
+    pool, device = lambda images: pool_tokens(model.student.image, images), model.device
+    vectors = {split: encode(pool, faces.picture, len(faces), model, config)
+               for split, faces in splits.items()}                                          # (I, V, D)
+    labels = {split: torch.tensor(np.array(faces.attributes)) for split, faces in splits.items()}   # (I, 40)
+    head = AttributeHead(*vectors["train"].shape[1:], len(ATTRIBUTES)).to(device)
+
+    def loss(batch, step):
+        logits = head(vectors["train"][batch].to(device).float())
+        return F.binary_cross_entropy_with_logits(logits, labels["train"][batch].to(logits))
+
+    @torch.no_grad()
+    def metrics(split):
+        logits = torch.cat([head(chunk.to(device).float()).cpu() for chunk in vectors[split].split(1024)])
+        accuracy, balanced = accuracies(logits > 0, labels[split])                          # (40,)
+        return {"accuracy": accuracy.mean().item(), "balanced accuracy": balanced.nanmean().item()}, accuracy
+
+    def draw(accuracy, path):
+        """The accuracy on the test split for each attribute, beside that of the majority class."""
+        order, ticks = (accuracy - majority).argsort(), np.arange(len(majority))
+        figure, axes = new_figure(9, 1.5 + 0.28 * len(majority))
+        axes.barh(ticks, accuracy[order].numpy(), label=config.checkpoint, color="lightblue")
+        axes.plot(majority[order].numpy(), ticks, "k|", label="majority class")
+        axes.set(yticks=ticks, yticklabels=[ATTRIBUTES[n].replace("_", " ") for n in order], xlim=(50, 100),
+                 ylim=(-1, len(ticks)), xlabel="accuracy on the test split, %")
+        figure.legend(loc="outside upper right", ncols=2)
+        figure.savefig(path, dpi=110)
+
+    frequency = labels["test"].double().mean(0)
+    majority = 100 * torch.maximum(frequency, 1 - frequency)
+    return Task(head, shuffled_batches, loss, metrics, draw, selected_by="accuracy",
+                baseline=("majority class", {"accuracy": majority.mean().item(), "balanced accuracy": 50.0}))
+
+
+def pool_tokens(vit, images):
+    """Images (B, 3, S, S) -> V pooled vectors (B, V, D): class token, mean and maximum of the patch tokens,
+    each after 1/3, 1/2 and 2/3 of the blocks (4, 6 and 8 of 12) and after the final norm."""
+    tokens, hidden = vit(images, return_hidden=True)            # (B, L, D), and that after each block
+    first, last = max(1, vit.config.depth // 3), math.ceil(2 * vit.config.depth / 3)
+    depths = sorted({first, math.ceil((first + last) / 2), last})       # fewer in a shallow ViT
+    vectors = [vector for x in (*(hidden[depth - 1] for depth in depths), tokens)
+               for vector in (x[:, 0], x[:, 1:].mean(1), x[:, 1:].amax(1))]
+    return torch.stack(vectors, dim=1)
+
+
+class AttributeHead(nn.Module):
+    """Pooled vectors (B, V, D) -> logits (B, labels): LayerNorm, learned weighted sum over V, linear."""
+
+    def __init__(self, vectors, width, labels):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.weights = nn.Parameter(torch.full((vectors,), 1 / vectors))
+        self.linear = nn.Linear(width, labels)
+
+    def forward(self, x):
+        return self.linear(torch.einsum("v,bvd->bd", self.weights, self.norm(x)))
+
+
+def accuracies(predicted, truth):
+    """Accuracy and balanced accuracy in percent, (labels,) each, from bool (I, labels). For rare attributes,
+    always predicting "absent" has high accuracy; balanced accuracy, the mean of true positive and true
+    negative rate, corrects for that. It is NaN for a label that all faces or none have."""
+    sensitivity = (predicted & truth).sum(0) / truth.sum(0)
+    specificity = (~predicted & ~truth).sum(0) / (~truth).sum(0)
+    return 100 * (predicted == truth).double().mean(0), 50 * (sensitivity + specificity)
+
+
+# ---- sketch: find the photo for a sketch that is still being drawn -------------------------------
+def sketch(model: FLIP, splits: dict[str, Faces], config: Config) -> Task:
+    """Frozen: both encoders; they encode photos, all steps of the sketches and a caption each once. Trained:
+    projections and temperature; photos and sketches share theirs. Loss: IIC (image-image contrastive loss)
+    between a random step of the sketch and its photo, plus ITC of the photo if it has captions. Metrics:
+    `early_retrieval`."""
+    student, train, photos, sketches, captions = model.student, splits["train"], {}, {}, None
+    class_token = lambda images: student.image(images, first_token_only=True)
+    for split, faces in splits.items():
+        photos[split] = encode(class_token, faces.picture, len(faces), model, config)       # (I, D)
+        # an encoder trained on photos tells sketches apart better when they are dark on light
+        read = lambda n, size: ImageOps.invert(faces.sketch(*divmod(n, faces.sketch_steps)))
+        encoded = encode(class_token, read, len(faces) * faces.sketch_steps, model, config)
+        sketches[split] = encoded.unflatten(0, (len(faces), -1))                            # (I, steps, D)
+    if train.has_text:
+        texts = [train.caption(i, np.random.default_rng((config.seed, i))) for i in range(len(train))]
+        tokenized = model.require_tokenizer()(texts).to(model.device)
+        with torch.no_grad(), autocast(config.precision, model.device):
+            captions = torch.cat([student.text(tokenized.select(part), first_token_only=True)       # (I, D)
+                                  for part in torch.arange(len(texts)).split(500)])
+
+    def loss(batch, step):
+        at_step = torch.randint(train.sketch_steps, batch.shape)
+        photo = project(photos["train"][batch], student.image_projection)                   # (B, E)
+        drawn = project(sketches["train"][batch, at_step], student.image_projection)
+        shared = torch.from_numpy(train.identity[batch]).to(photo.device), model.temperature
+        iic = in_batch_contrastive_loss(drawn, photo, *shared)
+        if captions is None:
+            return iic
+        text = project(captions[batch], student.text_projection)
+        return iic + in_batch_contrastive_loss(photo, text, *shared)
+
+    @torch.no_grad()
+    def metrics(split):
+        photo = project(photos[split], student.image_projection)
+        similarity = (project(sketches[split], student.image_projection) @ photo.T).cpu()   # (I, steps, I)
+        return early_retrieval(sketch_ranks(similarity), len(photo)), similarity
+
+    def draw(similarity, path, stages=6, top=5):
+        """One sketch, of median difficulty, and its highest-ranked photos at several stages."""
+        faces, ranks, rows = splits["test"], sketch_ranks(similarity), []
+        n, steps = int((1 / ranks.double()).mean(1).argsort()[len(ranks) // 2]), faces.sketch_steps
+        for t in sorted({max(0, steps * stage // stages - 1) for stage in range(1, stages + 1)}):
+            best = similarity[n, t].argsort(descending=True)[:top].tolist()
+            tiles = [(faces.picture(i), f"{similarity[n, t, i]:.2f}", i == n) for i in best]
+            rows.append((f"step {t + 1} of {steps}: the true photo ranks {ranks[n, t]} of {len(ranks)}",
+                         [(faces.sketch(n, t), "", False), *tiles]))
+        contact_sheet(rows, tile=112, legend="green frame: the true photo").save(path)
+
+    every_rank = torch.arange(1, len(splits["test"]) + 1)[:, None].expand(-1, splits["test"].sketch_steps)
+    return Task(model, shuffled_batches, loss, metrics, draw, selected_by="m@B",
+                baseline=("chance", early_retrieval(every_rank, len(every_rank))))
+
+
+def in_batch_contrastive_loss(one, other, identity, temperature):
+    """Symmetric contrastive loss of B pairs, features (B, E) each: ITC and IIC without a queue. As in
+    pre-training, no gradient flows into the keys."""
+    one_way, other_way = (      # the second argument, the momentum features, is unused at alpha 0
+        contrastive_loss(rows, rows, keys.detach(), identity, identity, temperature, alpha=0.0)
+        for rows, keys in ((one, other), (other, one)))
+    return (one_way + other_way) / 2
+
+
+def sketch_ranks(similarity):
+    """similarity (I sketches, steps, I photos), photo i belonging to sketch i -> ranks (I, steps), 1 is
+    best. Ties and NaN count against the true photo."""
+    true = similarity.diagonal(dim1=0, dim2=2).T                                            # (I, steps)
+    return (~(similarity < true[..., None])).sum(-1)
+
+
+def early_retrieval(ranks, photos):
+    """Metrics in percent from ranks (I, steps) among `photos` photos: m@A (mean rank percentile) and m@B
+    (mean reciprocal rank) over all steps; w@A and w@B weight step t of n by exp(-t / n), without
+    normalisation, so that their maximum is about 63; A, the percentile of the finished sketch."""
+    steps = ranks.shape[1]
+    percentile, inverse = 100 * (photos - ranks.double()) / (photos - 1), 100 / ranks.double()
+    weight = torch.exp(-torch.arange(1, steps + 1, dtype=torch.float64) / steps)
+    return {"m@A": percentile.mean().item(), "m@B": inverse.mean().item(),
+            "w@A": (weight * percentile).mean().item(), "w@B": (weight * inverse).mean().item(),
+            "A, finished": percentile[:, -1].mean().item()}
 
 
 # ---- the run -------------------------------------------------------------------------------------
-class Result(NamedTuple):
-    """Test metrics of one encoder, for each fraction of the training split."""
-    name: str
-    before: dict            # {fraction: metrics} before training
-    tuned: dict             # {fraction: metrics} after training
-
-    @property
-    def final(self):
-        """Metrics for the largest fraction."""
-        return self.tuned[max(self.tuned)]
+TASKS = {"retrieval": retrieval, "attributes": attributes, "sketch": sketch}
 
 
-def evaluate_encoder(name: str, model: FLIP, task: Task, splits: dict[str, Faces], log: Log):
-    """Train on one frozen encoder with each fraction of the training split, and test. Returns the Result,
-    the module trained on the largest fraction, and the test faces."""
-    training, validation, testing = (
-        task.encode(model, splits[split], split == "train") for split in ("train", "val", "test"))
-    result, order = Result(name, {}, {}), np.random.default_rng(task.config.seed).permutation(training.count)
-    for fraction in task.fractions:
-        torch.manual_seed(task.config.seed)
-        module = task.trainable_module(model, training)
-        log.write(encoder=name, fraction=fraction)
-        result.before[fraction] = task.metrics(module, testing)     # for the table only
-        count = max(1, round(fraction * training.count))
-        train_indices = order[:count] if fraction < 1 else np.arange(training.count)
-        train_head(task, module, training, torch.from_numpy(train_indices), validation, log)
-        result.tuned[fraction] = task.metrics(module, testing)
-    log.write(encoder=name, **{f"test_{column}": result.final[column] for column in task.columns})
-    return result, module, testing.faces
+def open_splits(config: Config, size: int) -> dict[str, Faces]:
+    """The splits of --data, or drawn faces that train.py never uses."""
+    splits, steps = {}, config.sketch_steps if config.task == "sketch" else 0
+    for split, count, seed in (("train", config.faces, 10), ("val", config.validation, 11),
+                               ("test", config.test, 12)):
+        if config.data:
+            faces = open_faces(config.data, split, config.cache, outside=config.outside)
+            faces = faces.subset(range(min(count, len(faces)))) if split == "val" else faces
+            faces = drop_unreadable(faces, 1.0, size)
+        else:
+            faces = load_toy_faces(count, size, seed, config.cache, steps)
+        if config.task == "retrieval" and not config.data:      # in colour, nothing is left to learn
+            grey = np.asarray(faces.images) @ np.outer((0.299, 0.587, 0.114), (1, 1, 1))
+            faces = replace(faces, name=f"{faces.name}, greyscale", images=grey.round().astype(np.uint8))
+        needed = {"retrieval": "captions", "attributes": "attributes", "sketch": "sketches"}[config.task]
+        if not faces.has_text if needed == "captions" else getattr(faces, needed) is None:
+            raise ValueError(f"{faces.name}: expected {needed}, found none")
+        splits[split] = faces
+    return splits
 
 
-def open_encoders(config: Config) -> list[tuple[str, FLIP]]:
-    """[(name, FLIP)]: the checkpoints, then one with random weights, initialised as in train.py."""
-    encoders = [(path, FLIP.from_pretrained(path, vocabulary=config.vocabulary))
-                for path in config.checkpoint]
-    if config.random:
-        torch.manual_seed(config.seed)
-        model = encoders[-1][1]
-        encoders.append(("random weights", init_model(model.config, model.tokenizer)))
-    return encoders
-
-
-def finetune(config: Config) -> list[Result]:
-    """Evaluate all encoders and return their results. Each encoder's are saved before the next starts."""
-    device = choose_device(config.device)
-    task, folder = TASKS[config.task](config), Path(config.out) / config.task
+def finetune(config: Config) -> list[tuple[str, dict]]:
+    """Train and test on --checkpoint, then on random weights; returns the table's rows (name, metrics)."""
+    device, folder = choose_device(config.device), Path(config.out) / config.task
     if (folder / "table.md").exists():
         raise ValueError(f"{folder} already contains results; remove it, or choose another --out")
-    encoders = open_encoders(config)
-    splits = {split: task.open(split, encoders[0][1]) for split in SPLITS}
-    for faces in splits.values():
-        if len(faces) < 2:
-            raise ValueError(f"{faces.name}: {len(faces)} images, expected at least 2")
-    log, results = Log(folder / "log.jsonl"), []
-    log.restart([{"config": asdict(config)}])
-    for name, model in encoders:
-        print(f"{name} ...", flush=True)
-        model.to(device).eval().requires_grad_(False)       # frozen; tasks unfreeze the heads
-        result, module, tested = evaluate_encoder(name, model, task, splits, log)
-        results.append(result)
-        (folder / "table.md").write_text(table(results, task) + "\n", encoding="utf-8")
-        if len(results) == 1:
-            task.save(model, module, folder)
-        task.draw(results, tested, folder)
-        model.cpu()
-    note = task.note + (task.toy_note if not config.data else "")
-    print(f"\n{table(results, task)}\n{note}\n{folder}: log.jsonl, table.md, the trained weights, plots")
-    return results
-
-
-def table(results, task):
-    """A Markdown table per title in `task.columns`, in percent: the baseline, then the encoders, the last one
-    first."""
-    rows = [(task.baseline_name, dict.fromkeys(task.fractions, results[0].final["baseline"]))]
-    for result in results[::-1]:
-        if not task.has_own_head:
-            rows.append((f"{result.name}, before tuning", result.before))
-        rows.append((f"{result.name}, tuned", result.tuned))
-    tables = []
-    for title in dict.fromkeys(title for title, _ in task.columns.values()):
-        cells = [(column, fraction, header or f"{100 * fraction:g} % of the faces")
-                 for column, (of, header) in task.columns.items() if of == title
-                 for fraction in task.fractions]
-        tables.append(markdown_table([f"{title}, %", *(header for _, _, header in cells)], [
-            [name, *(f"{metrics[fraction][column]:.1f}" for column, fraction, _ in cells)]
-            for name, metrics in rows]))
-    return "\n\n".join(tables)
+    model = FLIP.from_pretrained(config.checkpoint, vocabulary=config.vocabulary)
+    splits = open_splits(config, model.config.vit.image_size)
+    torch.manual_seed(config.seed)
+    encoders = {config.checkpoint: model}
+    if config.random:
+        encoders["random weights"] = init_model(model.config, model.tokenizer)
+    log, rows = Log(folder / "log.jsonl"), []
+    log.write(config=asdict(config))
+    samples = np.random.default_rng(config.seed).permutation(len(splits["train"]))
+    steps = config.epochs * math.ceil(len(samples) / config.batch_size)
+    for name, model in encoders.items():
+        model.to(device).eval()
+        for encoder in (model.student.image, model.student.text):
+            encoder.requires_grad_(False)
+        torch.manual_seed(config.seed)
+        task = TASKS[config.task](model, splits, config)
+        rows = rows or [task.baseline]
+        if task.trained is model:
+            rows.append((f"{name}, before tuning", task.metrics("test")[0]))      # for the table only
+        initial = trained_weights(task)
+        for fraction in sorted(config.fractions):
+            task.trained.load_state_dict(initial, strict=False)
+            train_heads(task, model, samples[:max(1, round(fraction * len(samples)))], steps, config, log)
+            metrics, details = task.metrics("test")
+            log.write(encoder=name, fraction=fraction, test=metrics)
+            part = f" on {100 * fraction:g} % of the faces" if len(config.fractions) > 1 else ""
+            rows.append((f"{name}, tuned{part}", metrics))
+        if name == config.checkpoint:
+            task.draw(details, folder / f"{config.task}.png")
+            if task.trained is model:
+                write_checkpoint(model.checkpoint(), folder / "flip.pt")
+            else:
+                write_checkpoint({"model": task.trained.state_dict()}, folder / "head.pt")
+        columns, ways = task.baseline[1], {"img_r": "text to image R@", "txt_r": "image to text R@"}
+        headers = (ways.get(column[:5], column[:5]) + column[5:] for column in columns)
+        table = markdown_table([f"{config.task}, %", *headers], [
+            [row, *(f"{metrics[column]:.1f}" for column in columns)] for row, metrics in rows])
+        (folder / "table.md").write_text(table + "\n", encoding="utf-8")
+    print(f"\n{table}\n\n{folder}: log.jsonl, table.md, {config.task}.png, the trained weights")
+    return rows
 
 
 def parse_arguments(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Defaults in brackets are the paper's for retrieval. Overrides for drawn faces:\n"
-               + "\n".join(f"{name}: {task.recipe | task.toy_recipe}" for name, task in TASKS.items()))
+        epilog=f"Defaults in brackets are the paper's for retrieval. Others:\n{RECIPES}\n{DRAWN}")
     parser.add_argument("task", choices=tuple(TASKS))
     given = parse_flags(parser, Config, argv)
-    task = TASKS[given["task"]]
-    return Config(**task.recipe | ({} if given.get("data") else task.toy_recipe) | given)
+    drawn = {} if given.get("data") else DRAWN[given["task"]]
+    return Config(**RECIPES[given["task"]] | drawn | given)
 
 
 if __name__ == "__main__":

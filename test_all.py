@@ -62,7 +62,6 @@ import finetune
 import losses
 import report
 import search
-import tasks
 import toyfaces
 import train
 import vit
@@ -1399,9 +1398,8 @@ def test_grammar_writes_the_captions_that_all_figures_were_measured_on():
 
 
 def test_recipes_are_those_of_all_figures():
-    recipes = [train_config.TINY, train_config.RECIPES, [task.recipe | task.toy_recipe
-                                                         for task in tasks.TASKS.values()]]
-    assert hashlib.sha256(repr(recipes).encode()).hexdigest()[:12] == "1c3711d4e573"
+    recipes = [train_config.TINY, train_config.RECIPES, finetune.RECIPES, finetune.DRAWN]
+    assert hashlib.sha256(repr(recipes).encode()).hexdigest()[:12] == "9c41c0eab908"
 
 
 def test_captions_have_the_lengths_and_the_variety_of_flips():
@@ -2661,64 +2659,66 @@ def test_default_run_finds_faces_more_often_than_matching_all_attributes(default
     assert all(metrics[name] >= least for name, least in (("img_r1", 48), ("img_r5", 78), ("img_r10", 86)))
 
 
-# ---- tasks.py ------------------------------------------------------------------------------------
-# against the official head and early-retrieval figures in golden.npz, and closed forms
-def test_attribute_logits_and_loss_are_the_official_ones(official):
-    vectors = tasks.pool_tokens(official.eval().student.image, GOLDEN["eval.images"]).detach()
-    head = tasks.AttributeHead(vectors=12, width=24, labels=40)
-    theirs = recorded("attr.")
-    head.load_state_dict({"weights": theirs["layer_weights"].flatten(),
-                          **{f"norm.{name}": theirs[f"ln.{name}"] for name in ("weight", "bias")},
-                          **{f"linear.{name}": theirs[f"visual_proj.{name}"] for name in ("weight", "bias")}})
-    close(head(vectors), theirs["logits"])
-    samples = tasks.EncodedSplit(vectors=vectors, labels=theirs["target"].float())
-    task = tasks.Attributes(finetune.Config(task="attributes"))
-    close(task.loss(head, samples, torch.arange(8), None, 0), theirs["loss"])
+# ---- finetune.py ---------------------------------------------------------------------------------
+# against the official head and early-retrieval figures in golden.npz, closed forms, the weights before
+@pytest.fixture
+def tuned(uninterrupted, cache, tmp_path):
+    """A function that makes the configuration of a short run on a few drawn faces."""
+    def config(task, **changes):
+        settings = finetune.RECIPES[task] | finetune.DRAWN[task] | dict(
+            task=task, checkpoint=f"{uninterrupted}/flip.pt", out=str(tmp_path), cache=cache, faces=24,
+            validation=4, test=8, epochs=3, batch_size=8, itm_every=1, precision="float32", workers=0,
+            sketch_steps=7)
+        return finetune.Config(**settings | changes)
+    return config
+
+
+def test_attribute_logits_and_loss_are_the_official_ones(official, tuned, monkeypatch):
+    vectors, theirs = finetune.pool_tokens(official.student.image, GOLDEN["eval.images"]), recorded("attr.")
+    monkeypatch.setattr(finetune, "encode", lambda *_: vectors.detach())
+    faces = dataclasses.replace(noise_faces(8), attributes=theirs["target"].bool().numpy())
+    task = finetune.attributes(official, dict.fromkeys(("train", "val", "test"), faces), tuned("attributes"))
+    task.trained.load_state_dict({
+        "weights": theirs["layer_weights"].flatten(),
+        **{f"norm.{name}": theirs[f"ln.{name}"] for name in ("weight", "bias")},
+        **{f"linear.{name}": theirs[f"visual_proj.{name}"] for name in ("weight", "bias")}})
+    close(task.trained(vectors), theirs["logits"])
+    close(task.loss(torch.arange(8), 0), theirs["loss"])
 
 
 def test_tokens_are_pooled_after_blocks_4_6_8_and_12_of_base_and_at_four_depths_of_5():
     hidden = [torch.full((1, 3, 2), float(block)) for block in range(1, 13)]
     base = MagicMock(config=ViTConfig(), return_value=(torch.full((1, 3, 2), 99.0), hidden))
-    assert tasks.pool_tokens(base, None)[0, :, 0].tolist() == [4, 4, 4, 6, 6, 6, 8, 8, 8, 99, 99, 99]
-    vectors = tasks.pool_tokens(ViT(ViTConfig(32, 8, 24, 5, 3)), torch.zeros(1, 3, 32, 32))
+    assert finetune.pool_tokens(base, None)[0, :, 0].tolist() == [4, 4, 4, 6, 6, 6, 8, 8, 8, 99, 99, 99]
+    vectors = finetune.pool_tokens(ViT(ViTConfig(32, 8, 24, 5, 3)), torch.zeros(1, 3, 32, 32))
     assert vectors.shape == (1, 12, 24) and len(vectors[0].unique(dim=0)) == 12
 
 
 def test_early_retrieval_is_the_official_one_and_ties_and_nan_count_as_misses():
-    metrics = tasks.early_retrieval(GOLDEN["slfir.ranks"], photos=20)
+    metrics = finetune.early_retrieval(GOLDEN["slfir.ranks"], photos=20)
     for name in ("mA", "mB", "wA", "wB"):
         assert metrics[f"{name[0]}@{name[1]}"] == pytest.approx(GOLDEN[f"slfir.{name}"].item(), abs=1e-9)
-    assert metrics["m@A"] == pytest.approx(np.mean(metrics["percentile"])) and len(metrics["inverse"]) == 50
     similarity = torch.tensor([[[0.5, 0.1, 0.5], [0.9, 0.1, 0.2]], [[0.2, 0.2, 0.2], [0.3, 0.1, 0.0]],
                                [[0.0, 0.0, torch.nan], [0.0, 0.1, 0.2]]])
-    assert tasks.sketch_ranks(similarity).tolist() == [[2, 1], [3, 2], [3, 1]]
+    assert finetune.sketch_ranks(similarity).tolist() == [[2, 1], [3, 2], [3, 1]]
 
 
-def test_balanced_accuracy_is_the_mean_of_both_recalls(monkeypatch):
-    head = tasks.AttributeHead(1, 4, 3)
-    head.forward = lambda vectors: vectors[:, 0, :3]
-    logits = torch.tensor([[1.0, -1, 2], [2.0, -1, 1], [-1.0, -1, 1], [3.0, -1, 1]])
-    labels = torch.tensor([[1.0, 0, 1], [1, 0, 1], [1, 1, 1], [0, 0, 1]])       # all have the third
-    samples = tasks.EncodedSplit(vectors=F.pad(logits, (0, 1))[:, None], labels=labels)
-    monkeypatch.setattr(tasks, "ATTRIBUTES", ("Male", "Young", "Bald"))
-    metrics = tasks.Attributes(finetune.Config(task="attributes")).metrics(head, samples)
-    expected = {"Male": [50, 100 / 3, 75], "Young": [75, 50, 75], "Bald": [100, np.nan, 100]}
-    for name, values in expected.items():
-        assert list(metrics["per_label"][name].values()) == pytest.approx(values, nan_ok=True)
-    assert [metrics["accuracy"], metrics["balanced"]] == pytest.approx([75, (100 / 3 + 50) / 2])
-    assert metrics["baseline"]["accuracy"] == metrics["majority"] == pytest.approx(250 / 3)
-    assert metrics["baseline"]["balanced"] == 50
+def test_balanced_accuracy_is_the_mean_of_both_recalls():
+    predicted = torch.tensor([[1, 0, 1], [1, 0, 1], [0, 0, 1], [1, 0, 1]]).bool()
+    truth = torch.tensor([[1, 0, 1], [1, 0, 1], [1, 1, 1], [0, 0, 1]]).bool()       # all have the third
+    accuracy, balanced = finetune.accuracies(predicted, truth)
+    assert accuracy.tolist() == [50, 75, 100]
+    assert balanced.tolist() == pytest.approx([100 / 3, 50, np.nan], nan_ok=True)
 
 
 def test_chance_recalls_match_random_rankings():
     rng, image_of_text = np.random.default_rng(0), torch.tensor([0] * 3 + [1] + [2] * 2 + list(range(3, 20)))
     scores = [torch.from_numpy(rng.random((20, 23))) for _ in range(3000)]
     samples = [evaluation.retrieval_metrics(score, score.T, image_of_text) for score in scores]
-    expected = tasks.chance_recalls(image_of_text)
+    expected = finetune.chance_recalls(image_of_text)
     for name in ("img_r5", "img_r10", "txt_r5", "txt_r10"):
         assert np.mean([metrics[name] for metrics in samples]) == pytest.approx(expected[name], abs=1)
-    few = tasks.chance_recalls(torch.arange(3))
-    assert few["txt_r5"] == few["itc_img_r10"] == 100
+    assert set(finetune.chance_recalls(torch.arange(3)).values()) == {100}
 
 
 def test_in_batch_contrastive_loss_is_the_symmetric_cross_entropy_over_identities():
@@ -2729,49 +2729,83 @@ def test_in_batch_contrastive_loss_is_the_symmetric_cross_entropy_over_identitie
     targets /= targets.sum(1, keepdim=True)
     expected = (F.cross_entropy(rows @ keys.detach().T / temperature, targets)
                 + F.cross_entropy(keys @ rows.detach().T / temperature, targets)) / 2
-    actual = tasks.in_batch_contrastive_loss(rows, keys, identity, temperature)
+    actual = finetune.in_batch_contrastive_loss(rows, keys, identity, temperature)
     close(actual, expected, 1e-9)
     ours, theirs = (torch.cat(torch.autograd.grad(loss, (rows, keys))) for loss in (actual, expected))
     close(ours, theirs, 1e-9)
 
 
-def test_sampled_caption_is_one_of_its_images():
-    image_of_text, indices = torch.tensor([0, 0, 1, 2, 2, 2]), torch.tensor([2, 0, 1])
-    rng = np.random.default_rng(0)
-    samples = torch.stack([tasks.sample_caption_index(image_of_text, indices, rng) for _ in range(50)])
-    assert (image_of_text[samples] == indices).all()
-    assert [len(column.unique()) for column in samples.T] == [3, 2, 1]
+def is_head(task, name):
+    """Whether a task may change this part of a FLIP; attributes has a head of its own."""
+    return task != "attributes" and name.startswith(
+        ("student.image_projection", "student.text_projection", "matching_head", "temperature"))
 
 
-@pytest.fixture
-def tuned(uninterrupted, cache, tmp_path):
-    """A function that makes the configuration of a short run on a few drawn faces."""
-    def config(task, **changes):
-        settings = tasks.TASKS[task].recipe | tasks.TASKS[task].toy_recipe | dict(
-            task=task, checkpoint=(f"{uninterrupted}/flip.pt",), out=str(tmp_path), cache=cache, faces=24,
-            validation=4, test=8, epochs=3, batch_size=8, itm_every=1, precision="float32")
-        return finetune.Config(**settings | changes)
-    return config
+@pytest.mark.parametrize("task", ["retrieval", "attributes", "sketch"])
+def test_finetuning_changes_only_heads_without_dropout(
+        tuned, uninterrupted, tmp_path, monkeypatch, capsys, task):
+    saved, models, make = torch.load(uninterrupted / "flip.pt"), [], finetune.TASKS[task]
+    saved["flip"]["bert"]["dropout"] = 0.9          # of the text encoder; the image encoder has none
+    torch.save(saved, tmp_path / "dropout.pt")
+    monkeypatch.setitem(finetune.TASKS, task, lambda model, *rest: models.append(
+        (model, copy.deepcopy(model.state_dict()))) or make(model, *rest))
+    rows = finetune.finetune(tuned(task))
+    dropout = tuned(task, checkpoint=f"{tmp_path}/dropout.pt", random=False, out=f"{tmp_path}/dropout")
+    again = finetune.finetune(dropout)
+    assert [metrics for _, metrics in again] == [metrics for _, metrics in rows[:len(again)]]
+    assert len(models) == 3 and models[2][0].config.bert.dropout == 0.9
+    for model, before in models:
+        assert all(is_head(task, name) or torch.equal(value, before[name])
+                   for name, value in model.state_dict().items())
+        trained = {name for name, p in model.named_parameters() if p.grad is not None}
+        assert all(is_head(task, name) for name in trained) and bool(trained) == (task != "attributes")
+    Image.open(tmp_path / task / f"{task}.png").load()
+    table = (tmp_path / task / "table.md").read_text()
+    assert table in capsys.readouterr().out
+    names = [line.split("|")[1].strip() for line in table.splitlines()[2:]]
+    assert names == [name for name, _ in rows]
+    assert names[-1].startswith("random weights, tuned")
+
+
+def test_tables_have_a_row_per_fraction(tuned, tmp_path):
+    rows = dict(finetune.finetune(tuned("attributes", fractions=(1.0, 0.1), random=False)))
+    name = tuned("attributes").checkpoint
+    assert [*rows] == ["majority class", f"{name}, tuned on 10 % of the faces",
+                       f"{name}, tuned on 100 % of the faces"]
+    header, _, first, *_ = (tmp_path / "attributes/table.md").read_text().splitlines()
+    assert header == "| attributes, % | accuracy | balanced accuracy |"
+    assert first == f"| majority class | {rows['majority class']['accuracy']:.1f} | 50.0 |"
+
+
+def test_tuned_flip_is_a_checkpoint_with_the_metrics_of_the_table(tuned, tmp_path):
+    config = tuned("retrieval", random=False, lr=0.005, faces=64, validation=32, test=32, k_test=4, epochs=9)
+    _, (_, before), (_, after) = finetune.finetune(config)
+    again = dataclasses.replace(config, checkpoint=f"{tmp_path}/retrieval/flip.pt", out=f"{tmp_path}/again",
+                                epochs=1, lr=0.0)
+    assert before != after and finetune.finetune(again)[1][1] == after
+    assert "already contains results; remove it" in error_of(finetune.finetune, config)
 
 
 def test_attributes_are_trained_on_celeba(tuned, tmp_path):
     write_celeba(tmp_path, count=40, held_out=5)
-    results = finetune.finetune(tuned("attributes", data=str(tmp_path)))
-    assert tuple(results[0].final["per_label"]) == ATTRIBUTES
-    assert torch.load(tmp_path / "attributes/head.pt")["attributes"] == list(ATTRIBUTES)
+    rows = finetune.finetune(tuned("attributes", data=str(tmp_path), fractions=(1.0,)))
     test = open_faces(tmp_path, "test").attributes.mean(0)
-    assert results[0].final["majority"] == pytest.approx(100 * np.maximum(test, 1 - test).mean())
+    assert rows[0][1]["accuracy"] == pytest.approx(100 * np.maximum(test, 1 - test).mean())
+    head = torch.load(tmp_path / "attributes/head.pt")["model"]
+    assert head["linear.weight"].shape == (40, 128) and head["weights"].shape == (9,)
 
 
-def test_retrieval_is_trained_and_evaluated_on_images_with_several_captions(tuned, tmp_path, capsys):
+def test_retrieval_is_trained_and_evaluated_on_images_with_several_captions(tuned, tmp_path):
     write_mm_celeba(tmp_path, (*range(2, 42), *range(24000, 24012)))
-    metrics = finetune.finetune(tuned("retrieval", data=str(tmp_path)))[0].final
-    assert "with 12 faces, R@10 is 83 % by chance" in capsys.readouterr().out
-    scores, own = metrics["scores"], torch.arange(12).repeat_interleave(2)              # (T, I), (T,)
-    assert scores.shape == (24, 12)
+    config = tuned("retrieval", data=str(tmp_path), random=False)
+    rows = dict(finetune.finetune(config))
+    model, test = FLIP.from_pretrained(tmp_path / "retrieval"), open_faces(tmp_path, "test")
+    metrics, scores = evaluation.evaluate(model, evaluation.EvaluationSet.of(test), config)
+    assert metrics == rows[f"{config.checkpoint}, tuned"]
+    own = torch.arange(12).repeat_interleave(2)                                 # (T,)
     better = (scores > scores[torch.arange(24), own][:, None]).sum(1)
     assert metrics["img_r5"] == pytest.approx(100 * (better < 5).double().mean().item())
-    assert 0 < metrics["img_r5"] < 100
+    assert rows["chance"]["img_r10"] == pytest.approx(1000 / 12) and 0 < metrics["img_r5"] < 100
 
 
 def write_captioned_sde(folder):
@@ -2785,210 +2819,95 @@ def test_sketches_are_trained_with_captions_or_without_a_vocabulary(tuned, unint
     write(tmp_path)
     saved, with_captions = torch.load(uninterrupted / "flip.pt"), write == write_captioned_sde
     torch.save(saved if with_captions else saved | {"tokenizer": None}, tmp_path / "flip.pt")
-    config = tuned("sketch", checkpoint=(f"{tmp_path}/flip.pt",), data=str(tmp_path), random=False)
-    (_, model), = finetune.open_encoders(config)
-    task = tasks.Sketch(config)
-    samples = task.encode(model.requires_grad_(False).eval(), task.open("train", model), for_training=True)
-    task.trainable_module(model, samples)
-    task.loss(model, samples, torch.arange(8), np.random.default_rng(0), 0).backward()
-    assert model.student.image_projection.weight.grad is not None
-    for part in (model.matching_head, model.student.text_projection):
-        assert (part.weight.grad is not None) == with_captions
-    assert finetune.finetune(config)[0].final["scores"].shape == (5, 3, 5)
+    config = tuned("sketch", checkpoint=f"{tmp_path}/flip.pt", data=str(tmp_path), random=False)
+    model = FLIP.from_pretrained(config.checkpoint)
+    task = finetune.sketch(model, finetune.open_splits(config, 48), config)
+    task.loss(torch.arange(8), 0).backward()
+    assert model.student.image_projection.weight.grad is not None and model.matching_head.weight.grad is None
+    assert (model.student.text_projection.weight.grad is not None) == with_captions
+    assert task.metrics("test")[1].shape == (5, 3, 5)
+    assert [name for name, _ in finetune.finetune(config)][1:] == [
+        f"{config.checkpoint}, before tuning", f"{config.checkpoint}, tuned"]
 
 
 @pytest.mark.parametrize("hardness, expected", [(None, 1.0), (0.25, 0.25)])
 def test_retrieval_samples_negatives_as_hard_as_in_pre_training(tuned, uninterrupted, hardness, expected):
-    task, model = tasks.Retrieval(tuned("retrieval")), FLIP.from_pretrained(uninterrupted)
+    config, model = tuned("retrieval"), FLIP.from_pretrained(uninterrupted)
     model.config = dataclasses.replace(model.config, hardness=hardness)
-    samples, sampled, sample = task.encode(model, task.open("val", model), True), [], model.sample_negatives
+    sampled, sample = [], model.sample_negatives
     model.sample_negatives = lambda *args: sampled.append(args[3]) or sample(*args)
-    task.loss(model, samples, torch.arange(4), np.random.default_rng(0), 0)
+    task = finetune.retrieval(model, finetune.open_splits(config, 48), config)
+    task.loss(next(task.batches(np.arange(24), config)), 0)
     assert sampled == [expected]
 
 
 def test_sketches_are_encoded_dark_on_light(tuned, uninterrupted, monkeypatch):
-    task, model, brightness = tasks.Sketch(tuned("sketch")), FLIP.from_pretrained(uninterrupted).eval(), []
+    brightness, config = [], tuned("sketch", faces=4, test=4)
 
-    def watch(compute, read, count, model, title, errors=None):
+    def watch(compute, read, count, model, config):
         brightness.append(np.mean([np.asarray(read(i, 48)).mean() for i in range(count)]))
         return torch.zeros(count, 1)
-    monkeypatch.setattr(task, "encode_pictures", watch)
-    task.encode(model, task.open("val", model), for_training=False)
-    assert 200 < brightness[1] < 255        # after the photos
+    monkeypatch.setattr(finetune, "encode", watch)
+    finetune.sketch(FLIP.from_pretrained(uninterrupted), finetune.open_splits(config, 48), config)
+    assert all(200 < mean < 255 for mean in brightness[1::2])           # photos, sketches, photos, ...
 
 
-@pytest.mark.slow
-def test_early_sketch_gives_away_its_photo_by_position_alone(default_run, tmp_path):
-    """`pytest -m slow -k gives_away -s` prints RESULTS.md's figures: how early the photo is found."""
-    def centre(frame):
-        """The sketch shifted so that the mean of its drawn pixels is the centre of the image."""
-        shift = [round((size - 1) / 2 - points.mean()) if len(points) else 0
-                 for size, points in zip(frame.shape, np.nonzero(frame > 64))]
-        return np.asarray(Image.fromarray(frame).rotate(0, translate=shift[::-1]))
-    origin, _ = default_run
-    config = finetune.parse_arguments(["sketch", "--checkpoint", f"{origin.out}/flip.pt", "--no-random",
-                                       "--cache", origin.cache, "--out", str(tmp_path)])
-    finetune.finetune(config)
-    task, model = tasks.Sketch(config), FLIP.from_pretrained(tmp_path / "sketch").eval()
-    faces = task.open("test", model)
-
-    def percentiles(title, sketches):
-        samples = task.encode(model, dataclasses.replace(faces, sketches=sketches), for_training=False)
-        metrics = task.metrics(model, samples)
-        steps = {step: round(metrics["percentile"][step - 1], 1) for step in (1, 2, 3, 7, 14, 35, 70)}
-        print(title, f"m@A {metrics['m@A']:.1f} m@B {metrics['m@B']:.1f}", steps)
-        return np.array(metrics["percentile"])
-    sketches = np.asarray(faces.sketches)
-    drawn = percentiles("as drawn", sketches)
-    assert drawn[0] < 65 < 70 < drawn[6] and drawn[-1] >= 90
-    moved = percentiles("centred", np.stack([[*map(centre, frames)] for frames in sketches]))
-    assert abs(moved[:3] - 50).max() < 7 and moved[-1] < 80     # by chance 50, with a standard error of 2
-    assert abs(percentiles("another person's", np.roll(sketches, 1, axis=0)) - 50).max() < 7
-
-
-# ---- finetune.py ---------------------------------------------------------------------------------
-# against the weights before training, and tables and metrics worked by hand
-def is_head(task, name):
-    """Whether a task may change this part of a FLIP; attributes has a head of its own."""
-    return task != "attributes" and name.startswith(
-        ("student.image_projection", "student.text_projection", "matching_head", "temperature"))
-
-
-@pytest.mark.parametrize("task, plots", [
-    ("retrieval", "retrieval.png"), ("attributes", "attributes.png"), ("sketch", "sketch.png curves.png")])
-def test_finetuning_changes_only_the_heads(tuned, tmp_path, monkeypatch, capsys, task, plots):
-    monkeypatch.setattr(tasks.Sketch, "steps", 7)            # of 70, which take long to draw
-    config = tuned(task)
-    encoders = finetune.open_encoders(config)
-    monkeypatch.setattr(finetune, "open_encoders", lambda config: encoders)
-    before = [copy.deepcopy(model.state_dict()) for _, model in encoders]
-    results = finetune.finetune(config)
-    assert [result.name for result in results] == [config.checkpoint[0], "random weights"]
-    for (_, model), weights in zip(encoders, before):
-        assert not model.training
-        for name, value in model.state_dict().items():
-            assert is_head(task, name) or torch.equal(value, weights[name]), name
-        assert all(is_head(task, name) or p.grad is None for name, p in model.named_parameters())
-    for name in plots.split():
-        Image.open(tmp_path / task / name).load()
-    if task == "sketch":
-        assert 7 * 112 > Image.open(tmp_path / "sketch/sketch.png").height - 6 * 40 > 6 * 112       # 6 stages
-    table = (tmp_path / task / "table.md").read_text()
-    assert table in capsys.readouterr().out
-    assert len({line.count("|") for line in table.splitlines() if line}) == 1
-
-
-def test_tuned_flip_is_a_checkpoint_with_the_metrics_of_the_table(tuned, uninterrupted, tmp_path):
-    config = tuned("retrieval", random=False, lr=0.005, faces=64, validation=32, test=32, k_test=4, epochs=9)
-    result, = finetune.finetune(config)
-    path = tmp_path / "retrieval" / "flip.pt"
-    saved, origin = torch.load(path)["model"], torch.load(uninterrupted / "flip.pt")["model"]
-    changed = {name for name, value in origin.items() if not torch.equal(value, saved[name])}
-    assert changed == {name for name in saved if is_head("retrieval", name)}
-    assert result.before[1.0]["img_r5"] != result.final["img_r5"]
-    again = dataclasses.replace(config, checkpoint=(str(path),), out=f"{tmp_path}/again", lr=0.0, epochs=1)
-    assert torch.equal(finetune.finetune(again)[0].final["scores"], result.final["scores"])
-    assert "already contains results; remove it" in error_of(finetune.finetune, config)
-
-
-def test_runs_are_reproducible_and_float16_tokens_change_scores_little(tuned, tmp_path, monkeypatch):
-    def scores(out):
-        return finetune.finetune(tuned("retrieval", out=str(tmp_path / out), random=False))[0].final["scores"]
-    one, two = scores("a"), scores("b")
-    monkeypatch.setattr(tasks, "temporary_memmap", lambda shape, folder: torch.empty(shape))
-    three = scores("c")
-    assert torch.equal(one, two) and not torch.equal(one, three)
-    close(three, one, 0.02)
-    assert {path.name for path in (tmp_path / "a").rglob("*") if path.is_file()} == {
-        path.name for path in (tmp_path / "c").rglob("*") if path.is_file()}
-
-
-def test_fractions_of_the_training_split_are_nested_samples_chosen_by_the_seed(tuned, tmp_path, monkeypatch):
+def test_fractions_are_nested_samples_chosen_by_the_seed_and_get_equal_steps(tuned, tmp_path, monkeypatch):
     chosen, settings = [], dict(random=False, faces=20, fractions=(0.1, 1.0, 0.01, 0.5))
-    monkeypatch.setattr(finetune, "train_head", lambda *arguments: chosen.append(set(arguments[3].tolist())))
+    monkeypatch.setattr(finetune, "train_heads", lambda task, model, samples, steps, *_: chosen.append(
+        (set(samples.tolist()), steps)))
     for seed in (3, 4):
         finetune.finetune(tuned("attributes", out=str(tmp_path / str(seed)), seed=seed, **settings))
-    assert [len(indices) for indices in chosen] == [1, 2, 10, 20] * 2
-    assert chosen[0] < chosen[1] < chosen[2] < chosen[3] == set(range(20)) and chosen[2] != chosen[6]
+    samples = [faces for faces, _ in chosen]
+    assert [len(faces) for faces in samples] == [1, 2, 10, 20] * 2 and {steps for _, steps in chosen} == {9}
+    assert samples[0] < samples[1] < samples[2] < samples[3] == set(range(20)) and samples[2] != samples[6]
 
 
-@pytest.mark.parametrize("values, best", [([5.0, 4, 3, 2], 0), ([1.0, 7, 9, 8], 2), ([1.0, 2, 3, 4], 3)])
+@pytest.mark.parametrize("values, best", [([5.0, 4, 3, 2, 1, 0], 0), ([1.0, 7, 9, 8, 9, 2], 2),
+                                          ([1.0, 2, 3, 4, 5, 6], 5)])
 def test_weights_with_the_best_validation_metric_are_kept_even_if_initial(tuned, tmp_path, values, best):
-    task, head, weights = tasks.Attributes(tuned("attributes", num_evaluations=3)), nn.Linear(2, 1), []
+    head, weights, model = nn.Linear(2, 1), [], small_flip()
 
-    def metrics(head, samples):
-        assert samples == "validation"
+    def metrics(split):
+        assert split == "val"
         weights.append(head.weight.detach().clone())
-        return dict.fromkeys(task.columns, values[len(weights) - 1])
-    task.metrics, task.loss = metrics, lambda *_: head(torch.ones(2)).sum()
-    log, training = Log(tmp_path / "log.jsonl"), tasks.EncodedSplit(count=4)
-    finetune.train_head(task, head, training, torch.arange(4), "validation", log)
-    assert len(weights) == 4 and not torch.equal(weights[0], weights[1])
+        return {"accuracy": values[len(weights) - 1]}, None
+    task = finetune.Task(head, finetune.shuffled_batches, lambda *_: head(torch.ones(2)).sum(), metrics, None,
+                         "accuracy", None)
+    finetune.train_heads(task, model, np.arange(4), 9, tuned("attributes"),
+                         Log(tmp_path / "log.jsonl"))
+    assert len(weights) == 6 and not torch.equal(weights[0], weights[1])
     assert torch.equal(head.weight, weights[best])
 
 
-def test_all_fractions_of_the_training_split_get_the_same_number_of_steps(tuned, tmp_path):
-    task, head, steps = tasks.Attributes(tuned("attributes", batch_size=2)), nn.Linear(2, 1), []
-    task.metrics = lambda *_: dict.fromkeys(task.columns, 0.0)
-    task.loss = lambda *_: (steps.append(1), head(torch.ones(2)).sum())[1]
-    for count in (16, 4, 2):
-        steps.append([])
-        finetune.train_head(task, head, tasks.EncodedSplit(count=16), torch.arange(count), "validation",
-                            Log(tmp_path / f"{count}.jsonl"))
-    assert [len(list(group)) for kind, group in itertools.groupby(steps, type) if kind is int] == [24] * 3
-
-
 def test_head_does_not_depend_on_the_test_metrics(tuned, tmp_path, monkeypatch):
-    heads, real = [], tasks.Attributes.metrics
-    for change in ({}, {"accuracy": 0.0}):
-        monkeypatch.setattr(tasks.Attributes, "metrics", lambda task, head, samples: (
-            real(task, head, samples) | (change if samples.count == 8 else {})))
-        out = tmp_path / f"out {len(heads)}"
-        finetune.finetune(tuned("attributes", out=str(out), random=False, lr=0.1))
-        heads.append(torch.load(out / "attributes" / "head.pt")["model"])
+    heads, make = [], finetune.attributes
+    for value in (0.0, 100.0):
+        def with_test_metrics(*arguments):
+            task = make(*arguments)
+            return task._replace(metrics=lambda split: (
+                {"accuracy": value, "balanced accuracy": value}, torch.zeros(40)) if split == "test"
+                else task.metrics(split))
+        monkeypatch.setitem(finetune.TASKS, "attributes", with_test_metrics)
+        finetune.finetune(tuned("attributes", out=f"{tmp_path}/{value}", random=False, lr=0.1))
+        heads.append(torch.load(f"{tmp_path}/{value}/attributes/head.pt")["model"])
     assert all(torch.equal(heads[0][name], heads[1][name]) for name in heads[0])
-
-
-def test_tables_have_a_column_per_fraction_and_a_row_per_encoder_the_last_first():
-    metrics = {"accuracy": 1.0, "balanced": 2.0}
-    by_fraction = dict.fromkeys((0.02, 1.0), metrics | {"baseline": metrics})
-    task = tasks.Attributes(finetune.Config(task="attributes", fractions=(1.0, 0.02)))
-    both = finetune.table([finetune.Result(name, {}, by_fraction) for name in "ab"], task).split("\n\n")
-    titles = "accuracy, %", "balanced accuracy, %"
-    for table, title, value in zip(both, titles, ("1.0", "2.0"), strict=True):
-        header, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
-        assert header == [title, "2 % of the faces", "100 % of the faces"]
-        assert rows == [[name, value, value] for name in ("majority class", "b, tuned", "a, tuned")]
 
 
 def test_recipe_is_the_papers_on_own_data_and_flags_override_it():
     papers = finetune.parse_arguments(["retrieval", "--data", "DIR"])
-    assert (papers.batch_size, papers.epochs, papers.lr, papers.warmup) == (64, 50, 3e-5, 2000)
-    drawn = finetune.parse_arguments(["sketch", "--lr", "0.1", "--checkpoint", "a.pt", "b.pt"])
-    assert drawn.lr == 0.1 and drawn.checkpoint == ("a.pt", "b.pt") and drawn.faces == 800
+    assert (papers.batch_size, papers.epochs, papers.lr, papers.itm_every) == (64, 50, 3e-5, 1)
+    drawn = finetune.parse_arguments(["sketch", "--lr", "0.1", "--no-random"])
+    assert drawn.lr == 0.1 and not drawn.random and drawn.faces == 800
 
 
-@pytest.mark.parametrize("task, write, change, message", [
-    ("attributes", write_celeba, lambda saved: saved["model"]["temperature"].fill_(np.nan), "found NaN"),
-    ("retrieval", write_mm_celeba, lambda saved: saved.update(tokenizer=None), "pass --vocabulary"),
-    ("sketch", write_captioned_sde, lambda saved: saved.update(tokenizer=None), "pass --vocabulary"),
-    ("attributes", write_mm_celeba, None, "expected attributes to learn, as in CelebA or LFWA; found none"),
-    ("retrieval", lambda d: write_captions(d, [{"image": f"{i}.png", "image_id": 1, "caption": "a face"}
-                                               for i in range(4)]), None, "shows one person only"),
-    ("retrieval", write_fs2k, None, "expected captions"),
-    ("retrieval", write_celeba, None, "CelebA val: 1 images, expected at least 2"),
-    ("sketch", lambda d: write_celeba(d, count=40, held_out=5), None, "expected sketches, as in FS2K")])
-def test_unusable_data_or_checkpoint_raises_a_one_line_error_before_encoding(
-        tuned, uninterrupted, tmp_path, monkeypatch, task, write, change, message):
-    monkeypatch.setattr(tasks.Task, "encode_pictures", lambda *_: pytest.fail("encoded"))
+@pytest.mark.parametrize("task, write, message", [
+    ("attributes", write_mm_celeba, "expected attributes, found none"),
+    ("retrieval", write_fs2k, "expected captions, found none"),
+    ("sketch", lambda d: write_celeba(d, count=40, held_out=5), "expected sketches, found none")])
+def test_data_that_a_task_cannot_use_is_named(tuned, tmp_path, task, write, message):
     write(tmp_path)
-    saved = torch.load(uninterrupted / "flip.pt")
-    if change:
-        change(saved)
-    torch.save(saved, tmp_path / "flip.pt")
-    config = tuned(task, checkpoint=(f"{tmp_path}/flip.pt",), data=str(tmp_path))
-    assert message in error_of(finetune.finetune, config)
+    assert message in error_of(finetune.finetune, tuned(task, data=str(tmp_path)))
 
 
 # ---- search.py -----------------------------------------------------------------------------------
@@ -3341,7 +3260,7 @@ def test_bench_prints_its_tables(monkeypatch, capsys):
 ORDER = """kernels/__init__ kernels/attention kernels/contrastive common/script common/images common/weights
     common/distributed common/optim attention vit bert losses flip captions
     drawing/portrait drawing/sketch toyfaces readers/index readers/tars readers/layouts data config evaluation
-    train tasks finetune search report bench test_all""".split()
+    train finetune search report bench test_all""".split()
 
 
 def test_imports_run_down_only():
@@ -3381,7 +3300,6 @@ def test_every_script_shows_an_example(tmp_path, arguments, expected):
     ("toyfaces.py --out a_file", ".*Not a directory: 'a_file"),
     ("toyfaces.py --out .", "--out .: expected a new or an empty folder, found files"),
     ("data.py --data DIR", "data.py takes no arguments"), ("train.py --lr -1", "--lr -1.0: expected at le"),
-    ("finetune.py sketch --fractions 0.5", "--fractions is a flag of attributes"),
     ("search.py --checkpoint nowhere.pt query", "nowhere.pt: expected a file"),
     ("report.py --data nowhere", "nowhere: no such folder or file")])
 def test_invalid_arguments_of_a_script_end_in_a_one_line_error(tmp_path, monkeypatch, arguments, message):
@@ -3433,7 +3351,6 @@ def test_results_name_tests_that_exist():
     (lambda: train_config.Config(hardness_ramp=(0.9, 0.1)), "_ramp (0.9, 0.1): expected two numbers, the"),
     (lambda: train_config.Config(model="huge"), "--model huge: expected one of tiny, base, large"),
     (lambda: train_config.Config(lr=float("nan")), "--lr nan: expected at least 0"),
-    (lambda: finetune.Config(task="attributes", fractions=(0.1, 0.1)), "(0.1, 0.1): expected no duplicates"),
     (lambda: temporary_memmap((2 ** 30, 2 ** 30), "."), "GB of disk space ("),
     (lambda: noise_faces(3).subset([]), "noise: no faces, expected at least one in this split"),
     (lambda: dataclasses.replace(noise_faces(3), captions=[["a"]] * 2), "noise: 3 images, but 2 entries in"),
