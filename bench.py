@@ -20,8 +20,7 @@ from attention import Sequences, attention, pad, unpad
 from bert import MAX_TOKENS, Captions
 from common.script import markdown_table, run_script
 from flip import FLIP, FLIPConfig, StepParams
-from kernels.contrastive import contrastive_loss
-from losses import contrastive_loss_reference
+from losses import contrastive_loss, contrastive_loss_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

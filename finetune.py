@@ -38,7 +38,7 @@ from config import SharedFlags
 from data import ATTRIBUTES, BatchLoader, Faces, drop_unreadable, load_toy_faces, open_faces
 from evaluation import EvaluationSet, evaluate, new_figure, plot_retrieval
 from flip import FLIP, StepParams, project
-from kernels.contrastive import contrastive_loss
+from losses import contrastive_loss
 from train import init_model, warmup_decay
 
 

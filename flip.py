@@ -41,8 +41,13 @@ from common.script import run_script
 from common.weights import load_flip, read_checkpoint, write_folder
 from common.weights import official_name as official_name
 from common.weights import official_state as official_state
-from kernels.contrastive import contrastive_loss
-from losses import contrastive_loss_reference, hard_negative_probabilities, matching_loss, soft_targets
+from losses import (
+    contrastive_loss,
+    contrastive_loss_reference,
+    hard_negative_probabilities,
+    matching_loss,
+    soft_targets,
+)
 from vit import ViT, ViTConfig
 
 

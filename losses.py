@@ -3,8 +3,7 @@
     ITC  image-text contrastive loss: an image's feature should be closer to its caption's feature than
          to any other's. Cross-entropy between softmax(cosines / temperature) and a target
          distribution over the keys (`soft_targets`). `contrastive_loss_reference` is its definition;
-         training calls kernels.contrastive.contrastive_loss, which computes the same in chunks of
-         keys and keeps no logits, on CPUs as well
+         training calls `contrastive_loss`, which computes the same in chunks of keys and stores no logits
     ITM  image-text matching: binary classification of image-caption pairs, true ones and hard
          negatives: wrong pairs, sampled with a probability that grows with their cosine
 
@@ -22,6 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from common.script import run_script
+from kernels.contrastive import triton_average_keys, uses_triton
 
 
 # ---- image-text contrastive ----------------------------------------------------------------------
@@ -38,7 +38,7 @@ def soft_targets(momentum_feature, keys, identity, key_identity, temperature, al
 
 
 def contrastive_loss_reference(feature, momentum_feature, keys, identity, key_identity, temperature, alpha):
-    """One direction of ITC, mean over the batch, a tensor (): the definition, with all logits in memory.
+    """One direction of ITC, mean over the batch, a scalar tensor: the definition, with all logits in memory.
 
     feature (B, E): the student's, of one modality; momentum_feature (B, E): the momentum encoder's, of
     the same inputs; keys (K, E): momentum features of the other modality, from batch and queue. All
@@ -46,6 +46,79 @@ def contrastive_loss_reference(feature, momentum_feature, keys, identity, key_id
     logits = feature @ keys.T / temperature                                         # (B, K)
     y = soft_targets(momentum_feature, keys, identity, key_identity, temperature, alpha)
     return -(y * logits.log_softmax(1)).sum(1).mean()
+
+
+# ---- the same without its logits -----------------------------------------------------------------
+# For one row, let q be the student's feature, m the momentum encoder's, k_j the keys and y the target (ALBEF,
+# arXiv 2107.07651, eq. 1, 2 and 6):
+#
+#     s_j = q k_j / tau      t_j = m k_j / tau      y = alpha softmax(t) + (1 - alpha) e
+#     loss = -sum_j y_j log softmax(s)_j
+#
+# where e is uniform over the positives, the keys of the row's own identity, and sums to 1; no gradient flows
+# into y. The logits of 80 rows and 62,080 keys (8 x 80, and the queue) take 20 MB, written and read several
+# times. But y sums to 1, and s is linear in k:
+#
+#     loss = log sum_j exp(s_j) - q k* / tau      k* = sum_j y_j k_j, the average key under the target
+#     dq   = (k' - k*) / tau                      k' = sum_j softmax(s)_j k_j, under the student
+#     dtau = -q dq / tau
+#
+# So each row needs only three average keys, under softmax(s), softmax(t) and e, and one log-sum-exp; and an
+# average under a softmax is *attention with the keys as values*. It is computed as in FlashAttention: the
+# keys are processed in chunks, and each row keeps the largest logit so far, the sum of weights and the
+# weighted sum of keys. One pass over the keys gives the loss and both gradients; the backward pass only
+# scales them.
+def average_keys(feature, momentum_feature, keys, identity, key_identity, temperature, chunk=2048):
+    """Each row's log-sum-exp of s, (B,), and its average keys under softmax(s), softmax(t) and e, (B, E)."""
+    queries = torch.stack([feature, momentum_feature]) / temperature                # (2, B, E)
+    max_logit = queries.new_full(queries.shape[:2], -torch.inf)                     # (2, B)
+    weight_sum, key_sum = torch.zeros_like(max_logit), torch.zeros_like(queries)    # (2, B), (2, B, E)
+    num_positives, positive_sum = torch.zeros_like(max_logit[0]), torch.zeros_like(feature)     # (B,), (B, E)
+    for k, k_identity in zip(keys.to(feature.dtype).split(chunk), key_identity.split(chunk)):
+        logits = queries @ k.T                                                      # (2, B, chunk)
+        new_max = torch.maximum(max_logit, logits.amax(-1))
+        rescale = (max_logit - new_max).exp()       # weights are relative to exp(max_logit): no overflow
+        weights = logits.sub_(new_max[..., None]).exp_()
+        weight_sum = rescale * weight_sum + weights.sum(-1)
+        key_sum = rescale[..., None] * key_sum + weights @ k
+        max_logit = new_max
+        same = identity[:, None] == k_identity[None, :]                             # (B, chunk)
+        if same.any():                              # most chunks have no positives
+            num_positives += same.sum(-1)
+            positive_sum += same.to(k.dtype) @ k
+    student_key, momentum_key = key_sum / weight_sum[..., None]
+    positive_key = positive_sum / num_positives[:, None]
+    return max_logit[0] + weight_sum[0].log(), student_key, momentum_key, positive_key
+
+
+class ContrastiveLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, feature, momentum_feature, keys, identity, key_identity, temperature, alpha):
+        average = triton_average_keys if uses_triton(feature) else average_keys
+        with torch.autocast(feature.device.type, enabled=False):
+            log_sum_exp, student_key, momentum_key, positive_key = average(
+                feature, momentum_feature, keys, identity, key_identity, temperature)
+        target_key = alpha * momentum_key + (1 - alpha) * positive_key              # (B, E)
+        loss = log_sum_exp - (feature * target_key).sum(1) / temperature            # (B,)
+        d_feature = (student_key - target_key) / temperature
+        d_temperature = -(feature * d_feature).sum(1) / temperature
+        ctx.save_for_backward(d_feature / len(feature), d_temperature.mean())
+        return loss.mean()
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        d_feature, d_temperature = ctx.saved_tensors
+        return grad_loss * d_feature, None, None, None, None, grad_loss * d_temperature, None
+
+
+def contrastive_loss(feature, momentum_feature, keys, identity, key_identity, temperature, alpha):
+    """`contrastive_loss_reference` in chunks of keys; gradients flow into feature and temperature only.
+
+    Every row needs a positive. Runs in float32, even under autocast: at temperature 0.01 half-precision
+    cosines are too coarse."""
+    dtype = torch.promote_types(feature.dtype, torch.float32)
+    return ContrastiveLoss.apply(feature.to(dtype), momentum_feature.to(dtype), keys, identity, key_identity,
+                                 temperature.to(dtype), alpha)
 
 
 # ---- image-text matching -------------------------------------------------------------------------

@@ -87,7 +87,7 @@ from flip import FLIP, FLIPConfig, StepParams, rerank
 from kernels import attention as attention_kernels
 from kernels import contrastive as contrastive_kernels
 from kernels import triton
-from kernels.contrastive import contrastive_loss
+from losses import contrastive_loss
 from readers import index, tars
 from vit import ViT, ViTConfig
 
@@ -270,10 +270,10 @@ def device(request, monkeypatch):
     if request.param == "pytorch":
         return "cpu"
     if DEVICE == "cpu":
-        triton_sums = contrastive_kernels.triton_sums
         monkeypatch.setattr("attention.uses_triton", lambda query: True)
-        monkeypatch.setattr(contrastive_kernels, "uses_triton", lambda feature: True)
-        monkeypatch.setattr(contrastive_kernels, "triton_sums", lambda *case: triton_sums(*case, programs=8))
+        monkeypatch.setattr(losses, "uses_triton", lambda feature: True)
+        few = functools.partial(losses.triton_average_keys, programs=8)
+        monkeypatch.setattr(losses, "triton_average_keys", few)
     return DEVICE
 
 
@@ -360,7 +360,7 @@ def test_attention_computes_in_the_dtype_of_autocast():
         assert attention(*inputs, *sequences).dtype == torch.bfloat16
 
 
-# ---- kernels/contrastive.py ----------------------------------------------------------------------
+# ---- losses.py (ITC) and kernels/contrastive.py --------------------------------------------------
 # against float64 autograd through torch's cross-entropy
 def contrastive_case(B=20, Q=300, E=32, temperature=0.07, dtype=torch.float32):
     """All arguments but alpha. Momentum features are near their keys; persons recur in batch and queue."""
@@ -369,7 +369,8 @@ def contrastive_case(B=20, Q=300, E=32, temperature=0.07, dtype=torch.float32):
         x.to(DEVICE) for x in (unit(B, E), unit(B, E), torch.randn(B, E), unit(Q, E)))
     keys = torch.cat([F.normalize(momentum + 0.1 * noise, dim=-1), queue]).to(dtype)
     persons = torch.cat([torch.arange(B) // 2, torch.randint(0, 50, (Q,))]).to(DEVICE)
-    return feature, momentum, keys, persons[:B], persons, torch.tensor(temperature, device=DEVICE)
+    tau = torch.tensor(temperature, device=DEVICE, requires_grad=True)
+    return feature.requires_grad_(), momentum, keys, persons[:B], persons, tau
 
 
 def expected_contrastive(feature, momentum, keys, identity, key_identity, temperature, alpha):
@@ -382,36 +383,35 @@ def expected_contrastive(feature, momentum, keys, identity, key_identity, temper
     return with_gradients(F.cross_entropy(q @ k.T / tau, target), exact)
 
 
-@pytest.mark.parametrize("alpha", [0.0, 0.4, 1.0])
-@pytest.mark.parametrize("temperature", [0.001, 0.07, 0.5])
+@pytest.mark.parametrize("alpha, temperature", [(0.0, 0.5), (0.4, 0.07), (1.0, 0.001)])
 @pytest.mark.parametrize("shape, programs, dtype", [
     ((20, 300, 32), 1, torch.float32), ((5, 40, 12), 12, torch.float32), ((2, 33, 96), 4, torch.float32),
     *(((20, 300, 32), 12, dtype) for dtype in TOLERANCE)])
-def test_contrastive_kernel_and_plain_forms_match_float64(shape, programs, dtype, temperature, alpha):
+def test_contrastive_kernel_and_plain_forms_match_float64(monkeypatch, shape, programs, dtype, temperature,
+                                                          alpha):
     """Keys in half precision are rounded when stored; the computation with them is exact."""
-    feature, momentum, keys, _, _, tau = case = contrastive_case(*shape, temperature, dtype)
+    feature, momentum, keys, *rest, tau = case = contrastive_case(*shape, temperature, dtype)
     expected = expected_contrastive(*case, alpha)
-    by_kernel = contrastive_kernels.triton_sums(*case, programs)
-    for sums in (by_kernel, contrastive_kernels.torch_sums(*case, chunk=16)):
-        assert_near(contrastive_kernels.loss_and_gradients(sums, feature, tau, alpha), expected, 1e-5)
-    direct = losses.contrastive_loss_reference(feature, momentum, keys.float(), *case[3:], alpha)
+    monkeypatch.setattr(losses, "uses_triton", lambda feature: False)
+    for average in (functools.partial(losses.average_keys, chunk=16),
+                    functools.partial(losses.triton_average_keys, programs=programs)):
+        monkeypatch.setattr(losses, "average_keys", average)
+        actual = with_gradients(3 * contrastive_loss(*case, alpha), (feature, tau))
+        assert_near(actual, [3 * exact for exact in expected], 1e-5)
+    direct = losses.contrastive_loss_reference(feature, momentum, keys.float(), *rest, tau, alpha)
     assert_near([direct], expected[:1], 1e-5)
 
 
-def test_contrastive_operator_has_exact_gradients_and_passes_opcheck():
-    case = *contrastive_case(), 0.4
-    inputs = [case[i].requires_grad_() for i in (0, 5)]
-    actual = with_gradients(3 * contrastive_loss(*case), inputs)
-    assert_near(actual, [3 * exact for exact in expected_contrastive(*case)], 1e-5)
-    torch.library.opcheck(contrastive_kernels.contrastive_forward, case)
-
-
-def test_triton_computes_float32_features_up_to_256_on_gpus_that_have_it(monkeypatch):
-    module = sys.modules["kernels.contrastive"]
+def test_triton_computes_sizes_and_dtypes_it_has_launch_configurations_for(monkeypatch):
     for supported in (False, True):
-        monkeypatch.setattr(module, "triton_supports", lambda tensor: supported)
-        assert [module.uses_triton(torch.zeros(2, width, dtype=dtype)) for width, dtype in (
-            (256, torch.float32), (257, torch.float32), (256, torch.bfloat16))] == [supported, False, False]
+        for module in (attention_kernels, contrastive_kernels):
+            monkeypatch.setattr(module, "triton_supports", lambda tensor: supported)
+        for uses_triton, width, wider, dtype in (
+                (attention_kernels.uses_triton, 64, 65, torch.bfloat16),
+                (contrastive_kernels.uses_triton, 256, 257, torch.float32)):
+            assert uses_triton(torch.zeros(2, width, dtype=dtype)) == supported
+            assert not uses_triton(torch.zeros(2, wider, dtype=dtype))
+            assert not uses_triton(torch.zeros(2, width, dtype=torch.float64))
 
 
 def test_contrastive_loss_is_float32_under_autocast_and_for_half_precision_features():
@@ -425,9 +425,9 @@ def test_contrastive_loss_is_float32_under_autocast_and_for_half_precision_featu
 def test_memory_of_the_contrastive_loss_does_not_grow_with_the_queue():
     """At B 80, Q 61,440, E 256 no operator allocates 10 MB; the logits alone would be 20 MB."""
     def largest(Q):
-        case = bench.contrastive_inputs(80, Q, 256)
+        feature, *_, tau = case = contrastive_case(80, Q, 256)
         with torch.profiler.profile(profile_memory=True) as profile:
-            with_gradients(contrastive_loss(*case), (case[0], case[5]))
+            with_gradients(contrastive_loss(*case, 0.4), (feature, tau))
         return max(event.self_cpu_memory_usage + event.self_device_memory_usage for event in profile.events())
     assert 0 < largest(61_440) < 10e6
     assert DEVICE == "cuda" or largest(61_440) == largest(6_144)
@@ -1251,18 +1251,20 @@ def test_forward_changes_no_state_and_the_loop_clamps_the_temperature(official):
 
 
 @pytest.mark.parametrize("backend, dropout", [
-    ("aot_eager", 0.0), ("aot_eager", 0.1), pytest.param("inductor", 0.0, marks=pytest.mark.slow)])
-def test_model_compiles_into_one_graph_forward_and_backward(backend, dropout):
-    """ITC of a batch, and ITM logits of its captions with other images."""
-    def loss_of(images, captions, identity):
-        logits = model.itm_logits(model.student.image_tokens_and_features(images)[0].flip(0), captions)
-        return model(images, captions, identity, StepParams(with_itm=False)).itc + logits.square().sum()
+    ("aot_eager", 0.1), pytest.param("inductor", 0.0, marks=pytest.mark.slow)])
+def test_encoders_compile_into_one_graph_forward_and_backward(backend, dropout):
+    """Cosines of a batch, and ITM logits of its captions with other images."""
+    def loss_of(images, captions):
+        tokens, image_features = model.student.image_tokens_and_features(images)
+        cosines = image_features @ model.student.text_features(captions).T
+        logits = model.itm_logits(tokens.flip(0), captions)
+        return (cosines / model.temperature).square().sum() + logits.square().sum()
     model, results = small_flip(dropout=dropout), []
     trained = [p for p in model.parameters() if p.requires_grad]
     torch._dynamo.reset()
     for function in (torch.compile(loss_of, fullgraph=True, backend=backend), loss_of):
         torch.manual_seed(0)                # for the same dropout
-        loss = function(GOLDEN["eval.images"], golden_captions("eval"), torch.arange(8))
+        loss = function(GOLDEN["eval.images"], golden_captions("eval"))
         results.append(with_gradients(loss, trained))
     for actual, expected in zip(*results):
         size = expected.abs().max().item()
@@ -3598,7 +3600,7 @@ def test_damaged_file_raises_a_one_line_error_or_changes_nothing(readers_of, cas
 # ---- compiled kernels ----------------------------------------------------------------------------
 # against the compiler's register counts; last, so that the compiler runs beside all other tests
 # Types of the arguments that are not tensors of the kernel's own dtype.
-TYPES = {"*fp32": "lse delta delta_out queries temperature max_out denominator_out key_out",
+TYPES = {"*fp32": "lse delta delta_out queries temperature max_logits weight_sums key_sums",
          "*i32": "query_offsets key_offsets",
          "*i64": "identity key_identity seed", "i32": "B K keys_per_program"}
 TYPE_OF = {name: kind for kind, names in TYPES.items() for name in names.split()}
@@ -3619,7 +3621,7 @@ def launched_configs():
                 yield f"{name}_kernel", dtype, dict(dropout=dropout, **meta), capability
         for dtype, E in itertools.product(("fp32", "bf16"), (64, 256)):
             meta = dict(E=E, BLOCK_E=E, **contrastive_kernels.LAUNCH_CONFIG)
-            yield "triton_sums_kernel", dtype, meta, capability
+            yield "sums_kernel", dtype, meta, capability
 
 
 def compile_one(config):
@@ -3675,7 +3677,7 @@ def test_every_shipped_kernel_compiles_for_a100_and_h100_without_spilling(compil
     assert compiling.returncode == 0, errors[-2000:]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines()[2:]]
     kernels, dtypes, _, _, capabilities, _, spilled, _ = zip(*rows)
-    assert set(kernels) == {"fwd_kernel", "bwd_dq_kernel", "bwd_dkdv_kernel", "triton_sums_kernel"}
+    assert set(kernels) == {"fwd_kernel", "bwd_dq_kernel", "bwd_dkdv_kernel", "sums_kernel"}
     assert set(zip(dtypes, capabilities)) == set(itertools.product(("fp16", "bf16", "fp32"), ("8.0", "9.0")))
     assert set(spilled) == {"0"}
     print(f"\n{printed}")

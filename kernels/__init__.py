@@ -1,6 +1,5 @@
-"""All attention and all ITC (contrastive loss) of this project, on CPUs as well as GPUs. Each file has the
-mathematics, a plain PyTorch version, which CPUs run, Triton kernels for NVIDIA GPUs, and a public function
-that picks one. `python bench.py` checks and times both."""
+"""Triton kernels for NVIDIA GPUs from A100 on. A first reading can skip this folder: on all other devices,
+attention.py and losses.py compute the same in plain PyTorch. `python bench.py` checks and times both."""
 from types import SimpleNamespace
 
 import torch
