@@ -9,6 +9,7 @@ import contextlib
 import copy
 import dataclasses
 import errno
+import functools
 import gzip
 import hashlib
 import io
