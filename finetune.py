@@ -32,7 +32,7 @@ from tqdm import tqdm
 from common.distributed import autocast, choose_device
 from common.images import contact_sheet, iterate_images
 from common.optim import build_optimizers, set_learning_rate
-from common.script import Log, flag, markdown_table, parse_flags, run_script
+from common.script import Log, markdown_table, parse_flags, run_script
 from common.weights import write_checkpoint
 from config import SharedFlags
 from data import ATTRIBUTES, BatchLoader, Faces, drop_unreadable, load_toy_faces, open_faces
@@ -45,22 +45,23 @@ from train import init_model, warmup_decay
 # ---- configuration -------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Config(SharedFlags):
-    """The flags (the last two fields are none). Defaults are the paper's for retrieval."""
+    """The flags, see config.py. Defaults are the paper's for retrieval."""
     task: str = ""
-    checkpoint: str = flag("out/flip.pt", "from train.py, or the official one: file, folder or hub name")
-    random: bool = flag(True, "also train on frozen encoders with random weights, for comparison")
-    out: str = flag("out", "folder for the results, in a subfolder named after the task")
-    faces: int = flag(4000, "number of faces to draw for training")
-    validation: int = flag(1000, "number of faces to draw for validation; with --data the maximum")
-    test: int = flag(1000, "number of faces to draw for the test split")
-    fractions: tuple[float, ...] = flag((1.0,), "fractions of the training split, each trained on by itself")
-    seed: int = flag(0, "seed of the random encoders, new weights, data order, captions and negatives")
-    epochs: int = flag(50, "epochs; smaller fractions get more, so that the number of steps stays the same")
-    batch_size: int = flag(64, "samples per step")
-    lr: float = flag(3e-5, "peak learning rate, after 10 %% of the steps, with cosine decay to 0")
-    workers: int = flag(8, "data loading processes of retrieval")
-    itm_every: int = 1                  # retrieval: train the matching head in every n-th step
-    sketch_steps: int = 70              # of drawn faces
+    checkpoint: str = "out/flip.pt"             # from train.py, or the official one: file, folder or hub name
+    random: bool = True                         # also train on frozen encoders with random weights
+    out: str = "out"                            # folder for the results, in a subfolder named after the task
+    faces: int = 4000                           # number of faces to draw for training
+    validation: int = 1000                      # number to draw for validation; with --data the maximum
+    test: int = 1000                            # number of faces to draw for the test split
+    fractions: tuple[float, ...] = (1.0,)       # parts of the training split, each trained on by itself
+    seed: int = 0                               # seed of random encoders, new weights, data and negatives
+    epochs: int = 50                            # epochs; a smaller fraction has the same number of steps
+    batch_size: int = 64                        # samples per step
+    lr: float = 3e-5                            # peak learning rate, after 10 % of the steps; cosine decay
+    workers: int = 8                            # data loading processes of retrieval
+    # fields for a recipe: train the matching head in every n-th step; number of stages of drawn sketches
+    itm_every: int = 1
+    sketch_steps: int = 70
 
 
 RECIPES = {"retrieval": {}, "sketch": dict(epochs=100, lr=1e-4),

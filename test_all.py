@@ -761,8 +761,8 @@ with parallel_map(time.sleep, [600, 600], "sleeping") as results:
         time.sleep(0.01)
 
 
-SHORT = ("--faces 64 --validation 10 --steps 24 --batch_size 8 --log_every 3 --eval_every 1000 --itm_from 0 "
-         "--momentum_from 0.3 --queue_from 0.5 --queue_size 40").split()
+SHORT = ("--faces 64 --validation 10 --steps 24 --batch_size 8 --log_every 3 --eval_every 1000 --itm_every 1 "
+         "--queue_size 40").split()
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's list of a process's threads")
@@ -2351,13 +2351,24 @@ def test_damaged_image_raises_a_one_line_error_also_in_a_worker(tmp_path):
 # ---- config.py -----------------------------------------------------------------------------------
 # against the paper's values, and the configuration of the run that is resumed
 def test_flags_are_the_fields_of_the_configuration_and_override_recipes():
-    given = train_config.parse_arguments(["--steps", "7", "--no-augment", "--hardness_ramp", "0.1", "0.2"])
+    given = train_config.parse_arguments(["--steps", "7", "--no-augment", "--columns", "pcfg", "--lr", "0.1"])
     assert given == train_config.Config(
-        **train_config.RECIPES["tiny"] | dict(steps=7, augment=False, hardness_ramp=(0.1, 0.2)))
+        **train_config.RECIPES["tiny"] | dict(steps=7, augment=False, columns=("pcfg",), lr=0.1))
     assert train_config.parse_arguments(["--epochs", "2"]).steps == 0, "or the recipe's steps would decide"
     assert train_config.parse_arguments(["--model", "base"]) == train_config.Config(model="base")
+    for unknown in (["--leanring_rate", "1"], ["--columns", "pfcg"], ["--queue_from", "0"]):
+        with pytest.raises(SystemExit):
+            train_config.parse_arguments(unknown)
+
+
+def test_help_of_a_flag_is_the_comment_beside_its_field(capsys):
     with pytest.raises(SystemExit):
-        train_config.parse_arguments(["--leanring_rate", "1"])
+        train_config.parse_arguments(["--help"])
+    printed = " ".join(capsys.readouterr().out.split())
+    for shown in ("--warmup WARMUP steps to the peak learning rate, at most 20 % of the run (20000)",
+                  "--no-outside accept images outside --data, which its lists may name by absolute paths",
+                  "{tiny,base,large} tiny (for drawn faces, trains on two CPU cores), base (the paper"):
+        assert shown in printed, printed
 
 
 def test_resuming_takes_the_runs_flags_and_only_some_may_change(uninterrupted, cache, tmp_path):
@@ -2597,8 +2608,9 @@ def test_init_loads_our_or_the_official_flip_also_at_another_image_size(
     for change, message in ((dict(init=init), "contains no vocabulary; pass --vocabulary"),
                             (dict(init=str(uninterrupted), model="base"), "has width 128, but --model")):
         assert message in error_of(train.new_model, quick(tmp_path, cache, **change))
-    assert "--init contains all weights" in error_of(quick, tmp_path, cache, init="a", bert="b")
-    assert "--vocabulary applies only to --init" in error_of(quick, tmp_path, cache, vocabulary="a")
+    for change in (dict(init="a", bert="b"), dict(vocabulary="a"), dict(alpha=2.0)):
+        with pytest.raises(AssertionError):
+            quick(tmp_path, cache, **change)
     assert "is not a multiple of the patch" in error_of(train.train, quick(tmp_path, cache, image_size=50))
 
 
@@ -3302,7 +3314,7 @@ def test_every_script_shows_an_example(tmp_path, arguments, expected):
 @pytest.mark.parametrize("arguments, message", [
     ("toyfaces.py --out a_file", ".*Not a directory: 'a_file"),
     ("toyfaces.py --out .", "--out .: expected a new or an empty folder, found files"),
-    ("data.py --data DIR", "data.py takes no arguments"), ("train.py --lr -1", "--lr -1.0: expected at le"),
+    ("data.py --data DIR", "data.py takes no arguments"),
     ("search.py --checkpoint nowhere.pt query", "nowhere.pt: expected a file"),
     ("report.py --data nowhere", "nowhere: no such folder or file")])
 def test_invalid_arguments_of_a_script_end_in_a_one_line_error(tmp_path, monkeypatch, arguments, message):
@@ -3349,11 +3361,6 @@ def test_results_name_tests_that_exist():
 # ---- damaged and malicious input -----------------------------------------------------------------
 # against the results for the undamaged files
 @pytest.mark.parametrize("call, message", [
-    (lambda: train_config.Config(batch_size=0), "--batch_size 0: expected at least 1"),
-    (lambda: train_config.Config(alpha=2.0), "--alpha 2.0: expected at least 0 and at most 1"),
-    (lambda: train_config.Config(hardness_ramp=(0.9, 0.1)), "_ramp (0.9, 0.1): expected two numbers, the"),
-    (lambda: train_config.Config(model="huge"), "--model huge: expected one of tiny, base, large"),
-    (lambda: train_config.Config(lr=float("nan")), "--lr nan: expected at least 0"),
     (lambda: temporary_memmap((2 ** 30, 2 ** 30), "."), "GB of disk space ("),
     (lambda: noise_faces(3).subset([]), "noise: no faces, expected at least one in this split"),
     (lambda: dataclasses.replace(noise_faces(3), captions=[["a"]] * 2), "noise: 3 images, but 2 entries in"),

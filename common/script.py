@@ -2,6 +2,7 @@
 import argparse
 import contextlib
 import ctypes
+import inspect
 import json
 import math
 import os
@@ -11,7 +12,7 @@ import tempfile
 import traceback
 import typing
 import warnings
-from dataclasses import field, fields
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -155,36 +156,36 @@ def markdown_table(header, rows):
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
-def flag(default, help, low=0, high=2 ** 62, choices=()):
-    """A dataclass field that is a flag: its default, help text, range (inclusive) or choices."""
-    return field(default=default, metadata=dict(help=help, low=low, high=high, choices=choices))
-
-
-def check_flags(config):
-    """Raise a ValueError for the first field out of its range; pairs must be in ascending order."""
-    for f in filter(lambda f: f.metadata, fields(config)):
-        value, rule = getattr(config, f.name), f.metadata
-        values = value if isinstance(value, tuple) else (value,)
-        if rule["choices"] and not set(values) <= set(rule["choices"]):
-            raise ValueError(f"--{f.name} {value}: expected one of {', '.join(rule['choices'])}")
-        numbers = [x for x in values if isinstance(x, (int, float))]
-        if not all(rule["low"] <= x <= rule["high"] for x in numbers):          # also rejects NaN
-            upper = "" if rule["high"] == 2 ** 62 else f" and at most {rule['high']}"
-            raise ValueError(f"--{f.name} {value}: expected at least {rule['low']}{upper}")
-        if f.type == tuple[float, float] and (len(value) != 2 or value[0] > value[1]):
-            raise ValueError(f"--{f.name} {value}: expected two numbers, the smaller first")
+def flag_helps(config) -> dict[str, str]:
+    """{name: help} of the fields of a dataclass that have a comment beside them, which may go on below."""
+    helps, name = {}, None
+    for line in "".join(inspect.getsource(base) for base in config.__mro__[-2::-1]).splitlines():
+        field = re.match(r"    (\w+): [^#]+ = [^#]+  # (.+)", line)
+        more = re.match(r"     +# (.+)", line)
+        if field:
+            name, helps[field[1]] = field[1], field[2]
+        elif more and name:
+            helps[name] += " " + more[1]
+        else:
+            name = None
+    return helps
 
 
 def parse_flags(parser: argparse.ArgumentParser, config, argv):
-    """Add a flag for every field of the dataclass `config`; return those given in `argv`, {name: value}."""
-    for f in filter(lambda f: f.metadata, fields(config)):
+    """Add a flag for every field in `flag_helps` of a dataclass; return those in `argv`, {name: value}."""
+    helps = flag_helps(config)
+    for f in (f for f in fields(config) if f.name in helps):
+        kind, options = f.type, {}
+        if typing.get_origin(kind) is tuple:
+            kind, options["nargs"] = typing.get_args(kind)[0], "+"
+        if typing.get_origin(kind) is typing.Literal:
+            kind, options["choices"] = str, typing.get_args(kind)
+        if kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            options["type"] = kind
         default = f" ({f.default})" if f.default not in ("", ()) else ""
-        options = {"type": f.type}
-        if f.type is bool:
-            options = {"action": argparse.BooleanOptionalAction}
-        elif isinstance(f.default, tuple):
-            options = {"type": typing.get_args(f.type)[0], "nargs": "+"}
-        parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=f.metadata["help"] + default,
-                            **options)
+        parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, **options,
+                            help=(helps[f.name] + default).replace("%", "%%"))
     given = vars(parser.parse_args(argv))
     return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
