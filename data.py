@@ -2,21 +2,19 @@
 
     Faces          the images of one split of a data set, with captions, attributes or sketches
     augment        FLIP's random augmentation of an image
-    FaceDataset    one sample: image, caption and identity
-    BatchLoader    an endless stream of batches
+    BatchLoader    samples of image, caption and identity, in an endless stream of batches
 
-`open_faces` opens a data set on disk, `load_toy_faces` the faces drawn by toyfaces.py. How a line of an
-annotation file becomes a row of a batch is described in readers/index.py.
+`open_faces` opens a data set on disk (readers/index.py says how), `load_toy_faces` the drawn faces.
 
 Departures from the official code: a face without captions gets a new one from the grammar (captions.py) in
 every epoch, instead of a stored one. The order of the samples is a function of (seed, epoch), and caption and
 augmentation are functions of (seed, epoch, index), so a run resumed at any step, with any number of workers,
-sees the batches of an uninterrupted one. Invalid input is reported with file and record. (Capital letters are
-sizes, see vit.py.) Run `python data.py` to see one batch.
+sees the batches of an uninterrupted one. A damaged image is named and replaced by that of the next face.
 """
 import itertools
 import sys
 from dataclasses import dataclass
+from multiprocessing.pool import ThreadPool
 from typing import NamedTuple
 
 import numpy as np
@@ -29,9 +27,8 @@ from bert import Captions, Tokenizer
 from captions import ATTRIBUTES as ATTRIBUTES
 from captions import sample_caption
 from common.distributed import iterate_with_workers, start_worker
-from common.images import TarImage, iterate_images, load_image, normalize_batch, resize_to_array
-from common.script import escape_control_chars, run_script
-from readers.index import COLUMNS, check_error_rate, open_split
+from common.images import TarImage, load_image, normalize_batch, resize_to_array
+from readers.index import COLUMNS, check_invalid, open_split
 from readers.layouts import LAYOUTS
 
 
@@ -48,12 +45,8 @@ class Faces:
                                             # (I, steps, S, S), white on black
 
     def __post_init__(self):
-        if len(self) == 0:
-            raise ValueError(f"{self.name}: no faces, expected at least one in this split")
-        for field in ("identity", "attributes", "captions", "sketches"):
-            values = getattr(self, field)
-            if values is not None and len(values) != len(self):
-                raise ValueError(f"{self.name}: {len(self)} images, but {len(values)} entries in {field}")
+        for values in (self.identity, self.attributes, self.captions, self.sketches):
+            assert values is None or len(values) == len(self.images) > 0, self.name
 
     def __len__(self):
         return len(self.images)
@@ -61,29 +54,22 @@ class Faces:
     def picture(self, i: int, size: int | None = None) -> Image.Image:
         """Face i in RGB, resized to size x size if a size is given. Raises ValueError if its file is
         damaged or not an image."""
-        return self._load(i, self.images[i], size)
+        return self._load(self.images[i], size)
 
-    def _load(self, i, stored, size=None):
+    def _load(self, stored, size=None):
         if isinstance(stored, np.ndarray):
             image = Image.fromarray(stored).convert("RGB")
             return image.resize((size, size), Image.Resampling.BICUBIC) if size else image
-        try:
-            return stored.open(size) if isinstance(stored, TarImage) else load_image(stored, size=size)
-        except (ValueError, OSError) as error:
-            raise ValueError(f"{self.name}, record {i}: {error}") from None
+        return stored.open(size) if isinstance(stored, TarImage) else load_image(stored, size=size)
 
     @property
     def has_text(self):
         return self.captions is not None or self.attributes is not None
 
-    def require_text(self):
-        """Raise a ValueError if the faces have neither captions nor attributes."""
-        if not self.has_text:
-            raise ValueError(f"{self.name}: expected captions, or attributes to write them from, found none")
-
     def caption(self, i: int, rng: np.random.Generator) -> str:
         """A random caption of face i or, without captions, a new one from the grammar."""
-        self.require_text()
+        if not self.has_text:
+            raise ValueError(f"{self.name}: expected captions, or attributes to write them from, found none")
         if self.captions is not None:
             captions = self.captions[i]
             return captions[rng.integers(len(captions))]
@@ -97,7 +83,7 @@ class Faces:
     def sketch(self, i: int, t: int) -> Image.Image:
         """The sketch of face i after step t (counted from 0) in RGB, white on black as FS2K-SDE stores it;
         dark strokes on white paper, as in FS2K, are inverted."""
-        image = self._load(i, self.sketches[i][t]).convert("L")
+        image = self._load(self.sketches[i][t]).convert("L")
         if np.asarray(image).mean() > 127:
             image = ImageOps.invert(image)
         return image.convert("RGB")
@@ -109,12 +95,10 @@ class Faces:
 
 
 def open_faces(path: str, split: str, cache: str = "cache", columns: tuple = COLUMNS[:2],
-               max_errors: float = 1.0, max_lost: float | None = None, outside: bool = False) -> Faces:
-    """A split ("train", "val" or "test") of the data set at `path`, a folder or a json list, whose layout
-    is recognised by its files (readers/layouts.py). Raises ValueError if more than max_errors percent
-    of the records are invalid, and names the first. (max_lost is the old name of max_errors.)"""
-    max_errors = max_errors if max_lost is None else max_lost
-    return Faces(**open_split(path, split, LAYOUTS, cache, columns, max_errors, outside))
+               outside: bool = False) -> Faces:
+    """A split ("train", "val" or "test") of the data set at `path`, a folder or a JSON list, whose layout is
+    recognised by its files (readers/layouts.py). Raises ValueError if over 1 % of the records are invalid."""
+    return Faces(**open_split(path, split, LAYOUTS, cache, columns, outside))
 
 
 def load_toy_faces(count: int, size: int, seed: int, folder: str, steps: int = 0) -> Faces:
@@ -124,20 +108,19 @@ def load_toy_faces(count: int, size: int, seed: int, folder: str, steps: int = 0
                  np.array(drawn["attributes"]), sketches=drawn["sketches"] if steps else None)
 
 
-def drop_unreadable(faces: Faces, max_errors: float, size: int) -> Faces:
-    """The faces whose images can be read at this size."""
-    errors = {}                             # {index: message}, filled while reading
-    for _ in iterate_images(faces.picture, len(faces), size, "checking images", errors=errors):
-        pass
-    return drop(faces, errors, max_errors)
+def readable(faces: Faces, size: int) -> Faces:
+    """The faces whose images can be read at this size; the others are named. Raises ValueError if these are
+    over 1 %."""
+    def error_of(i):
+        try:
+            faces.picture(i, size)
+        except ValueError as error:
+            return str(error)
 
-
-def drop(faces: Faces, errors: dict, max_errors: float) -> Faces:
-    """The faces without those of `errors` {index: message}, whose messages are printed."""
-    messages = [errors[i] for i in sorted(errors)]
-    check_error_rate(messages, len(faces), max_errors)
-    for message in messages:
-        tqdm.write(f"left out: {escape_control_chars(message)}")
+    with ThreadPool() as pool:
+        results = tqdm(pool.imap(error_of, range(len(faces))), "checking images", len(faces), leave=False)
+        errors = {i: error for i, error in enumerate(results) if error}
+    check_invalid([*errors.values()], len(faces), faces.name, shown=None)
     return faces.subset([i for i in range(len(faces)) if i not in errors]) if errors else faces
 
 
@@ -179,84 +162,65 @@ class Batch(NamedTuple):
     images: torch.Tensor        # (B, 3, S, S) float32
     captions: Captions          # B captions, packed
     identity: torch.Tensor      # (B,) int64
-    errors: dict                # {index: message} of faces that could not be read and were replaced
+    num_replaced: int           # damaged images that others were taken for
 
     def to(self, device):
         return Batch(self.images.to(device, non_blocking=True), self.captions.to(device),
-                     self.identity.to(device, non_blocking=True), self.errors)
+                     self.identity.to(device, non_blocking=True), self.num_replaced)
 
 
-class FaceDataset(torch.utils.data.Dataset):
-    """Image, caption and identity for (epoch, index): a pure function of these and the seed. A face whose
-    image is damaged is replaced by another, sampled with the same generator."""
-
-    def __init__(self, faces: Faces, tokenizer: Tokenizer, image_size: int, seed: int, augmented: bool):
-        self.faces, self.tokenizer, self.image_size = faces, tokenizer, image_size
-        self.seed, self.augmented = seed, augmented
-
-    def __getitem__(self, key):
-        epoch, index = key
-        # index + 1, because (seed, epoch, 0) would be the same seed as (seed, epoch), that of the order
-        rng = np.random.default_rng((self.seed, epoch, index + 1))
-        errors, image = {}, None
-        while image is None:
-            try:
-                image = self.faces.picture(index, self.image_size)
-            except ValueError as error:
-                errors[index] = str(error)
-                if len(errors) == min(100, len(self.faces)):
-                    raise ValueError(f"{error} (and {len(errors) - 1} replacements for it)") from None
-                index = int(rng.integers(len(self.faces)))
-        if self.augmented:
-            image = augment(image, rng)
-        text = self.faces.caption(index, rng)
-        pixels = resize_to_array(image, self.image_size)        # of this size already: only converts
-        return pixels, text, self.faces.identity[index], errors
-
-    def collate(self, samples):
-        pixels, texts, identity, errors = zip(*samples)
-        return Batch(normalize_batch(pixels), self.tokenizer(list(texts)), torch.tensor(np.array(identity)),
-                     dict(itertools.chain.from_iterable(found.items() for found in errors)))
-
-
-class BatchLoader:
+class BatchLoader(torch.utils.data.Dataset):
     """Endless batches of `batch_size` for one of `world_size` processes, `batches_per_epoch` per epoch. Batch
     n of an epoch is the n-th slice of world_size * batch_size faces of the epoch's permutation; rank r takes
-    the r-th part of it, so all ranks together see the batch of a single process."""
+    the r-th part of it, so all ranks together see the batch of a single process. An item is the sample of
+    (epoch, index), a pure function of these and the seed."""
 
     def __init__(self, faces: Faces, tokenizer: Tokenizer, image_size: int, batch_size: int, seed: int = 0,
-                 augmented: bool = True, rank: int = 0, world_size: int = 1, workers: int = 0,
-                 max_errors: float = 0.0):
-        faces.require_text()
-        self.faces, self.seed, self.workers = faces, seed, workers
-        self.errors, self.max_errors = {}, max_errors       # in the current epoch; maximum in percent
+                 augmented: bool = True, rank: int = 0, world_size: int = 1, workers: int = 0):
+        self.faces, self.tokenizer, self.image_size, self.seed = faces, tokenizer, image_size, seed
+        self.augmented, self.workers = augmented, workers
         self.batch_size, self.rank, self.global_size = batch_size, rank, batch_size * world_size
-        self.samples = FaceDataset(faces, tokenizer, image_size, seed, augmented)
         self.batches_per_epoch = len(faces) // self.global_size     # the last, incomplete batch is dropped
         if self.batches_per_epoch == 0:
             raise ValueError(f"{faces.name}: {len(faces)} faces are fewer than a batch of {self.global_size} "
                              f"({world_size} processes x {batch_size}); use a smaller --batch_size")
 
+    def __getitem__(self, key):
+        """Pixels, caption, identity, and how many damaged images were replaced by those of the next face."""
+        epoch, index = key
+        # index + 1, because (seed, epoch, 0) would be the same seed as (seed, epoch), that of the order
+        rng = np.random.default_rng((self.seed, epoch, index + 1))
+        image, num_replaced = None, 0
+        while image is None:
+            try:
+                image = self.faces.picture(index, self.image_size)
+            except ValueError as error:
+                print(f"{error} (replaced by the next face)", flush=True)
+                index, num_replaced = (index + 1) % len(self.faces), num_replaced + 1
+                if num_replaced == 100:
+                    raise ValueError(f"{error}, and 99 images before it") from None
+        if self.augmented:
+            image = augment(image, rng)
+        text = self.faces.caption(index, rng)
+        pixels = resize_to_array(image, self.image_size)        # of this size already: only converts
+        return pixels, text, self.faces.identity[index], num_replaced
+
+    def collate(self, samples):
+        pixels, texts, identity, num_replaced = zip(*samples)
+        return Batch(normalize_batch(pixels), self.tokenizer(list(texts)), torch.tensor(np.array(identity)),
+                     sum(num_replaced))
+
     def iterate_from(self, number: int):
-        """Yield batches without end, starting with batch `number`, counted from 0 over all epochs. Raises
-        ValueError if more than max_errors percent of an epoch's faces cannot be read."""
+        """Yield batches without end, starting with batch `number`, counted from 0 over all epochs."""
         loader = torch.utils.data.DataLoader(
-            self.samples, batch_sampler=self.batch_indices(number), collate_fn=self.samples.collate,
+            self, batch_sampler=self.batch_indices(number), collate_fn=self.collate,
             num_workers=self.workers, pin_memory=torch.cuda.is_available(),
             # forked workers share the memory-mapped index; spawned ones would receive a copy
             multiprocessing_context="fork" if self.workers and sys.platform == "linux" else None,
             generator=torch.Generator(),        # the default would advance the model's random state
             worker_init_fn=start_worker)
         with iterate_with_workers(loader) as batches:
-            for number, batch in enumerate(batches, number):
-                if number % self.batches_per_epoch == 0:
-                    self.errors = {}
-                for i in sorted(batch.errors.keys() - self.errors.keys()):
-                    self.errors[i] = batch.errors[i]
-                    faces_per_epoch = self.batches_per_epoch * self.batch_size
-                    check_error_rate([*self.errors.values()], faces_per_epoch, self.max_errors)
-                    tqdm.write(f"{escape_control_chars(batch.errors[i])} (replaced by another face)")
-                yield batch
+            yield from batches
 
     def batch_indices(self, number):
         """Yield for each batch the list of (epoch, index) of this rank."""
@@ -266,19 +230,3 @@ class BatchLoader:
                 own = order[n * self.global_size + self.rank * self.batch_size:][:self.batch_size]
                 yield [(epoch, index) for index in own.tolist()]
             number = 0                          # later epochs start at their first batch
-
-
-def main():
-    """Show one batch of drawn faces."""
-    if sys.argv[1:]:
-        raise ValueError("data.py takes no arguments; for statistics, run python report.py --data DIR")
-    faces = load_toy_faces(100, 48, seed=0, folder="cache")
-    tokenizer = Tokenizer.train([faces.caption(i, np.random.default_rng(i)) for i in range(len(faces))])
-    batch = next(BatchLoader(faces, tokenizer, image_size=48, batch_size=4).iterate_from(0))
-    print(f"images    {tuple(batch.images.shape)} {batch.images.dtype}\nidentity  {batch.identity.tolist()}")
-    print(f"captions  {batch.captions.sequences.lengths.tolist()} tokens, packed:")
-    print(" ".join(tokenizer.pieces(batch.captions)).replace(" [CLS]", "\n[CLS]"))
-
-
-if __name__ == "__main__":
-    run_script(main)

@@ -35,7 +35,7 @@ from common.optim import build_optimizers, set_learning_rate
 from common.script import Log, markdown_table, parse_flags, run_script
 from common.weights import write_checkpoint
 from config import SharedFlags
-from data import ATTRIBUTES, BatchLoader, Faces, drop_unreadable, load_toy_faces, open_faces
+from data import ATTRIBUTES, BatchLoader, Faces, load_toy_faces, open_faces, readable
 from evaluation import EvaluationSet, evaluate, new_figure, plot_retrieval
 from flip import FLIP, StepParams, project
 from losses import contrastive_loss
@@ -335,7 +335,7 @@ def open_splits(config: Config, size: int) -> dict[str, Faces]:
         if config.data:
             faces = open_faces(config.data, split, config.cache, outside=config.outside)
             faces = faces.subset(range(min(count, len(faces)))) if split == "val" else faces
-            faces = drop_unreadable(faces, 1.0, size)
+            faces = readable(faces, size)
         else:
             faces = load_toy_faces(count, size, seed, config.cache, steps)
         if config.task == "retrieval" and not config.data:      # in colour, nothing is left to learn

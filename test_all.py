@@ -4,22 +4,17 @@ Numbers are compared against references that are not part of the project: golden
 official code at a small size, with random weights and dropout 0), torch's own modules, closed forms.
 """
 import ast
-import bz2
 import contextlib
 import copy
 import dataclasses
-import errno
 import functools
-import gzip
 import hashlib
 import io
 import itertools
 import json
-import lzma
 import math
 import os
 import pickle
-import random
 import re
 import resource
 import runpy
@@ -71,7 +66,7 @@ from bert import Bert, BertConfig, Captions, Tokenizer, clean_caption
 from captions import ATTRIBUTES, FACTS
 from common.images import TarImage, contact_sheet, load_image, normalize_batch, resize_to_array
 from common.optim import Muon, build_optimizers, load_optimizers, newton_schulz
-from common.script import Log, temporary_memmap
+from common.script import Log
 from common.weights import (
     BERT_KEYS,
     CLIP_KEYS,
@@ -89,7 +84,7 @@ from kernels import attention as attention_kernels
 from kernels import contrastive as contrastive_kernels
 from kernels import triton
 from losses import contrastive_loss
-from readers import index, tars
+from readers import index, layouts
 from vit import ViT, ViTConfig
 
 torch.backends.cudnn.allow_tf32 = False
@@ -457,23 +452,11 @@ def test_exif_orientation_rotates_the_image_but_not_its_size_or_boxes(tmp_path):
     stored.paste("black", (0, 0, 100, 100))
     exif[0x0112] = 6                                                # to be rotated by 90 degrees
     stored.save(path, exif=exif)
-    assert common.images.read_image_size(path) == (400, 300)
     for file in (path, Image.open(path)):
         upright = load_image(file, size=30)
         assert upright.getpixel((25, 3)) < (9, 9, 9) and upright.getpixel((3, 3)) > (246, 246, 246)
     cropped = load_image(path, box=(1, 1, 99, 99), size=16)
     assert np.asarray(cropped).max() < 9
-
-
-def test_only_regular_files_are_opened(tmp_path):
-    os.mkfifo(tmp_path / "pipe.jpg")
-    (tmp_path / "folder.jpg").mkdir()
-    for name in ("pipe.jpg", "folder.jpg"):
-        for read in (load_image, common.images.read_image_size):
-            assert f"{name} cannot be read: expected a regular file" in error_of(read, tmp_path / name)
-    (write_captions(tmp_path) / "images/3.png").unlink()
-    os.mkfifo(tmp_path / "images/3.png")
-    assert "expected a regular file" in error_of(open_faces(tmp_path).picture, 3)
 
 
 def test_contact_sheet_keeps_proportions_and_draws_frames_and_a_legend():
@@ -491,12 +474,12 @@ def test_pixels_are_normalised_by_clips_published_mean_and_deviation_in_rgb_orde
     close(pixels, torch.tensor([(x - m) / d for x, m, d in zip((1.0, 0.2, 0.0), mean, deviation)]), 1e-6)
 
 
-def test_image_of_80_million_pixels_is_not_decoded(tmp_path):
-    Image.new("1", (9000, 9000)).save(tmp_path / "bomb.png")
-    error = error_of(load_image, tmp_path / "bomb.png")
-    assert "expected at most 67,108,864 pixels, found (9000, 9000)" in error
-    Image.new("1", (8192, 8192)).save(tmp_path / "largest.png")
-    assert common.images.read_image_size(tmp_path / "largest.png") == (8192, 8192)
+@pytest.mark.parametrize("image, message", [
+    (Image.new("1", (20_000, 20_000)), "exceeds limit"),                    # 50 KB that would take 1.2 GB
+    (Image.new("I;16", (8, 8)), "expected 8 bits per channel, found Pillow's mode I;16")])
+def test_decompression_bombs_and_images_of_16_bits_are_rejected(tmp_path, image, message):
+    image.save(tmp_path / "face.png")
+    assert message in error_of(load_image, tmp_path / "face.png")
 
 
 # ---- common/weights.py ---------------------------------------------------------------------------
@@ -709,19 +692,6 @@ def test_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError):
         write_checkpoint({"model": 2}, tmp_path / "flip.pt")
     assert torch.load(tmp_path / "flip.pt") == {"model": 1}
-
-
-def test_full_disk_is_noticed_before_a_memory_mapped_file_is_written(tmp_path, monkeypatch):
-    """Writing to the mapping would kill the process with a bus error."""
-    def full_disk(file, offset, length):
-        assert (offset, length) == (0, 2 * 30 * 100)                    # reserved as a whole
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    monkeypatch.setattr(os, "posix_fallocate", full_disk)
-    error = error_of(temporary_memmap, (30, 100), tmp_path)
-    assert error.startswith(f"{tmp_path}: expected 0.0 GB of disk space (") and "No space left" in error
-    assert not list(tmp_path.iterdir())
-
-
 
 
 def test_positions_are_resized_by_cubic_convolution():
@@ -1401,8 +1371,8 @@ def test_grammar_writes_the_captions_that_all_figures_were_measured_on():
 
 
 def test_recipes_are_those_of_all_figures():
-    recipes = [train_config.TINY, train_config.RECIPES, finetune.RECIPES, finetune.DRAWN]
-    assert hashlib.sha256(repr(recipes).encode()).hexdigest()[:12] == "9c41c0eab908"
+    recipes = [train_config.TINY, train_config.RECIPES["tiny"], finetune.RECIPES, finetune.DRAWN]
+    assert hashlib.sha256(repr(recipes).encode()).hexdigest()[:12] == "31b91c414d50"
 
 
 def test_captions_have_the_lengths_and_the_variety_of_flips():
@@ -1615,72 +1585,33 @@ def write_tar(folder, members={}, records=60, name="00000", **changes):
     return folder
 
 
-def test_data_set_is_indexed_once_until_it_changes(tmp_path, monkeypatch):
+def change_keeping_its_time(path):
+    before = path.stat()
+    path.write_bytes(path.read_bytes().replace(b"face", b"dear"))           # of the same size, too
+    os.utime(path, (before.st_atime, before.st_mtime))
+
+
+@pytest.mark.parametrize("write, name, change", [
+    (lambda d: write_tar(d), "00000.tar", change_keeping_its_time),
+    (lambda d: write_tar(d), "a.tar", lambda path: (path.parent / "00000.tar").rename(path)),
+    (lambda d: write_captions(d), "val.json", Path.touch),
+    (write_celeba, "img_align_celeba/000003.jpg", Path.unlink)])
+def test_data_set_is_indexed_once_until_a_file_changes_or_with_other_columns(
+        tmp_path, monkeypatch, write, name, change):
+    write(tmp_path)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(index, "index_records", MagicMock(side_effect=KeyboardInterrupt))
-        open_faces(write_mm_celeba(tmp_path / "mm"))
-    assert not list((tmp_path / "mm/cache").iterdir())          # an interrupted run leaves no file
-    faces = open_faces(write_tar(tmp_path / "tars"))
-    (tmp_path / "tars/cache/notes.txt").write_text("not part of the data set")
+        open_faces(tmp_path)
+    assert not list((tmp_path / "cache").iterdir())             # an interrupted run leaves no file
+    images = [*open_faces(tmp_path).images]
     with monkeypatch.context() as patch:
-        patch.setattr(tars, "read_tar", lambda *_: pytest.fail("indexed again"))
-        again = open_faces(tmp_path / "tars")
-    assert [*again.captions, *again.images] == [*faces.captions, *faces.images]
-    content = (tmp_path / "tars/00000.tar").read_bytes()
-    (tmp_path / "tars/00000.tar").write_bytes(content.replace(b"face", b"dear"))        # of the same size
-    assert "dear" in open_faces(tmp_path / "tars").captions[0][0]
-
-
-@pytest.mark.parametrize("write, read, foreign", [
-    (write_celeba, "img_align_celeba/000002.jpg", ["out/flip.pt", "other.json", "train/a.jpg", "x.tar"]),
-    (lambda d: write_captions(d), "images/2.png", ["out/flip.pt", "notes.txt", "images/Thumbs.db"]),
-    (lambda d: write_tar(d), "00000_stats.json", ["out/flip.pt", "00000.jpg", "train.txt", "index-1.txt"])])
-def test_index_depends_only_on_files_its_layout_reads_and_the_new_one_replaces_the_old(
-        tmp_path, write, read, foreign):
-    faces = open_faces(write(tmp_path), max_errors=90)
-    captions = faces.captions and [*faces.captions]
-    first, = (tmp_path / "cache").glob("index-*.npy")
-    for name in foreign:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_bytes(b"{")
-    (tmp_path / "out/log.jsonl").touch()
-    (tmp_path / "out/curves.png").touch()
-    open_faces(write_mm_celeba(tmp_path / "out/mm"))            # of another data set, in the same cache
-    for other in (tmp_path / "out/mm/cache").iterdir():
-        shutil.copy(other, tmp_path / "cache")
-    written = first.stat().st_mtime_ns
-    open_faces(tmp_path, max_errors=90)
-    assert first.exists() and first.stat().st_mtime_ns == written
-    (tmp_path / read).rename(tmp_path / "elsewhere")
-    open_faces(tmp_path, max_errors=90)
-    assert not first.exists() and not first.with_suffix(".txt").exists()
-    assert len([*(tmp_path / "cache").glob("index-*.npy")]) == 2
-    assert captions == (faces.captions and [*faces.captions])   # still memory-mapped
-
-
-@pytest.mark.parametrize("write, folder", [
-    (lambda d: write_captions(d), "images"), (lambda d: write_sde(d), "photo"),
-    (write_celeba, "img_align_celeba")])
-def test_loops_of_links_are_followed_once(tmp_path, write, folder):
-    write(tmp_path)
-    for link in ("a", "b"):                                     # two loops: 2^40 paths
-        (tmp_path / folder / link).symlink_to("..")
-    assert len(open_faces(tmp_path)) > 3
-
-
-@pytest.mark.parametrize("suffix", [".npy", ".txt", ".errors"])
-def test_missing_empty_truncated_or_foreign_index_is_made_anew(tmp_path, suffix):
-    captions = [*open_faces(write_captions(tmp_path)).captions]
-    index, = (tmp_path / "cache").glob(f"index-*{suffix}")
-    whole = index.read_bytes()
-    array = io.BytesIO()
-    np.save(array, np.arange(9))
-    for content in (None, b"", whole[:-2], b"noise" * 99, array.getvalue()):
-        if content is None or suffix == ".errors":
-            index.unlink()
-        else:
-            index.write_bytes(content)
-        assert [*open_faces(tmp_path).captions] == captions and index.read_bytes() == whole
+        patch.setattr(index, "write_index", lambda *_: pytest.fail("indexed again"))
+        assert [*open_faces(tmp_path).images] == images
+        with pytest.raises(pytest.fail.Exception):
+            open_faces(tmp_path, columns=("pcfg",))
+        change(tmp_path / name)
+        with pytest.raises(pytest.fail.Exception):
+            open_faces(tmp_path)
 
 
 def read_epoch(folder, workers, start):
@@ -1756,10 +1687,11 @@ def test_celeba_at_its_size_opens_in_seconds_and_takes_150_bytes_per_face(tmp_pa
 
 
 def test_tars_are_read_in_place_cropped_to_the_box_and_split_by_url(tmp_path, capsys):
-    splits = open_splits(write_tar(tmp_path, {"000000003.jpg": b""}, 200, status="failed_to_download"))
+    splits = open_splits(write_tar(tmp_path, {"000000003.jpg": b""}, 200))
     names = [image.name for faces in splits for image in faces.images]
     assert len(names) == len(set(names)) == 199 and "000000003.jpg" not in names
-    assert re.search("199 faces; invalid records skipped: 1, listed in .*[.]errors", capsys.readouterr().out)
+    assert "train: 1 of 188 are invalid and left out:\n" in (printed := capsys.readouterr().out)
+    assert "00000.tar: '000000003': no image\n" in printed
     urls = [{int(texts[0].split()[1]) // 2 for texts in faces.captions} for faces in splits]
     assert len(set.union(*urls)) == sum(map(len, urls)) == 100
     i = next(i for i, texts in enumerate(splits[0].captions) if int(texts[0].split()[1]) % 4 == 2)
@@ -1769,12 +1701,12 @@ def test_tars_are_read_in_place_cropped_to_the_box_and_split_by_url(tmp_path, ca
     assert both.captions[0] == ["face 0", "the face 0", "a face, 0"]
 
 
-@pytest.mark.parametrize("mode", ["no", "keep_ratio", "border", "center_crop"])
+@pytest.mark.parametrize("mode", ["no", "keep_ratio", "border"])
 def test_boxes_are_mapped_to_the_stored_image_for_every_resize_mode_of_img2dataset(tmp_path, mode):
-    """The shorter side (keep_ratio, center_crop) or the longer one (border) becomes 256 pixels; the
-    square is then cropped, or padded with white."""
+    """The shorter side (keep_ratio) or the longer one (border) becomes 256 pixels; that is then padded with
+    white to a square."""
     members, rng = {}, np.random.default_rng(0)
-    sizes = [(1024, 700), (640, 1000), (512, 512), (300, 280), (1600, 901), (200, 150)]
+    sizes = [(1024, 700), (640, 1000), (512, 512), (300, 280), (1600, 901), (200, 150), (513, 512)]
     for i, (W, H) in enumerate(sizes * 5):
         w, h = int(min(W, H) * rng.uniform(0.3, 0.5)), int(min(W, H) * rng.uniform(0.3, 0.5))
         x, y = (W - w) // 2 + int(rng.integers(-20, 20)), (H - h) // 2 + int(rng.integers(-20, 20))
@@ -1782,14 +1714,14 @@ def test_boxes_are_mapped_to_the_stored_image_for_every_resize_mode_of_img2datas
         image.paste((200, 0, 0), (x, y, x + w, y + h))              # the face is red
         scale = {"no": 1, "border": 256 / max(W, H)}.get(mode, 256 / min(W, H))
         image = image.resize((round(W * scale), round(H * scale)), Image.Resampling.BOX)
-        if mode in ("border", "center_crop"):
+        if mode == "border":
             stored = Image.new("RGB", (256, 256), "white")
             stored.paste(image, (int((256 - image.width) / 2), int((256 - image.height) / 2)))
             image = stored
         record = {"status": "success", "caption": "a face", "url": f"http://{i}", "box": [x, y, x + w, y + h],
                   "width": image.width, "height": image.height, "original_width": W, "original_height": H}
         members |= {f"{i:09d}.jpg": encoded(image), f"{i:09d}.json": json.dumps(record).encode()}
-    write_tar(tmp_path, members, records=0)
+    write_members(tmp_path / "00000.tar", members)
     for crop in open_faces(tmp_path).images:
         whole = np.asarray(crop._replace(box=()).open()).astype(int)
         rows, columns = np.nonzero((whole[..., 0] > 100) & (whole[..., 2] < 100))
@@ -1797,40 +1729,19 @@ def test_boxes_are_mapped_to_the_stored_image_for_every_resize_mode_of_img2datas
         assert np.abs(np.subtract(crop.box, true)).max() <= 1, (crop, true)
 
 
-def test_invalid_records_of_tars_are_counted_by_kind_and_the_rest_is_read(tmp_path):
-    bomb = encoded(Image.new("1", (20_000, 20_000)))                # 50 KB that would take 1.2 GB
-    broken = {"000000001.jpg": b"x", "000000002.json": b"{", "000000003.jpg": b"", "000000005.jpg": bomb,
-              "000000006.json": b'{"status": "success", "box": [90, 0, 99, 9], "caption": "x", "url": 1}',
-              "000000007.json": b'{"status": "success", "box": [0, 0, 9, 9], "url": "x"}', "../8.jpg": b"x",
-              "000000007.txt": b""}
-    write_tar(tmp_path, broken, records=100)
-    whole = (tmp_path / "00000.tar").read_bytes()
-    with tarfile.open(tmp_path / "00000.tar") as tar:
-        offset = {member.name: member.offset for member in tar}
-    header, end = offset["000000020.jpg"], offset["000000090.json"] + 700
-    for block in (bytes(512), b"x" * 512):
-        (tmp_path / "00000.tar").write_bytes(whole[:header] + block + whole[header + 512:end])
-        assert "(19 of 102 are invalid, more than --max_errors 1 perc" in error_of(open_faces, tmp_path)
-        assert len(open_faces(tmp_path, max_errors=20)) > 70
-        (rows,), (errors,) = ((tmp_path / "cache").glob(f"*.{suffix}") for suffix in ("npy", "errors"))
-        kinds = Counter(line.split(":")[0] for line in errors.read_text().splitlines())
-        assert len(np.load(rows)) == 83 and kinds == {
-            "damaged tar": 2, "incomplete face": 3, "annotation": 1, "image": 2, "box": 1, "captions": 1,
-            "missing face": 9}
-        shutil.rmtree(tmp_path / "cache")
-
-
 def read_tars(folder):
-    """({tar/name: (captions, size of the face, colour of its first pixel)}, errors) of a folder's tars."""
-    faces, errors = {}, []
-    for job in tars.facecaption_jobs(folder):
-        _, lines, invalid = index.index_records(job, ("caption",))
-        errors += invalid
-        for record in map(json.loads, lines.splitlines()):
-            tar, name, *place = record["images"]
-            face = TarImage(folder / tar, name, *place).open()
-            faces[f"{tar}/{name}"] = record["captions"], face.size, face.getpixel((0, 0))
-    return faces, errors
+    """({tar/name: (captions, size of the face, colour of its first pixel)}, messages) of a folder's tars."""
+    faces, invalid = {}, []
+    for path in layouts.find_tars(folder):
+        for *_, line in index.index_records(layouts.read_tar, ("",), folder, ("caption",), False, path):
+            record = json.loads(line)
+            if "invalid" in record:
+                invalid.append(record["invalid"])
+            else:
+                tar, name, *place = record["images"]
+                face = TarImage(folder / tar, name, *place).open()
+                faces[f"{tar}/{name}"] = record["captions"], face.size, face.getpixel((0, 0))
+    return faces, invalid
 
 
 def write_faces(folder, numbers, length):
@@ -1880,33 +1791,42 @@ def test_tars_of_every_format_block_size_and_name_length_and_concatenated_ones_a
     assert read_tars(tmp_path) == (truth, [])
 
 
-@pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_file_whose_header_is_damaged_gives_its_long_name_to_no_other_file(tmp_path, format):
-    files, truth = write_faces(tmp_path / "source", range(3), 200)
-    with tarfile.open(tmp_path / "0.tar", "w", format=format) as tar:
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_damaged_tar_is_named_with_the_number_of_faces_read(tmp_path, capsys, format):
+    """Long names: the members of GNU and PAX have several headers."""
+    files, truth = write_faces(tmp_path / "source", range(9), 80 if format == tarfile.USTAR_FORMAT else 200)
+    path = tmp_path / "0.tar"
+    with tarfile.open(path, "w", format=format) as tar:
         for name in files:
             tar.add(tmp_path / "source" / name, name)
-    with tarfile.open(tmp_path / "0.tar") as tar:
-        content = tar.getmembers()[2].offset_data               # of the second image
-    whole = (tmp_path / "0.tar").read_bytes()
-    for block in (bytes(512), b"x" * 512):
-        (tmp_path / "0.tar").write_bytes(whole[:content - 512] + block + whole[content:])
-        faces, errors = read_tars(tmp_path)
-        assert faces == {f"0.tar/{name}": face for name, face in truth.items() if name[0] != "1"}
-        assert [error.split(":")[0] for error in errors] == ["damaged tar", "incomplete face"]
+    with tarfile.open(path) as tar:
+        members = tar.getmembers()
+    start, content, whole = [m.offset for m in members], [m.offset_data for m in members], path.read_bytes()
+    length = len(whole.rstrip(b"\0"))
+    length += -length % 512
+    header, half_a_block = content[4] - 512, b"x" * 256
+    for first, stop, new in [
+            # cut between two faces, in a header, in a file, in the last file and after it
+            (start[4], None, b""), (header + 9, None, b""), (content[4] + 9, None, b""),
+            (content[-1] + 9, None, b""), (length, None, b""),
+            # damaged headers: of an image, the first one, all of a face
+            (header, content[4], b"x" * 512), (header, content[4], bytes(512)),
+            (0, content[0], bytes(content[0])), (start[4], start[6], b"x" * 3000),
+            # inserted, appended, no tar at all
+            (start[4], start[4], half_a_block), (len(whole), None, half_a_block), (0, None, b"x" * 9999)]:
+        path.write_bytes(whole[:first] + new + (whole[stop:] if stop else b""))
+        faces, invalid = read_tars(tmp_path)
+        assert faces.items() <= {f"0.tar/{name}": face for name, face in truth.items()}.items()
+        expected = f"0.tar is damaged, cut off, compressed or missing: found {len(faces)} faces, "
+        assert expected in capsys.readouterr().out and expected in invalid[-1], (first, stop)
 
 
-@pytest.mark.parametrize("before, after, damaged", [
-    (b"", bytes(10**6), False), (b"", bytes(1024), False), (bytes(1024), bytes(2048), False),
-    (b"", b"", True), (b"", bytes(512), True), (b"", bytes(1024) + b"x", True),
-    (bytes(512), bytes(1024), True)])
-def test_tar_without_its_end_is_damaged_but_any_number_of_empty_blocks_is_not(
-        tmp_path, before, after, damaged):
+@pytest.mark.parametrize("empty_blocks", [2, 3, 2000])
+def test_tar_may_end_and_begin_with_any_number_of_empty_blocks(tmp_path, empty_blocks):
     path = write_tar(tmp_path, records=3) / "00000.tar"
-    length = len(path.read_bytes().rstrip(b"\0"))
-    path.write_bytes(before + path.read_bytes()[:-(-length // 512) * 512] + after)
-    faces, errors = read_tars(tmp_path)
-    assert len(faces) == 3 and [error.split(":")[0] for error in errors] == ["damaged tar"] * damaged
+    path.write_bytes(bytes(512 * empty_blocks) + path.read_bytes() + bytes(512 * empty_blocks))
+    faces, invalid = read_tars(tmp_path)
+    assert len(faces) == 3 and not invalid
 
 
 @pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -1917,22 +1837,24 @@ def test_face_after_a_file_of_nine_gigabytes_is_read(tmp_path, format):
         tar.write(large.tobuf(format))
         tar.seek(-(-large.size // 512) * 512, 1)
         tar.write(face)
-    faces, errors = read_tars(tmp_path)
-    assert len(faces) == 1 and not errors
+    faces, invalid = read_tars(tmp_path)
+    assert len(faces) == 1 and not invalid
 
 
-def test_tars_in_subfolders_are_read_even_if_their_names_are_equal(tmp_path):
-    folders = [tmp_path / name for name in (".", "part-0", "part-1/a")]
-    for folder in folders:
+def test_tars_in_linked_subfolders_are_read_once_and_a_missing_one_is_named(tmp_path, capsys):
+    folders = [tmp_path / "set" / name for name in (".", "part-0", "part-1/a")]
+    for folder in [*folders, tmp_path / "elsewhere"]:
         folder.mkdir(parents=True, exist_ok=True)
         write_tar(folder, records=200)
-    (tmp_path / "part-1/a/00001_stats.json").write_text('{"successes": 1}')         # its tar is missing
-    splits = open_splits(tmp_path)
-    assert len({n for faces in splits for n in faces.identity.tolist()}) == 600
+    (tmp_path / "set/loop").symlink_to(tmp_path / "set")
+    (tmp_path / "set/part-2").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "set/part-1/a/00001_stats.json").write_text('{"successes": 1}')
+    splits = open_splits(tmp_path / "set")
+    assert len({n for faces in splits for n in faces.identity.tolist()}) == 800
     found = Counter(image.tar.parent for faces in splits for image in faces.images)
-    assert found == dict.fromkeys(folders, 200)
+    assert found == dict.fromkeys([*folders, tmp_path / "set/part-2"], 200)
     assert all(faces.picture(i).width == 30 for faces in splits for i in range(len(faces)))
-    assert "1.tar holds fewer" in next((tmp_path / "cache").glob("*.errors")).read_text()
+    assert "part-1/a/00001.tar is damaged, cut off, compressed or missing: " in capsys.readouterr().out
 
 
 def test_any_webdataset_is_read_with_its_captions_from_json_or_txt_and_whole_images(tmp_path):
@@ -1943,21 +1865,22 @@ def test_any_webdataset_is_read_with_its_captions_from_json_or_txt_and_whole_ima
                     f"{key}.seg.png": b"?", f"{key}.npy": b"?", ".hidden.jpg": b"?", "README": b"?"}
     members |= {"4.txt": b"no image", "5.jpg": content, "6.2.jpg": content}
     write_members(tmp_path / "text.tar", members)
-    faces, errors = read_tars(tmp_path)
+    faces, invalid = read_tars(tmp_path)
     assert {name: (*face[0], face[1]) for name, face in faces.items()} == {
         f"text.tar/{name}": (f"face {name.rpartition('.')[0]}", (6, 7))
         for name in ("a/0.jpg", "a/1.JPEG", "./b.d/2.png", "3.webp")}
-    assert sorted(error.partition("text.tar: ")[2] for error in errors) == [
-        "4 has no image", "5 has no .txt", "6 has no image"]
+    assert sorted(error.partition("text.tar: ")[2] for error in invalid) == [
+        "'4': no image", "'5': no .txt", "'6': no image"]
     (tmp_path / "text.tar").unlink()
     records = [{"caption": "a face", "box": None}, {"box": [0, 0, 3, 3]}, {"caption": ""}, {}]
     members = {f"{n}.jpg": content for n in range(5)} | {f"{n}.txt": b"from txt" for n in (0, 1, 2, 4)}
     members |= {f"{n}.json": json.dumps(record).encode() for n, record in enumerate(records)}
     write_members(tmp_path / "json.tar", members)
-    faces, errors = read_tars(tmp_path)
+    faces, invalid = read_tars(tmp_path)
     assert [(*face[0], face[1]) for face in faces.values()] == [
         ("a face", (6, 7)), ("from txt", (3, 3)), ("from txt", (6, 7))]
-    assert [error.split(":")[0] for error in errors] == ["incomplete face", "captions"]
+    assert "json.tar: 3.jpg: expected text in caption, found []" in invalid[0]
+    assert "json.tar: '4': no .json" in invalid[1]
 
 
 def test_faces_without_url_are_split_by_key_in_whichever_tar(tmp_path):
@@ -1970,27 +1893,21 @@ def test_faces_without_url_are_split_by_key_in_whichever_tar(tmp_path):
 
 
 def test_absurd_box_or_size_is_one_invalid_record(tmp_path):
-    numbers = [2 ** 64, math.inf, math.nan, 1e308, "800", "x", -5, 0, 1e-320, True, False, [800], {}]
-    boxes = [*([0, 0, 9, x] for x in numbers), [], "", {}, "1234", 7, True, [0, 0, 9], [0, 0, 9, None],
-             "[0, 0, NaN, 9]", "[0, 0, 1e999, 9]"]
+    boxes = [[0, 0, 9, 2 ** 64], [0, 0, 9, math.nan], [0, 0, 9, "800"], [], "", {}, "1234", True, [0, 0, 9],
+             [0, 0, 9, None], "[0, 0, 1e999, 9]", [9, 0, 9, 5], [60, 0, 90, 9]]
     changes = [{"box": box} for box in boxes] + [
-        {"box": [0, 0, 9, 9], "original_width": x, "original_height": 40} for x in numbers]
+        {"box": [0, 0, 9, 9], "original_width": x, "original_height": 9} for x in (math.inf, -5, 1, "x", [8])]
     members = {f"{i + 5:09}.json": json.dumps({"caption": "x", "url": "x"} | change).encode()
                for i, change in enumerate(changes)}
-    faces, errors = read_tars(write_tar(tmp_path, members, records=5 + len(changes)))
+    faces, invalid = read_tars(write_tar(tmp_path, members, records=5 + len(changes)))
     assert len(faces) == 5
-    assert sorted(re.search(r"\d{9}", error)[0] + ".json" for error in errors) == list(members)
+    assert sorted(re.search(r"\d{9}", error)[0] + ".json" for error in invalid) == list(members)
 
 
-@pytest.mark.parametrize("compress", [
-    gzip.compress, bz2.compress, lzma.compress, lambda content: b"(\xb5/\xfd" + content])
-def test_compressed_tar_is_rejected_and_the_message_tells_to_decompress_it(tmp_path, compress):
-    path = write_tar(tmp_path, records=100) / "00000.tar"
-    path.write_bytes(compress(path.read_bytes()))
-    assert "00000.tar: expected no compression; run gunzip" in error_of(open_faces, tmp_path)
-    path.rename(tmp_path / "00001.tar.gz")
-    write_tar(tmp_path)
-    assert "00001.tar.gz: expected no compression; run gunzip" in error_of(open_faces, tmp_path)
+@pytest.mark.parametrize("suffix", [".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst"])
+def test_compressed_tar_is_rejected_and_the_message_tells_to_decompress_it(tmp_path, suffix):
+    (write_tar(tmp_path) / f"00001{suffix}").touch()
+    assert f"00001{suffix}: expected no compression; run gunzip" in error_of(open_faces, tmp_path)
 
 
 def write_captions(folder, records=None, name="train.json"):
@@ -2009,8 +1926,10 @@ def test_caption_list_is_read_with_identities(tmp_path):
     assert faces.captions[3] == ["face 3", "the face 3"] and faces.picture(1).size == (50, 60)
     assert {faces.caption(1, np.random.default_rng(s)) for s in range(20)} == {"face 1", "the face 1"}
     assert list(faces.subset([3, 1]).captions) == [faces.captions[3], faces.captions[1]]
-    write_captions(tmp_path, [{"image": "0.png", "face_caption": "a face"}])        # FaceCaption's key
-    assert list(open_faces(tmp_path).captions) == [["a face"]]
+    records = [{"image": f"{i}.png", "image_id": id, "face_caption": "a face"}             # FaceCaption's key
+               for i, id in enumerate([None, math.nan, math.nan, ""])]
+    assert list(open_faces(write_captions(tmp_path, records)).captions) == [["a face"]] * 4
+    assert len(set(open_faces(tmp_path).identity)) == 4             # without an id: a person of its own
 
 
 def test_image_is_known_by_its_normalised_name_and_empty_captions_are_dropped(tmp_path):
@@ -2023,52 +1942,32 @@ def test_image_is_known_by_its_normalised_name_and_empty_captions_are_dropped(tm
         "images/0.png", "images/1.png", "2.png", "images/3.png", "images/0.png"]
     assert list(faces.captions) == [["a"], ["b", "c"], ["d"], ["e"], ["a second caption"]]
     write_captions(tmp_path, [{"image": "./0.png", "caption": "a"}], "test.json")
-    assert "images/0.png is already in split train" in error_of(open_faces, tmp_path, "test")
-    for values in (["a", 7], ["a", ["b"]], {"a": "b"}):
-        write_captions(tmp_path, [{"image": "0.png", "caption": values}])
-        assert "(images/0.png): expected non-empty text captions" in error_of(open_faces, tmp_path)
+    assert "'images/0.png' is already in split train" in error_of(open_faces, tmp_path, "test")
 
 
 @pytest.mark.parametrize("name", ["../secret.png", "images/../../secret.png", "{folder}/secret.png"])
 def test_images_outside_the_folder_need_a_flag_or_a_link(tmp_path, name):
     Image.new("RGB", (8, 8)).save(tmp_path / "secret.png")
     write_captions(tmp_path / "set", [{"image": name.format(folder=tmp_path), "caption": "a face"}])
-    assert "the image is outside the data set; --outside accepts" in error_of(open_faces, tmp_path / "set")
+    assert "png' is outside the data set; --outside accepts" in error_of(open_faces, tmp_path / "set")
     assert open_faces(tmp_path / "set", outside=True).images[0].resolve() == tmp_path / "secret.png"
     (tmp_path / "set/link").symlink_to(tmp_path)
     write_captions(tmp_path / "set", [{"image": "link/secret.png", "caption": "a face"}])
     assert len(open_faces(tmp_path / "set")) == 1
 
 
-def test_invalid_split_is_rejected_beside_a_large_valid_one(tmp_path):
+def test_over_one_percent_of_invalid_records_reject_a_split_and_fewer_are_counted(tmp_path, capsys):
     names = [f"{i}.png" for i in range(300)]
     write_captions(write_images(tmp_path / "images", names).parent, [{"image": "x.png", "caption": "a"}])
-    write_captions(tmp_path, [{"image": name, "caption": "a"} for name in names], "val.json")
+    records = [{"image": name, "caption": "a"} for name in [*names, "y\x1b.png", "z.png"]]
+    write_captions(tmp_path, records, "val.json")
     assert len(open_faces(tmp_path, "val")) == 300
+    assert capsys.readouterr().out.splitlines() == [
+        "JSON annotations val: 2 of 302 are invalid and left out:",
+        r"val.json record 300 (counted from 0): the image 'y\x1b.png' does not exist"]
     message = error_of(open_faces, tmp_path)
-    assert "no file: train.json record 0" in message and "(1 of 1 are invalid" in message
-    (tmp_path / "val.json").write_text("{}")
-    message = error_of(open_faces, tmp_path)
-    assert "val.json: expected a JSON list" in message and "train" not in message.replace(str(tmp_path), "")
-
-
-def test_names_are_printed_escaped_and_errors_quote_little_of_a_file(tmp_path, capsys):
-    records = [{"image": name, "caption": "a"} for name in ("0.png", "1.png", "x")]
-    write_captions(tmp_path / "\x1b[31m", records)
-    open_faces(tmp_path / "\x1b[31m", max_errors=50)
-    assert "invalid records skipped: 1" in (printed := capsys.readouterr().out) and "\x1b" not in printed
-    for number, (write, name, old) in enumerate([
-            (write_captions, "train.json", "0.png"), (write_captions, "train.json", "face 0"),
-            (write_celeba, VALUES, "000002.jpg"), (write_celeba, VALUES, "6"), (write_celeba, VALUES, "Bald"),
-            (write_celeba, PARTITION, "6.jpg 2"), (write_celeba, PARTITION, " 2"),
-            (write_fs2k, "anno_train.json", "photo1/image0103")]):
-        path = write(tmp_path / str(number)) / name
-        path.write_text(path.read_text().replace(old, "x" * 10 ** 6, 1))
-        with contextlib.suppress(ValueError):
-            open_faces(path.parent, max_errors=0)
-            assert old == "face 0"                              # a long caption is valid
-            continue
-        assert len(error_of(open_faces, path.parent, max_errors=0)) < 900, name
+    assert "JSON annotations train: train.json record 0 (counted from 0)" in message
+    assert "(1 of 1 are invalid, more than 1 %)" in message
 
 
 def test_single_caption_list_is_split_by_person(tmp_path):
@@ -2083,14 +1982,20 @@ def test_single_caption_list_is_split_by_person(tmp_path):
 def test_image_in_two_splits_is_dropped_from_the_second(tmp_path):
     for name, numbers in (("train.json", "01"), ("test.json", "002")):
         write_captions(tmp_path, [{"image": f"{n}.png", "caption": "a face"} for n in numbers], name)
-    train, test = (open_faces(tmp_path, split, max_errors=70) for split in ("train", "test"))
-    assert image_names(train) == ["0", "1"] and image_names(test) == ["2"]
+    assert image_names(open_faces(tmp_path)) == ["0", "1"]
+    message = "record 0 (counted from 0): 'images/0.png' is already in split train (2 of 3 are invalid"
+    assert message in error_of(open_faces, tmp_path, "test")
 
 
 @pytest.mark.parametrize("kaggle", [False, True])
 def test_celeba_is_read_in_its_own_and_in_kaggles_layout(tmp_path, kaggle):
     attributes = random_faces(6)
-    train, val, test = open_splits(write_celeba(tmp_path, kaggle))
+    write_celeba(tmp_path, kaggle)
+    if not kaggle:                          # without any attribute, as opposed to without attributes
+        lines = (tmp_path / VALUES).read_text().splitlines()
+        lines[2], attributes[0] = lines[2].replace(" 1", "-1"), False
+        (tmp_path / VALUES).write_text("\n".join(lines))
+    train, val, test = open_splits(tmp_path)
     assert (train.attributes == attributes[:4]).all() and (test.attributes == attributes[5:]).all()
     assert len(val) == 1 and len(set(train.identity)) == 4
     assert val.picture(0).size == (178, 218) and val.images[0].name == "000005.jpg"
@@ -2129,16 +2034,11 @@ def test_celeba_dialog_is_read_from_any_image_folder(tmp_path, images):
 SHUFFLED = [ATTRIBUTES[i] for i in np.random.default_rng(5).permutation(40)]    # not in CelebA's order
 
 
-def write_lfwa(folder):
-    """Two images of each of 30 persons: names with backslashes, labels in the order of SHUFFLED."""
-    names = [f"P_{n // 2}\\P_{n // 2}_{n % 2 + 1:04d}.jpg" for n in range(60)]
-    write_images(folder, [name.replace("\\", "/") for name in names])
-    return names, random_faces(60)[:, [ATTRIBUTES.index(name) for name in SHUFFLED]]
-
-
 def write_lfwa_lists(folder, below="lfw"):
     """The training list contains all images, also those of the test list, as the official one may."""
-    names, rows = write_lfwa(folder / below)
+    names = [f"P_{n // 2}\\P_{n // 2}_{n % 2 + 1:04d}.jpg" for n in range(60)]      # two images per person
+    write_images(folder / below, [name.replace("\\", "/") for name in names])
+    rows = random_faces(60)[:, [ATTRIBUTES.index(name) for name in SHUFFLED]]
     lines = [f"{name},{','.join(map(str, row))}" for name, row in zip(names, np.where(rows, 1, 0))]
     header = ",".join(["path", *(name.replace("_", " ").lower() for name in SHUFFLED)])
     (folder / "list_attr_lfwa.csv").write_text("\n".join([header, *lines]))
@@ -2146,31 +2046,9 @@ def write_lfwa_lists(folder, below="lfw"):
     return folder
 
 
-def write_lfwa_matlab(folder, transposed=False, **changes):
-    h5py = pytest.importorskip("h5py")
-    names, rows = write_lfwa(folder / "lfw")
-    matrix = rows.astype(float)
-    matrix[~rows] = np.random.default_rng(0).integers(-1, 1, (~rows).sum())     # -1 and 0 mixed
-    numbers = {"label": matrix, "indices_identity_train": [1], "indices_img_train": np.arange(1, 41),
-               "indices_img_test": np.arange(41, 61)} | changes
-    texts = {"name": names, "AttrName": [name.replace("_", " ") for name in SHUFFLED]}
-    faces, parts = (h5py.File(folder / name, "w") for name in ("lfw_att_40.mat", "indices_train_test.mat"))
-    with faces, parts:
-        for key, lines in texts.items():
-            codes = [np.array([[ord(c)] for c in line], np.uint16) for line in lines]
-            refs = [[faces.create_dataset(f"#refs#/{key}{i}", data=code).ref] for i, code in enumerate(codes)]
-            faces.create_dataset(key, data=refs, dtype=h5py.ref_dtype)
-        for variable, value in numbers.items():     # HDF5 has MATLAB's axes reversed
-            file = faces if variable == "label" else parts
-            file[variable] = value if transposed else np.atleast_2d(value).T
-    return folder
-
-
-@pytest.mark.parametrize("write", [
-    write_lfwa_lists, lambda d: write_lfwa_lists(d, "."), write_lfwa_matlab,
-    lambda d: write_lfwa_matlab(d, transposed=True)])
-def test_lfwa_is_read_from_lists_and_matlab_files_and_split_by_person(tmp_path, write):
-    train, val, test = splits = open_splits(write(tmp_path))
+@pytest.mark.parametrize("below", ["lfw", "."])
+def test_lfwa_is_read_from_its_lists_and_split_by_person(tmp_path, below):
+    train, val, test = splits = open_splits(write_lfwa_lists(tmp_path, below))
     assert len(train) + len(val) == 40 and len(test) == 20 and len(val) > 0
     persons = [set(faces.identity) for faces in splits]
     assert len(set.union(*persons)) == sum(map(len, persons)) == 30
@@ -2212,16 +2090,14 @@ def write_sde(folder, style="{photo}_{step}", photo="photo1/image01{n:02d}", ste
     for n, name in enumerate(names):
         flat = name.replace("/", "_")
         sketches += [f"{'train' if n < 15 else 'test'}/" + style.format(
-            photo=flat, stem=flat[-9:], path=name, step=step) + ".png" for step in range(1, steps + 1)]
+            photo=flat, stem=flat[-9:], step=step) + ".png" for step in range(1, steps + 1)]
     write_images(folder / "photo", [f"{name}.jpg" for name in names])
     return write_images(folder / "sketch", sketches, lambda i: Image.new("L", (8, 8), i % steps + 1)).parent
 
 
 @pytest.mark.parametrize("style, photo", [
     ("{photo}_{step}", "photo1/image01{n:02d}"), ("{stem}_{step}", "photo1/image01{n:02d}"),
-    ("{path}_{step}", "photo1/image01{n:02d}"), ("{photo}_{step}", "photo1_image01{n:02d}"),
-    ("{stem}_{step}", "image01{n:02d}"), ("{path}/{step}", "image01{n:02d}"),
-    ("{photo}_{step}", "deep/photo1/image01{n:02d}")])
+    ("{photo}_{step}", "photo1_image01{n:02d}"), ("{stem}_{step}", "image01{n:02d}")])
 def test_fs2k_sde_sketches_are_matched_to_photos_and_sorted_by_step(tmp_path, style, photo):
     train, val, test = open_splits(write_sde(tmp_path, style, photo))
     assert [len(train), len(val), len(test), train.sketch_steps] == [13, 2, 5, 12] and train.captions is None
@@ -2242,16 +2118,6 @@ def test_photos_of_sketches_take_captions_from_a_list_beside_them(tmp_path):
     assert open_faces(tmp_path, "test").captions is None
     (tmp_path / "captions.json").write_text('[{"image": "image0115.jpg", "caption": "the last"}]')
     assert list(open_faces(tmp_path, "test").captions) == [["the last"]]
-
-
-@pytest.mark.parametrize("box, inside", [((60, 0, 120, 50), True), ((80, 0, 130, 50), False)])
-def test_box_must_be_half_inside_its_image(box, inside):
-    image = TarImage(Path("0.tar"), "0.jpg", 0, 0, box)
-    find = lambda: tars.box_in_stored_image(image, (100, 100), (100, 100), False)
-    if inside:
-        assert find() == [60, 0, 100, 50]
-    else:
-        assert "expected half of (80, 0, 130, 50), over a pixel, inside the image" in error_of(find)
 
 
 # ---- data.py -------------------------------------------------------------------------------------
@@ -2294,7 +2160,7 @@ def test_augmentation_changes_five_in_nine_images_beyond_mirroring():
 
 
 def test_caption_and_augmentation_of_a_face_differ_from_epoch_to_epoch():
-    dataset = data.FaceDataset(noise_faces(20), TOKENIZER, 16, seed=3, augmented=True)
+    dataset = data.BatchLoader(noise_faces(20), TOKENIZER, 16, 4, seed=3)
     first, again, second = ([dataset[epoch, i] for i in range(20)] for epoch in (0, 0, 1))
     for (pixels, text, *_), (same_pixels, same_text, *_) in zip(first, again):
         assert (pixels == same_pixels).all() and text == same_text
@@ -2328,24 +2194,29 @@ def test_batches_are_the_same_for_any_number_of_workers_and_ranks_and_from_any_s
     assert torch.equal(random_state, torch.get_rng_state()), "the loader has random numbers of its own"
 
 
-def test_damaged_image_raises_a_one_line_error_also_in_a_worker(tmp_path):
-    images = write_celeba(tmp_path) / "img_align_celeba"
+@pytest.mark.parametrize("workers", [0, 1])
+def test_damaged_image_is_named_and_replaced_by_the_next_face(tmp_path, capfd, workers):
+    images = write_celeba(tmp_path, count=202) / "img_align_celeba"
     noise = np.random.default_rng(0).integers(0, 255, (218, 178, 3), dtype=np.uint8)
     (images / "000002.jpg").write_bytes(encoded(Image.fromarray(noise), "jpeg")[:9000])
-    (images / "000003.jpg").write_text("not an image")
-    postscript = "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n"
-    (images / "000004.jpg").write_text(postscript)          # Pillow would start Ghostscript
+    (images / "000200.jpg").write_text("not an image")
     faces = open_faces(tmp_path)
-    truncated, other = error_of(faces.picture, 1), error_of(faces.picture, 2)
-    assert re.match("CelebA train, record 1: .*000002.jpg cannot be read: image file ", truncated)
-    assert re.fullmatch("CelebA train, record 2: .*000003.jpg is not an image", other)
-    with pytest.raises(ValueError, match=r".jpg .* \(3 of 4 are invalid, .* 1 percent\)$"):
-        data.drop_unreadable(faces, 1.0, 16)
-    assert len(data.drop_unreadable(faces, 75.0, 16)) == 1
-    error = error_of(take, data.BatchLoader(faces, TOKENIZER, 16, 4, workers=1), 0, 1)
-    assert re.match("CelebA train, record .: .*00000..jpg (cannot be read|is not an image).* .1 of 4", error)
-    batch, = take(data.BatchLoader(faces, TOKENIZER, 16, 4, workers=1, max_errors=75.0), 0, 1)
-    assert batch.errors.keys() == {1, 2, 3} and batch.identity.unique() == faces.identity[0]
+    batches = take(data.BatchLoader(faces, TOKENIZER, 16, 50, augmented=False, workers=workers), 0, 4)
+    identity = np.concatenate([batch.identity for batch in batches])
+    assert sorted(identity) == sorted([faces.identity[i] for i in (0, 2, *range(2, 199), 0)])
+    assert sum(batch.num_replaced for batch in batches) == 2
+    printed = capfd.readouterr().out
+    assert "000002.jpg cannot be read: image file is truncated" in printed
+    assert "000200.jpg is not an image (replaced by the next face)" in printed
+    assert len(data.readable(faces, 16)) == 198
+    assert "2 of 200 are invalid and left out:" in capfd.readouterr().out
+    (images / "000003.jpg").write_text("not an image")
+    assert "(3 of 200 are invalid, more than 1 %)" in error_of(data.readable, faces, 16)
+    for path in images.iterdir():
+        path.write_text("not an image")
+    loader = data.BatchLoader(faces, TOKENIZER, 16, 50, workers=workers)
+    with pytest.raises(ValueError, match="is not an image, and 99 images before it"):
+        take(loader, 0, 1)
 
 
 # ---- config.py -----------------------------------------------------------------------------------
@@ -2632,16 +2503,12 @@ def test_plan_warns_of_many_epochs_few_faces_and_unknown_words(uninterrupted, ca
     assert "with 20 faces, R@10 is 50 % by chance" in printed
 
 
-def test_unreadable_image_stops_the_run_after_saving_or_is_replaced(tmp_path):
+def test_damaged_images_are_replaced_and_counted_in_the_log(tmp_path):
     image = write_celeba(tmp_path, count=40) / "img_align_celeba" / "000012.jpg"
     image.write_bytes(b"not an image")
-    config = quick(tmp_path / "out", str(tmp_path / "cache"), data=str(tmp_path), batch_size=4, steps=30)
-    assert "000012.jpg is not an image" in error_of(train.train, config)
-    saved = torch.load(tmp_path / "out" / "flip.pt")["training"]["step"]
-    assert saved == max(line.get("step", 0) for line in log_of(tmp_path / "out")) > 0
-    train.train(dataclasses.replace(config, resume=True, max_errors=3.0))        # 1 of 38 is 2.6 %
-    log = log_of(tmp_path / "out")
-    assert log[-1]["step"] == 30 and max(line.get("num_errors", 0) for line in log) == 1
+    train.train(quick(tmp_path / "out", str(tmp_path / "cache"), data=str(tmp_path), batch_size=4, steps=30))
+    errors = [line["num_errors"] for line in log_of(tmp_path / "out") if "num_errors" in line]
+    assert errors == sorted(errors) and errors[-1] == 3             # 30 steps are three epochs
 
 
 def test_nan_loss_stops_the_run_and_names_the_step_also_without_itm(tmp_path, cache):
@@ -3274,7 +3141,7 @@ def test_bench_prints_its_tables(monkeypatch, capsys):
 # against the import statements of every file, and the commands that README.md shows
 ORDER = """kernels/__init__ kernels/attention kernels/contrastive common/script common/images common/weights
     common/distributed common/optim attention vit bert losses flip captions
-    drawing/portrait drawing/sketch toyfaces readers/index readers/tars readers/layouts data config evaluation
+    drawing/portrait drawing/sketch toyfaces readers/index readers/layouts data config evaluation
     train finetune search report bench test_all""".split()
 
 
@@ -3305,7 +3172,7 @@ def test_train_imports_without_triton():
 @pytest.mark.parametrize("arguments, expected", [
     ("losses.py", "cross-entropy"),
     ("flip.py", "FLIP.update_momentum"), ("toyfaces.py --out faces --count 3 --size 48", "written: faces"),
-    ("data.py", "[CLS]"), ("report.py", "distinct"), ("bench.py attention --help", "contrastive")])
+    ("report.py", "distinct"), ("bench.py attention --help", "contrastive")])
 def test_every_script_shows_an_example(tmp_path, arguments, expected):
     script, *arguments = arguments.split()
     assert expected in run_python(ROOT / script, *arguments, cwd=tmp_path)
@@ -3314,7 +3181,6 @@ def test_every_script_shows_an_example(tmp_path, arguments, expected):
 @pytest.mark.parametrize("arguments, message", [
     ("toyfaces.py --out a_file", ".*Not a directory: 'a_file"),
     ("toyfaces.py --out .", "--out .: expected a new or an empty folder, found files"),
-    ("data.py --data DIR", "data.py takes no arguments"),
     ("search.py --checkpoint nowhere.pt query", "nowhere.pt: expected a file"),
     ("report.py --data nowhere", "nowhere: no such folder or file")])
 def test_invalid_arguments_of_a_script_end_in_a_one_line_error(tmp_path, monkeypatch, arguments, message):
@@ -3361,10 +3227,7 @@ def test_results_name_tests_that_exist():
 # ---- damaged and malicious input -----------------------------------------------------------------
 # against the results for the undamaged files
 @pytest.mark.parametrize("call, message", [
-    (lambda: temporary_memmap((2 ** 30, 2 ** 30), "."), "GB of disk space ("),
-    (lambda: noise_faces(3).subset([]), "noise: no faces, expected at least one in this split"),
-    (lambda: dataclasses.replace(noise_faces(3), captions=[["a"]] * 2), "noise: 3 images, but 2 entries in"),
-    (lambda: data.BatchLoader(dataclasses.replace(noise_faces(), attributes=None), TOKENIZER, 8, 2),
+    (lambda: dataclasses.replace(noise_faces(), attributes=None).caption(0, None),
      "noise: expected captions, or attributes to write them from, found none"),
     (lambda: data.BatchLoader(noise_faces(6), TOKENIZER, 16, 4, world_size=2),
      "noise: 6 faces are fewer than a batch of 8"),
@@ -3379,62 +3242,50 @@ def test_invalid_input_raises_a_one_line_error(call, message):
 
 
 pickled = lambda folder: write_mm_celeba(folder, pickles=True)
-MALICIOUS = b"cposix\nmkdir\n(S'malicious-pickle-ran'\ntR."          # os.mkdir("malicious-pickle-ran")
 SKETCH, PICKLE = "sketch/train/photo1_image0104_7.png", "train/filenames.pickle"
 
 
 @pytest.mark.parametrize("write, name, change, message", [
-    (lambda d: d, "faces.parquet", b"", "*.json (JSON annotations), found none (FaceCaption-15M's .parq"),
+    (lambda d: d, "faces.parquet", b"", "*.tar, *.json (not compressed; FaceCaption-15M's .parquet"),
     # errors of the validator, for any layout
-    (write_captions, "train.json", b"[]", "expected at least one face in this split, found {'train': 0"),
-    (write_captions, "train.json", b'[{"caption": "a face"}]', "record 0 (counted from 0) names no image"),
-    (write_captions, "images/3.png", None, "3.png does not exist [train] (1 of 4 are invalid"),
-    (write_captions, "train.json", b'[{"image": "0.png"}]', "/0.png): expected non-empty text captions (fou"),
-    (write_captions, "train.json", (b'["face 0"', b'[7'), "/0.png): expected non-empty text captions"),
-    (write_captions, "train.json", b'[{"image": "0.png", "caption": [" . !", ""]}]', "(found ' . !')"),
-    (write_captions, "train.json", (b"the face", rb"half a \ud800"), "(found 'half a \\ud800 0')"),
-    (write_captions, "train.json", (b"the face", rb"binary \u0000"), "(found 'binary \\x00 0')"),
-    (write_celeba, VALUES, (b"02.jpg  -1", b"02.jpg  2"), "/000002.jpg): expected 1, 0 or -1 for every"),
-    (write_celeba, PARTITION, (b"3.jpg 0", b"2.jpg 2"), "test, found '0 and 2 in list_eval"),
-    (pickled, "test/filenames.pickle", pickle.dumps(["2"]), "face 2: images/2.jpg is already in split test"),
-    (pickled, PICKLE, pickle.dumps(["2", "2"]), "face 2: images/2.jpg is already in split train"),
-    (write_sde, SKETCH, None, "photo1/image0104.jpg has no step 7, unlike most"),
-    (write_sde, SKETCH.replace("7", "13"), b"", "photo1/image0104.jpg has a step 13, unlike most"),
+    (write_captions, "train.json", b"[]", "expected records of JSON annotations, found none"),
+    (write_captions, "train.json", b'[{"caption": "a face"}]', "record 0 (counted from 0): the image None"),
+    (write_captions, "images/3.png", None, "the image '3.png' does not exist (1 of 4 are invalid, more"),
+    (write_captions, "train.json", b'[{"image": "0.png"}]', "expected text in caption or face_caption, foun"),
+    (write_captions, "train.json", (b'["face 0"', b'[7'), "face_caption, found [[7, "),
+    (write_captions, "train.json", b'[{"image": "0.png", "caption": [" . !", ""]}]', "found [[' . !', '']]"),
+    (write_captions, "train.json", (b"the face", rb"half a \ud800"), "'half a \\ud800 0']]"),
+    (write_captions, "train.json", (b"the face", rb"binary \u0000"), "'binary \\x00 0']]"),
+    (write_celeba, VALUES, (b"02.jpg  -1", b"02.jpg  2"), "txt line 4: expected 1, 0 or -1 for every"),
+    (write_celeba, PARTITION, (b"3.jpg 0", b"2.jpg 2"), "(000002.jpg): expected 0, 1 or 2 in list_eval_"),
+    (pickled, "test/filenames.pickle", pickle.dumps(["2"]), "face 2: 'images/2.jpg' is already in split"),
     # errors of the readers
-    (write_captions, "train.json", b'["0.png"]', 'record 0 (counted from 0): expected {"image": path'),
-    (write_captions, "train.json", b"{}", "train.json: expected a JSON list (found a dict)"),
-    (write_captions, "train.json", b'[{"image" "0.png"}]', "train.json: expected a JSON list (Expecting ':'"),
+    (write_captions, "train.json", b'["0.png"]', "record 0 (counted from 0): the image None does not exist"),
+    (write_captions, "train.json", b'[{"image" "0.png"}]', "train.json: expected JSON (Expecting ':' d"),
     (write_celeba, VALUES, (b"02.jpg  -1", b"02.jpg"), "celeba.txt line 4: expected 40 values, found 39"),
     (write_celeba, VALUES, (b"Bald", b"Bold"), "line 2: expected CelebA's 40 attribute names, found 5_"),
     (write_celeba, VALUES, (b"6\n", b"7\n"), "line 8: expected 7 images, as line 1 says, found 6"),
-    (write_celeba, PARTITION, (b"000006.jpg 2\n", b""), "test, found 'none in list_eval_p"),
+    (write_celeba, PARTITION, (b"000005.jpg 1\n", b""), "expected 0, 1 or 2 in list_eval_partition, foun"),
     (write_celeba, PARTITION, (b"6.jpg", b"6.jpg 2\n9.jpg"), "are missing from list_attr_celeba, the fi"),
-    (write_celeba, PARTITION, None, "CelebA: [Errno 2] No such file or directory: "),
-    (pickled, PICKLE, MALICIOUS, "(UnpicklingError: import of posix.mkdir refused)"),
-    (pickled, PICKLE, pickle.dumps(["2", "98", "99"]), "/98.jpg does not exist [train] (2 of 4 are"),
-    (write_dialog, "captions_hq.json", b"[]", "captions_hq.json: expected a JSON dictionary"),
-    (write_dialog, "captions_hq.json", b'{"0.jpg": "text"}', "record '0.jpg': expected \"0.jpg\": {\"ov"),
-    (lambda d: write_tar(d, box=[]), "x", b"", "00000.tar: 000000003: expected UTF-8 text or JSON, with a"),
-    (lambda d: write_tar(d, box="[9, 0, 9, 5]"), "x", b"", "(found box [9, 0, 9, 5] and original size"),
-    (lambda d: write_tar(d, box="[" * 100_000), "x", b"", "(RecursionError"),
-    (lambda d: write_tar(d, {"000000003.json": b"{}", "000000003.txt": b""}), "x", b"", "non-empty text"),
-    (lambda d: write_tar(d, {"000000003.json": b"{}", "000000003.txt": b"\xff"}), "x", b"", "'utf-8' codec"),
-    (lambda d: write_tar(d), "x.tgz", b"\x1f\x8b\x08", "x.tgz: expected no compression; run gunzip"),
-    (lambda d: write_tar(d, {"000000003.jpg": b""}), "x", b"", "00000.tar: 000000003 has no image (1 of"),
+    (write_celeba, PARTITION, None, "No such file or directory: "),
+    (pickled, PICKLE, pickle.dumps(["2", "98", "99"]), "face 98: the image '98.jpg' does not exist (1 of 2"),
+    (write_dialog, "captions_hq.json", b"{", "captions_hq.json: expected JSON"),
+    (lambda d: write_tar(d, box="[9, 0, 9, 5]"), "x", b"", "'000000003': expected half of the box [9, 0, 9,"),
+    (lambda d: write_tar(d, {"000000003.json": b"{"}), "x", b"", "00000.tar: '000000003': Expecting prop"),
+    (lambda d: write_tar(d, {"000000003.json": b'{"url": "http://1"}', "000000003.txt": b""}), "x", b"",
+     "00000.tar: 000000003.jpg: expected text in caption or face_caption, found []"),
+    (lambda d: write_tar(d, {"000000003.jpg": b"x"}), "x", b"", "00000.tar: 000000003.jpg is not an image"),
+    (lambda d: write_tar(d, {"000000003.jpg": b""}), "x", b"", "00000.tar: '000000003': no image (1 of"),
     (lambda d: write_tar(d, records=90), "00001_stats.json", b'{"successes": 10}',
-     "00001.tar holds fewer than counted (10 of 100 are invalid"),
-    (lambda d: write_lfwa_matlab(d, label=np.ones((50, 40))), "x", b"", "att_40.mat: expected a com"),
-    (lambda d: write_lfwa_matlab(d, indices_img_train=np.arange(40)), "x", b"", "to 60 (KeyError: 0)"),
-    (write_sde, "photo/photo1/image0104.jpg", None, "(KeyError: 'photo1_image0104')"),
-    (lambda d: write_sde(d, "{stem}_{step}"), "photo/photo2/image0104.jpg", b"", "(KeyError: 'image0104')"),
-    (write_sde, SKETCH.replace("7", "07"), b"", "_07.png has the same step)"),
-    (write_sde, "sketch/train/image.png", b"", "image.png: expected image0110_7.png or, if not unique, ph"),
-    (write_sde, "train.json", b'[{"image": "image0101.jpg", "caption": "x"}]', "image0100.jpg): expected"),
-    (write_sde, "train.json", b'[{"image": "1/image0101.jpg"}, {"image": "2/image0101.jpg"}]', "both match"),
-    (write_fs2k, "sketch/sketch1/sketch0104.png", None, "FS2K: anno_train.json record 15 (counted")])
-def test_invalid_data_set_is_rejected_and_runs_no_pickle(tmp_path, monkeypatch, write, name, change, message):
+     "00001.tar is damaged, cut off, compressed or missing: found 0 faces, 00001_stats.json counts 10 (10 "),
+    (write_sde, SKETCH, None, "photo1/image0104.jpg has other steps than most photos: [1, 2, 3, 4, 5"),
+    (write_sde, "photo/photo1/image0104.jpg", None, "image0104_1.png: expected <photo>_<step>, found no"),
+    (lambda d: write_sde(d, "{stem}_{step}"), "photo/photo2/image0104.jpg", b"", "found no such photo"),
+    (write_sde, "sketch/train/image.png", b"", "image.png: expected <photo>_<step>, found no such photo"),
+    (write_sde, "train.json", b'[{"image": "image0101.jpg", "caption": "x"}]', "expected text in caption or"),
+    (write_fs2k, "sketch/sketch1/sketch0104.png", None, "no photo or no sketch is named 'photo1/image0104'")])
+def test_invalid_data_set_is_rejected(tmp_path, write, name, change, message):
     """change: the new content of a file, or (old, new) bytes in it, or None: the file is deleted."""
-    monkeypatch.chdir(tmp_path)
     path = write(tmp_path) / name
     if change is None:
         path.unlink()
@@ -3442,6 +3293,13 @@ def test_invalid_data_set_is_rejected_and_runs_no_pickle(tmp_path, monkeypatch, 
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(path.read_bytes().replace(*change, 1) if isinstance(change, tuple) else change)
     assert message in error_of(open_faces, tmp_path)
+
+
+def test_pickle_runs_no_code(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (pickled(tmp_path) / PICKLE).write_bytes(b"cposix\nmkdir\n(S'malicious-pickle-ran'\ntR.")
+    with pytest.raises(pickle.UnpicklingError, match="import of posix.mkdir refused"):
+        open_faces(tmp_path)
     assert not (tmp_path / "malicious-pickle-ran").exists()
 
 
@@ -3456,86 +3314,15 @@ def damage(content, rng):
 
 
 @pytest.mark.parametrize("cases", [60, pytest.param(2000, marks=pytest.mark.slow)])
-def test_every_face_of_a_damaged_tar_is_read_or_counted_as_an_error(tmp_path, cases):
-    """Also with odd images, json and names. No file is written elsewhere."""
-    rng, before = np.random.default_rng(1), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    odd = [b"", b"{", b"[]", b"null", b"\xff" * 999, encoded(Image.new("1", (20_000, 20_000))), b"[" * 10**5,
-           b'{"status": "success", "box": "[0, 0, 1e999, 9]", "caption": "x", "url": 3, "width": "a"}']
-    names = ["000000003.jpg", "000000004.json", "../../x.jpg", "/x.json", "000000005.jpg/x.json", "x" * 99]
+def test_every_face_of_a_damaged_tar_is_read_or_its_loss_is_named(tmp_path, cases):
+    rng = np.random.default_rng(1)
     for case in range(cases):
-        members = {names[rng.integers(len(names))]: odd[rng.integers(len(odd))]} if case % 2 else {}
-        write_tar(tmp_path / "tars", members, records=12)
-        path = tmp_path / "tars/00000.tar"
-        if case % 3:
-            path.write_bytes(damage(path.read_bytes(), rng))
-        begin = time.perf_counter()
-        rows, lines, errors = index.index_records(
-            lambda errors: tars.read_tar(tmp_path / "tars", "00000.tar", errors), ("caption",))
-        assert 12 - len(errors) <= len(rows) <= 12 + len(members), (case, errors)
-        for line in lines.splitlines():
-            try:
-                TarImage(path, *json.loads(line)["images"][1:]).open(16)
-            except ValueError as error:
-                assert "\n" not in str(error)
-        assert time.perf_counter() - begin < 10, case
-    assert {item.name for item in tmp_path.iterdir()} == {"tars"}
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1e6, "KB"
-
-
-def odd_value(rng):
-    return json.loads(rng.choice([
-        "null", "7", "1e999", str(2 ** 64), '""', '" . !"', r'"\ud800"', r'"a\u0000.png"', '"../etc/passwd"',
-        "[]", "[[]]", '["a", null, ""]', '["a", 7]', '{"a": 1}', "true", "[" * 900 + "]" * 900, '"."', '"/"',
-        r'"a\u2028\u001b[31m"', '"images"', f'"{"x" * 10 ** 6}"', f'"{"x/" * 3000}"']))
-
-
-def mutate(data, rng):
-    """Change a part of JSON data; returns the text and a description of all that was touched."""
-    at = rng.choice(list(data) if isinstance(data, dict) else range(len(data)))
-    kind, touched = rng.randrange(6), json.dumps([at, data[at]])
-    if kind == 0:
-        return rng.choice(["[" * 10 ** 5, '{"a":' * 10 ** 5, "1" * 5000, "7"]), "everything"
-    if kind == 1:
-        data[at] = odd_value(rng)
-    elif kind == 2:
-        data[at][rng.choice(list(data[at]))] = odd_value(rng)
-    elif kind == 3:
-        del data[at][rng.choice(list(data[at]))]
-    elif kind == 4:
-        del data[at]
-    elif isinstance(data, list):
-        data.insert(0, odd_value(rng))
-    return json.dumps(data).replace("Infinity", "1e999"), touched
-
-
-@pytest.mark.parametrize("cases", [50, pytest.param(1000, marks=pytest.mark.slow)])
-def test_malformed_annotations_raise_a_one_line_error_or_leave_the_other_faces_alone(tmp_path, cases):
-    write_captions(tmp_path / "lists")
-    write_dialog(tmp_path / "dialog", {f"{n}.jpg": {"overall_caption": f"face {n}"} for n in range(39)})
-    write_fs2k(tmp_path / "fs2k")
-    files = {tmp_path / name: (tmp_path / name).read_text() for name in (
-        "lists/train.json", "dialog/captions_hq.json", "fs2k/anno_train.json")}
-
-    def read(folder):
-        faces = [open_faces(folder, split, max_errors=50) for split in ("train", "val", "test")
-                 if split == "train" or folder.name == "fs2k"]
-        return {image: texts for split in faces
-                for image, texts in zip(split.images, split.captions or split.sketches)}
-    whole = {path: read(path.parent) for path in files}
-    for case in range(cases):
-        rng, path = random.Random(case), list(files)[case % 3]
-        text, touched = mutate(json.loads(files[path]), rng)
-        path.write_text(text)
-        begin = time.perf_counter()
-        try:
-            faces = read(path.parent)
-            for image, texts in whole[path].items():
-                touches = image.stem in touched or path.parent.name == "dialog" and image.stem in ("36", "37")
-                assert touches or faces[image] == texts, (case, image)
-        except (ValueError, FileNotFoundError) as error:
-            assert "\n" not in str(error) and len(str(error)) < 1500, (case, str(error)[:3000])
-        assert time.perf_counter() - begin < 10, case
-        path.write_text(files[path])
+        path = write_tar(tmp_path, records=12) / "00000.tar"
+        path.write_bytes(damage(path.read_bytes(), rng))
+        indexed = index.index_records(layouts.read_tar, ("",), tmp_path, ("caption",), False, path)
+        records = [json.loads(line) for *_, line in indexed]
+        valid = [record for record in records if "invalid" not in record]
+        assert 12 - len(valid) <= len(records) - len(valid), (case, records)
 
 
 @pytest.fixture
@@ -3546,35 +3333,20 @@ def readers_of(tmp_path, uninterrupted):
     (tmp_path / "vocab.txt").write_text("\n".join(sorted(pieces, key=pieces.get)))
     write_celeba(tmp_path / "celeba", count=40, held_out=5)
     write_celeba(tmp_path / "kaggle", kaggle=True)
-    pickled(tmp_path / "mm")
-    write_lfwa_matlab(write_images(tmp_path / "lfwa", []))
-    write_fs2k(tmp_path / "fs2k")
     for name, numbers in (("train.json", "012"), ("test.json", "3")):
         records = [{"image": f"{n}.png", "caption": f"face {n}"} for n in numbers]
         write_captions(tmp_path / "lists", records, name)
-    records = {f"{n}.jpg": {"overall_caption": f"face {n}"} for n in (0, 1, 2, 24000)}
-    write_dialog(tmp_path / "dialog", records)
     write_tar(tmp_path / "tars")
-    write_images(tmp_path / "search", ["0.png"])
 
     def count_tokens(path):
         return FLIP(model.config, Tokenizer.load(path)).tokenizer.vocab_size
 
-    def sums_of_features(path):
-        features = search.encode_folder(model, tmp_path / "search", path)
-        return {image: feature.sum() for image, feature in features.items()}
-
     def count_faces(path):
         folder = tmp_path / path.relative_to(tmp_path).parts[0]
         return [len(open_faces(folder, split)) for split in ("train", "test")]
-    sums_of_features(tmp_path / "cache.pt")
-    readers = {"vocab.txt": count_tokens, "cache.pt": sums_of_features} | dict.fromkeys([
+    readers = {"vocab.txt": count_tokens} | dict.fromkeys([
         "celeba/list_attr_celeba.txt", "celeba/list_eval_partition.txt", "kaggle/list_attr_celeba.csv",
-        "kaggle/list_eval_partition.csv", "mm/train/filenames.pickle", "mm/test/filenames.pickle",
-        "lists/train.json", "tars/00000.tar", "lfwa/lfw_att_40.mat", "lfwa/indices_train_test.mat",
-        "fs2k/anno_train.json"], count_faces)
-    # a damaged key of a JSON dictionary can equal another one, which hides a face
-    readers["dialog/captions_hq.json"] = lambda path: len(count_faces(path))
+        "kaggle/list_eval_partition.csv", "lists/train.json", "tars/00000.tar"], count_faces)
     return {tmp_path / name: read for name, read in readers.items()}
 
 

@@ -15,7 +15,7 @@ of the step. So are the data and all random numbers; hence a resumed run compute
 uninterrupted one does. A step uses these random numbers, seeded by
 
     order of the faces                  (seed, epoch)           BatchLoader.batch_indices
-    caption and augmentation            (seed, epoch, index)    FaceDataset.__getitem__
+    caption and augmentation            (seed, epoch, index)    BatchLoader.__getitem__
     dropout                             (seed, step, rank)      compute_gradients
     negatives, sampled on rank 0        (seed, step)            compute_gradients
 
@@ -53,7 +53,7 @@ from common.optim import build_optimizers, load_optimizers, set_learning_rate
 from common.script import Log, run_script
 from common.weights import load_bert, load_clip, load_weights, read_checkpoint, write_checkpoint
 from config import MODELS, TINY, Config, parse_arguments
-from data import Batch, BatchLoader, Faces, drop_unreadable, load_toy_faces, open_faces
+from data import Batch, BatchLoader, Faces, load_toy_faces, open_faces, readable
 from evaluation import EvaluationSet, evaluate, plot_curves, plot_retrieval, recall_table, warn_of_chance
 from flip import FLIP, FLIPConfig, StepParams
 
@@ -175,7 +175,7 @@ def training_loop(run: TrainState):
                 waiting = time.time()
                 micro_batches = list(itertools.islice(stream, config.accumulate))
                 waited += time.time() - waiting
-                num_errors = len(run.loader.errors)
+                num_errors += sum(batch.num_replaced for batch in micro_batches)    # damaged images
                 losses, outputs = compute_gradients(run, micro_batches, step)
                 updating = True
                 update(run, outputs, step)
@@ -286,7 +286,7 @@ def setup(config: Config, device: torch.device, log: Log) -> TrainState:
             model, faces, validation = new_model(config)
     model.to(device).train()
     loader = BatchLoader(faces, model.tokenizer, model.config.vit.image_size, config.batch_size,
-                         config.seed, config.augment, rank, world_size, config.workers, config.max_errors)
+                         config.seed, config.augment, rank, world_size, config.workers)
     steps_per_epoch = loader.batches_per_epoch // config.accumulate
     config = dataclasses.replace(config, steps=config.steps or config.epochs * steps_per_epoch,
                                  precision=choose_precision(config.precision, device))
@@ -350,11 +350,10 @@ def load_data(config: Config, size: int) -> tuple[Faces, Faces]:
     """Training and validation faces, for a model with an input of size x size pixels."""
     if config.data:
         train, validation = (
-            open_faces(config.data, split, config.cache, config.columns, config.max_errors,
-                       outside=config.outside)
+            open_faces(config.data, split, config.cache, config.columns, config.outside)
             for split in ("train", "val"))
         validation = validation.subset(range(min(config.validation, len(validation))))
-        return train, drop_unreadable(validation, config.max_errors, size)
+        return train, readable(validation, size)
     return (load_toy_faces(config.faces, size, seed=0, folder=config.cache),
             load_toy_faces(config.validation, size, seed=1, folder=config.cache))
 

@@ -1,4 +1,4 @@
-"""Images: open safely, decode, crop, load in batches, arrange on a contact sheet."""
+"""Images: decode, crop, load in batches, arrange on a contact sheet."""
 import contextlib
 import io
 import textwrap
@@ -30,42 +30,21 @@ def normalize_batch(pixels) -> torch.Tensor:
 
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-# Pillow knows more formats, but for PostScript, for example, it runs another program, whatever the suffix.
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-MAX_PIXELS = 2 ** 26        # larger images are rejected: decompression bombs would exhaust memory
-
-
-def prepare_image_file(path):
-    """Create the folder of an image to write. Raises ValueError if the file name is not that of an image."""
-    if Path(path).suffix.lower() not in IMAGE_SUFFIXES:
-        raise ValueError(f"{path}: expected a file name ending in {', '.join(IMAGE_SUFFIXES)}")
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
 
 
 @contextlib.contextmanager
-def checked_open(file, name):
+def open_image(file, name):
     """Open an image, reading only the header (a PIL image is copied), and yield it. Raises a ValueError that
-    begins with `name` if the file is not an image, or if decoding fails inside the block."""
+    begins with `name` if the file is not an image, or if Pillow fails inside the block."""
     try:
-        if isinstance(file, (str, Path)) and Path(file).exists() and not Path(file).is_file():
-            raise ValueError("expected a regular file")         # opening a named pipe would block
-        with (file.copy() if isinstance(file, Image.Image)
-              else Image.open(file, formats=IMAGE_FORMATS)) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"expected at most {MAX_PIXELS:,} pixels, found {image.size}")
-            if image.mode in ("I", "F") or image.mode.startswith("I;"):     # convert("RGB") clips to white
+        with file.copy() if isinstance(file, Image.Image) else Image.open(file) as image:
+            if image.mode[0] in "IF":       # 16 or 32 bits, which convert("RGB") would clip to white
                 raise ValueError(f"expected 8 bits per channel, found Pillow's mode {image.mode}; convert it")
             yield image
     except UnidentifiedImageError:
         raise ValueError(f"{name} is not an image") from None
     except Exception as error:          # Pillow raises many types; an OSError's text repeats the file's name
-        raise ValueError(f"{name} cannot be read: {getattr(error, 'strerror', None) or error}") from None
-
-
-def read_image_size(file, name=None) -> tuple[int, int]:
-    """Width and height as stored (not rotated by the EXIF orientation), from the header alone."""
-    with checked_open(file, name or file) as image:
-        return image.size
+        raise ValueError(f"{name} cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
 def load_image(file, name=None, box=None, size=None) -> Image.Image:
@@ -74,7 +53,7 @@ def load_image(file, name=None, box=None, size=None) -> Image.Image:
 
     With a size, resize to size x size (the outermost pixels blend in a little from outside the box). A JPEG
     at least twice that large is decoded at 1/2, 1/4 or 1/8 scale in the DCT domain, several times as fast."""
-    with checked_open(file, name or file) as image:
+    with open_image(file, name or file) as image:
         full_width = image.width
         if size:
             x1, y1, x2, y2 = box or (0, 0, *image.size)
@@ -83,12 +62,13 @@ def load_image(file, name=None, box=None, size=None) -> Image.Image:
         scale = round(full_width / image.width)     # 1, 2, 4 or 8
         if not box:
             ImageOps.exif_transpose(image, in_place=True)
-        if image.mode != "RGB":
-            image = image.convert("RGB")
-        if size:
-            box = [min(edge / scale, limit) for edge, limit in zip(box, image.size * 2)] if box else None
-            return image.resize((size, size), Image.Resampling.BICUBIC, box)
-        return image.crop([round(edge) for edge in box or (0, 0, *image.size)])
+        image.load()
+    if image.mode != "RGB":
+        image = image.convert("RGB")
+    if size:
+        box = [min(edge / scale, limit) for edge, limit in zip(box, image.size * 2)] if box else None
+        return image.resize((size, size), Image.Resampling.BICUBIC, box)
+    return image.crop([round(edge) for edge in box]) if box else image
 
 
 class TarImage(NamedTuple):
@@ -102,38 +82,28 @@ class TarImage(NamedTuple):
     def __str__(self):
         return f"{self.tar}: {self.name}"
 
-    def content(self, max_bytes=2**27) -> io.BytesIO:       # an image of a face is smaller than 128 MiB
+    def content(self) -> io.BytesIO:
         with open(self.tar, "rb") as file:
             file.seek(self.offset)
-            return io.BytesIO(file.read(min(self.length, max_bytes)))
+            return io.BytesIO(file.read(self.length))
 
     def open(self, size=None) -> Image.Image:
         """The face as a PIL RGB image, size x size if given. Raises ValueError if the image is damaged."""
         return load_image(self.content(), self, self.box, size)
 
 
-def iterate_images(read, count, size, title, batch_size=128, show=True, errors=None):
+def iterate_images(read, count, size, title, batch_size=128, show=True):
     """Yield (indices, pixels (B, 3, S, S)) of the images read(0, size), ..., read(count - 1, size). Threads
-    on all cores load the next batch while the caller uses this one. If `errors`, a dictionary, is given, each
-    unreadable image is skipped and added to it, {index: message}; otherwise it raises ValueError."""
-    def pixels_of(i):
-        try:
-            return resize_to_array(read(i, size), size)
-        except (ValueError, FileNotFoundError) as error:
-            if errors is None:
-                raise
-            errors[i] = str(error)
-
+    on all cores load the next batch while the caller uses this one."""
     with ThreadPool() as pool:
+        load = lambda indices: pool.map_async(lambda i: resize_to_array(read(i, size), size), indices)
         batches = [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
-        pending = [pool.map_async(pixels_of, indices) for indices in batches[:1]]
+        pending = [load(indices) for indices in batches[:1]]
         bar = tqdm(batches, title, leave=False, disable=not show)
         for indices, next_indices in zip(bar, [*batches[1:], ()]):
-            results = pending.pop().get()
-            pending.append(pool.map_async(pixels_of, next_indices))
-            valid = {i: pixels for i, pixels in zip(indices, results) if pixels is not None}
-            if valid:
-                yield list(valid), normalize_batch(list(valid.values()))
+            pixels = pending.pop().get()
+            pending.append(load(next_indices))
+            yield indices, normalize_batch(pixels)
 
 
 def contact_sheet(rows, tile=128, legend="") -> Image.Image:

@@ -4,18 +4,14 @@ import contextlib
 import ctypes
 import inspect
 import json
-import math
 import os
 import re
-import shutil
-import tempfile
 import traceback
 import typing
 import warnings
 from dataclasses import fields
 from pathlib import Path
 
-import numpy as np
 import torch
 
 
@@ -34,7 +30,7 @@ def run_script(main):
     """Run `main`. A ValueError or OSError, which the user can usually fix, is printed in one sentence with
     the place that raised it; any other error, usually a programmer's mistake, keeps its traceback."""
     tune_cpu()
-    warnings.formatwarning = lambda message, *_: f"{escape_control_chars(message)}\n"
+    warnings.formatwarning = lambda message, *_: f"{message}\n"
     try:
         main()
     except (ValueError, OSError) as error:
@@ -45,13 +41,6 @@ def run_script(main):
         raise SystemExit("interrupted")
 
 
-def escape_control_chars(text) -> str:
-    """Escape unprintable characters, so that a file's name, for example, cannot control the terminal, and
-    shorten words of over 200 characters."""
-    text = re.sub(r"(\S{200})\S+", r"\1...", str(text))
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-
-
 @contextlib.contextmanager
 def naming(path):
     """Add the path to the errors of libraries that read a file, most of which do not name it."""
@@ -60,33 +49,6 @@ def naming(path):
     except Exception as error:
         error.add_note(f"in {path}")
         raise
-
-
-def short_message(error: Exception) -> str:
-    """The first line of an error's message, or its type if it has none."""
-    return (str(error) or type(error).__name__).splitlines()[0]
-
-
-@contextlib.contextmanager
-def error_context(expected: str, where):
-    """Turn any error inside into a one-line ValueError: where, what was expected, Python's message."""
-    try:
-        yield
-    except BaseException as error:              # the tokenizers package raises one that is not an Exception
-        if isinstance(error, (KeyboardInterrupt, SystemExit, GeneratorExit)):
-            raise
-        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        raise ValueError(f"{where}: expected {expected} ({kind}{short_message(error):.200})") from error
-
-
-def check_ranges(config, **limits):
-    """Raise a ValueError unless every named size is an integer from 1 to its limit. Sizes may come from a
-    file: reject absurd ones before they exhaust memory."""
-    for name, limit in limits.items():
-        size = getattr(config, name)
-        if not (type(size) is int and 1 <= size <= limit):
-            raise ValueError(f"{type(config).__name__}: {name} is {size!r}, expected an integer from 1 to "
-                             f"{limit}")
 
 
 class Log:
@@ -134,20 +96,6 @@ def atomic_write(path: str | Path):
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
-
-
-def temporary_memmap(shape, folder):
-    """An empty float16 tensor in an unnamed file in `folder`, deleted when the run ends: the encoded tokens
-    of a large data set do not fit in memory. Raises ValueError if the disk is too full."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    size = 2 * math.prod(shape)
-    expected = f"{size / 1e9:.1f} GB of disk space"
-    with error_context(expected, folder), tempfile.TemporaryFile(dir=folder) as file:
-        if hasattr(os, "posix_fallocate"):      # else the file is sparse: a full disk ends in a bus error
-            os.posix_fallocate(file.fileno(), 0, size)
-        elif size > shutil.disk_usage(folder).free:                     # macOS
-            raise ValueError("there is less")
-        return torch.from_numpy(np.memmap(file, np.float16, "r+", shape=shape))
 
 
 def markdown_table(header, rows):

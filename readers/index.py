@@ -1,261 +1,197 @@
 """Index of a data set on disk: records are validated once, and every process memory-maps the result.
 
-How does a line of a new layout become a row of a batch?
-
-    line of an annotation file -> `Record`        a reader in layouts.py or tars.py, such as `read_celeba`
-    -> record of an existing image                `validate_files` (not for images in tars)
-    -> valid record, encoded                      `validate_record`, called by `index_records`
-    -> row of index-*.npy, line of index-*.txt    `write_index`
-    -> `IndexColumn`s, the fields of `Faces`      `open_split`
-    -> image, caption and identity                `FaceDataset.__getitem__`
-    -> row of a `Batch`                           `FaceDataset.collate`
+    line of an annotation file -> `Record`            a reader in layouts.py, such as `read_celeba`
+    -> valid record of an existing image              `index_records`
+    -> row of index-*.rows, line of index-*.jsonl     `write_index`
+    -> fields of `Faces`, parsed on access            `open_split`, `Column`
+    -> image, caption and identity                    `BatchLoader.__getitem__`
+    -> row of a `Batch`                               `BatchLoader.collate`
 """
 import bisect
-import contextlib
 import functools
+import glob
 import hashlib
+import itertools
 import json
 import os
 import re
+import struct
+import time
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from bert import clean_caption
-from common.distributed import parallel_map
-from common.images import IMAGE_SUFFIXES, TarImage
-from common.script import atomic_write, error_context, escape_control_chars
+from common.distributed import parallel_map, rank_and_world_size
+from common.images import TarImage
+from common.script import atomic_write
 
 SPLITS = ("train", "val", "test")
 COLUMNS = ("caption", "face_caption", "pcfg", "laion_caption")      # text columns of FaceCaption-15M
-ATTRIBUTE_VALUES = {"1": True, "0": False, "-1": False}             # as annotation files write them
+BIT = {"1": "1", "0": "0", "-1": "0"}       # of an attribute, by its value in an annotation file
+NONE = -1                                   # no attributes, unlike 0: all 40 of them absent
+# a row: hash of the person, place of the JSON line, 40 attributes as bits, and number of the split or, for
+# an invalid record, of which the line is {"invalid": message}, that number plus 3
+ROW = struct.Struct("<qqiqi")
+ROW_DTYPE = [("person", "<i8"), ("start", "<i8"), ("length", "<i4"), ("attributes", "<i8"), ("group", "<i4")]
 
 
 class Record(NamedTuple):
-    """One face as annotated on disk, not yet validated. A reader maps a path to the records of all splits; to
-    support another layout, add a reader and a row of `LAYOUTS`."""
+    """One face as annotated on disk, not yet validated. For another layout, add a row of `LAYOUTS` and a
+    reader that yields the records of all splits, and a ValueError instead of one that it cannot make."""
     where: str                      # location for error messages: "list_attr_celeba.txt line 7"
     image: object                   # file name below the layout's image folder, Path or `TarImage`
     split: str                      # one of SPLITS
     person_id: str = ""             # equal for images of one person; "": no other image shows this person
-    attribute_values: tuple | None = None   # of CelebA's 40 attributes in its order, as written: "-1"
+    attributes: tuple | None = None     # values of CelebA's 40 attributes in its order, as written: "-1"
     captions: dict | None = None    # {column: text or list of texts}; other keys are ignored
     sketches: list | None = None    # Paths, in drawing order
 
 
-def open_split(path: str | Path, split: str, layouts, cache: str | Path, columns: tuple, max_errors: float,
-               outside: bool):
+def files_of(folder: Path, patterns: str):
+    """Paths of the files and folders that match; `**` follows links, unlike that of `Path.glob`."""
+    return [folder / name for pattern in patterns.split()
+            for name in glob.glob(pattern, root_dir=folder, recursive=True)]
+
+
+def open_split(path: str | Path, split: str, layouts, cache: str | Path, columns: tuple, outside: bool):
     """Fields of `data.Faces` for one split of a data set, given as a folder or a JSON annotation file. The
-    first call validates all splits and writes an index to `cache`: index-*.npy has a row per face, sorted by
-    split, which points to a line of index-*.txt; index-*.errors lists the invalid records, which are skipped.
-    Captions come from all `columns` of a record. Images outside the folder are invalid, unless `outside`.
-    Raises ValueError if no layout matches, annotations are inconsistent, over `max_errors` percent of the
-    records are invalid, or the split is empty."""
-    if not Path(path).exists():
-        raise FileNotFoundError(f"{path}: no such folder or file")
+    first call writes an index of all splits to `cache`, which is written anew if a file or folder it was made
+    from has changed. Captions come from all `columns` of a record. Images outside the folder are invalid,
+    unless `outside`. Raises ValueError if no layout matches, annotations are inconsistent, over 1 % of the
+    split's records are invalid, or the split is empty."""
     path = Path(os.path.abspath(path))
-    layout = next((layout for layout in layouts if any(path.glob(layout.reads.split()[0]))), None)
-    if path.is_file() and path.suffix == ".json":
-        layout = layouts[-1]
-    if not layout:
-        known = ", ".join(f"{layout.reads.split()[0]} ({layout.title})" for layout in layouts)
-        raise ValueError(f"{path}: expected one of {known}, found none (FaceCaption-15M's .parquet "
-                         f"files hold only URLs: download with img2dataset; unpack .tar.gz files to .tar)")
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such folder or file")
     folder = path if path.is_dir() else path.parent
-    try:
-        index = Path(cache) / f"index-{fingerprint(layout.reads, path, folder, columns, outside)}.npy"
-        try:
-            fields, counts, errors = load_index(index, split, folder)
-        except Exception:                   # missing, damaged, or not an index
-            validate = functools.partial(index_records, columns=columns, outside=outside)
-            write_index(index, validate, layout.jobs(path), path)
-            fields, counts, errors = load_index(index, split, folder)
-        own = [error for error in errors if error.endswith(f"[{split}]")]
-        check_error_rate(errors, sum(counts.values()) + len(errors), max_errors)
-        check_error_rate(own, counts[split] + len(own), max_errors)
-        if not fields:
-            hint = f"; list them in {split}.json" if "train.json" in layout.reads else ""
-            hint += f"; first invalid record: {errors[0]}" if errors else ""
-            raise ValueError(f"{split}: expected at least one face in this split, found {counts}{hint}")
-    except (ValueError, FileNotFoundError) as error:
-        raise ValueError(f"{layout.title}: {error}") from error
-    return {"name": f"{layout.title} {split}"} | fields
+    layout = next((layout for layout in layouts if files_of(path, layout.reads.split()[0])),
+                  layouts[-1] if path.suffix == ".json" else None)
+    if not layout:
+        known = ", ".join(layout.reads.split()[0] for layout in layouts)
+        raise ValueError(f"{path}: expected one of {known} (not compressed; FaceCaption-15M's .parquet files "
+                         f"hold only URLs, which img2dataset downloads)")
+    index = Path(cache) / f"index-{stable_hash(repr((str(path), columns, outside))):014x}.rows"
+    index.parent.mkdir(parents=True, exist_ok=True)         # first: `folder` may be the one that changes
+    files = files_of(folder, layout.reads)
+    sources = {folder, *files, *(file.parent for file in files), *Path(__file__).parent.glob("*.py")}
+    # st_ctime: a copy may keep the time of modification
+    changed = max(max(status.st_mtime, status.st_ctime) for status in map(os.stat, sources))
+    if not index.exists() or index.stat().st_mtime <= changed:
+        write_index(index, layout, path, functools.partial(
+            index_records, layout.reader, layout.image_folders, folder, columns, outside))
+
+    rows = np.asarray(np.memmap(index, ROW_DTYPE, "r"))
+    text = np.asarray(np.memmap(index.with_suffix(".jsonl"), np.uint8, "r"))
+    groups = np.split(rows, [bisect.bisect_left(rows["group"], group) for group in range(1, 2 * len(SPLITS))])
+    (valid, invalid), name = groups[SPLITS.index(split)::len(SPLITS)], f"{layout.title} {split}"
+    check_invalid(Column(text, invalid, "invalid", folder), len(valid) + len(invalid), name)
+    if not len(valid):
+        raise ValueError(f"{name}: expected at least one face in this split of {path}, found none")
+    fields = {field: Column(text, valid, field, folder) for field in Column(text, valid, None, folder)[0]}
+    if valid["attributes"][0] != NONE:
+        bits = np.unpackbits(valid["attributes"].astype(">i8").view(np.uint8).reshape(-1, 8), axis=1)
+        fields["attributes"] = bits[:, -40:].view(bool)
+    return {"name": name, "identity": valid["person"]} | fields
 
 
-def load_index(index: Path, split: str, folder: Path):
-    """(fields of `data.Faces` for one split, {split: its number of faces}, errors). Raises an error of any
-    type if a file is missing or damaged."""
-    rows, errors = np.load(index, mmap_mode="r"), index.with_suffix(".errors").read_text(encoding="utf-8")
-    ends = [bisect.bisect_left(rows["split"], n) for n in range(len(SPLITS) + 1)]
-    counts, n, fields = dict(zip(SPLITS, np.diff(ends).tolist())), SPLITS.index(split), {}
-    if counts[split]:
-        text, rows = np.memmap(index.with_suffix(".txt"), np.uint8, "r"), rows[ends[n]:ends[n + 1]]
-        first, _ = (IndexColumn(text, rows, folder)._record(i) for i in (0, -1))    # also checks the text
-        if not first.keys() <= {"images", "captions", "sketches"}:
-            raise ValueError(f"{index}: found the fields {list(first)}")
-        attributes = rows["attributes"] if rows["attributes"].size else None
-        fields = dict(identity=rows["identity"], attributes=attributes,
-                      **{field: IndexColumn(text, rows, folder, field) for field in first})
-    return fields, counts, errors.splitlines()
+def check_invalid(messages, count: int, name: str, shown: int | None = 1):
+    """Print the first messages about invalid ones of `count` records. Raises ValueError if over 1 % are."""
+    if len(messages) > count / 100:
+        raise ValueError(f"{name}: {messages[0]} ({len(messages):,} of {count:,} are invalid, more than 1 %)")
+    if len(messages) and rank_and_world_size()[0] == 0:
+        print(f"{name}: {len(messages):,} of {count:,} are invalid and left out:")
+        print(*itertools.islice(messages, shown), sep="\n")
 
 
-class IndexColumn:
-    """One field of an index as a lazy sequence: an item is parsed from its line of `text` on access."""
+class Column:
+    """A field of the faces in `rows` as a sequence: an item is parsed from its line of `text` on access."""
 
-    def __init__(self, text: np.ndarray, rows: np.ndarray, folder: Path, field=""):
-        self.text, self.rows, self.folder, self.field = text, rows, folder, field
+    def __init__(self, text: np.ndarray, rows: np.ndarray, field: str | None, folder: Path):
+        self.text, self.rows, self.field, self.folder = text, rows, field, folder
 
     def __len__(self):
         return len(self.rows)
 
-    def _record(self, i):
-        begin, length = self.rows["start"][i], self.rows["length"][i]
-        with error_context("a complete index; delete this file and it will be rebuilt", self.text.filename):
-            record = json.loads(self.text[begin:begin + length].tobytes())
-            return record[self.field] if self.field else record
-
     def __getitem__(self, i):
         if np.ndim(i):
-            return IndexColumn(self.text, self.rows[i], self.folder, self.field)
-        item = self._record(i)
-        if self.field == "sketches":
-            return [self.folder / path for path in item]
+            return Column(self.text, self.rows[i], self.field, self.folder)
+        _, start, length, *_ = self.rows[i]
+        item = json.loads(self.text[start:start + length].tobytes())
+        item = item[self.field] if self.field else item
         if self.field == "images":
             return self.folder / item if isinstance(item, str) else TarImage(self.folder / item[0], *item[1:])
-        return item
+        return [self.folder / path for path in item] if self.field == "sketches" else item
 
 
-def fingerprint(reads: str, path: Path, folder: Path, *arguments):
-    """Two hashes: of the arguments, and of all else an index depends on: the code in readers/ and what the
-    layout `reads`, annotation files by name, size and modification time, images in folders by name."""
-    digest, seen, files = hashlib.sha256(), set(), sorted(Path(__file__).parent.glob("*.py"))
-    for pattern in reads.split() if path == folder else [".", path.name]:
-        files += sorted(folder.glob(pattern)) if "*" in pattern else [folder / pattern]
-    for file in files:
-        for root, folders, names in os.walk(file, followlinks=True):
-            if os.path.realpath(root) in seen or "log.jsonl" in names:  # a loop of links; a run's output
-                names = folders[:] = []
-            folders.sort()
-            seen.add(os.path.realpath(root))
-            images = sorted(name for name in names if name.lower().endswith(IMAGE_SUFFIXES))
-            digest.update(os.fsencode("\n".join([root, *images] if images else [])))
-        if file.is_file():
-            digest.update(repr((file, file.stat().st_size, file.stat().st_mtime_ns)).encode())
-    return f"{stable_hash(repr((path, arguments))):014x}-{digest.hexdigest()[:16]}"
+def write_index(index: Path, layout, path: Path, index_records):
+    """Write a row and a JSON line for every record of a data set, the rows in the order of their groups."""
+    begin, rows, size = time.time(), [bytearray() for _ in range(2 * len(SPLITS))], 0
+    with (atomic_write(index.with_suffix(".jsonl")) as partial, open(partial, "wb") as text,
+          parallel_map(index_records, layout.jobs(path), "indexing files") as results):
+        for group, person, attributes, line in itertools.chain.from_iterable(results):
+            rows[group] += ROW.pack(person, size, len(line), attributes, group)
+            size += text.write(line)
+        if not size:
+            raise ValueError(f"{path}: expected records of {layout.title}, found none")
+    with atomic_write(index) as partial:
+        partial.write_bytes(b"".join(rows))
+        os.utime(partial, (begin, begin))       # what changes while it is read is newer
 
 
-def write_index(index: Path, validate, jobs: list, path: Path):
-    """Validate the records of all jobs (see `Layout`) and write their index atomically, index-*.npy last."""
-    rows, size, skipped = [], 0, 0
-    with (atomic_write(index) as to_rows, atomic_write(index.with_suffix(".txt")) as to_text,
-          atomic_write(index.with_suffix(".errors")) as to_errors, open(to_rows, "wb") as table,
-          open(to_text, "wb") as text, open(to_errors, "w", encoding="utf-8", errors="replace") as invalid,
-          parallel_map(validate, jobs, "indexing files") as chunks):
-        for chunk, lines, errors in chunks:
-            chunk["start"] += size
-            size += text.write(lines)
-            rows.append(chunk)
-            invalid.writelines(" ".join(message.split()) + "\n" for message in errors)
-            skipped += len(errors)
-        rows = np.concatenate(rows)
-        np.save(table, rows[rows["split"].argsort(kind="stable")])
-    for old in index.parent.glob(f"{index.stem.rpartition('-')[0]}-*"):     # earlier index of this data set
-        if old.suffix != ".partial" and old.stem != index.stem:
-            old.unlink(missing_ok=True)
-    if skipped:
-        print(escape_control_chars(f"{path}: {len(rows):,} faces; invalid records skipped: {skipped:,}, "
-                                   f"listed in {index.with_suffix('.errors')}"))
-
-
-def index_records(job, columns: tuple, outside=False):
-    """Validate the records that `job(errors)` yields -> (rows, bytes of their lines, errors)."""
-    rows, lines, errors, start = [], [], [], 0
-    for record in job(errors):
-        with collect_errors(errors, record.split):
-            person, split, attributes, line = validate_record(record, columns, outside)
-            rows.append((person, start, len(line), split, attributes))
-            lines.append(line)
-            start += len(line)
-    names, count = ["identity", "start", "length", "split", "attributes"], len(attributes) if rows else 0
-    as_bytes, as_bools = (np.dtype(dict(names=names, formats=["i8", "i8", "i4", "u1", values]), align=True)
-                          for values in (f"V{count}", f"({count},)?"))
-    return np.array(rows, as_bytes).view(as_bools), b"".join(lines), errors
-
-
-@contextlib.contextmanager
-def collect_errors(errors: list, split=""):
-    """Catch a ValueError and append its message, "kind: where: ... [split]", to `errors`."""
-    try:
-        yield
-    except ValueError as error:
-        errors.append(f"{error} [{split}]" if split else str(error))
-
-
-def validate_files(reader, image_folders: tuple, allow_duplicates: bool, path: Path, errors: list):
-    """Yield the records whose image exists and is listed once, or with `allow_duplicates` in one split, with
-    paths relative to the folder."""
-    folder, split_of = path if path.is_dir() else path.parent, {}
-    inside = os.path.join(folder, "")
+def index_records(reader, image_folders: tuple, folder: Path, columns: tuple, outside: bool, job):
+    """Validate the records that `reader(job)` yields -> list of (group, person, attributes, JSON line)."""
     names_in = functools.cache(lambda at: {*os.listdir(folder / at)} if os.path.isdir(folder / at) else ())
-    for record in tqdm(reader(path), "indexing records", leave=False):
-        with collect_errors(errors, record.split):
-            if not isinstance(record.image, (str, Path)):
-                raise ValueError(f"no image name: {record.where} names no image")
-            for base in image_folders:
-                image = os.path.normpath(os.path.join(base, record.image)).removeprefix(inside)
-                parent, name = os.path.split(image)
-                if name in names_in(parent):
-                    break
-            if name not in names_in(parent):
-                raise ValueError(f"no file: {record.where}: {inside}{image:.200} does not exist")
-            earlier = split_of.get(image)
-            if earlier and (earlier != record.split or not allow_duplicates):
-                raise ValueError(f"duplicate: {record.where}: {image:.200} is already in split {earlier}")
-            split_of[image] = record.split
-            sketches = record.sketches and [str(sketch).removeprefix(inside) for sketch in record.sketches]
-            yield Record(record.where, image, *record[2:6], sketches)       # half the time of _replace
+    indexed, split_of, inside = [], {}, os.path.join(folder, "")
+    to_json = json.JSONEncoder(separators=(",", ":")).encode
+    relative = lambda path: os.path.normpath(path).removeprefix(inside)
+    for record in reader(job):
+        group, person, attributes = 0, 0, NONE
+        try:
+            if isinstance(record, ValueError):
+                raise record
+            where, image, split, person_id, values, captions, sketches = record
+            group = SPLITS.index(split)
+            if isinstance(image, TarImage):
+                image = image._replace(tar=relative(image.tar))
+            else:
+                paths = [relative(os.path.join(base, image)) for base in image_folders if image]
+                exists = (os.path.basename(path) in names_in(os.path.dirname(path)) for path in paths)
+                image = next(itertools.compress(paths, exists), None)
+                if image is None:
+                    raise ValueError(f"{where}: the image {record.image!r} does not exist")
+                if not outside and image.startswith(("/", "../")):
+                    raise ValueError(f"{where}: {image!r} is outside the data set; --outside accepts this")
+                # only captions may be a reason to list an image again
+                if image in split_of and (split_of[image] != split or captions is None):
+                    raise ValueError(f"{where}: {image!r} is already in split {split_of[image]}")
+                split_of[image] = split
+            line = {"images": image}
+            if values is not None:
+                if not BIT.keys() >= {*values}:
+                    raise ValueError(f"{where}: expected 1, 0 or -1 for every attribute, found { {*values} }")
+                attributes = int("".join(map(BIT.get, values)), 2)
+            if captions is not None:
+                line["captions"] = valid_captions(captions, columns, where)
+            if sketches is not None:
+                line["sketches"] = [*map(relative, sketches)]
+            person = stable_hash(person_id or str(image))
+        except ValueError as error:
+            group, line = group + len(SPLITS), {"invalid": str(error)}
+        indexed.append((group, person, attributes, to_json(line).encode() + b"\n"))
+    return indexed
 
 
-def validate_record(record: Record, columns: tuple, outside: bool):
-    """(person hash, split number, 0 or 40 attributes, JSON line); raises ValueError if a field is invalid."""
-    line, where, attributes = {"images": record.image}, f"{record.where} ({record.image!s:.200})", b""
-    if record.split not in SPLITS:
-        raise ValueError(f"split: {where}: expected train, val or test, found {record.split!r}")
-    if not outside and str(record.image).startswith(("/", "../")):
-        raise ValueError(f"outside: {where}: the image is outside the data set; --outside accepts this")
-    if record.attribute_values is not None:
-        values = record.attribute_values
-        attributes = bytes(map(ATTRIBUTE_VALUES.get, values, [2] * len(values)))        # 2: another value
-        if 2 in attributes:
-            raise ValueError(f"attributes: {where}: expected 1, 0 or -1 for every attribute, found others")
-    if record.captions is not None:
-        with error_context("non-empty text captions", f"captions: {where}"):
-            line["captions"] = valid_captions(record.captions, columns)
-    if record.sketches is not None:
-        line["sketches"] = record.sketches
-    person = stable_hash(record.person_id or str(record.image))
-    return person, SPLITS.index(record.split), attributes, json.dumps(line).encode() + b"\n"
-
-
-def valid_captions(captions: dict, columns: tuple):
-    """List of the texts in `columns`, without empty ones. Raises ValueError if none is left, or if one
-    contains NUL or a lone surrogate (JSON allows these, tokenizers do not)."""
-    texts = [captions[column] for column in columns if captions.get(column)]
-    texts = [text for value in texts for text in (value if isinstance(value, list) else [value])]
-    valid = [text for text in texts if text is not None and clean_caption(text)]
-    for text in valid or texts[:1] or [""]:
-        if not valid or re.search("[\0\ud800-\udfff]", text):
-            raise ValueError(f"found {ascii(text)[:100]}")
+def valid_captions(captions: dict, columns: tuple, where: str):
+    """List of the texts in `columns`, without empty ones. Raises ValueError if none is left, or if one is no
+    text or contains NUL or a lone surrogate (JSON allows these, tokenizers do not)."""
+    values = [captions[column] for column in columns if captions.get(column)]
+    texts = [text for value in values for text in (value if isinstance(value, list) else [value]) if text]
+    is_text = all(isinstance(text, str) and not re.search("[\0\ud800-\udfff]", text) for text in texts)
+    valid = [text for text in texts if clean_caption(text)] if is_text else []
+    if not valid:
+        raise ValueError(f"{where}: expected text in {' or '.join(columns)}, found {ascii(values):.200}")
     return valid
-
-
-def check_error_rate(errors: list, count: int, max_errors: float):
-    """Raise ValueError with the first error if `errors` exceed `max_errors` percent of `count` records."""
-    if len(errors) > count * max_errors / 100:
-        raise ValueError(f"{errors[0]} ({len(errors):,} of {count:,} are invalid, more than --max_errors "
-                         f"{max_errors:g} percent)")
 
 
 def stable_hash(text: str):
