@@ -12,14 +12,12 @@ cross-attention; the first token tells the model its role. The contrastive loss 
 summarise the caption, the matching loss [ENC] to tell whether it fits the image. The two inputs differ
 only in the embedding of this first token, and the output at its position is the result.
 
-Captions differ in length, so they are packed into one tensor, and the linear layers and norms spend
-nothing on padding. (Attention itself pads where no Triton kernel runs, as on a CPU.) In each layer
-an image's keys and values are projected once; the captions that attend to it are stored
-contiguously and form one long query sequence.
+Captions are packed (attention.py). In each layer an image's keys and values are projected once; the
+captions that attend to it are stored contiguously and form one long query sequence.
 
 Departures: the official code pads every caption to 65 tokens, projects an image's keys and values
-again for each caption, and drops BERT's token-type embedding. Here type 0, which BERT adds to every
-token, is folded into the positions on loading.
+again for each caption, and drops BERT's token-type embedding. (When loading BERT, the constant type-0
+embedding is added to the positions.)
 
 Shapes: see vit.py; N tokens of P captions, which attend to I images of L tokens.
 """
@@ -134,14 +132,8 @@ class Tokenizer:
                 unknown.append(word)
         return unknown
 
-    @property
-    def words(self) -> list[str]:
-        """The whole words of the vocabulary, sorted."""
-        return sorted(piece for piece in self.wordpiece.get_vocab() if piece.isalpha() and len(piece) > 1)
-
     def __call__(self, texts: list[str]) -> Captions:
-        if isinstance(texts, str):
-            raise ValueError(f"the tokenizer expects a list of captions, found a string: {texts[:60]!r}")
+        assert not isinstance(texts, str), "expected a list of captions"
         cleaned = [clean_caption(text) for text in texts]
         encoded = self.wordpiece.encode_batch_fast(cleaned, add_special_tokens=False)
         ids = [[self.cls_id, *pieces.ids[:MAX_TOKENS - 2], self.sep_id] for pieces in encoded]

@@ -50,7 +50,7 @@ class EvaluationSet(NamedTuple):
     ideal_itc: float | None = None  # `captions.ideal_contrastive_loss`; both only for generated captions
 
     @staticmethod
-    def of(faces: Faces, training: Faces | None = None, batch_size: int = 0) -> "EvaluationSet":
+    def from_faces(faces: Faces, training: Faces | None = None, batch_size: int = 0) -> "EvaluationSet":
         """The faces with captions. `ideal_itc` is computed for a batch of `batch_size` pairs (all processes)
         if the captions of `training`, the faces to train on, are generated, too."""
         images = torch.arange(len(faces))
@@ -74,7 +74,7 @@ def evaluate(model: FLIP, validation: EvaluationSet, config):
     alone ("itc_..."), and the re-ranked text-to-image scores (T, I). config: precision and k_test. The
     caller puts the model into evaluation mode."""
     device, size, faces = model.device, model.config.vit.image_size, validation.faces
-    show, image_tokens, image_features = rank_and_world_size()[0] == 0, [], []
+    image_tokens, image_features, show = [], [], rank_and_world_size()[0] == 0
     captions, image_of_text = model.tokenizer(validation.texts).to(device), validation.image_of_text
     with autocast(config.precision, device):
         for _, pixels in iterate_images(faces.picture, len(faces), size, "encoding faces", show=show):
@@ -84,21 +84,13 @@ def evaluate(model: FLIP, validation: EvaluationSet, config):
         text_features = model.student.text_features(captions)
     similarity = torch.cat(image_features) @ text_features.T                            # (I, T), in float32
     with autocast(config.precision, device):
-        scores = rerank(model, torch.cat(image_tokens), captions, similarity, config.k_test, progress=show)
+        scores = rerank(model, torch.cat(image_tokens), captions, similarity, config.k_test)
     itc = retrieval_metrics(similarity, similarity.T, image_of_text.to(device))
     reranked = retrieval_metrics(*scores, image_of_text.to(device))
     return reranked | {f"itc_{name}": value for name, value in itc.items()}, scores[1].cpu()
 
 
 # ---- table and plots -----------------------------------------------------------------------------
-def warn_of_chance(faces: Faces):
-    """Warn if there are so few faces that recall is high by chance."""
-    chance = 100 * min(1, 10 / len(faces))
-    if chance > 4:
-        print(f"{faces.name}: with {len(faces)} faces, R@10 is {chance:.0f} % by chance; more faces give "
-              f"more meaningful figures")
-
-
 def recall_table(metrics: dict, validation: EvaluationSet, initial: dict | None = None) -> str:
     """The final Markdown table: recalls in percent in both directions, beside chance, the references and,
     if given, the metrics of the model of --init."""
@@ -142,16 +134,10 @@ def plot_curves(log: list[dict], validation, path: Path):
         points = [(line["step"], line[name]) for line in log if line.get(name) is not None]
         left.plot(*zip(*points) if points else ([], []), label=name.upper())
     config = log[0]["config"]
-    soft_from = config["alpha_ramp"][0] if config["alpha"] else 1.0
-    starts = {"queue": config["queue_from"], "soft targets": soft_from}
-    for (name, start), side in zip(sorted(starts.items(), key=lambda item: item[1]), ("right", "left")):
-        if 0 < start < 1:           # from here on ITC has more keys or softer targets, so it rises
-            left.axvline(start * config["steps"], color="grey", linestyle=":")
-            left.text(start * config["steps"], 0.98, f" {name} ", transform=left.get_xaxis_transform(),
-                      rotation=90, ha=side, va="top", color="grey")
-    if validation.ideal_itc and min(starts.values()) > 0:           # without queue and soft targets
-        left.plot([0, min(starts.values()) * config["steps"]], [validation.ideal_itc] * 2, "--",
-                  color="tab:blue", label="ideal ITC")
+    # up to the step from which ITC has more keys or softer targets, so that it rises
+    end = config["steps"] * min(config["queue_from"], config["alpha_ramp"][0] if config["alpha"] else 1.0)
+    if validation.ideal_itc and end > 0:
+        left.plot([0, end], [validation.ideal_itc] * 2, "--", color="tab:blue", label="ideal ITC")
     left.set(xlabel="step", title="training losses")
     evaluations = [line for line in log if "img_r10" in line]
     for column, k, colour in ((0, 1, "tab:blue"), (1, 5, "tab:orange"), (2, 10, "tab:green")):

@@ -137,7 +137,7 @@ def retrieval(model: FLIP, splits: dict[str, Faces], config: Config) -> Task:
     Trained: projections, matching head, temperature. Loss: ITC + ITM within the batch, that is `FLIP.forward`
     without momentum encoder, queue and soft targets. Metrics: recall after re-ranking."""
     tokenizer, size = model.require_tokenizer(), model.config.vit.image_size
-    evaluation_sets = {split: EvaluationSet.of(splits[split]) for split in ("val", "test")}
+    evaluation_sets = {split: EvaluationSet.from_faces(splits[split]) for split in ("val", "test")}
     hardness = 1.0 if model.config.hardness is None else model.config.hardness      # as in pre-training
 
     def batches(samples, config):

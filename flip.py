@@ -34,20 +34,12 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
+import losses
 from bert import Bert, BertConfig, Captions, Tokenizer, words_of
 from common.distributed import all_gather, all_gather_objects, rank_and_world_size
-from common.images import iterate_images, load_image, normalize_batch, resize_to_array
+from common.images import load_image, normalize_batch, resize_to_array
 from common.script import run_script
-from common.weights import load_flip, read_checkpoint, write_folder
-from common.weights import official_name as official_name
-from common.weights import official_state as official_state
-from losses import (
-    contrastive_loss,
-    contrastive_loss_reference,
-    hard_negative_probabilities,
-    matching_loss,
-    soft_targets,
-)
+from common.weights import load_flip, official_name, official_state, read_checkpoint, write_folder  # noqa: F401
 from vit import ViT, ViTConfig
 
 
@@ -58,10 +50,6 @@ class FLIPConfig:
     embed_dim: int = 256
     queue_size: int = 61440
     hardness: float | None = None   # of the head's negatives, for `rerank_score`; None: the paper's score
-
-    @staticmethod
-    def from_dict(sizes: dict) -> "FLIPConfig":
-        return FLIPConfig(**sizes | {"vit": ViTConfig(**sizes["vit"]), "bert": BertConfig(**sizes["bert"])})
 
 
 class StepParams(NamedTuple):
@@ -135,13 +123,8 @@ class FLIP(nn.Module):
         self.register_buffer("queue_identity", torch.full((config.queue_size,), -100))
         self.register_buffer("queue_pointer", torch.zeros(1, dtype=torch.int64))
 
-    @property
-    def device(self) -> torch.device:
-        return self.temperature.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.temperature.dtype
+    device = property(lambda self: self.temperature.device)
+    dtype = property(lambda self: self.temperature.dtype)
 
     def itm_logits(self, image_tokens, captions: Captions, captions_per_image: torch.Tensor | None = None):
         """ITM logits (P, 2), class 1 = match, of P captions with the images (I, L, D) they attend to:
@@ -151,8 +134,7 @@ class FLIP(nn.Module):
         with torch.autocast(first.device.type, enabled=False):      # float32, to rank by later
             return F.linear(first.float(), self.matching_head.weight.float(), self.matching_head.bias.float())
 
-    def score_pairs(self, image_tokens, captions: Captions, pairs: torch.Tensor | None = None,
-                    progress: bool = False):
+    def score_pairs(self, image_tokens, captions: Captions, pairs: torch.Tensor | None = None):
         """ITM logits (P, 2). pairs (P, 2): indices of image and caption, a CPU tensor sorted by image (None:
         all combinations); image_tokens may be on any device, in any dtype."""
         device = self.device
@@ -163,7 +145,8 @@ class FLIP(nn.Module):
         chunk_size = 1 + int((2 ** 29 if device.type == "cuda" else 2 ** 23) / bytes_per_pair)
         logits = [torch.empty(0, 2, device=device)]
         chunks = [chunk.T for chunk in pairs.split(chunk_size) if len(chunk)]
-        for image_index, text_index in tqdm(chunks, "re-ranking", disable=not progress, leave=False):
+        is_short = len(chunks) < 10 or rank_and_world_size()[0] > 0
+        for image_index, text_index in tqdm(chunks, "re-ranking", disable=is_short, leave=False):
             start, stop = int(image_index[0]), int(image_index[-1]) + 1
             tokens = image_tokens[start:stop].to(device, self.dtype)
             counts = (image_index - start).bincount()           # captions per image
@@ -205,8 +188,8 @@ class FLIP(nn.Module):
         text_keys_and_queue = torch.cat([text_keys, self.text_queue[queue_part]])
         key_identity = torch.cat([all_identity, self.queue_identity[queue_part]])
         shared = identity, key_identity, self.temperature, params.alpha
-        image_to_text = contrastive_loss(image_features, image_momentum, text_keys_and_queue, *shared)
-        text_to_image = contrastive_loss(text_features, text_momentum, image_keys_and_queue, *shared)
+        image_to_text = losses.contrastive_loss(image_features, image_momentum, text_keys_and_queue, *shared)
+        text_to_image = losses.contrastive_loss(text_features, text_momentum, image_keys_and_queue, *shared)
         itc = (image_to_text + text_to_image) / 2
         itm = itc.new_zeros(())
         if params.with_itm:
@@ -224,9 +207,9 @@ class FLIP(nn.Module):
         the sampled captions determine the number of tokens."""
         with torch.autocast(image_features.device.type, enabled=False):
             similarity = text_features @ image_features.T                           # (A texts, A images)
-            image_probs = hard_negative_probabilities(similarity, identity, self.temperature, hardness)
-            text_probs = hard_negative_probabilities(similarity.T, identity, self.temperature, hardness)
-        probabilities = torch.cat([image_probs, text_probs]).cpu()                  # (2 A, A)
+            both_ways = (losses.hard_negative_probabilities(x, identity, self.temperature, hardness)
+                         for x in (similarity, similarity.T))
+            probabilities = torch.cat([*both_ways]).cpu()                           # (2 A, A)
         if not probabilities.isfinite().all():
             raise ValueError("a batch has no negatives: all its pairs show the same person, or training has "
                              "diverged and its features are not finite")
@@ -258,7 +241,7 @@ class FLIP(nn.Module):
         is_match = (mine < world_size * B).long().to(image_tokens.device, non_blocking=True)
         logits = self.itm_logits(image_tokens, captions.select(text_index[mine]),
                                  captions_per_image=(image_index[mine] - rank * B).bincount())
-        return matching_loss(logits, is_match, denominator=3 * B)
+        return losses.matching_loss(logits, is_match, denominator=3 * B)
 
     # ---- state changes, called by the training loop ----
     @torch.no_grad()
@@ -294,16 +277,11 @@ class FLIP(nn.Module):
         return self.tokenizer
 
     def pixel_batches(self, images, batch_size: int = 128):
-        """Yield pixels (B, 3, S, S) on the model's device, from a tensor of them, a list of paths or PIL
-        images, or one of these."""
-        if torch.is_tensor(images):
-            batches = images.split(batch_size)
-        else:
-            images = [images] if isinstance(images, (str, Path, Image.Image)) else list(images)
-            batches = (pixels for _, pixels in iterate_images(
-                lambda i, size: load_image(images[i], size=size), len(images), self.config.vit.image_size,
-                "reading images", batch_size, show=len(images) > batch_size))
-        for pixels in batches:
+        """Yield pixels (B, 3, S, S) of a tensor of them, of a list of paths or PIL images, or of one."""
+        images = [images] if isinstance(images, (str, Path, Image.Image)) else images
+        for start in range(0, len(images), batch_size):
+            batch = images[start:start + batch_size]
+            pixels = batch if torch.is_tensor(batch) else torch.stack([*map(self.preprocess, batch)])
             yield pixels.to(self.device, self.dtype)
 
     def tokenize(self, texts) -> Captions:
@@ -374,20 +352,19 @@ class FLIP(nn.Module):
         image size, to which the position embeddings are resized. vocabulary (file, folder or hub name): for
         checkpoints without one, such as the official. saved: from `read_checkpoint`, if already read."""
         saved = saved or read_checkpoint(path)
-        if config is None:
-            config = FLIPConfig.from_dict(saved["flip"]) if "flip" in saved else FLIPConfig()
-        tokenizer = None
-        if saved.get("tokenizer"):
-            tokenizer = Tokenizer.from_json(saved["tokenizer"])
-        elif vocabulary:
+        if config is None and (sizes := saved.get("flip")):
+            parts = {"vit": ViTConfig(**sizes["vit"]), "bert": BertConfig(**sizes["bert"])}
+            config = FLIPConfig(**sizes | parts)
+        tokenizer = Tokenizer.from_json(saved["tokenizer"]) if saved.get("tokenizer") else None
+        if vocabulary and not tokenizer:
             tokenizer = Tokenizer.load(vocabulary)
-        model = FLIP(config, tokenizer)
+        model = FLIP(config or FLIPConfig(), tokenizer)
         load_flip(model, saved, path)
         return model.to(device, dtype).eval()
 
 
 @torch.no_grad()
-def rerank(model: FLIP, image_tokens, captions: Captions, similarity, k: int, progress: bool = False):
+def rerank(model: FLIP, image_tokens, captions: Captions, similarity, k: int):
     """Re-rank each query's k most similar candidates with the matching head (BLIP's evaluation; the
     official FLIP uses [CLS] here although it trains [ENC]).
 
@@ -402,7 +379,7 @@ def rerank(model: FLIP, image_tokens, captions: Captions, similarity, k: int, pr
     pairs = (for_image | for_text).nonzero().cpu().tensor_split(world_size)[rank]   # (P, 2), image by image
     image_index, text_index = pairs.T
     scores = torch.zeros_like(similarity)
-    logits = model.score_pairs(image_tokens, captions, pairs, progress).to(scores)
+    logits = model.score_pairs(image_tokens, captions, pairs).to(scores)
     scores[image_index, text_index] = model.rerank_score(logits, similarity[image_index, text_index])
     if world_size > 1:
         dist.all_reduce(scores)
@@ -438,10 +415,10 @@ def main():
     key_identity = torch.cat([identity, model.queue_identity])
     inputs = image_momentum, keys, identity, key_identity, model.temperature, 0.4
     show("losses.soft_targets", "0.6 spread over keys of the image's identity + 0.4 x softmax; images x keys."
-         f"\nIdentities of the 4 + 6 keys, batch and queue: {key_identity.tolist()}", soft_targets(*inputs))
-    itc = contrastive_loss_reference(image, *inputs)
+         f"\nIdentities of the 4 + 6 keys: {key_identity.tolist()}", losses.soft_targets(*inputs))
+    itc = losses.contrastive_loss_reference(image, *inputs)
     show("losses.contrastive_loss_reference", f"image to text {itc:.4f}")
-    probabilities = hard_negative_probabilities(text @ image.T, identity, model.temperature)
+    probabilities = losses.hard_negative_probabilities(text @ image.T, identity, model.temperature)
     show("losses.hard_negative_probabilities", "captions x images, 0 for the same person", probabilities)
     negatives = model.sample_negatives(image, text, identity, generator=torch.Generator().manual_seed(0))
     show("FLIP.sample_negatives", f"images {negatives[0].tolist()}, captions {negatives[1].tolist()}")

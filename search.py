@@ -205,7 +205,8 @@ def main():
     args.out.parent.mkdir(parents=True, exist_ok=True)
     model = FLIP.from_pretrained(args.checkpoint, vocabulary=args.vocabulary, device=choose_device("auto"))
     if args.words:
-        return print(*model.tokenizer.words)
+        pieces = model.require_tokenizer().wordpiece.get_vocab()
+        return print(*sorted(piece for piece in pieces if piece.isalpha() and len(piece) > 1))
     features = encode_folder(model, args.images, args.out.parent / "features.pt")
     if args.serve:
         return serve(model, features, args.query, ", ".join(args.without), args.top)

@@ -1180,7 +1180,7 @@ def test_reranked_scores_are_the_official_ones_and_the_rest_rank_by_cosine(offic
 
 def test_reranked_candidates_rank_above_all_others_whatever_their_scores():
     similarity = -torch.tensor([[0.5, 0.6, 0.9], [0.8, 0.3, 0.7]])
-    model = SimpleNamespace(score_pairs=lambda tokens, captions, pairs, progress: torch.zeros(len(pairs), 2),
+    model = SimpleNamespace(score_pairs=lambda tokens, captions, pairs: torch.zeros(len(pairs), 2),
                             rerank_score=lambda logits, cosines: 1000 * cosines)
     for scores, cosines in zip(rerank(model, None, None, similarity, k=1), (similarity, similarity.T)):
         assert torch.equal(scores.argsort(), cosines.argsort())
@@ -1446,7 +1446,7 @@ def test_no_critic_of_pairs_has_a_lower_contrastive_loss_than_the_ideal():
 
 def test_ideal_loss_is_only_known_for_generated_captions():
     faces = data.Faces("faces", np.zeros((80, 4, 4, 3), np.uint8), np.arange(80), random_faces(80))
-    ideal = lambda training, pairs: evaluation.EvaluationSet.of(faces, training, pairs).ideal_itc
+    ideal = lambda training, pairs: evaluation.EvaluationSet.from_faces(faces, training, pairs).ideal_itc
     assert 0 < ideal(faces, 40) < ideal(faces, 80) and ideal(faces, 81) is None and ideal(None, 0) is None
     assert ideal(dataclasses.replace(faces, captions=[["a man"]] * 80), 40) is None
 
@@ -2266,7 +2266,7 @@ def test_recall_counts_an_images_best_caption_and_counts_ties_as_misses():
 
 
 def test_recall_table_contains_chance_and_both_references(uninterrupted, cache):
-    validation = evaluation.EvaluationSet.of(train.load_data(quick(uninterrupted, cache), 48)[1])
+    validation = evaluation.EvaluationSet.from_faces(train.load_data(quick(uninterrupted, cache), 48)[1])
     metrics = {f"{way}_r{k}": 10.0 for way in ("img", "txt", "itc_img", "itc_txt") for k in (1, 5, 10)}
     lines = evaluation.recall_table(metrics, validation, dict(metrics, img_r1=7.0)).splitlines()
     assert [line.split(" | ")[0][2:] for line in lines[2:]] == [
@@ -2326,7 +2326,7 @@ def test_run_leaves_log_plots_and_a_checkpoint_with_the_logged_metrics(uninterru
     for name in plots:
         Image.open(uninterrupted / name).load()
     config, model = quick(uninterrupted, cache), FLIP.from_pretrained(uninterrupted)
-    validation = evaluation.EvaluationSet.of(train.load_data(config, 48)[1])
+    validation = evaluation.EvaluationSet.from_faces(train.load_data(config, 48)[1])
     metrics, _ = evaluation.evaluate(model, validation, config)
     assert metrics == pytest.approx({name: log_of(uninterrupted)[-1][name] for name in metrics})
 
@@ -2390,7 +2390,7 @@ def test_nan_weights_never_replace_a_checkpoint(tmp_path, cache):
     good = (tmp_path / "flip.pt").read_bytes()
     with torch.no_grad():
         run.model.student.text.words.weight[3, 4] = torch.nan
-    assert "after step 2: expected finite weights, found NaN" in error_of(train.save, run, 2, [])
+    assert "after step 2: some weights are NaN or infinite" in error_of(train.save, run, 2, [])
     assert (tmp_path / "flip.pt").read_bytes() == good
 
 
@@ -2498,9 +2498,9 @@ def test_plan_warns_of_many_epochs_few_faces_and_unknown_words(uninterrupted, ca
     faces = train.load_data(config, 64)[0].subset(range(20))
     train.print_plan(config, faces, faces, 1, Tokenizer.train(["a face"]))
     printed = capsys.readouterr().out
-    assert "words of the captions are not in the vocabulary of --init, for example" in printed
+    assert "words of the captions are not in the vocabulary: " in printed
     assert "120.0 epochs" in printed and "will overfit: try --steps 75, or" in printed
-    assert "with 20 faces, R@10 is 50 % by chance" in printed
+    assert "with 20 validation faces, R@10 is 50 % by chance" in printed
 
 
 def test_damaged_images_are_replaced_and_counted_in_the_log(tmp_path):
@@ -2513,7 +2513,7 @@ def test_damaged_images_are_replaced_and_counted_in_the_log(tmp_path):
 
 def test_nan_loss_stops_the_run_and_names_the_step_also_without_itm(tmp_path, cache):
     config = quick(tmp_path, cache, itm_from=1.0, lr=1e18, grad_clip=0.0, log_every=2)
-    assert re.match("a loss of step [2-8] is NaN or infinite", error_of(train.train, config))
+    assert re.match("a loss of steps [1357] to [2468] is NaN or infinite", error_of(train.train, config))
 
 
 def test_checkpoints_are_also_saved_at_intervals_of_time(tmp_path, cache, monkeypatch):
@@ -2536,7 +2536,7 @@ def default_run(tmp_path_factory):
 def test_default_run_finds_faces_more_often_than_matching_all_attributes(default_run):
     """Text to image; the recalls of RESULTS.md, less three points."""
     config, metrics = default_run
-    references = evaluation.EvaluationSet.of(train.load_data(config, 48)[1]).references
+    references = evaluation.EvaluationSet.from_faces(train.load_data(config, 48)[1]).references
     assert 60 <= references["attribute match"][1] <= 80 and references["Bayes optimum"][0] > 65
     assert all(metrics[name] >= least for name, least in (("img_r1", 48), ("img_r5", 78), ("img_r10", 86)))
 
@@ -2682,7 +2682,7 @@ def test_retrieval_is_trained_and_evaluated_on_images_with_several_captions(tune
     config = tuned("retrieval", data=str(tmp_path), random=False)
     rows = dict(finetune.finetune(config))
     model, test = FLIP.from_pretrained(tmp_path / "retrieval"), open_faces(tmp_path, "test")
-    metrics, scores = evaluation.evaluate(model, evaluation.EvaluationSet.of(test), config)
+    metrics, scores = evaluation.evaluate(model, evaluation.EvaluationSet.from_faces(test), config)
     assert metrics == rows[f"{config.checkpoint}, tuned"]
     own = torch.arange(12).repeat_interleave(2)                                 # (T,)
     better = (scores > scores[torch.arange(24), own][:, None]).sum(1)
@@ -3234,7 +3234,6 @@ def test_results_name_tests_that_exist():
     (lambda: FLIP(small_flip().config, Tokenizer.train(["a smiling woman"])), "27 entries"),
     (lambda: small_flip().sample_negatives(unit(3, 12), unit(3, 12), torch.tensor([4, 4, 4])), "same person"),
     (lambda: small_flip().sample_negatives(unit(3, 12) * np.nan, unit(3, 12), torch.arange(3)), "diverged"),
-    (lambda: TOKENIZER("a man"), "expects a list of captions, found a string: 'a man'"),
     (lambda: Tokenizer.from_vocabulary([*bert.SPECIAL, "man", "man"]), "missing: some of its ids"),
     (lambda: Tokenizer.from_vocabulary(["[PAD]", "[UNK]", "[SEP]", "woman"]), "missing: [CLS]")])
 def test_invalid_input_raises_a_one_line_error(call, message):

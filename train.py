@@ -54,7 +54,7 @@ from common.script import Log, run_script
 from common.weights import load_bert, load_clip, load_weights, read_checkpoint, write_checkpoint
 from config import MODELS, TINY, Config, parse_arguments
 from data import Batch, BatchLoader, Faces, load_toy_faces, open_faces, readable
-from evaluation import EvaluationSet, evaluate, plot_curves, plot_retrieval, recall_table, warn_of_chance
+from evaluation import EvaluationSet, evaluate, plot_curves, plot_retrieval, recall_table
 from flip import FLIP, FLIPConfig, StepParams
 
 
@@ -214,10 +214,9 @@ def mean_losses(losses, steps, run):
     """Mean losses of these steps, for the log; ITM is None if no step trained it. Raises ValueError if a loss
     is not finite."""
     stacked = torch.stack(losses)                                               # (steps, 2)
-    bad = (~stacked.isfinite()).any(1)
-    if bad.any():
-        raise ValueError(f"a loss of step {steps[bad.int().argmax()] + 1} is NaN or infinite: training has "
-                         f"diverged; start a new run with a smaller --lr, or with --grad_clip")
+    if not stacked.isfinite().all():
+        raise ValueError(f"a loss of steps {steps[0] + 1} to {steps[-1] + 1} is NaN or infinite: training "
+                         f"has diverged; start a new run with a smaller --lr, or with --grad_clip")
     itc, itm = stacked.sum(0).tolist()
     matched = sum(schedule(step, run.config).with_itm for step in steps)
     return {"itc": itc / len(losses), "itm": itm / matched if matched else None,
@@ -254,8 +253,8 @@ def save(run: TrainState, done: int, recent: list[torch.Tensor]):
     """Save the run after `done` steps, on rank 0. Raises ValueError, and keeps the previous checkpoint, if
     weights are NaN or infinite."""
     if not all_finite(run.model):
-        raise ValueError(f"after step {done}: expected finite weights, found NaN or infinity; training has "
-                         f"diverged and is not saved; restart with a smaller --lr or with --grad_clip")
+        raise ValueError(f"after step {done}: some weights are NaN or infinite, so the run is not saved; "
+                         f"start a new one with a smaller --lr, or with --grad_clip")
     rank, world_size = rank_and_world_size()
     if rank == 0:
         state = {"config": asdict(run.config), "processes": world_size, "faces": digest(run.loader.faces),
@@ -307,8 +306,9 @@ def setup(config: Config, device: torch.device, log: Log) -> TrainState:
             print_plan(config, faces, validation, world_size, model.tokenizer)
     ddp_model = model if world_size == 1 else DistributedDataParallel(
         model, broadcast_buffers=False, find_unused_parameters=config.itm_from > 0 or config.itm_every > 1)
-    return TrainState(config, model, ddp_model, optimizers, loader, steps_per_epoch,
-                      EvaluationSet.of(validation, faces, config.batch_size * world_size), log, start, recent)
+    validation = EvaluationSet.from_faces(validation, faces, config.batch_size * world_size)
+    return TrainState(config, model, ddp_model, optimizers, loader, steps_per_epoch, validation, log, start,
+                      recent)
 
 
 @torch.no_grad()
@@ -365,12 +365,11 @@ def print_plan(config: Config, faces: Faces, validation: Faces, world_size: int,
           f"{epochs:.1f} epochs, in {config.precision}")
     if epochs > 60:
         print(f"this will overfit: try --steps {round(30 * config.steps / epochs)}, or more faces")
-    warn_of_chance(validation)
-    if config.init:
-        unknown = {word for text in sample_captions(faces, 500) for word in tokenizer.unknown_words(text)}
-        if unknown:
-            print(f"{len(unknown)} words of the captions are not in the vocabulary of --init, for example "
-                  f"{min(unknown)!r}")
+    if len(validation) < 250:
+        print(f"with {len(validation)} validation faces, R@10 is {1000 / len(validation):.0f} % by chance")
+    texts = sample_captions(faces, 500) if config.init else []
+    if unknown := {word for text in texts for word in tokenizer.unknown_words(text)}:
+        print(f"{len(unknown)} words of the captions are not in the vocabulary: {min(unknown)}, ...")
 
 
 @torch.no_grad()
