@@ -169,7 +169,7 @@ def index_records(reader, image_folders: tuple, folder: Path, columns: tuple, ou
             line = {"images": image}
             if values is not None:
                 if not BIT.keys() >= {*values}:
-                    raise ValueError(f"{where}: expected 1, 0 or -1 for every attribute, found { {*values} }")
+                    raise ValueError(f"{where}: expected 1, 0 or -1 for every attribute, found {sorted({*values})}")
                 attributes = int("".join(map(BIT.get, values)), 2)
             if captions is not None:
                 line["captions"] = valid_captions(captions, columns, where)
@@ -177,7 +177,8 @@ def index_records(reader, image_folders: tuple, folder: Path, columns: tuple, ou
                 line["sketches"] = [*map(relative, sketches)]
             person = stable_hash(person_id or str(image))
         except ValueError as error:
-            group, line = group + len(SPLITS), {"invalid": str(error)}
+            message = str(error).encode(errors="backslashreplace").decode()         # can be printed
+            group, line = group + len(SPLITS), {"invalid": message}
         indexed.append((group, person, attributes, to_json(line).encode() + b"\n"))
     return indexed
 
