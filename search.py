@@ -122,14 +122,15 @@ def split_phrases(query: str, tokenizer) -> list[str]:
     return [phrase.strip() for phrase in phrases if known_words(phrase, tokenizer)]
 
 
-def attribute_patches(model: FLIP, images: list[Image.Image], phrase: str, steps=8) -> torch.Tensor:
-    """Attribution of the ranking score for a phrase to the patches of I images, (I, rows, columns). Those of
-    an image sum to about the difference in score between it and a plain grey image.
+def attribute_patches(model: FLIP, images: list, phrase: str, steps=8) -> torch.Tensor:
+    """Attribution of the ranking score for a phrase to the patches of I images (paths or PIL images), (I,
+    rows, columns). Those of an image sum to about the difference in score between it and a plain grey image.
 
     Integrated gradients (arXiv 1703.01365): pixels times gradient, averaged along the path from grey, CLIP's
     mean colour, to the image. (At the image itself the gradient vanishes where the head is certain.)"""
     captions, sizes, attributions = model.tokenize([phrase]), model.config.vit, []
-    text_feature, read = model.student.text_features(captions)[0].detach(), lambda i, size: images[i]
+    text_feature = model.student.text_features(captions)[0].detach()
+    read = lambda i, size: load_image(images[i], size=size)
     for _, pixels in iterate_images(read, len(images), sizes.image_size, "", batch_size=8, show=False):
         pixels = pixels.to(model.device, model.dtype)
         gradient = torch.zeros_like(pixels)
