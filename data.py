@@ -14,7 +14,6 @@ sees the batches of an uninterrupted one. A damaged image is named and replaced 
 import itertools
 import sys
 from dataclasses import dataclass
-from multiprocessing.pool import ThreadPool
 from typing import NamedTuple
 
 import numpy as np
@@ -111,17 +110,15 @@ def load_toy_faces(count: int, size: int, seed: int, folder: str, steps: int = 0
 def readable(faces: Faces, size: int) -> Faces:
     """The faces whose images can be read at this size; the others are named. Raises ValueError if these are
     over 1 %."""
-    def error_of(i):
+    valid, errors = [], []
+    for i in tqdm(range(len(faces)), "checking images", leave=False):
         try:
             faces.picture(i, size)
+            valid.append(i)
         except ValueError as error:
-            return str(error)
-
-    with ThreadPool() as pool:
-        results = tqdm(pool.imap(error_of, range(len(faces))), "checking images", len(faces), leave=False)
-        errors = {i: error for i, error in enumerate(results) if error}
-    check_invalid([*errors.values()], len(faces), faces.name, shown=None)
-    return faces.subset([i for i in range(len(faces)) if i not in errors]) if errors else faces
+            errors.append(str(error))
+    check_invalid(errors, len(faces), faces.name, shown=None)
+    return faces.subset(valid)
 
 
 # ---- augmentation --------------------------------------------------------------------------------

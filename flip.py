@@ -13,8 +13,7 @@ Why a momentum encoder? Contrastive learning needs more negatives than fit in a 
 of earlier batches are kept in a queue. They were computed with older weights and stay comparable
 only if the encoder changes slowly; so keys come from a moving average of the student. It also
 provides soft targets: another face's caption may be true of this face too, so a fraction alpha of
-the target is the momentum encoder's softmax over all keys; the rest is on the true pairs. Only its
-features are used, without gradient; ITM uses the student alone.
+the target is the momentum encoder's softmax over all keys; the rest is on the true pairs.
 
 `forward` computes the losses and changes no state. The training loop changes state, with one call
 each: `update_momentum`, `enqueue`, `clamp_temperature`. (The official forward does all of this.)
@@ -324,8 +323,7 @@ class FLIP(nn.Module):
         return torch.cat(logits).unflatten(0, (-1, len(captions))), torch.cat(cosines)
 
     def match_probability(self, images, texts):
-        """Probabilities of a match (I, T) from the matching head, which was trained on pairs that ITC finds
-        similar: to rank, use `score`."""
+        """Probabilities of a match (I, T) between similar pairs; to rank, use `score`."""
         return self.match(images, texts)[0].softmax(-1)[..., 1]
 
     def score(self, images, texts):

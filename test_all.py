@@ -2513,7 +2513,8 @@ def test_damaged_images_are_replaced_and_counted_in_the_log(tmp_path):
 
 def test_nan_loss_stops_the_run_and_names_the_step_also_without_itm(tmp_path, cache):
     config = quick(tmp_path, cache, itm_from=1.0, lr=1e18, grad_clip=0.0, log_every=2)
-    assert re.match("a loss of steps [1357] to [2468] is NaN or infinite", error_of(train.train, config))
+    error = error_of(train.train, config)
+    assert re.match("the loss of steps . to . is NaN|after step .: some weights are NaN or infinite", error)
 
 
 def test_checkpoints_are_also_saved_at_intervals_of_time(tmp_path, cache, monkeypatch):

@@ -1,5 +1,4 @@
-"""Pre-train FLIP (arXiv 2407.08515, section 4): schedules, one training step, the loop, and setting up
-a run.
+"""Pre-train FLIP (arXiv 2407.08515, section 4): schedules, one step, the loop, what a run starts from.
 
     python train.py                         drawn faces, the tiny model, minutes on two CPU cores
     python train.py --data DIR              your own faces (layouts: readers/layouts.py)
@@ -18,9 +17,6 @@ uninterrupted one does. A step uses these random numbers, seeded by
     caption and augmentation            (seed, epoch, index)    BatchLoader.__getitem__
     dropout                             (seed, step, rank)      compute_gradients
     negatives, sampled on rank 0        (seed, step)            compute_gradients
-
---out receives flip.pt (its contents: `save`), log.jsonl, retrieval.png and curves.png, with
-the reference rows of the table as dotted and dashed lines.
 """
 import contextlib
 import dataclasses
@@ -199,7 +195,7 @@ def training_loop(run: TrainState):
                     metrics = validate(run, done)
                     begin += time.time() - paused
         except Exception as error:
-            if not updating and all_finite(run.model):
+            if not updating:
                 save(run, done, recent)
                 error.add_note(f"saved after step {done}; continue with --resume")
             raise
@@ -211,13 +207,11 @@ def training_loop(run: TrainState):
 
 
 def mean_losses(losses, steps, run):
-    """Mean losses of these steps, for the log; ITM is None if no step trained it. Raises ValueError if a loss
-    is not finite."""
-    stacked = torch.stack(losses)                                               # (steps, 2)
-    if not stacked.isfinite().all():
-        raise ValueError(f"a loss of steps {steps[0] + 1} to {steps[-1] + 1} is NaN or infinite: training "
-                         f"has diverged; start a new run with a smaller --lr, or with --grad_clip")
-    itc, itm = stacked.sum(0).tolist()
+    """Mean losses of these steps, for the log; ITM is None if no step trained it. Raises ValueError if they
+    are not finite."""
+    itc, itm = torch.stack(losses).sum(0).tolist()                              # of (steps, 2)
+    if not math.isfinite(itc + itm):
+        raise ValueError(f"the loss of steps {steps[0] + 1} to {steps[-1] + 1} is NaN or infinite")
     matched = sum(schedule(step, run.config).with_itm for step in steps)
     return {"itc": itc / len(losses), "itm": itm / matched if matched else None,
             "temperature": run.model.temperature.item(),
@@ -245,16 +239,12 @@ def derive_seed(*numbers: int) -> int:
 # A checkpoint has what `FLIP.checkpoint` returns (weights, momentum encoder, queues, vocabulary) and, under
 # "training", optimiser states, step, configuration, log and the losses that it does not contain yet. It needs
 # no state of random numbers and no position in the data: both are pure functions of (seed, step).
-def all_finite(model: FLIP) -> bool:
-    return all(p.isfinite().all() for p in model.parameters())
-
-
 def save(run: TrainState, done: int, recent: list[torch.Tensor]):
     """Save the run after `done` steps, on rank 0. Raises ValueError, and keeps the previous checkpoint, if
     weights are NaN or infinite."""
-    if not all_finite(run.model):
-        raise ValueError(f"after step {done}: some weights are NaN or infinite, so the run is not saved; "
-                         f"start a new one with a smaller --lr, or with --grad_clip")
+    if not all(p.isfinite().all() for p in run.model.parameters()):
+        raise ValueError(f"after step {done}: some weights are NaN or infinite: training has diverged and is "
+                         f"not saved; start a new run with a smaller --lr, or with --grad_clip")
     rank, world_size = rank_and_world_size()
     if rank == 0:
         state = {"config": asdict(run.config), "processes": world_size, "faces": digest(run.loader.faces),
@@ -349,11 +339,9 @@ def new_model(config: Config) -> tuple[FLIP, Faces, Faces]:
 def load_data(config: Config, size: int) -> tuple[Faces, Faces]:
     """Training and validation faces, for a model with an input of size x size pixels."""
     if config.data:
-        train, validation = (
-            open_faces(config.data, split, config.cache, config.columns, config.outside)
-            for split in ("train", "val"))
-        validation = validation.subset(range(min(config.validation, len(validation))))
-        return train, readable(validation, size)
+        train, validation = (open_faces(config.data, split, config.cache, config.columns, config.outside)
+                             for split in ("train", "val"))
+        return train, readable(validation.subset(range(min(config.validation, len(validation)))), size)
     return (load_toy_faces(config.faces, size, seed=0, folder=config.cache),
             load_toy_faces(config.validation, size, seed=1, folder=config.cache))
 

@@ -169,7 +169,7 @@ def index_records(reader, image_folders: tuple, folder: Path, columns: tuple, ou
             line = {"images": image}
             if values is not None:
                 if not BIT.keys() >= {*values}:
-                    raise ValueError(f"{where}: expected 1, 0 or -1 for every attribute, found {sorted({*values})}")
+                    raise ValueError(f"{where}: expected 1, 0 or -1 for every attribute, found {set(values)}")
                 attributes = int("".join(map(BIT.get, values)), 2)
             if captions is not None:
                 line["captions"] = valid_captions(captions, columns, where)
