@@ -22,7 +22,6 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 import toyfaces
-from bert import Captions, Tokenizer
 from captions import ATTRIBUTES as ATTRIBUTES
 from captions import sample_caption
 from common.distributed import iterate_with_workers, start_worker
@@ -157,7 +156,7 @@ def augment(image: Image.Image, rng: np.random.Generator) -> Image.Image:
 # ---- batches -------------------------------------------------------------------------------------
 class Batch(NamedTuple):
     images: torch.Tensor        # (B, 3, S, S) float32
-    captions: Captions          # B captions, packed
+    captions: object            # bert.Captions, B of them
     identity: torch.Tensor      # (B,) int64
     num_replaced: int           # damaged images that others were taken for
 
@@ -172,7 +171,7 @@ class BatchLoader(torch.utils.data.Dataset):
     the r-th part of it, so all ranks together see the batch of a single process. An item is the sample of
     (epoch, index), a pure function of these and the seed."""
 
-    def __init__(self, faces: Faces, tokenizer: Tokenizer, image_size: int, batch_size: int, seed: int = 0,
+    def __init__(self, faces: Faces, tokenizer, image_size: int, batch_size: int, seed: int = 0,
                  augmented: bool = True, rank: int = 0, world_size: int = 1, workers: int = 0):
         self.faces, self.tokenizer, self.image_size, self.seed = faces, tokenizer, image_size, seed
         self.augmented, self.workers = augmented, workers

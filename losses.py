@@ -20,7 +20,6 @@ Shapes: see vit.py. Run `python losses.py` for a numerical example.
 import torch
 import torch.nn.functional as F
 
-from common.script import run_script
 from kernels.contrastive import triton_average_keys, uses_triton
 
 
@@ -171,4 +170,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_script(main)
+    main()
