@@ -122,6 +122,7 @@ def padded_attention(query, key, value, query_sequences, key_sequences, dropout=
         logits = query @ key.mT                                                     # (B, H, Lq, Lk)
         if not key_sequences.is_uniform:
             padding = ~key_sequences.token_mask[:, None, None]                      # (B, 1, 1, Lk)
+            # not -inf, for which an empty sequence, all padding, would give NaN
             logits = logits.masked_fill_(padding, torch.finfo(logits.dtype).min)
         weights = logits.softmax(-1)
         if dropout > 0:

@@ -27,10 +27,8 @@ from kernels.contrastive import triton_average_keys, uses_triton
 @torch.no_grad()
 def soft_targets(momentum_feature, keys, identity, key_identity, temperature, alpha: float):
     """ITC's targets y (B, K), rows sum to 1: alpha x the momentum encoder's softmax over the keys (soft)
-    + (1 - alpha) x a uniform distribution over the keys of the row's own identity (positives).
-
-    momentum_feature (B, E), keys (K, E), identity (B,), key_identity (K,); see `contrastive_loss_reference`.
-    """
+    + (1 - alpha) x a uniform distribution over the keys of the row's own identity (positives). The
+    arguments are those of `contrastive_loss_reference`."""
     same = (identity[:, None] == key_identity[None, :]).to(momentum_feature.dtype)
     soft = (momentum_feature @ keys.T / temperature).softmax(1)
     return alpha * soft + (1 - alpha) * same / same.sum(1, keepdim=True)
@@ -41,7 +39,8 @@ def contrastive_loss_reference(feature, momentum_feature, keys, identity, key_id
 
     feature (B, E): the student's, of one modality; momentum_feature (B, E): the momentum encoder's, of
     the same inputs; keys (K, E): momentum features of the other modality, from batch and queue. All
-    have unit norm. Equal numbers in identity (B,) and key_identity (K,) mean the same person."""
+    have unit norm. Equal numbers in identity (B,) and key_identity (K,) mean the same person; every row
+    needs a key of its own identity. temperature: a scalar tensor."""
     logits = feature @ keys.T / temperature                                         # (B, K)
     y = soft_targets(momentum_feature, keys, identity, key_identity, temperature, alpha)
     return -(y * logits.log_softmax(1)).sum(1).mean()
@@ -67,6 +66,8 @@ def contrastive_loss_reference(feature, momentum_feature, keys, identity, key_id
 # keys are processed in chunks, and each row keeps the largest logit so far, the sum of weights and the
 # weighted sum of keys. One pass over the keys gives the loss and both gradients; the backward pass only
 # scales them.
+
+
 def average_keys(feature, momentum_feature, keys, identity, key_identity, temperature, chunk=2048):
     """Each row's log-sum-exp of s, (B,), and its average keys under softmax(s), softmax(t) and e, (B, E)."""
     queries = torch.stack([feature, momentum_feature]) / temperature                # (2, B, E)
@@ -113,8 +114,8 @@ class ContrastiveLoss(torch.autograd.Function):
 def contrastive_loss(feature, momentum_feature, keys, identity, key_identity, temperature, alpha):
     """`contrastive_loss_reference` in chunks of keys; gradients flow into feature and temperature only.
 
-    Every row needs a positive. Runs in float32, even under autocast: at temperature 0.01 half-precision
-    cosines are too coarse."""
+    Computed in float32 (or float64), even under autocast: at temperature 0.01 half-precision cosines are too
+    coarse."""
     dtype = torch.promote_types(feature.dtype, torch.float32)
     return ContrastiveLoss.apply(feature.to(dtype), momentum_feature.to(dtype), keys, identity, key_identity,
                                  temperature.to(dtype), alpha)
@@ -122,7 +123,7 @@ def contrastive_loss(feature, momentum_feature, keys, identity, key_identity, te
 
 # ---- image-text matching -------------------------------------------------------------------------
 def hard_negative_probabilities(similarity, identity, temperature, hardness=1.0):
-    """Probabilities (A, A) for A pairs, the global batch: entry (i, j) that of sampling j as i's negative.
+    """Probabilities (A, A), for the A pairs of the global batch, of sampling column j as row i's negative.
 
     softmax(hardness * similarity / temperature) over the columns of *other* identities; similarity (A, A)
     are cosines of student features. Hardness 1 is the paper's rule: similar pairs are sampled more often.

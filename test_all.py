@@ -3398,7 +3398,8 @@ def launched_configs():
         for dtype, cases in ATTENTION_CASES.items():
             for name, (d, dropout) in itertools.product(("fwd", "bwd_dq", "bwd_dkdv"), cases):
                 meta = attention_kernels.launch_config(name, d, 4 if dtype == "fp32" else 2)
-                yield f"{name}_kernel", dtype, dict(dropout=dropout, **meta), capability
+                seed = {} if dropout else {"seed": None}
+                yield f"{name}_kernel", dtype, dict(dropout=dropout, **seed, **meta), capability
         for dtype, E in itertools.product(("fp32", "bf16"), (64, 256)):
             meta = dict(E=E, BLOCK_E=E, **contrastive_kernels.LAUNCH_CONFIG)
             yield "sums_kernel", dtype, meta, capability

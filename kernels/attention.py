@@ -75,7 +75,7 @@ def apply_dropout(x, seed, key, query, dropout):
     (Salmon et al. 2011) hashes (seed; key, query, head), so forward and backward drop the same weights."""
     if dropout > 0:
         zero = (key + query) * 0                # broadcasts all hashed values to one shape
-        random, _, _, _ = tl.philox(tl.load(seed), key + zero, query + zero, tl.program_id(2) + zero, zero)
+        random, _, _, _ = tl.philox(seed, key + zero, query + zero, tl.program_id(2) + zero, zero)
         x = tl.where(random >= int(dropout * 2 ** 32), x * (1 / (1 - dropout)), 0.0)
     return x
 
@@ -109,6 +109,7 @@ def fwd_kernel(query, key, value, out, lse, query_offsets, key_offsets, seed, d:
     begin = first_query + tl.program_id(1) * BLOCK_M
     if begin >= end_query:              # a sequence shorter than the longest has fewer blocks
         return
+    seed = tl.load(seed) if dropout > 0 else 0
     i = begin + tl.arange(0, BLOCK_M)
     q = load(query, begin, end_query, BLOCK_M, d, BLOCK_D, True)
     row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
@@ -152,6 +153,7 @@ def bwd_dq_kernel(grad, query, key, value, out, lse, dq_out, delta_out, query_of
     begin = first_query + tl.program_id(1) * BLOCK_M
     if begin >= end_query:
         return
+    seed = tl.load(seed) if dropout > 0 else 0
     i = begin + tl.arange(0, BLOCK_M)
     q = load(query, begin, end_query, BLOCK_M, d, BLOCK_D, True)
     o = load(out, begin, end_query, BLOCK_M, d, BLOCK_D, True).to(tl.float32)
@@ -201,6 +203,7 @@ def bwd_dkdv_kernel(grad, query, key, value, lse, delta, dk_out, dv_out, query_o
     begin = first_key + tl.program_id(1) * BLOCK_M
     if begin >= end_key:
         return
+    seed = tl.load(seed) if dropout > 0 else 0
     j = begin + tl.arange(0, BLOCK_M)
     k = load(key, begin, end_key, BLOCK_M, d, BLOCK_D, True)
     v = load(value, begin, end_key, BLOCK_M, d, BLOCK_D, True)
@@ -251,7 +254,7 @@ class TritonAttention(torch.autograd.Function):
         query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
         _, H, d = query.shape
         out, lse = torch.empty_like(query), query.new_empty(query.shape[:2], dtype=torch.float32)
-        # a tensor on the GPU, which the kernels read, so that the CPU does not wait for it
+        # sampled on the GPU and read by the kernels, so that the CPU never waits for it
         seed = torch.randint(2 ** 62, (1,), device=query.device) if dropout > 0 else None
         fwd_kernel[grid(query_offsets, max_query_length, H)](
             query, key, value, out, lse, query_offsets, key_offsets, seed,
