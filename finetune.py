@@ -83,6 +83,7 @@ class Task(NamedTuple):
     draw: Callable          # draw(second result of metrics("test"), path)
     selected_by: str        # a metric of the validation split
     baseline: tuple         # the table's first row, name and metrics; these are its columns
+    note: str = ""          # printed below the table
 
 
 def train_heads(task: Task, model: FLIP, samples: np.ndarray, steps: int, config: Config, log: Log):
@@ -157,7 +158,8 @@ def retrieval(model: FLIP, splits: dict[str, Faces], config: Config) -> Task:
     metrics = lambda split: evaluate(model, evaluation_sets[split], config)
     draw = lambda text_to_image, path: plot_retrieval(evaluation_sets["test"], text_to_image, path)
     return Task(model, batches, loss, metrics, draw, selected_by="r_mean",
-                baseline=("chance", chance_recalls(evaluation_sets["test"].image_of_text)))
+                baseline=("chance", chance_recalls(evaluation_sets["test"].image_of_text)),
+                note="" if config.data else "Drawn faces are grey here, or nothing would be left to learn.\n")
 
 
 def chance_recalls(image_of_text):
@@ -292,7 +294,9 @@ def sketch(model: FLIP, splits: dict[str, Faces], config: Config) -> Task:
 
     every_rank = torch.arange(1, len(splits["test"]) + 1)[:, None].expand(-1, splits["test"].sketch_steps)
     return Task(model, shuffled_batches, loss, metrics, draw, selected_by="m@B",
-                baseline=("chance", early_retrieval(every_rank, len(every_rank))))
+                baseline=("chance", early_retrieval(every_rank, len(every_rank))),
+                note="m@A: mean rank percentile of the photo, m@B: mean reciprocal rank, over all steps;\n"
+                     "w@A, w@B: early steps weighted more; A: the percentile for the finished sketch.\n")
 
 
 def in_batch_contrastive_loss(one, other, identity, temperature):
@@ -328,22 +332,24 @@ TASKS = {"retrieval": retrieval, "attributes": attributes, "sketch": sketch}
 
 
 def open_splits(config: Config, size: int) -> dict[str, Faces]:
-    """The splits of --data, or drawn faces that train.py never uses."""
-    splits, steps = {}, config.sketch_steps if config.task == "sketch" else 0
+    """The splits of --data, or drawn faces that train.py never uses. Raises ValueError if they lack what the
+    task needs."""
+    splits = {}
     for split, count, seed in (("train", config.faces, 10), ("val", config.validation, 11),
                                ("test", config.test, 12)):
         if config.data:
             faces = open_faces(config.data, split, config.cache, outside=config.outside)
+            needed = {"retrieval": "captions", "attributes": "attributes", "sketch": "sketches"}[config.task]
+            if not faces.has_text if needed == "captions" else getattr(faces, needed) is None:
+                raise ValueError(f"{faces.name}: expected {needed}, found none")
             faces = faces.subset(range(min(count, len(faces)))) if split == "val" else faces
             faces = readable(faces, size)
         else:
+            steps = config.sketch_steps if config.task == "sketch" else 0
             faces = load_toy_faces(count, size, seed, config.cache, steps)
-        if config.task == "retrieval" and not config.data:      # in colour, nothing is left to learn
+        if config.task == "retrieval" and not config.data:      # greyscale: a domain shift from pre-training
             grey = np.asarray(faces.images) @ np.outer((0.299, 0.587, 0.114), (1, 1, 1))
-            faces = replace(faces, name=f"{faces.name}, greyscale", images=grey.round().astype(np.uint8))
-        needed = {"retrieval": "captions", "attributes": "attributes", "sketch": "sketches"}[config.task]
-        if not faces.has_text if needed == "captions" else getattr(faces, needed) is None:
-            raise ValueError(f"{faces.name}: expected {needed}, found none")
+            faces = replace(faces, images=grey.round().astype(np.uint8))
         splits[split] = faces
     return splits
 
@@ -360,7 +366,7 @@ def finetune(config: Config) -> list[tuple[str, dict]]:
     if config.random:
         encoders["random weights"] = init_model(model.config, model.tokenizer)
     log, rows = Log(folder / "log.jsonl"), []
-    log.write(config=asdict(config))
+    log.restart([{"config": asdict(config)}])
     samples = np.random.default_rng(config.seed).permutation(len(splits["train"]))
     steps = config.epochs * math.ceil(len(samples) / config.batch_size)
     for name, model in encoders.items():
@@ -382,23 +388,25 @@ def finetune(config: Config) -> list[tuple[str, dict]]:
             rows.append((f"{name}, tuned{part}", metrics))
         if name == config.checkpoint:
             task.draw(details, folder / f"{config.task}.png")
-            if task.trained is model:
-                write_checkpoint(model.checkpoint(), folder / "flip.pt")
-            else:
-                write_checkpoint({"model": task.trained.state_dict()}, folder / "head.pt")
-        columns, ways = task.baseline[1], {"img_r": "text to image R@", "txt_r": "image to text R@"}
-        headers = (ways.get(column[:5], column[:5]) + column[5:] for column in columns)
-        table = markdown_table([f"{config.task}, %", *headers], [
-            [row, *(f"{metrics[column]:.1f}" for column in columns)] for row, metrics in rows])
-        (folder / "table.md").write_text(table + "\n", encoding="utf-8")
-    print(f"\n{table}\n\n{folder}: log.jsonl, table.md, {config.task}.png, the trained weights")
+            weights = model.checkpoint() if task.trained is model else {"model": task.trained.state_dict()}
+            write_checkpoint(weights, folder / ("flip.pt" if task.trained is model else "head.pt"))
+        (folder / "table.md").write_text(table(rows, config.task) + "\n", encoding="utf-8")
+    print(f"\n{table(rows, config.task)}\n{task.note}\n{folder}: log.jsonl, table.md, weights and a picture")
     return rows
+
+
+def table(rows, task):
+    """A Markdown table with the columns of the first row, the baseline."""
+    columns = rows[0][1]
+    headers = (c.replace("img_r", "text to image R@").replace("txt_r", "image to text R@") for c in columns)
+    return markdown_table([f"{task}, %", *headers], [
+        [name, *(f"{metrics[column]:.1f}" for column in columns)] for name, metrics in rows])
 
 
 def parse_arguments(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=f"Defaults in brackets are the paper's for retrieval. Others:\n{RECIPES}\n{DRAWN}")
+        epilog=f"Defaults in brackets are for retrieval.\nOther tasks: {RECIPES}\nDrawn faces: {DRAWN}")
     parser.add_argument("task", choices=tuple(TASKS))
     given = parse_flags(parser, Config, argv)
     drawn = {} if given.get("data") else DRAWN[given["task"]]

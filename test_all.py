@@ -2661,7 +2661,7 @@ def test_tables_have_a_row_per_fraction(tuned, tmp_path):
 
 
 def test_tuned_flip_is_a_checkpoint_with_the_metrics_of_the_table(tuned, tmp_path):
-    config = tuned("retrieval", random=False, lr=0.005, faces=64, validation=32, test=32, k_test=4, epochs=9)
+    config = tuned("retrieval", random=False, lr=0.005, faces=32, validation=24, test=24, k_test=4, epochs=5)
     _, (_, before), (_, after) = finetune.finetune(config)
     again = dataclasses.replace(config, checkpoint=f"{tmp_path}/retrieval/flip.pt", out=f"{tmp_path}/again",
                                 epochs=1, lr=0.0)
