@@ -37,10 +37,10 @@ from tqdm import tqdm
 
 from bert import Tokenizer
 from common.distributed import (
+    all_gather_objects,
     autocast,
     choose_precision,
     init_distributed,
-    on_any_rank,
     rank_and_world_size,
     rank_zero_first,
     stop_signals,
@@ -184,7 +184,7 @@ def training_loop(run: TrainState):
                     log.write(step=done, **line, num_errors=num_errors)
                     bar.set_postfix({name: line[name] for name in ("itc", "itm", "seconds", "data_seconds")})
                     recent, timed_from, waited, begin = [], done, 0.0, time.time()
-                stop = on_any_rank(bool(stopped), run.model.device)
+                stop = any(all_gather_objects(bool(stopped)))           # all ranks stop after the same step
                 if is_due(done) or stop or time.time() - last_save > 60 * config.save_every:
                     save(run, done, recent)
                     last_save = time.time()

@@ -129,15 +129,6 @@ def rank_zero_first():
         dist.barrier()
 
 
-def on_any_rank(flag: bool, device: torch.device) -> bool:
-    """Whether the flag is set on at least one rank."""
-    if not dist.is_initialized():
-        return flag
-    flags = torch.tensor(float(flag), device=device)
-    dist.all_reduce(flags)
-    return flags.item() > 0
-
-
 def all_gather(x: torch.Tensor) -> torch.Tensor:
     """x (B, ...) of all processes -> (A, ...), in rank order, without gradient."""
     _, world_size = rank_and_world_size()
@@ -150,6 +141,7 @@ def all_gather(x: torch.Tensor) -> torch.Tensor:
 
 def all_gather_objects(obj) -> list:
     """The `obj` of every process (any object that can be pickled), in rank order."""
-    objects = [None] * rank_and_world_size()[1]
-    dist.all_gather_object(objects, obj)
+    objects = [obj] * rank_and_world_size()[1]
+    if len(objects) > 1:
+        dist.all_gather_object(objects, obj)
     return objects
