@@ -20,6 +20,7 @@ each (L for images, Lq for queries, Lk for keys); H heads of d = D / H channels 
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -49,10 +50,11 @@ class Sequences:
         return Sequences(torch.full((count,), length), offsets, length, count * length)
 
     def merge_groups(self, counts: Tensor) -> "Sequences":
-        """Merge consecutive sequences, such as the captions of one image: the first counts[0],
-        the next counts[1], ... (int64, on the CPU)."""
-        ends = F.pad(self.lengths.cumsum(0), (1, 0))[F.pad(counts.cumsum(0), (1, 0))]
-        return Sequences.from_lengths(ends.diff(), self.offsets.device)
+        """Merge consecutive sequences, such as the captions of one image: the first counts[0], the next
+        counts[1], ... (int64, on the CPU). Lengths [3, 2, 4] and counts [2, 1] give the lengths [5, 4]."""
+        token_ends = F.pad(self.lengths.cumsum(0), (1, 0))              # [0, 3, 5, 9]
+        group_ends = token_ends[F.pad(counts.cumsum(0), (1, 0))]        # [0, 5, 9]
+        return Sequences.from_lengths(group_ends.diff(), self.offsets.device)
 
     def to(self, device):
         return replace(self, offsets=self.offsets.to(device, non_blocking=True))
@@ -136,13 +138,9 @@ def attention(query: Tensor, key: Tensor, value: Tensor, query_sequences: Sequen
 
     query: (N, H, d), packed as `query_sequences`; key, value: likewise, packed as `key_sequences`; dropout:
     the probability of dropping an attention weight. Returns a tensor of query's shape, under autocast in
-    autocast's dtype. Raises ValueError if tensors and sequences do not match."""
-    sizes = len(query), len(key), len(key_sequences)
-    if (query_sequences.num_tokens, key_sequences.num_tokens, len(query_sequences)) != sizes:
-        raise ValueError(
-            f"attention: expected one query and one key per token, and equally many sequences of both, found "
-            f"{len(query)} queries for {len(query_sequences)} sequences of {query_sequences.num_tokens} "
-            f"tokens, {len(key)} keys for {len(key_sequences)} of {key_sequences.num_tokens}")
+    autocast's dtype."""
+    sizes = query_sequences.num_tokens, key_sequences.num_tokens, len(query_sequences)
+    assert sizes == (len(query), len(key), len(key_sequences)), "sequences of other tokens"
     device = query.device.type
     if torch.is_autocast_enabled(device):
         query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
@@ -151,3 +149,25 @@ def attention(query: Tensor, key: Tensor, value: Tensor, query_sequences: Sequen
         return TritonAttention.apply(query, key, value, query_sequences.offsets, key_offsets,
                                      query_sequences.max_length, key_sequences.max_length, dropout)
     return padded_attention(query, key, value, query_sequences, key_sequences, dropout)
+
+
+class Attention(nn.Module):
+    """Multi-head attention with its four projections; in cross-attention the keys and values have another
+    width, `key_width`."""
+
+    def __init__(self, width: int, heads: int, key_width: int | None = None, dropout: float = 0.0):
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(key_width or width, width)
+        self.value = nn.Linear(key_width or width, width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x, x_sequences: Sequences, context, context_sequences: Sequences):
+        """Tokens x (Nx, D) attend to the tokens `context` (Nc, Dc), sequence i to sequence i."""
+        query = self.query(x).unflatten(-1, (self.heads, -1))               # (Nx, H, d)
+        key = self.key(context).unflatten(-1, (self.heads, -1))             # (Nc, H, d)
+        value = self.value(context).unflatten(-1, (self.heads, -1))
+        dropout = self.dropout if self.training else 0.0
+        mixed = attention(query, key, value, x_sequences, context_sequences, dropout)
+        return self.out(mixed.flatten(1))                                   # (Nx, D)

@@ -34,10 +34,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from attention import Sequences
+from attention import Attention, Sequences
 from common.script import naming
 from common.weights import resolve_file
-from vit import Attention
 
 
 @dataclass(frozen=True)
@@ -107,13 +106,13 @@ class Tokenizer:
 
     def __init__(self, wordpiece: tokenizers.Tokenizer):
         self.wordpiece, vocabulary = wordpiece, wordpiece.get_vocab()
-        missing = [token for token in SPECIAL[:4] if token not in vocabulary]
+        missing = [token for token in SPECIAL[1:4] if token not in vocabulary]
         if missing or sorted(vocabulary.values()) != [*range(len(vocabulary))]:
             raise ValueError(f"expected a vocabulary like bert-base-uncased's, without repetitions; missing: "
                              f"{', '.join(missing) or 'some of its ids'}")
         self.cls_id, self.sep_id = vocabulary["[CLS]"], vocabulary["[SEP]"]
-        # true for vocabularies built by `train`: whole words, and single letters to spell all others
-        self.has_letters_only = all(len(piece) == 3 for piece in vocabulary if piece.startswith("##"))
+        # true for vocabularies built by `train`: all pieces that continue a word are single letters
+        self.spells_unknown_words = all(len(piece) == 3 for piece in vocabulary if piece.startswith("##"))
 
     @property
     def vocab_size(self):
@@ -127,7 +126,7 @@ class Tokenizer:
         for word in words_of(text):
             pieces = self.wordpiece.encode(word, add_special_tokens=False).tokens
             spelled = len(word) > 1 and all(len(piece.removeprefix("##")) == 1 for piece in pieces)
-            ending_spelled = self.has_letters_only and any(piece.startswith("##") for piece in pieces)
+            ending_spelled = self.spells_unknown_words and any(piece.startswith("##") for piece in pieces)
             if spelled or ending_spelled or "[UNK]" in pieces:
                 unknown.append(word)
         return unknown

@@ -12,7 +12,7 @@ from common.weights import read_checkpoint
 from readers.index import COLUMNS
 from vit import ViTConfig
 
-# image encoder, text encoder (vocab_size is set later; positions >= bert.MAX_TOKENS), feature size
+# image encoder, text encoder (vocab_size is set later; a caption has up to 65 tokens), feature size
 TINY = (ViTConfig(image_size=48, patch_size=8, width=128, depth=3, heads=4),
         BertConfig(vocab_size=1, width=128, depth=2, heads=4, positions=66, dropout=0.0), 128)
 MODELS = {"tiny": TINY, "base": (ViTConfig(), BertConfig(), 256),
@@ -70,33 +70,35 @@ class Config(SharedFlags):
     eval_every: int = 5000      # steps between evaluations; each also saves a checkpoint
     save_every: float = 10.0    # minutes between further checkpoints
 
-    # not flags, but fields for a recipe. The learning rate at step 0, at the end of its decay, and how it
-    # decays: "epoch" (x 0.9 per epoch since step 0), "cosine" or "linear"
+    # the fields below are set by a recipe only; having no comment beside them, they are not flags
+    # learning rate at step 0, and at the end of its decay
     lr_start: float = 1e-6
     lr_min: float = 1e-6
+    # how the learning rate decays: "epoch" (x 0.9 per epoch since step 0), "cosine" or "linear"
     lr_decay: str = "epoch"
-    # of the temperature, as a multiple of lr; Muon's (common/optim.py), likewise, for the matrices in the
-    # image encoder's blocks and the text encoder's layers, or 0 for AdamW
+    # learning rate of the temperature, as a multiple of lr
     temperature_lr: float = 1.0
+    # learning rate of Muon, as a multiple of lr, in the blocks of the image and the text encoder; 0: AdamW.
+    # Muon moves all directions of a matrix at one rate, so that rare attributes are not learned last
     muon_lr_image: float = 0.0
     muon_lr_text: float = 0.0
     muon_momentum: float = 0.95
     beta2: float = 0.999
-    # fractions of the run: between these, alpha and hardness rise from 0 (in the paper, alpha in the first 2
-    # of 15 epochs); until these, the momentum encoder is a copy of the student, and the queue and ITM are off
+    # fractions of the run between which alpha and hardness rise from 0 (the paper: 2 of 15 epochs, for alpha)
     alpha_ramp: tuple[float, float] = (0.0, 2 / 15)
     hardness_ramp: tuple[float, float] = (0.0, 0.0)
+    # fractions of the run from which the momentum encoder, the queue and ITM are used
     momentum_from: float = 0.0
     queue_from: float = 0.0
     itm_from: float = 0.0
-    # re-rank by log-odds + hardness * cosine / temperature, an estimate of log(p(text | image) / p(text)),
-    # instead of by the paper's score; always if --init was trained with it
+    # re-rank by an estimate of log(p(text | image) / p(text)), see `FLIP.rerank_score`, instead of by the
+    # paper's score; always if --init was trained with it
     posterior: bool = False
 
     def __post_init__(self):
         assert not (self.init and (self.clip or self.bert)), "--init has all weights; omit --clip and --bert"
         assert self.init or not self.vocabulary, "--vocabulary is for --init; otherwise --bert provides it"
-        assert 0 <= self.alpha <= 1 and 0 <= self.momentum <= 1 and self.lr >= 0, "alpha, momentum or lr"
+        assert 0 <= self.alpha <= 1 and 0 <= self.momentum <= 1 and self.lr >= 0 and self.queue_size > 0
 
 
 # The paper's recipe starts from CLIP and BERT. A short run from random weights needs other values:
@@ -110,8 +112,8 @@ RECIPES = {"base": {}, "large": {}, "tiny": dict(
     temperature_lr=0.3,
     # with hard negatives from the start, the matching head learns only the base rate: first, uniform ones
     itm_from=0.25, itm_every=8, hardness_ramp=(0.5, 0.75), posterior=True,
-    # in a short run a slow momentum encoder lags far behind the student: momentum and alpha rise late,
-    # and the queue is used late, when the features of its entries change slowly
+    # in a short run a slow momentum encoder lags far behind the student: it and alpha come late, and so
+    # does the queue, when the features of its entries change slowly
     momentum=0.95, momentum_from=0.85, alpha_ramp=(0.85, 0.97), queue_size=512, queue_from=0.88)}
 
 
@@ -124,15 +126,15 @@ def parse_arguments(argv: list[str] | None = None, description: str | None = __d
         epilog=f"Defaults in brackets are those of base and large. The tiny model, the default, has\n"
                f"{textwrap.fill(tiny, 100)}\n(augment True with --data). With --resume, flags come from the "
                f"checkpoint, except\n{', '.join(CHANGEABLE_ON_RESUME)}")
-    given = parse_flags(parser, Config, argv)
+    given = parse_flags(parser, Config, argv)           # only the flags on the command line, no defaults
     path = Path(given.get("out", Config.out)) / "flip.pt"
     if given.get("resume") and path.exists():
         saved = read_checkpoint(path)["training"]["config"]
         for name in given.keys() - {"resume", "out", *CHANGEABLE_ON_RESUME}:
-            if given[name] != saved[name]:
+            if given[name] not in (saved[name], "auto"):
                 raise ValueError(f"--resume: the run in {path} has --{name} {saved[name]}, which cannot "
                                  f"change; omit --{name} {given[name]}, or start another run")
-        return Config(**saved | given)
+        return Config(**saved | given | {"precision": saved["precision"]})
     recipe = dict(RECIPES[given.get("model", Config.model)])
     if "epochs" in given:
         recipe["steps"] = 0             # --epochs overrides the recipe's steps

@@ -9,7 +9,7 @@
 Departures from the official code: a face without captions gets a new one from the grammar (captions.py) in
 every epoch, instead of a stored one. The order of the samples is a function of (seed, epoch), and caption and
 augmentation are functions of (seed, epoch, index), so a run resumed at any step, with any number of workers,
-sees the batches of an uninterrupted one. A damaged image is named and replaced by that of the next face.
+sees the batches of an uninterrupted one. A face whose image is damaged is named and replaced by the next.
 """
 import itertools
 import sys
@@ -66,8 +66,6 @@ class Faces:
 
     def caption(self, i: int, rng: np.random.Generator) -> str:
         """A random caption of face i or, without captions, a new one from the grammar."""
-        if not self.has_text:
-            raise ValueError(f"{self.name}: expected captions, or attributes to write them from, found none")
         if self.captions is not None:
             captions = self.captions[i]
             return captions[rng.integers(len(captions))]
@@ -79,12 +77,10 @@ class Faces:
         return 0 if self.sketches is None else len(self.sketches[0])
 
     def sketch(self, i: int, t: int) -> Image.Image:
-        """The sketch of face i after step t (counted from 0) in RGB, white on black as FS2K-SDE stores it;
-        dark strokes on white paper, as in FS2K, are inverted."""
+        """The sketch of face i after step t (counted from 0) in RGB, dark on light, as an encoder trained on
+        photos tells sketches apart best; FS2K-SDE's are stored white on black."""
         image = self._load(self.sketches[i][t]).convert("L")
-        if np.asarray(image).mean() > 127:
-            image = ImageOps.invert(image)
-        return image.convert("RGB")
+        return (ImageOps.invert(image) if np.asarray(image).mean() < 127 else image).convert("RGB")
 
     def subset(self, indices) -> "Faces":
         fields = (self.images, self.identity, self.attributes, self.captions, self.sketches)
@@ -158,7 +154,7 @@ class Batch(NamedTuple):
     images: torch.Tensor        # (B, 3, S, S) float32
     captions: object            # bert.Captions, B of them
     identity: torch.Tensor      # (B,) int64
-    num_replaced: int           # damaged images that others were taken for
+    num_replaced: int           # damaged images that were replaced
 
     def to(self, device):
         return Batch(self.images.to(device, non_blocking=True), self.captions.to(device),
@@ -168,8 +164,8 @@ class Batch(NamedTuple):
 class BatchLoader(torch.utils.data.Dataset):
     """Endless batches of `batch_size` for one of `world_size` processes, `batches_per_epoch` per epoch. Batch
     n of an epoch is the n-th slice of world_size * batch_size faces of the epoch's permutation; rank r takes
-    the r-th part of it, so all ranks together see the batch of a single process. An item is the sample of
-    (epoch, index), a pure function of these and the seed."""
+    the r-th part of it, so that together the ranks see the batch of a single process. An item is the sample
+    of (epoch, index), a pure function of these and the seed."""
 
     def __init__(self, faces: Faces, tokenizer, image_size: int, batch_size: int, seed: int = 0,
                  augmented: bool = True, rank: int = 0, world_size: int = 1, workers: int = 0):
@@ -182,7 +178,7 @@ class BatchLoader(torch.utils.data.Dataset):
                              f"({world_size} processes x {batch_size}); use a smaller --batch_size")
 
     def __getitem__(self, key):
-        """Pixels, caption, identity, and how many damaged images were replaced by those of the next face."""
+        """Pixels, caption, identity, and how many faces with damaged images were replaced by the next."""
         epoch, index = key
         # index + 1, because (seed, epoch, 0) would be the same seed as (seed, epoch), that of the order
         rng = np.random.default_rng((self.seed, epoch, index + 1))

@@ -1,5 +1,6 @@
 """Evaluation by retrieval (FLIP paper, section 5.1): recall by ITC alone and after re-ranking with the
 matching head, and the final table with its reference rows (captions.py)."""
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,6 +59,7 @@ class EvaluationSet(NamedTuple):
             counts = torch.tensor([len(captions) for captions in faces.captions])
             texts = [text for captions in faces.captions for text in captions]
             return EvaluationSet(faces, texts, images.repeat_interleave(counts))
+        # stated (I, 40): 1 or -1 if the text says that the attribute is present or absent, else 0
         texts, stated = zip(*(sample_caption(attributes, np.random.default_rng((1, i)))      # fixed seeds
                               for i, attributes in enumerate(faces.attributes)))
         stated, ideal_itc = np.stack(stated), None
@@ -91,11 +93,21 @@ def evaluate(model: FLIP, validation: EvaluationSet, config):
 
 
 # ---- table and plots -----------------------------------------------------------------------------
+def chance_recalls(image_of_text):
+    """Expected recalls in percent of a random ranking. The n of T captions of an image are all outside the
+    first k with probability C(T - n, k) / C(T, k)."""
+    T, counts = len(image_of_text), image_of_text.bincount().tolist()
+    recalls = {f"img_r{k}": 100 * min(1, k / len(counts)) for k in (1, 5, 10)}
+    for k in (1, 5, 10):
+        missed = [math.comb(T - n, min(k, T)) / math.comb(T, min(k, T)) for n in counts]
+        recalls[f"txt_r{k}"] = 100 * (1 - sum(missed) / len(missed))
+    return recalls
+
+
 def recall_table(metrics: dict, validation: EvaluationSet, initial: dict | None = None) -> str:
     """The final Markdown table: recalls in percent in both directions, beside chance, the references and,
     if given, the metrics of the model of --init."""
-    chance = [100 * min(1, k / len(validation.faces)) for k in (1, 5, 10)] * 2
-    rows = {"chance": chance} | validation.references
+    rows = {"chance": [*chance_recalls(validation.image_of_text).values()]} | validation.references
     for name, values, prefix in (("model of --init, re-ranked", initial, ""),
                                  ("this model, ITC alone", metrics, "itc_"),
                                  ("this model, re-ranked", metrics, "")):

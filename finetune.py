@@ -1,5 +1,5 @@
-"""The three tasks: train heads on frozen encoders, select them on the validation split, test them, print the
-table (FLIP paper, section 5 and figure 2, panels b to d).
+"""The three tasks: train heads on frozen encoders, choose the best by validation, evaluate them on the test
+split and print the table (FLIP paper, section 5 and figure 2, panels b to d).
 
     python finetune.py retrieval      find the face for a caption, and the caption for a face
     python finetune.py attributes     predict the 40 attributes of a face
@@ -26,7 +26,6 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import ImageOps
 from tqdm import tqdm
 
 from common.distributed import autocast, choose_device
@@ -36,7 +35,7 @@ from common.script import Log, markdown_table, parse_flags, run_script
 from common.weights import write_checkpoint
 from config import SharedFlags
 from data import ATTRIBUTES, BatchLoader, Faces, load_toy_faces, open_faces, readable
-from evaluation import EvaluationSet, evaluate, new_figure, plot_retrieval
+from evaluation import EvaluationSet, chance_recalls, evaluate, new_figure, plot_retrieval
 from flip import FLIP, StepParams, project
 from losses import contrastive_loss
 from train import init_model, warmup_decay
@@ -123,8 +122,8 @@ def shuffled_batches(samples, config):
 
 @torch.no_grad()
 def encode(compute, read, count, model, config):
-    """compute(pixels (B, 3, S, S)) -> (B, ...) of the images read(0, size), ..., read(count - 1, size), once
-    for the whole training: (count, ...), float16, in the CPU's memory."""
+    """Apply compute(pixels (B, 3, S, S)) -> (B, ...) once to the images read(0, size), ...,
+    read(count - 1, size); returns (count, ...) in float16 on the CPU."""
     chunks = []
     for _, pixels in iterate_images(read, count, model.config.vit.image_size, "encoding images"):
         with autocast(config.precision, model.device):
@@ -139,7 +138,7 @@ def retrieval(model: FLIP, splits: dict[str, Faces], config: Config) -> Task:
     without momentum encoder, queue and soft targets. Metrics: recall after re-ranking."""
     tokenizer, size = model.require_tokenizer(), model.config.vit.image_size
     evaluation_sets = {split: EvaluationSet.from_faces(splits[split]) for split in ("val", "test")}
-    hardness = 1.0 if model.config.hardness is None else model.config.hardness      # as in pre-training
+    hardness = 1.0 if model.config.hardness is None else model.config.hardness
 
     def batches(samples, config):
         batch_size = min(config.batch_size, len(samples))
@@ -160,17 +159,6 @@ def retrieval(model: FLIP, splits: dict[str, Faces], config: Config) -> Task:
     return Task(model, batches, loss, metrics, draw, selected_by="r_mean",
                 baseline=("chance", chance_recalls(evaluation_sets["test"].image_of_text)),
                 note="" if config.data else "Drawn faces are grey here, or nothing would be left to learn.\n")
-
-
-def chance_recalls(image_of_text):
-    """Expected recalls in percent of a random ranking. The n of T captions of an image are all outside the
-    first k with probability C(T - n, k) / C(T, k)."""
-    T, counts = len(image_of_text), image_of_text.bincount().tolist()
-    recalls = {f"img_r{k}": 100 * min(1, k / len(counts)) for k in (5, 10)}
-    for k in (5, 10):
-        missed = [math.comb(T - n, min(k, T)) / math.comb(T, min(k, T)) for n in counts]
-        recalls[f"txt_r{k}"] = 100 * (1 - sum(missed) / len(missed))
-    return recalls
 
 
 # ---- attributes: predict the 40 attributes of a face ---------------------------------------------
@@ -214,8 +202,8 @@ def pool_tokens(vit, images):
     """Images (B, 3, S, S) -> V pooled vectors (B, V, D): class token, mean and maximum of the patch tokens,
     each after 1/3, 1/2 and 2/3 of the blocks (4, 6 and 8 of 12) and after the final norm."""
     tokens, hidden = vit(images, return_hidden=True)            # (B, L, D), and that after each block
-    first, last = max(1, vit.config.depth // 3), math.ceil(2 * vit.config.depth / 3)
-    depths = sorted({first, math.ceil((first + last) / 2), last})       # fewer in a shallow ViT
+    depth = vit.config.depth                                    # a shallow ViT has fewer of these
+    depths = sorted({max(1, depth // 3), math.ceil(depth / 2), math.ceil(2 * depth / 3)})
     vectors = [vector for x in (*(hidden[depth - 1] for depth in depths), tokens)
                for vector in (x[:, 0], x[:, 1:].mean(1), x[:, 1:].amax(1))]
     return torch.stack(vectors, dim=1)
@@ -249,20 +237,17 @@ def sketch(model: FLIP, splits: dict[str, Faces], config: Config) -> Task:
     projections and temperature; photos and sketches share theirs. Loss: IIC (image-image contrastive loss)
     between a random step of the sketch and its photo, plus ITC of the photo if it has captions. Metrics:
     `early_retrieval`."""
-    student, train, photos, sketches, captions = model.student, splits["train"], {}, {}, None
+    student, train, photos, sketches, caption_tokens = model.student, splits["train"], {}, {}, None
     class_token = lambda images: student.image(images, first_token_only=True)
     for split, faces in splits.items():
         photos[split] = encode(class_token, faces.picture, len(faces), model, config)       # (I, D)
-        # an encoder trained on photos tells sketches apart better when they are dark on light
-        read = lambda n, size: ImageOps.invert(faces.sketch(*divmod(n, faces.sketch_steps)))
+        read = lambda n, size: faces.sketch(*divmod(n, faces.sketch_steps))
         encoded = encode(class_token, read, len(faces) * faces.sketch_steps, model, config)
         sketches[split] = encoded.unflatten(0, (len(faces), -1))                            # (I, steps, D)
     if train.has_text:
         texts = [train.caption(i, np.random.default_rng((config.seed, i))) for i in range(len(train))]
-        tokenized = model.require_tokenizer()(texts).to(model.device)
         with torch.no_grad(), autocast(config.precision, model.device):
-            captions = torch.cat([student.text(tokenized.select(part), first_token_only=True)       # (I, D)
-                                  for part in torch.arange(len(texts)).split(500)])
+            caption_tokens = student.cls_tokens(model.require_tokenizer()(texts).to(model.device))  # (I, D)
 
     def loss(batch, step):
         at_step = torch.randint(train.sketch_steps, batch.shape)
@@ -270,9 +255,9 @@ def sketch(model: FLIP, splits: dict[str, Faces], config: Config) -> Task:
         drawn = project(sketches["train"][batch, at_step], student.image_projection)
         shared = torch.from_numpy(train.identity[batch]).to(photo.device), model.temperature
         iic = in_batch_contrastive_loss(drawn, photo, *shared)
-        if captions is None:
+        if caption_tokens is None:
             return iic
-        text = project(captions[batch], student.text_projection)
+        text = project(caption_tokens[batch], student.text_projection)
         return iic + in_batch_contrastive_loss(photo, text, *shared)
 
     @torch.no_grad()
@@ -339,9 +324,10 @@ def open_splits(config: Config, size: int) -> dict[str, Faces]:
                                ("test", config.test, 12)):
         if config.data:
             faces = open_faces(config.data, split, config.cache, outside=config.outside)
-            needed = {"retrieval": "captions", "attributes": "attributes", "sketch": "sketches"}[config.task]
-            if not faces.has_text if needed == "captions" else getattr(faces, needed) is None:
-                raise ValueError(f"{faces.name}: expected {needed}, found none")
+            available = {"retrieval": faces.has_text, "attributes": faces.attributes is not None,
+                         "sketch": faces.sketches is not None}
+            if not available[config.task]:
+                raise ValueError(f"{faces.name}: has nothing to train {config.task} on")
             faces = faces.subset(range(min(count, len(faces)))) if split == "val" else faces
             faces = readable(faces, size)
         else:

@@ -54,7 +54,7 @@ class FLIPConfig:
 class StepParams(NamedTuple):
     """What changes from step to step (`train.schedule`); defaults: the final values of the paper."""
     alpha: float = 0.4                  # weight of the soft targets in ITC
-    momentum: float = 0.995             # 0: the momentum encoder is a copy of the student
+    momentum: float = 0.995             # 0: the student's own features serve as keys
     queue_length: int | None = None     # use only the first slots, those written so far; None: all
     hardness: float = 1.0               # for losses.hard_negative_probabilities
     with_itm: bool = True               # False: skip ITM in this step
@@ -89,13 +89,16 @@ class Encoders(nn.Module):
         """Features (B, E) alone: the last block computes only the class tokens."""
         return project(self.image(images, first_token_only=True), self.image_projection)
 
-    def text_features(self, captions: Captions, batch_size: int = 500):
-        """Captions -> features (P, E) of unit norm, computed for at most batch_size captions at a time."""
+    def text_features(self, captions: Captions):
+        """Captions -> features (P, E) of unit norm."""
+        return project(self.cls_tokens(captions), self.text_projection)
+
+    def cls_tokens(self, captions: Captions, batch_size: int = 500):
+        """Captions -> [CLS] tokens (P, D), computed for at most batch_size captions at a time."""
         chunks = [captions]
         if len(captions) > batch_size:
             chunks = [captions.select(part) for part in torch.arange(len(captions)).split(batch_size)]
-        cls_tokens = torch.cat([self.text(chunk, first_token_only=True) for chunk in chunks])
-        return project(cls_tokens, self.text_projection)
+        return torch.cat([self.text(chunk, first_token_only=True) for chunk in chunks])
 
 
 def project(first_tokens, projection: nn.Linear):
@@ -114,8 +117,8 @@ class FLIP(nn.Module):
         self.matching_head = nn.Linear(config.bert.width, 2)
         self.temperature = nn.Parameter(torch.tensor(0.07))
         self.momentum_encoder = copy.deepcopy(self.student).requires_grad_(False)
-        # as in the official code, random unit vectors of identity -100: never positives, though the
-        # soft targets give them weight, too
+        # as in the official code, random unit vectors of identity -100: never positives, although the
+        # soft targets do give them some weight
         for name in ("image_queue", "text_queue"):
             features = torch.randn(config.queue_size, config.embed_dim)
             self.register_buffer(name, F.normalize(features, dim=-1))
@@ -144,8 +147,8 @@ class FLIP(nn.Module):
         chunk_size = 1 + int((2 ** 29 if device.type == "cuda" else 2 ** 23) / bytes_per_pair)
         logits = [torch.empty(0, 2, device=device)]
         chunks = [chunk.T for chunk in pairs.split(chunk_size) if len(chunk)]
-        is_short = len(chunks) < 10 or rank_and_world_size()[0] > 0
-        for image_index, text_index in tqdm(chunks, "re-ranking", disable=is_short, leave=False):
+        hide_bar = len(chunks) < 10 or rank_and_world_size()[0] > 0
+        for image_index, text_index in tqdm(chunks, "re-ranking", disable=hide_bar, leave=False):
             start, stop = int(image_index[0]), int(image_index[-1]) + 1
             tokens = image_tokens[start:stop].to(device, self.dtype)
             counts = (image_index - start).bincount()           # captions per image
@@ -155,13 +158,13 @@ class FLIP(nn.Module):
     def rerank_score(self, logits, cosine):
         """The score that re-ranks candidates: ITM logits (..., 2) and cosines (...) -> (...).
 
-        The paper uses logit 1 + cosine. With a hardness in the configuration (config.py, posterior), it is
+        The paper uses logit 1 + cosine. With a hardness in the configuration (config.py, posterior), it
+        estimates a pair's pointwise mutual information up to a constant,
 
-            logit 1 - logit 0          estimates  log p(image, text) - log q(image, text)
-            + hardness * cosine / tau  restores   log q(image, text) - log p(image) - log p(text)
+            log p(i, t) / (p(i) p(t))  =  log p(i, t) / q(i, t)  +  log q(i, t) / (p(i) p(t))
+                                       ~  logit 1 - logit 0      +  hardness * cosine / tau
 
-        since hard negatives are sampled from a density q that is roughly proportional to
-        p(image) p(text) exp(hardness * cosine / tau); the sum is a pair's pointwise mutual information."""
+        where q ~ p(i) p(t) exp(hardness * cosine / tau) is the density of the head's hard negatives."""
         if self.config.hardness is None:
             return logits[..., 1] + cosine
         return logits[..., 1] - logits[..., 0] + self.config.hardness * cosine / self.temperature.to(cosine)
@@ -176,7 +179,7 @@ class FLIP(nn.Module):
             image_features = self.student.image_features(images)
         text_features = self.student.text_features(captions)
         image_momentum, text_momentum = image_features.detach(), text_features.detach()
-        if params.momentum > 0:         # at 0 it is a copy: the student's features will do
+        if params.momentum > 0:         # else the student's features are the keys
             with torch.no_grad():
                 image_momentum = self.momentum_encoder.image_features(images)
                 text_momentum = self.momentum_encoder.text_features(captions)
@@ -370,6 +373,8 @@ def rerank(model: FLIP, image_tokens, captions: Captions, similarity, k: int):
     and text_to_image (T, I): `rerank_score` for the k candidates of a query; all others rank below
     them by cosine. A pair needed in both directions is scored once; processes divide up the pairs."""
     rank, world_size = rank_and_world_size()
+    if world_size > 1:
+        dist.broadcast(similarity, src=0)               # rounding differs between ranks
     for_image = torch.zeros_like(similarity, dtype=torch.bool)
     for_text = for_image.clone()
     for_image.scatter_(1, similarity.topk(min(k, similarity.shape[1]), dim=1).indices, True)

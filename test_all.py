@@ -346,8 +346,9 @@ def test_attention_kernels_are_deterministic_and_exact_at_dropout_0(device, firs
 def test_attention_rejects_sequences_of_another_number_of_tokens():
     inputs, (queries, keys), _ = attention_case(*OTHERS)
     joined = queries.merge_groups(torch.tensor([1, 2]))
-    assert "41 queries for 2 sequences of 41 tokens" in error_of(attention, *inputs, joined, keys)
-    assert "40 queries for 3 sequences" in error_of(attention, inputs[0][1:], *inputs[1:], queries, keys)
+    for arguments in ((*inputs, joined, keys), (inputs[0][1:], *inputs[1:], queries, keys)):
+        with pytest.raises(AssertionError, match="sequences of other tokens"):
+            attention(*arguments)
 
 
 def test_attention_computes_in_the_dtype_of_autocast():
@@ -892,6 +893,8 @@ def test_run_is_saved_after_its_last_whole_step_or_was_before_a_kill_and_resumes
 import os, signal
 from multiprocessing import active_children
 import flip, train
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):       # nohup would have it ignored
+    signal.signal(number, signal.SIG_DFL)
 kill = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 def forward(model, *inputs, real=flip.FLIP.forward):
     global step
@@ -2082,7 +2085,7 @@ def test_fs2k_has_one_sketch_per_photo_and_no_text(tmp_path):
     assert train.images[3] == tmp_path / "photo/photo1/image0103.png"
     assert val.images[1] == tmp_path / "photo/photo2/image0109.jpg"
     assert val.sketches[1] == [tmp_path / "sketch/sketch2/sketch0109.png"]
-    assert (np.asarray(test.sketch(0, 0)) == 255 * np.eye(8)[..., None]).all(), "white on black"
+    assert (np.asarray(test.sketch(0, 0)) == 255 - 255 * np.eye(8)[..., None]).all(), "dark on light"
 
 
 def write_sde(folder, style="{photo}_{step}", photo="photo1/image01{n:02d}", steps=12, count=20):
@@ -2102,7 +2105,7 @@ def test_fs2k_sde_sketches_are_matched_to_photos_and_sorted_by_step(tmp_path, st
     train, val, test = open_splits(write_sde(tmp_path, style, photo))
     assert [len(train), len(val), len(test), train.sketch_steps] == [13, 2, 5, 12] and train.captions is None
     assert [path.stem[-9:] for path in val.images] == ["image0113", "image0114"]
-    assert [train.sketch(2, t).getpixel((0, 0))[0] for t in range(12)] == list(range(1, 13))
+    assert [255 - train.sketch(2, t).getpixel((0, 0))[0] for t in range(12)] == list(range(1, 13))
     assert all(path.stem[-9:] in str(sketches[0]) for path, sketches in zip(test.images, test.sketches))
     assert list(train.subset([4, 2]).sketches) == [train.sketches[4], train.sketches[2]]
 
@@ -2344,6 +2347,8 @@ def test_resumed_run_has_the_log_of_an_uninterrupted_run(tmp_path, cache, monkey
     """It is stopped by SIGINT, SIGTERM and SIGHUP, between lines of the log and before an evaluation, and
     ends by an error after one; handlers are restored."""
     stops = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+    for number in stops:                    # nohup, for example, would have them ignored
+        signal.signal(number, signal.SIG_DFL)
     signals, before = dict(zip((0, 3, 5), stops)), [signal.getsignal(number) for number in stops]
     train.train(quick(tmp_path / "whole", cache, log_every=3))
 
@@ -2598,10 +2603,10 @@ def test_chance_recalls_match_random_rankings():
     rng, image_of_text = np.random.default_rng(0), torch.tensor([0] * 3 + [1] + [2] * 2 + list(range(3, 20)))
     scores = [torch.from_numpy(rng.random((20, 23))) for _ in range(3000)]
     samples = [evaluation.retrieval_metrics(score, score.T, image_of_text) for score in scores]
-    expected = finetune.chance_recalls(image_of_text)
-    for name in ("img_r5", "img_r10", "txt_r5", "txt_r10"):
+    expected = evaluation.chance_recalls(image_of_text)
+    for name in expected:
         assert np.mean([metrics[name] for metrics in samples]) == pytest.approx(expected[name], abs=1)
-    assert set(finetune.chance_recalls(torch.arange(3)).values()) == {100}
+    assert [*evaluation.chance_recalls(torch.arange(3)).values()] == pytest.approx([100 / 3, 100, 100] * 2)
 
 
 def test_in_batch_contrastive_loss_is_the_symmetric_cross_entropy_over_identities():
@@ -2785,9 +2790,9 @@ def test_recipe_is_the_papers_on_own_data_and_flags_override_it():
 
 
 @pytest.mark.parametrize("task, write, message", [
-    ("attributes", write_mm_celeba, "expected attributes, found none"),
-    ("retrieval", write_fs2k, "expected captions, found none"),
-    ("sketch", lambda d: write_celeba(d, count=40, held_out=5), "expected sketches, found none")])
+    ("attributes", write_mm_celeba, "has nothing to train attributes on"),
+    ("retrieval", write_fs2k, "has nothing to train retrieval on"),
+    ("sketch", lambda d: write_celeba(d, count=40, held_out=5), "has nothing to train sketch on")])
 def test_data_that_a_task_cannot_use_is_named(tuned, tmp_path, task, write, message):
     write(tmp_path)
     assert message in error_of(finetune.finetune, tuned(task, data=str(tmp_path)))
@@ -3183,7 +3188,7 @@ def test_every_script_shows_an_example(tmp_path, arguments, expected):
     ("toyfaces.py --out a_file", ".*Not a directory: 'a_file"),
     ("toyfaces.py --out .", "--out .: expected a new or an empty folder, found files"),
     ("search.py --checkpoint nowhere.pt query", "nowhere.pt: expected a file"),
-    ("report.py --data nowhere", "nowhere: no such folder or file")])
+    ("report.py --data nowhere", ".*nowhere: no such folder or file")])
 def test_invalid_arguments_of_a_script_end_in_a_one_line_error(tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     Path("a_file").touch()
@@ -3228,8 +3233,6 @@ def test_results_name_tests_that_exist():
 # ---- damaged and malicious input -----------------------------------------------------------------
 # against the results for the undamaged files
 @pytest.mark.parametrize("call, message", [
-    (lambda: dataclasses.replace(noise_faces(), attributes=None).caption(0, None),
-     "noise: expected captions, or attributes to write them from, found none"),
     (lambda: data.BatchLoader(noise_faces(6), TOKENIZER, 16, 4, world_size=2),
      "noise: 6 faces are fewer than a batch of 8"),
     (lambda: FLIP(small_flip().config, Tokenizer.train(["a smiling woman"])), "27 entries"),

@@ -103,7 +103,7 @@ class TrainState(NamedTuple):
     validation: EvaluationSet
     log: Log
     start: int                      # steps done by the run that is resumed
-    recent: list[torch.Tensor]      # their losses since the last line of the log
+    recent: list[torch.Tensor]      # their losses not yet written to the log
 
 
 def compute_gradients(run: TrainState, micro_batches: list[Batch], step: int):
@@ -159,13 +159,13 @@ def training_loop(run: TrainState):
     bar = tqdm(range(run.start, config.steps), "training", initial=run.start, total=config.steps,
                disable=rank > 0)
     stream = run.loader.iterate_from(run.start * config.accumulate)
-    done, recent, num_errors, updating, metrics = run.start, run.recent, 0, False, None
+    done, recent, num_errors, updating = run.start, run.recent, 0, False
     with stop_signals() as stopped, contextlib.closing(stream):
         try:
-            # evaluate first if this step's evaluation is missing, or for the row of --init
-            evaluated = [line["step"] for line in log.lines if "r_mean" in line]
-            if is_due(done) and done not in evaluated and (done or config.init):
-                metrics = validate(run, done)
+            # a run may have ended after its last checkpoint, before the evaluation of that step
+            missing = is_due(done) and not any(line["step"] == done for line in log.lines if "r_mean" in line)
+            if missing and (done > 0 or config.init):           # the model of --init has a row in the table
+                validate(run, done)
             timed_from, waited, begin, last_save = done, 0.0, time.time(), time.time()
             for step in bar:
                 waiting = time.time()
@@ -192,18 +192,19 @@ def training_loop(run: TrainState):
                     raise SystemExit(f"stopped after step {done}; continue with --resume")
                 if is_due(done):
                     paused = time.time()
-                    metrics = validate(run, done)
+                    validate(run, done)
                     begin += time.time() - paused
         except Exception as error:
             if not updating:
                 save(run, done, recent)
                 error.add_note(f"saved after step {done}; continue with --resume")
             raise
+    metrics = [line for line in log.lines if "r_mean" in line]
     if rank == 0:
-        initial = next((line for line in log.lines if line.get("step") == 0), None)
-        print(f"{recall_table(metrics, run.validation, initial)}\n"
+        initial = metrics[0] if metrics[0]["step"] == 0 else None
+        print(f"{recall_table(metrics[-1], run.validation, initial)}\n"
               f"{config.out}: flip.pt, log.jsonl, curves.png, retrieval.png")
-    return run.model, metrics
+    return run.model, metrics[-1]
 
 
 def mean_losses(losses, steps, run):
@@ -218,8 +219,8 @@ def mean_losses(losses, steps, run):
             "lr": learning_rate(steps[-1], run.config, run.steps_per_epoch)}
 
 
-def validate(run: TrainState, step: int) -> dict:
-    """Evaluate the model, log the metrics, draw the plots; returns the metrics."""
+def validate(run: TrainState, step: int):
+    """Evaluate the model, log the metrics, draw the plots."""
     run.model.eval()
     metrics, text_to_image = evaluate(run.model, run.validation, run.config)
     run.model.train()
@@ -227,7 +228,6 @@ def validate(run: TrainState, step: int) -> dict:
     if rank_and_world_size()[0] == 0:
         plot_curves(run.log.lines, run.validation, Path(run.config.out) / "curves.png")
         plot_retrieval(run.validation, text_to_image, Path(run.config.out) / "retrieval.png")
-    return metrics
 
 
 def derive_seed(*numbers: int) -> int:
@@ -277,6 +277,7 @@ def setup(config: Config, device: torch.device, log: Log) -> TrainState:
     loader = BatchLoader(faces, model.tokenizer, model.config.vit.image_size, config.batch_size,
                          config.seed, config.augment, rank, world_size, config.workers)
     steps_per_epoch = loader.batches_per_epoch // config.accumulate
+    assert steps_per_epoch > 0, "--accumulate needs more batches than an epoch has"
     config = dataclasses.replace(config, steps=config.steps or config.epochs * steps_per_epoch,
                                  precision=choose_precision(config.precision, device))
     optimizers = build_optimizers(model, config.weight_decay, config.beta2, config.temperature_lr,
@@ -325,7 +326,7 @@ def new_model(config: Config) -> tuple[FLIP, Faces, Faces]:
                                   config.hardness if posterior else None), tokenizer)
     if initial:                     # all learned weights; queue and momentum encoder start anew
         load_weights(model.student, initial.student.state_dict(), config.init,
-                     image_positions=("image.positions",))
+                     image_positions=("image.positions",))      # resized if --image_size differs
         model.matching_head.load_state_dict(initial.matching_head.state_dict())
         model.temperature.copy_(initial.temperature)
     if config.clip:
@@ -341,6 +342,8 @@ def load_data(config: Config, size: int) -> tuple[Faces, Faces]:
     if config.data:
         train, validation = (open_faces(config.data, split, config.cache, config.columns, config.outside)
                              for split in ("train", "val"))
+        if not train.has_text:
+            raise ValueError(f"{train.name}: expected captions, or attributes to write them from, found none")
         return train, readable(validation.subset(range(min(config.validation, len(validation)))), size)
     return (load_toy_faces(config.faces, size, seed=0, folder=config.cache),
             load_toy_faces(config.validation, size, seed=1, folder=config.cache))

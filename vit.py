@@ -27,7 +27,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from attention import Sequences, attention
+from attention import Attention, Sequences
 
 
 @dataclass(frozen=True)
@@ -46,28 +46,6 @@ class ViTConfig:
     @property
     def num_patches(self):
         return (self.image_size // self.patch_size) ** 2
-
-
-class Attention(nn.Module):
-    """Multi-head attention with its four projections. BERT uses it too; in cross-attention the keys
-    and values have another width, `key_width`."""
-
-    def __init__(self, width: int, heads: int, key_width: int | None = None, dropout: float = 0.0):
-        super().__init__()
-        self.heads, self.dropout = heads, dropout
-        self.query = nn.Linear(width, width)
-        self.key = nn.Linear(key_width or width, width)
-        self.value = nn.Linear(key_width or width, width)
-        self.out = nn.Linear(width, width)
-
-    def forward(self, x, x_sequences: Sequences, context, context_sequences: Sequences):
-        """Tokens x (Nx, D) attend to the tokens `context` (Nc, Dc), sequence i to sequence i."""
-        query = self.query(x).unflatten(-1, (self.heads, -1))               # (Nx, H, d)
-        key = self.key(context).unflatten(-1, (self.heads, -1))             # (Nc, H, d)
-        value = self.value(context).unflatten(-1, (self.heads, -1))
-        dropout = self.dropout if self.training else 0.0
-        mixed = attention(query, key, value, x_sequences, context_sequences, dropout)
-        return self.out(mixed.flatten(1))                                   # (Nx, D)
 
 
 def quick_gelu(x):
