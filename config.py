@@ -9,7 +9,6 @@ from typing import Literal
 from bert import BertConfig
 from common.script import parse_flags
 from common.weights import read_checkpoint
-from readers.index import COLUMNS
 from vit import ViTConfig
 
 # image encoder, text encoder (vocab_size is set later; a caption has up to 65 tokens), feature size
@@ -40,8 +39,8 @@ class Config(SharedFlags):
     model: Literal[*MODELS] = "tiny"    # tiny (for drawn faces, trains on two CPU cores), base (the paper's
                                         # ViT-B/16 and BERT-base) or large (ViT-L/16)
     out: str = "out"            # folder for checkpoint, log and plots
-    columns: tuple[Literal[*COLUMNS], ...] = COLUMNS[:2]    # caption columns of FaceCaption-15M (the first
-                                                            # two are names of one column)
+    columns: tuple[str, ...] = ("caption", "face_caption")  # caption columns of FaceCaption-15M: these two,
+                                                            # names of one column; pcfg; laion_caption
     faces: int = 20_000         # number of faces to draw for training
     validation: int = 1000      # maximum number of validation faces
     resume: bool = False        # resume the run in --out, or start it if no checkpoint exists

@@ -11,7 +11,6 @@ from captions import ideal_contrastive_loss, reference_recall, sample_caption
 from common.distributed import autocast, rank_and_world_size
 from common.images import contact_sheet, iterate_images
 from common.script import markdown_table
-from data import Faces
 from flip import FLIP, rerank
 
 
@@ -44,14 +43,14 @@ def retrieval_metrics(image_to_text, text_to_image, image_of_text):
 # ---- evaluating a model --------------------------------------------------------------------------
 class EvaluationSet(NamedTuple):
     """Faces of a split with fixed captions: those of the data set or, without any, one generated per face."""
-    faces: Faces
+    faces: object                   # data.Faces
     texts: list[str]                # T captions
     image_of_text: torch.Tensor     # (T,)
     references: dict = {}           # `captions.reference_recall`
     ideal_itc: float | None = None  # `captions.ideal_contrastive_loss`; both only for generated captions
 
     @staticmethod
-    def from_faces(faces: Faces, training: Faces | None = None, batch_size: int = 0) -> "EvaluationSet":
+    def from_faces(faces, training=None, batch_size: int = 0) -> "EvaluationSet":
         """The faces with captions. `ideal_itc` is computed for a batch of `batch_size` pairs (all processes)
         if the captions of `training`, the faces to train on, are generated, too."""
         images = torch.arange(len(faces))

@@ -21,7 +21,6 @@ from common.images import contact_sheet
 from common.script import markdown_table, run_script
 from data import augment, load_toy_faces, open_faces
 from flip import FLIP
-from readers.index import COLUMNS, SPLITS
 from toyfaces import draw, sample_attributes
 
 GROUPS = {      # groups of attributes, and their percentage of FLIP's labels (section 3)
@@ -157,12 +156,12 @@ def main():
     parser.add_argument("--vocabulary", help="for the official checkpoint: bert-base-uncased, or its folder")
     parser.add_argument("--out", default="report.png", help="output image (%(default)s)")
     parser.add_argument("--cache", default="cache", help="folder for drawn faces or the index (%(default)s)")
-    parser.add_argument("--columns", nargs="+", default=COLUMNS[:2], choices=COLUMNS,
+    parser.add_argument("--columns", nargs="+", default=("caption", "face_caption"),
                         help="caption columns of FaceCaption-15M (caption, face_caption)")
     parser.add_argument("--outside", action="store_true", help="accept images outside --data")
     args, splits = parser.parse_args(), {}
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-    for split in SPLITS if args.data else ():
+    for split in ("train", "val", "test") if args.data else ():
         try:
             splits[split] = open_faces(args.data, split, args.cache, tuple(args.columns),
                                        outside=args.outside)

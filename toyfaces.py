@@ -102,10 +102,14 @@ def sample_attributes(rng: np.random.Generator) -> np.ndarray:
     return np.array([has[name] for name in ATTRIBUTES])
 
 
+def names_of(attributes: np.ndarray) -> set[str]:
+    return {name for name, value in zip(ATTRIBUTES, attributes) if value}
+
+
 # ---- faces and sketches --------------------------------------------------------------------------
 def draw(attributes: np.ndarray, rng: np.random.Generator, size=64) -> Image.Image:
     """Render one face, size x size; `rng` determines only what no attribute describes."""
-    look, shapes = build_shapes(attributes, rng)
+    look, shapes = build_shapes(names_of(attributes), rng)
     oversampling = 3 if size < 128 else 2
     image = render(look, shapes, size * oversampling).reduce(oversampling)
     if attributes[ATTRIBUTES.index("Blurry")]:
@@ -124,7 +128,7 @@ def sketch(index: int, seed=0, size=64, steps=70) -> np.ndarray:
     """Stages of the sketch of face `index` of data set `seed`, white on black, uint8 (steps, size, size).
     Every step adds the same stroke length; the last stage is the complete sketch."""
     rng = np.random.default_rng((seed, index))
-    points, lengths = stroke_points(*build_shapes(sample_attributes(rng), rng))
+    points, lengths = stroke_points(*build_shapes(names_of(sample_attributes(rng)), rng))
     drawn = np.cumsum(lengths)
     step = np.ceil(drawn / drawn[-1] * steps).astype(int) - 1
     return rasterize_strokes(points, step, steps, size)

@@ -6,8 +6,6 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw
 
-from captions import ATTRIBUTES
-
 
 # ---- shapes, curves and rendering ----------------------------------------------------------------
 class Shape(NamedTuple):
@@ -23,10 +21,10 @@ class Shape(NamedTuple):
 BODY = {"neck", "clothes", "tie", "necklace"}  # parts that do not move with the head
 
 
-def build_shapes(attributes: np.ndarray, rng: np.random.Generator):
-    """Return (look, shapes): colours and proportions of one person, and the shapes to paint, back to front.
+def build_shapes(has: set[str], rng: np.random.Generator):
+    """Return (look, shapes): colours and proportions of a person who has these of CelebA's 40 attributes, and
+    the shapes to paint, back to front.
     All labels use the same random numbers, so flipping one changes only that attribute in the image."""
-    has = {name for name, value in zip(ATTRIBUTES, attributes) if value}
     numbers = iter(rng.random(80).tolist())
     uniform = lambda low, high: low + (high - low) * next(numbers)
     pick = lambda options: options[int(next(numbers) * len(options))]
