@@ -23,6 +23,7 @@ Shapes: see vit.py; N tokens of P captions, which attend to I images of L tokens
 """
 import os
 import re
+import warnings
 from collections import Counter
 from dataclasses import dataclass
 from itertools import chain
@@ -130,6 +131,15 @@ class Tokenizer:
             if spelled or ending_spelled or "[UNK]" in pieces:
                 unknown.append(word)
         return unknown
+
+    def check_words(self, texts: list[str]):
+        """Warn about words that are not in the vocabulary; raise ValueError if a text has no others."""
+        for text in texts:
+            unknown = self.unknown_words(text)
+            if len(unknown) == len(words_of(text)):
+                raise ValueError(f"no word of {text!r} is in the model's vocabulary (search.py --words)")
+            if unknown:
+                warnings.warn(f"not in the model's vocabulary: {', '.join(unknown)}")
 
     def __call__(self, texts: list[str]) -> Captions:
         assert not isinstance(texts, str), "expected a list of captions"

@@ -21,24 +21,23 @@ each: `update_momentum`, `enqueue`, `clamp_temperature`. (The official forward d
 Shapes: see vit.py; A = B x processes, the global batch. Run `python flip.py` to trace a batch.
 """
 import copy
-import warnings
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image
 from tqdm import tqdm
 
 import losses
-from bert import Bert, BertConfig, Captions, Tokenizer, words_of
+from bert import Bert, BertConfig, Captions, Tokenizer
 from common.distributed import all_gather, all_gather_objects, rank_and_world_size
-from common.images import load_image, normalize_batch, resize_to_array
+from common.images import pixel_batches
 from common.script import run_script
-from common.weights import load_flip, official_name, official_state, read_checkpoint, write_folder  # noqa: F401
+from common.weights import load_flip, read_checkpoint, write_folder
+from common.weights import official_name as official_name
+from common.weights import official_state as official_state
 from vit import ViT, ViTConfig
 
 
@@ -269,8 +268,7 @@ class FLIP(nn.Module):
     # ---- use from Python: without gradients, in the mode the model is in (from_pretrained: evaluation) ----
     def preprocess(self, image) -> torch.Tensor:
         """A path or PIL image -> pixels (3, S, S), resized to a square and normalised, for `encode_image`."""
-        size = self.config.vit.image_size
-        return normalize_batch([resize_to_array(load_image(image, size=size), size)])[0]
+        return next(pixel_batches(image, self.config.vit.image_size))[0]
 
     def require_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
@@ -278,32 +276,21 @@ class FLIP(nn.Module):
                              "Python: from_pretrained(vocabulary=...)), a vocab.txt or its folder")
         return self.tokenizer
 
-    def pixel_batches(self, images, batch_size: int = 128):
-        """Yield pixels (B, 3, S, S) of a tensor of them, of a list of paths or PIL images, or of one."""
-        images = [images] if isinstance(images, (str, Path, Image.Image)) else images
-        for start in range(0, len(images), batch_size):
-            batch = images[start:start + batch_size]
-            pixels = batch if torch.is_tensor(batch) else torch.stack([*map(self.preprocess, batch)])
-            yield pixels.to(self.device, self.dtype)
-
     def tokenize(self, texts) -> Captions:
         """A text, a list of texts or `Captions` -> captions on the model's device. Warns about words that are
         not in the vocabulary; raises ValueError if there is no vocabulary or a text has no known word."""
         if isinstance(texts, Captions):
             return texts.to(self.device)
         texts = [texts] if isinstance(texts, str) else list(texts)
-        for text in texts:
-            unknown = self.require_tokenizer().unknown_words(text)
-            if len(unknown) == len(words_of(text)):
-                raise ValueError(f"no word of {text!r} is in the model's vocabulary (search.py --words)")
-            if unknown:
-                warnings.warn(f"not in the model's vocabulary: {', '.join(unknown)}")
+        self.require_tokenizer().check_words(texts)
         return self.tokenizer(texts).to(self.device)
 
     @torch.no_grad()
     def encode_image(self, images, batch_size: int = 128):
-        """Images, see `pixel_batches`, -> features (I, E), float32, of unit norm."""
-        return torch.cat([self.student.image_features(x) for x in self.pixel_batches(images, batch_size)])
+        """A tensor (I, 3, S, S) from `preprocess`, a list of paths or PIL images, or one of these -> features
+        (I, E), float32, of unit norm."""
+        batches = pixel_batches(images, self.config.vit.image_size, batch_size)
+        return torch.cat([self.student.image_features(x.to(self.device, self.dtype)) for x in batches])
 
     @torch.no_grad()
     def encode_text(self, texts):
@@ -319,7 +306,8 @@ class FLIP(nn.Module):
         """ITM logits (I, T, 2) and cosines (I, T). Every pair costs a pass of the text encoder."""
         captions, logits, cosines = self.tokenize(texts), [], []
         text_features = self.student.text_features(captions)
-        for pixels in self.pixel_batches(images):
+        for pixels in pixel_batches(images, self.config.vit.image_size):
+            pixels = pixels.to(self.device, self.dtype)
             tokens, features = self.student.image_tokens_and_features(pixels)
             logits.append(self.score_pairs(tokens, captions))
             cosines.append(features @ text_features.T)
@@ -330,7 +318,7 @@ class FLIP(nn.Module):
         return self.match(images, texts)[0].softmax(-1)[..., 1]
 
     def score(self, images, texts):
-        """What re-ranking ranks by, (I, T): `rerank_score`."""
+        """What re-ranking ranks by (I, T)."""
         return self.rerank_score(*self.match(images, texts)).detach()
 
     # ---- checkpoints ----

@@ -29,6 +29,15 @@ def normalize_batch(pixels) -> torch.Tensor:
     return torch.from_numpy(np.stack(pixels)).float().mul_(SCALE).sub_(OFFSET).permute(0, 3, 1, 2)
 
 
+def pixel_batches(images, size: int, batch_size: int = 128):
+    """Yield pixels (B, 3, S, S) of a tensor of them, of a list of paths or PIL images, or of one image."""
+    images = [images] if isinstance(images, (str, Path, Image.Image)) else images
+    for start in range(0, len(images), batch_size):
+        batch = images[start:start + batch_size]
+        yield batch if torch.is_tensor(batch) else normalize_batch(
+            [resize_to_array(load_image(image, size=size), size) for image in batch])
+
+
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 
