@@ -1045,7 +1045,7 @@ def test_trained_vocabulary_is_deterministic_and_knows_exactly_its_words():
 
 
 @pytest.mark.parametrize("content, message", [
-    (b"\xef\xbb\xbf", None), (b"\n", "missing: [PAD], [UNK], [CLS]"), (b"\xff", "can't decode byte 0xff")])
+    (b"\xef\xbb\xbf", None), (b"\n", "missing: [UNK], [CLS], [SEP]"), (b"\xff", "can't decode byte 0xff")])
 def test_vocabulary_with_crlf_and_bom_is_the_same_and_a_damaged_one_is_rejected(tmp_path, content, message):
     pieces = [*bert.SPECIAL, "a", "man", "\x85", "\u2028", "x\x0cy"]       # splitlines() would split these
     text = "\r\n".join(pieces) + "\r\n\r\n"
@@ -1528,7 +1528,7 @@ def test_drawn_faces_are_cached_and_an_interrupted_drawing_leaves_no_file(tmp_pa
     image, attributes = toyfaces.face(4, 3, 24)
     assert (faces.images[4] == np.asarray(image)).all() and (faces.attributes[4] == attributes).all()
     assert (faces.sketches[2] == toyfaces.sketch(2, 3, 24, 6)).all() and faces.sketch_steps == 6
-    assert (np.asarray(faces.subset([2]).sketch(0, 5)) == faces.sketches[2, 5][..., None]).all()
+    assert (np.asarray(faces.subset([2]).sketch(0, 5)) == 255 - faces.sketches[2, 5][..., None]).all()
     monkeypatch.setattr(toyfaces, "face", lambda *_: pytest.fail("drawn again"))
     assert (data.load_toy_faces(5, 24, 3, tmp_path, steps=6).images == faces.images).all()
     monkeypatch.setattr(common.distributed, "tqdm", MagicMock(side_effect=KeyboardInterrupt))
