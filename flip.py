@@ -307,8 +307,7 @@ class FLIP(nn.Module):
         captions, logits, cosines = self.tokenize(texts), [], []
         text_features = self.student.text_features(captions)
         for pixels in pixel_batches(images, self.config.vit.image_size):
-            pixels = pixels.to(self.device, self.dtype)
-            tokens, features = self.student.image_tokens_and_features(pixels)
+            tokens, features = self.student.image_tokens_and_features(pixels.to(self.device, self.dtype))
             logits.append(self.score_pairs(tokens, captions))
             cosines.append(features @ text_features.T)
         return torch.cat(logits).unflatten(0, (-1, len(captions))), torch.cat(cosines)
