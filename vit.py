@@ -11,11 +11,11 @@ final LayerNorm: Hugging Face's CLIP applies it only to the pooled class token, 
 all tokens, because cross-attention reads them; so do we. (A misspelt key makes the official code
 drop CLIP's weights for this layer; here they load.)
 
-Capital letters are sizes, the same in every file:
+Capital letters are sizes, the same in every file but attention.py, whose B are any sequences:
     B items of a batch on one process    S pixels on a side         L tokens of an image (1 + patches)
     D width of a token (per encoder)     H heads of d = D / H       N tokens of many packed sequences
     E feature dimension                  Q entries of the queue     K keys of the contrastive loss
-    P captions, in ITM one for each pair of image and caption       I images, T texts of a call
+    P captions, in ITM one for each pair of image and caption       I images, T texts of a call or split
 A file that adds a letter says so.
 
 The tokens of a batch of images are packed (attention.py): one tensor (B L, D), and a
