@@ -1232,7 +1232,7 @@ def test_encoders_compile_into_one_graph_forward_and_backward(backend, dropout):
         tokens, image_features = model.student.image_tokens_and_features(images)
         cosines = image_features @ model.student.text_features(captions).T
         logits = model.itm_logits(tokens.flip(0), captions)
-        return (cosines / model.temperature).square().sum() + logits.square().sum()
+        return (cosines * model.temperature).square().sum() + logits.square().sum()
     model, results = small_flip(dropout=dropout), []
     trained = [p for p in model.parameters() if p.requires_grad]
     torch._dynamo.reset()
