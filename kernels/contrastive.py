@@ -59,7 +59,7 @@ def sums_kernel(queries, keys, identity, key_identity, temperature, max_logits, 
 
 
 # Not tuned on a GPU yet. Up to MAX_E features no registers spill on compute capability 8.0 or 9.0, with
-# Triton 3.6 to 3.9 (`pytest -k shipped_kernel`). For "tf32x3" see `dot` in kernels/attention.py.
+# Triton 3.6, 3.7 and 3.9 (`pytest -k shipped_kernel`). For "tf32x3" see `dot` in kernels/attention.py.
 LAUNCH_CONFIG = dict(BLOCK_ROWS=32, BLOCK_KEYS=32, BLOCK_FEATURES=32, num_warps=8, num_stages=1)
 MAX_E = 256
 
