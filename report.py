@@ -6,60 +6,26 @@ or on what a model has learned about each attribute.
                                                 # in how many does its sentence fit the right one?
 """
 import argparse
-import functools
-import itertools
 import random
-import re
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from captions import ATTRIBUTES, FACE_PARTS, FACTS, NEGATABLE, PHRASES, verbalize
+from captions import ATTRIBUTES, verbalize
 from common.images import contact_sheet
 from common.script import markdown_table, run_script
 from data import augment, load_toy_faces, open_faces
+from evaluation import new_figure
 from flip import FLIP
 from toyfaces import draw, sample_attributes
-
-GROUPS = {      # groups of attributes, and their percentage of FLIP's labels (section 3)
-    "facial features": (34.0, ""),          # all attributes that are in no other group
-    "elementary": (26.5, "Male Young Attractive Smiling Chubby Pale_Skin"),
-    "beard": (14.8, "5_o_Clock_Shadow Goatee Mustache No_Beard Sideburns"),
-    "hairstyle": (14.0, "Bald Bangs Black_Hair Blond_Hair Brown_Hair Gray_Hair Receding_Hairline "
-                        "Straight_Hair Wavy_Hair"),
-    "accessories": (10.6, "Eyeglasses Wearing_Earrings Wearing_Hat Wearing_Lipstick Wearing_Necklace "
-                          "Wearing_Necktie"),
-}
-
-
-@functools.cache
-def fact_patterns():
-    """A regular expression per fact that matches its phrases: the inverse of the grammar."""
-    words_of, patterns = {}, []             # {kind of phrase: all words of that kind}
-    for kind, words in itertools.chain(*PHRASES):
-        words_of.setdefault(kind, []).append(words)
-    for fact, phrases in zip(FACTS, PHRASES):
-        alternatives = {"Male": ["he", "his"], "not Male": ["she", "her"]}.get(fact, [])
-        for kind, words in phrases:
-            words, others = words.replace("{his}", "(?:his|her|their)"), "|".join(words_of[kind])
-            alternatives += [words] if kind not in FACE_PARTS else [
-                rf"{words},? (?:(?:{others}),? )*{kind}", rf"{kind} (?:is|are) (?:(?:{others}) and )*{words}"]
-        patterns.append(re.compile(rf"\b(?:{'|'.join(alternatives)})\b"))
-    return patterns
-
-
-def find_facts(text: str):
-    """Facts that a text states in the grammar's wording, bool (43,); other wordings are missed."""
-    return np.array([pattern.search(text.lower()) is not None for pattern in fact_patterns()])
 
 
 # ---- a data set ----------------------------------------------------------------------------------
 def report_data(splits: dict, path):
     """Print statistics of {split: Faces}, with FLIP's (section 3) in brackets, and save a page with these,
     histograms and some faces. All but the numbers of faces describe a sample of the first split."""
-    from matplotlib.figure import Figure
     faces, rng, sizes, hashes, rows = next(iter(splits.values())), np.random.default_rng(0), [], set(), []
     order = rng.permutation(len(faces))
     for i in tqdm(order[:2000].tolist(), "reading images", leave=False):
@@ -79,39 +45,24 @@ def report_data(splits: dict, path):
     width, height = np.mean(sizes, axis=0)
     lines += [f"{len(sizes):,} images, {len(order[:2000]) - len(sizes):,} unreadable, "
               f"{len(sizes) - len(hashes):,} copies, mean size {width:.0f} x {height:.0f} pixels (285 x 285)"]
-    figure = Figure(figsize=(15, 8), layout="constrained")
-    faces_axis, sizes_axis, *axes = figure.subplots(1, 4, width_ratios=(1.6, 1, 1, 1))
+    figure, (faces_axis, sizes_axis, words_axis) = new_figure(13, 8, columns=3)
     faces_axis.imshow(contact_sheet(rows))
     faces_axis.axis("off")
     sizes_axis.hist(np.prod(sizes, axis=1) ** 0.5, 40)
     sizes_axis.set(title="sqrt(width x height) in pixels (285)")
     if faces.has_text:
-        lines += caption_stats([faces.caption(i, rng) for i in order[:10_000].tolist()], *axes)
+        texts = [faces.caption(i, rng).split() for i in order[:10_000].tolist()]
+        lengths = np.array([len(words) for words in texts])
+        grams = {gram for words in texts for gram in zip(words, words[1:], words[2:], words[3:])}
+        lines += [f"{len(texts):,} captions: {len(texts) - len({*map(tuple, texts)})} equal to another, "
+                  f"{len(grams):,} distinct 4-grams", f"words per caption: mean {lengths.mean():.1f} (30), "
+                  f"mode {np.bincount(lengths).argmax()} (20 to 22), {lengths.min()} to {lengths.max()} "
+                  f"(10 to 75)"]
+        words_axis.hist(lengths, np.arange(80))
+        words_axis.set(title="words per caption (mode 20 to 22)")
     figure.suptitle("\n".join([faces.name, *lines]))
     figure.savefig(path, dpi=90)
     print("\n  ".join([faces.name, *lines]))
-
-
-def caption_stats(texts: list[str], words_axis, groups_axis):
-    """Lines of text about captions; draws histograms of their words and of the labels they state."""
-    words, ticks = [text.split() for text in texts], np.arange(len(GROUPS))
-    lengths = np.array([len(text) for text in words])
-    grams = {gram for text in words for gram in zip(text, text[1:], text[2:], text[3:])}
-    stated = np.mean([find_facts(text) for text in tqdm(texts, "finding facts", leave=False)], axis=0)
-    stated[NEGATABLE] += stated[len(ATTRIBUTES):]       # a negation states the label, too
-    total = stated[:len(ATTRIBUTES)].sum()
-    shares = [stated[np.isin(FACTS, names.split())].sum() / max(total, 1e-9) for _, names in GROUPS.values()]
-    shares[0] = 1 - sum(shares)
-    words_axis.hist(lengths, np.arange(80))
-    words_axis.set(title="words per caption (mode 20 to 22)")
-    groups_axis.barh(ticks + 0.2, 100 * np.array(shares), 0.4, label="this data set")
-    groups_axis.barh(ticks - 0.2, [share for share, _ in GROUPS.values()], 0.4, color="grey", label="FLIP")
-    groups_axis.set(yticks=ticks, yticklabels=GROUPS, title="% of the labels stated in captions")
-    groups_axis.legend()
-    return [f"{len(texts):,} captions: {len(texts) - len(set(texts))} equal to another, {len(grams):,} "
-            f"distinct 4-grams; {total:.1f} labels stated per caption, in the grammar's wording",
-            f"words per caption: mean {lengths.mean():.1f} (30), mode {np.bincount(lengths).argmax()} "
-            f"(20 to 22), {lengths.min()} to {lengths.max()} (10 to 75)"]
 
 
 # ---- a model -------------------------------------------------------------------------------------
