@@ -2,7 +2,7 @@
 
     line of an annotation file -> `Record`            a reader in layouts.py, such as `read_celeba`
     -> valid record of an existing image              `index_records`
-    -> row of index-*.rows, line of index-*.jsonl     `write_index`
+    -> row of index-*.npy, line of index-*.jsonl      `write_index`
     -> fields of `Faces`, parsed on access            `open_split`, `Column`
     -> image, caption and identity                    `BatchLoader.__getitem__`
     -> row of a `Batch`                               `BatchLoader.collate`
@@ -15,7 +15,6 @@ import itertools
 import json
 import os
 import re
-import struct
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -28,12 +27,12 @@ from common.script import atomic_write
 
 SPLITS = ("train", "val", "test")
 COLUMNS = ("caption", "face_caption", "pcfg", "laion_caption")      # text columns of FaceCaption-15M
-BIT = {"1": "1", "0": "0", "-1": "0"}       # of an attribute, by its value in an annotation file
-NONE = -1                                   # no attributes, unlike 0: all 40 of them absent
-# a row: hash of the person, place of the JSON line, 40 attributes as bits, and number of the split or, for
-# an invalid record, of which the line is {"invalid": message}, that number plus 3
-ROW = struct.Struct("<qqiqi")
-ROW_DTYPE = [("person", "<i8"), ("start", "<i8"), ("length", "<i4"), ("attributes", "<i8"), ("group", "<i4")]
+PRESENT = {"1": 1, "0": 0, "-1": 0}         # by the value of an attribute in an annotation file
+NONE = -1                                   # in a row: the face has no attributes
+# group: number of the split or, for an invalid record, of which the JSON line is {"invalid": message}, that
+# number plus 3; person: its hash; start, length: place of the line in bytes
+ROW = np.dtype([("group", "i4"), ("attributes", "i1", 40), ("length", "i4"), ("person", "i8"),
+                ("start", "i8")])
 
 
 class Record(NamedTuple):
@@ -71,7 +70,7 @@ def open_split(path: str | Path, split: str, layouts, cache: str | Path, columns
         known = ", ".join(layout.reads.split()[0] for layout in layouts)
         raise ValueError(f"{path}: expected one of {known} (not compressed; FaceCaption-15M's .parquet files "
                          f"hold only URLs, which img2dataset downloads)")
-    index = Path(cache) / f"index-{stable_hash(repr((str(path), columns, outside))):014x}.rows"
+    index = Path(cache) / f"index-{stable_hash(repr((str(path), columns, outside))):014x}.npy"
     index.parent.mkdir(parents=True, exist_ok=True)         # first: `folder` may be the one that changes
     files = files_of(folder, layout.reads)
     sources = {folder, *files, *(file.parent for file in files), *Path(__file__).parent.glob("*.py")}
@@ -81,17 +80,16 @@ def open_split(path: str | Path, split: str, layouts, cache: str | Path, columns
         write_index(index, layout, path, functools.partial(
             index_records, layout.reader, layout.image_folders, folder, columns, outside))
 
-    rows = np.asarray(np.memmap(index, ROW_DTYPE, "r"))
-    text = np.asarray(np.memmap(index.with_suffix(".jsonl"), np.uint8, "r"))
+    rows = np.asarray(np.load(index, mmap_mode="r"))
+    text = np.asarray(np.memmap(index.with_suffix(".jsonl"), mode="r"))
     groups = np.split(rows, [bisect.bisect_left(rows["group"], group) for group in range(1, 2 * len(SPLITS))])
     (valid, invalid), name = groups[SPLITS.index(split)::len(SPLITS)], f"{layout.title} {split}"
     check_invalid(Column(text, invalid, "invalid", folder), len(valid) + len(invalid), name)
     if not len(valid):
         raise ValueError(f"{name}: expected at least one face in this split of {path}, found none")
     fields = {field: Column(text, valid, field, folder) for field in Column(text, valid, None, folder)[0]}
-    if valid["attributes"][0] != NONE:
-        bits = np.unpackbits(valid["attributes"].astype(">i8").view(np.uint8).reshape(-1, 8), axis=1)
-        fields["attributes"] = bits[:, -40:].view(bool)
+    if valid["attributes"][0, 0] != NONE:
+        fields["attributes"] = valid["attributes"].view(bool)
     return {"name": name, "identity": valid["person"]} | fields
 
 
@@ -116,7 +114,7 @@ class Column:
     def __getitem__(self, i):
         if np.ndim(i):
             return Column(self.text, self.rows[i], self.field, self.folder)
-        _, start, length, *_ = self.rows[i]
+        start, length = self.rows["start"][i], self.rows["length"][i]
         item = json.loads(self.text[start:start + length].tobytes())
         item = item[self.field] if self.field else item
         if self.field == "images":
@@ -126,27 +124,28 @@ class Column:
 
 def write_index(index: Path, layout, path: Path, index_records):
     """Write a row and a JSON line for every record of a data set, the rows in the order of their groups."""
-    begin, rows, size = time.time(), [bytearray() for _ in range(2 * len(SPLITS))], 0
+    begin, parts, size = time.time(), [], 0
     with (atomic_write(index.with_suffix(".jsonl")) as partial, open(partial, "wb") as text,
           parallel_map(index_records, layout.jobs(path), "indexing files") as results):
-        for group, person, attributes, line in itertools.chain.from_iterable(results):
-            rows[group] += ROW.pack(person, size, len(line), attributes, group)
-            size += text.write(line)
+        for rows, lines in results:
+            rows["start"] = size + rows["length"].cumsum() - rows["length"]
+            size += text.write(lines)
+            parts.append(rows)
         if not size:
             raise ValueError(f"{path}: expected records of {layout.title}, found none")
-    with atomic_write(index) as partial:
-        partial.write_bytes(b"".join(rows))
-        os.utime(partial, (begin, begin))       # what changes while it is read is newer
+    rows = np.concatenate(parts)
+    with atomic_write(index) as partial, open(partial, "wb") as file:
+        np.save(file, rows[rows["group"].argsort(kind="stable")])
+    os.utime(index, (begin, begin))             # what changed while it was read is newer
 
 
 def index_records(reader, image_folders: tuple, folder: Path, columns: tuple, outside: bool, job):
-    """Validate the records that `reader(job)` yields -> list of (group, person, attributes, JSON line)."""
-    names_in = functools.cache(lambda at: {*os.listdir(folder / at)} if os.path.isdir(folder / at) else ())
-    indexed, split_of, inside = [], {}, os.path.join(folder, "")
+    """Validate the records that `reader(job)` yields -> their rows (of `ROW`) and JSON lines (bytes)."""
+    rows, lines, split_of, inside = [], [], {}, os.path.join(folder, "")
     to_json = json.JSONEncoder(separators=(",", ":")).encode
     relative = lambda path: os.path.normpath(path).removeprefix(inside)
     for record in reader(job):
-        group, person, attributes = 0, 0, NONE
+        group, person, attributes = 0, 0, (NONE,) * 40
         try:
             if isinstance(record, ValueError):
                 raise record
@@ -155,9 +154,8 @@ def index_records(reader, image_folders: tuple, folder: Path, columns: tuple, ou
             if isinstance(image, TarImage):
                 image = image._replace(tar=relative(image.tar))
             else:
-                paths = [relative(os.path.join(base, image)) for base in image_folders if image]
-                exists = (os.path.basename(path) in names_in(os.path.dirname(path)) for path in paths)
-                image = next(itertools.compress(paths, exists), None)
+                paths = [os.path.join(folder, base, image) for base in image_folders if image]
+                image = next(map(relative, filter(os.path.isfile, paths)), None)
                 if image is None:
                     raise ValueError(f"{where}: the image {record.image!r} does not exist")
                 if not outside and image.startswith(("/", "../")):
@@ -168,9 +166,9 @@ def index_records(reader, image_folders: tuple, folder: Path, columns: tuple, ou
                 split_of[image] = split
             line = {"images": image}
             if values is not None:
-                if not BIT.keys() >= {*values}:
+                if not PRESENT.keys() >= {*values}:
                     raise ValueError(f"{where}: expected 1, 0 or -1 for every attribute, found {set(values)}")
-                attributes = int("".join(map(BIT.get, values)), 2)
+                attributes = tuple(map(PRESENT.get, values))
             if captions is not None:
                 line["captions"] = valid_captions(captions, columns, where)
             if sketches is not None:
@@ -179,8 +177,9 @@ def index_records(reader, image_folders: tuple, folder: Path, columns: tuple, ou
         except ValueError as error:
             message = str(error).encode(errors="backslashreplace").decode()         # can be printed
             group, line = group + len(SPLITS), {"invalid": message}
-        indexed.append((group, person, attributes, to_json(line).encode() + b"\n"))
-    return indexed
+        lines.append(to_json(line).encode() + b"\n")
+        rows.append((group, attributes, len(lines[-1]), person, 0))
+    return np.array(rows, ROW), b"".join(lines)
 
 
 def valid_captions(captions: dict, columns: tuple, where: str):

@@ -12,14 +12,13 @@ from typing import NamedTuple
 
 from captions import ATTRIBUTES
 from common.images import IMAGE_SUFFIXES, TarImage, open_image
+from common.script import naming
 from readers.index import COLUMNS, SPLITS, Record, files_of, split_by_hash, stable_hash
 
 
 def load_json(path: Path):
-    try:
+    with naming(path):
         return json.loads(path.read_bytes())
-    except ValueError as error:             # does not name the file
-        raise ValueError(f"{path}: expected JSON ({error})") from error
 
 
 def hold_out_validation(records: list, fraction: float):
@@ -44,21 +43,19 @@ def read_table(folder: Path, stem: str):
 def read_attributes(folder: Path, stem: str):
     """Yield (where, image, values in CelebA's order) for each line of a table. Its header names the 40
     attributes, in any order and case, with spaces or underscores."""
-    rows, count, number = read_table(folder, stem), None, 0
+    rows = read_table(folder, stem)
     where, header = next(rows, (stem, []))
     if len(header) == 1:                    # CelebA's .txt begins with the number of images
-        count, (where, header) = header[0], next(rows, (where, []))
+        where, header = next(rows, (where, []))
     names = [name.replace(" ", "_").lower() for name in header[-len(ATTRIBUTES):]]
     ordered = [name.lower() for name in ATTRIBUTES]
     if sorted(names) != sorted(ordered):
         raise ValueError(f"{where}: expected CelebA's 40 attribute names, found {' '.join(header):.200}")
     in_order = operator.itemgetter(*map(names.index, ordered))
-    for number, (where, (image, *values)) in enumerate(rows, 1):
+    for where, (image, *values) in rows:
         if len(values) != len(names):
             raise ValueError(f"{where}: expected {len(names)} values, found {len(values)} ({image:.200})")
         yield where, image.replace("\\", "/"), in_order(values)
-    if count not in (None, str(number)):
-        raise ValueError(f"{where}: expected {count:.200} images, as line 1 says, found {number}")
 
 
 def read_celeba(folder: Path):
