@@ -132,13 +132,18 @@ class Tokenizer:
                 unknown.append(word)
         return unknown
 
+    def known_words(self, text: str) -> list[str]:
+        """The words of a text that are in the vocabulary, without articles."""
+        others = {"a", "an", "the", *self.unknown_words(text)}
+        return [word for word in words_of(text) if word not in others]
+
     def check_words(self, texts: list[str]):
-        """Warn about words that are not in the vocabulary; raise ValueError if a text has no others."""
+        """Warn about words that are not in the vocabulary; raise ValueError if a text has no others but
+        articles."""
         for text in texts:
-            unknown = self.unknown_words(text)
-            if len(unknown) == len(words_of(text)):
+            if not self.known_words(text):
                 raise ValueError(f"no word of {text!r} is in the model's vocabulary (search.py --words)")
-            if unknown:
+            if unknown := self.unknown_words(text):
                 warnings.warn(f"not in the model's vocabulary: {', '.join(unknown)}")
 
     def __call__(self, texts: list[str]) -> Captions:

@@ -2944,11 +2944,8 @@ def test_unusable_queries_are_rejected_and_unknown_words_and_negations_are_named
     for word in ("without", "Not", "no"):
         with pytest.warns(UserWarning, match=f"'{word}' excludes nothing; use --without"):
             search.search(model, features, f"a man {word} glasses")
-    for query, without in (("", []), (" ", []), ("a man", [""])):
-        assert "is empty" in error_of(search.search, model, features, query, without)
-    with pytest.warns(UserWarning, match="freckles"):
-        assert "no word of 'the freckles' but articles" in error_of(
-            search.search, model, features, "a man", ["a hat", "the freckles"])
+    for query, without in (("", []), (" ", []), ("a man", [""]), ("a dog", []), ("a man", ["the freckles"])):
+        assert "no word of" in error_of(search.search, model, features, query, without)
     assert "no images" in error_of(search.search, model, {}, "a man")
 
 
