@@ -23,7 +23,6 @@ Shapes: see vit.py; N tokens of P captions, which attend to I images of L tokens
 """
 import os
 import re
-import warnings
 from collections import Counter
 from dataclasses import dataclass
 from itertools import chain
@@ -60,11 +59,6 @@ def clean_caption(text: str) -> str:
     """Lower-case a caption, replace the punctuation . ! " ( ) * # : ; ~ by spaces and keep the first
     MAX_WORDS words, as BLIP does."""
     return " ".join(re.sub(r'[.!"()*#:;~]', " ", text.lower()).split()[:MAX_WORDS])
-
-
-def words_of(text: str) -> list[str]:
-    """The words of a caption, lower-case, without punctuation."""
-    return re.findall(r"\w[\w'-]*", clean_caption(text))
 
 
 @dataclass(frozen=True)
@@ -112,39 +106,11 @@ class Tokenizer:
             raise ValueError(f"expected a vocabulary like bert-base-uncased's, without repetitions; missing: "
                              f"{', '.join(missing) or 'some of its ids'}")
         self.cls_id, self.sep_id = vocabulary["[CLS]"], vocabulary["[SEP]"]
-        # true for vocabularies built by `train`: all pieces that continue a word are single letters
-        self.spells_unknown_words = all(len(piece) == 3 for piece in vocabulary if piece.startswith("##"))
 
     @property
     def vocab_size(self):
         """Number of embeddings the model needs: all word pieces, [DEC] and [ENC]."""
         return self.wordpiece.get_vocab_size() + 2
-
-    def unknown_words(self, text: str) -> list[str]:
-        """The words of a text that are not in the vocabulary: [UNK], or spelled out letter by letter, even if
-        only the ending is ("with ##o ##u ##t")."""
-        unknown = []
-        for word in words_of(text):
-            pieces = self.wordpiece.encode(word, add_special_tokens=False).tokens
-            spelled = len(word) > 1 and all(len(piece.removeprefix("##")) == 1 for piece in pieces)
-            ending_spelled = self.spells_unknown_words and any(piece.startswith("##") for piece in pieces)
-            if spelled or ending_spelled or "[UNK]" in pieces:
-                unknown.append(word)
-        return unknown
-
-    def known_words(self, text: str) -> list[str]:
-        """The words of a text that are in the vocabulary, without articles."""
-        others = {"a", "an", "the", *self.unknown_words(text)}
-        return [word for word in words_of(text) if word not in others]
-
-    def check_words(self, texts: list[str]):
-        """Warn about words that are not in the vocabulary; raise ValueError if a text has no others but
-        articles."""
-        for text in texts:
-            if not self.known_words(text):
-                raise ValueError(f"no word of {text!r} is in the model's vocabulary (search.py --words)")
-            if unknown := self.unknown_words(text):
-                warnings.warn(f"not in the model's vocabulary: {', '.join(unknown)}")
 
     def __call__(self, texts: list[str]) -> Captions:
         assert not isinstance(texts, str), "expected a list of captions"

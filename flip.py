@@ -38,6 +38,7 @@ from common.script import run_script
 from common.weights import load_flip, read_checkpoint, write_folder
 from common.weights import official_name as official_name
 from common.weights import official_state as official_state
+from common.words import check_words
 from vit import ViT, ViTConfig
 
 
@@ -282,7 +283,7 @@ class FLIP(nn.Module):
         if isinstance(texts, Captions):
             return texts.to(self.device)
         texts = [texts] if isinstance(texts, str) else list(texts)
-        self.require_tokenizer().check_words(texts)
+        check_words(texts, self.require_tokenizer())
         return self.tokenizer(texts).to(self.device)
 
     @torch.no_grad()

@@ -18,6 +18,7 @@ from common.distributed import autocast, choose_device
 from common.images import IMAGE_SUFFIXES, contact_sheet, iterate_images, load_image
 from common.script import atomic_write, run_script
 from common.weights import read_file
+from common.words import known_and_unknown_words
 from flip import FLIP
 
 
@@ -108,7 +109,7 @@ def search(model: FLIP, features: dict, query: str, without=(), top=8) -> list[S
 def split_phrases(query: str, tokenizer) -> list[str]:
     """The phrases of a sentence with a known word: "a man with a hat and a tie" -> a man, a hat, a tie."""
     phrases = re.split(r"[,.;]|\b(?:and|but|with|who|that|she|he|they|has|is|wears|wearing)\b", query.lower())
-    return [phrase.strip() for phrase in phrases if tokenizer.known_words(phrase)]
+    return [phrase.strip() for phrase in phrases if known_and_unknown_words(phrase, tokenizer)[0]]
 
 
 def attribute_patches(model: FLIP, images: list, phrase: str, steps=8) -> torch.Tensor:

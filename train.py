@@ -48,6 +48,7 @@ from common.distributed import (
 from common.optim import build_optimizers, load_optimizers, set_learning_rate
 from common.script import Log, run_script
 from common.weights import load_bert, load_clip, load_weights, read_checkpoint, write_checkpoint
+from common.words import known_and_unknown_words
 from config import MODELS, TINY, Config, parse_arguments
 from data import Batch, BatchLoader, Faces, load_toy_faces, open_faces, readable
 from evaluation import EvaluationSet, evaluate, plot_curves, plot_retrieval, recall_table
@@ -359,7 +360,7 @@ def print_plan(config: Config, faces: Faces, validation: Faces, world_size: int,
     if len(validation) < 250:
         print(f"with {len(validation)} validation faces, R@10 is {1000 / len(validation):.0f} % by chance")
     texts = sample_captions(faces, 500) if config.init else []
-    if unknown := {word for text in texts for word in tokenizer.unknown_words(text)}:
+    if unknown := {word for text in texts for word in known_and_unknown_words(text, tokenizer)[1]}:
         print(f"{len(unknown)} words of the captions are not in the vocabulary: {min(unknown)}, ...")
 
 
