@@ -13,9 +13,9 @@ padding, and `Sequences` says where each begins. Linear layers and norms waste n
 `padded_attention`, in plain PyTorch, pads all sequences to the longest, computes softmax(q k^T / sqrt(d)) v
 and removes the padding. On NVIDIA GPUs from A100 on, kernels/attention.py computes the same without padding.
 
-Capital letters are sizes: B sequences (one per item of the local batch) hold N tokens in total, at most L_max
-each (L for images, Lq for queries, Lk for keys); H heads of d = D / H channels share the width D. Run
-`python bench.py attention` to check and time it.
+Capital letters are sizes: B sequences hold N tokens in total, at most L_max each (L for images,
+Lq for queries, Lk for keys); H heads of d = D / H channels share the width D. Run `python bench.py attention`
+to check and time it.
 """
 from dataclasses import dataclass, replace
 
@@ -124,7 +124,7 @@ def padded_attention(query, key, value, query_sequences, key_sequences, dropout=
         logits = query @ key.mT                                                     # (B, H, Lq, Lk)
         if not key_sequences.is_uniform:
             padding = ~key_sequences.token_mask[:, None, None]                      # (B, 1, 1, Lk)
-            # not -inf, for which an empty sequence, all padding, would give NaN
+            # not -inf, of which the softmax is NaN if a key sequence is empty (FLIP has none)
             logits = logits.masked_fill_(padding, torch.finfo(logits.dtype).min)
         weights = logits.softmax(-1)
         if dropout > 0:

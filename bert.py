@@ -84,9 +84,10 @@ class Captions:
         return Captions(self.ids[starts[chosen.sequence_ids] + chosen.position_ids], chosen)
 
     @staticmethod
-    def concatenate(parts: list["Captions"]) -> "Captions":
-        lengths = torch.cat([part.sequences.lengths for part in parts])
-        return Captions(torch.cat([part.ids for part in parts]), Sequences.from_lengths(lengths))
+    def concatenate(parts) -> "Captions":
+        """From pairs of ids and lengths, on the CPU."""
+        ids, lengths = map(torch.cat, zip(*parts))
+        return Captions(ids, Sequences.from_lengths(lengths))
 
     def with_first_token(self, token: int) -> "Captions":
         """The same captions with their first token replaced by the id `token`."""
@@ -119,10 +120,6 @@ class Tokenizer:
         ids = [[self.cls_id, *pieces.ids[:MAX_TOKENS - 2], self.sep_id] for pieces in encoded]
         packed = torch.tensor(list(chain.from_iterable(ids)))
         return Captions(packed, Sequences.from_lengths([*map(len, ids)]))
-
-    def pieces(self, captions):
-        """The word pieces of packed captions as strings."""
-        return [self.wordpiece.id_to_token(i) for i in captions.ids.tolist()]
 
     def to_json(self):
         return self.wordpiece.to_str()

@@ -26,7 +26,7 @@ from captions import ATTRIBUTES as ATTRIBUTES
 from captions import sample_caption
 from common.distributed import iterate_with_workers, start_worker
 from common.images import TarImage, load_image, normalize_batch, resize_to_array
-from readers.index import COLUMNS, check_invalid, open_split
+from readers.index import check_invalid, open_split
 from readers.layouts import LAYOUTS
 
 
@@ -77,8 +77,8 @@ class Faces:
         return 0 if self.sketches is None else len(self.sketches[0])
 
     def sketch(self, i: int, t: int) -> Image.Image:
-        """The sketch of face i after step t (counted from 0) in RGB, dark on light, as an encoder trained on
-        photos tells sketches apart best; FS2K-SDE's are stored white on black."""
+        """The sketch of face i after step t (counted from 0) in RGB, dark on light: encoders trained on
+        photos distinguish such sketches best. FS2K-SDE's are stored white on black."""
         image = self._load(self.sketches[i][t]).convert("L")
         return (ImageOps.invert(image) if np.asarray(image).mean() < 127 else image).convert("RGB")
 
@@ -88,7 +88,7 @@ class Faces:
         return Faces(self.name, *(None if values is None else values[chosen] for values in fields))
 
 
-def open_faces(path: str, split: str, cache: str = "cache", columns: tuple = COLUMNS[:2],
+def open_faces(path: str, split: str, cache: str = "cache", columns: tuple = ("caption", "face_caption"),
                outside: bool = False) -> Faces:
     """A split ("train", "val" or "test") of the data set at `path`, a folder or a JSON list, whose layout is
     recognised by its files (readers/layouts.py). Raises ValueError if over 1 % of the records are invalid."""
@@ -154,11 +154,10 @@ class Batch(NamedTuple):
     images: torch.Tensor        # (B, 3, S, S) float32
     captions: object            # bert.Captions, B of them
     identity: torch.Tensor      # (B,) int64
-    num_replaced: int           # damaged images that were replaced
 
     def to(self, device):
         return Batch(self.images.to(device, non_blocking=True), self.captions.to(device),
-                     self.identity.to(device, non_blocking=True), self.num_replaced)
+                     self.identity.to(device, non_blocking=True))
 
 
 class BatchLoader(torch.utils.data.Dataset):
@@ -178,7 +177,7 @@ class BatchLoader(torch.utils.data.Dataset):
                              f"({world_size} processes x {batch_size}); use a smaller --batch_size")
 
     def __getitem__(self, key):
-        """Pixels, caption, identity, and how many faces with damaged images were replaced by the next."""
+        """Pixels, caption and identity. If the image is damaged, the next face takes its place."""
         epoch, index = key
         # index + 1, because (seed, epoch, 0) would be the same seed as (seed, epoch), that of the order
         rng = np.random.default_rng((self.seed, epoch, index + 1))
@@ -195,12 +194,11 @@ class BatchLoader(torch.utils.data.Dataset):
             image = augment(image, rng)
         text = self.faces.caption(index, rng)
         pixels = resize_to_array(image, self.image_size)        # of this size already: only converts
-        return pixels, text, self.faces.identity[index], num_replaced
+        return pixels, text, self.faces.identity[index]
 
     def collate(self, samples):
-        pixels, texts, identity, num_replaced = zip(*samples)
-        return Batch(normalize_batch(pixels), self.tokenizer(list(texts)), torch.tensor(np.array(identity)),
-                     sum(num_replaced))
+        pixels, texts, identity = zip(*samples)
+        return Batch(normalize_batch(pixels), self.tokenizer(list(texts)), torch.tensor(np.array(identity)))
 
     def iterate_from(self, number: int):
         """Yield batches without end, starting with batch `number`, counted from 0 over all epochs."""

@@ -18,7 +18,7 @@ from flip import FLIP, rerank
 def first_match_rank(scores, is_match):
     """Rank (0 = first) of the best-ranked match in each row; scores, is_match (rows, gallery) -> (rows,).
 
-    Ties and NaN count against the match: every other item not scored strictly below it ranks above."""
+    Ties and NaN count against the match: an item ranks below it only if its score is strictly lower."""
     best = scores.masked_fill(~is_match, -torch.inf).amax(1, keepdim=True)
     return (~(scores < best) & ~is_match).sum(1)
 
@@ -46,7 +46,7 @@ class EvaluationSet(NamedTuple):
     faces: object                   # data.Faces
     texts: list[str]                # T captions
     image_of_text: torch.Tensor     # (T,)
-    references: dict = {}           # `captions.reference_recall`
+    references: dict = {}           # {row of the table: six recalls}, `captions.reference_recall`
     ideal_itc: float | None = None  # `captions.ideal_contrastive_loss`; both only for generated captions
 
     @staticmethod
@@ -71,9 +71,9 @@ class EvaluationSet(NamedTuple):
 
 @torch.no_grad()
 def evaluate(model: FLIP, validation: EvaluationSet, config):
-    """Encode the validation set and re-rank it. Returns `retrieval_metrics` after re-ranking and by cosine
-    alone ("itc_..."), and the re-ranked text-to-image scores (T, I). config: precision and k_test. The
-    caller puts the model into evaluation mode."""
+    """Encode the validation set, on every rank, and re-rank it, each rank its part of the pairs. Returns
+    `retrieval_metrics` after re-ranking and by cosine alone ("itc_..."), and the re-ranked text-to-image
+    scores (T, I). config: precision and k_test. The caller puts the model into evaluation mode."""
     device, size, faces = model.device, model.config.vit.image_size, validation.faces
     image_tokens, image_features, show = [], [], rank_and_world_size()[0] == 0
     captions, image_of_text = model.tokenizer(validation.texts).to(device), validation.image_of_text
@@ -93,8 +93,8 @@ def evaluate(model: FLIP, validation: EvaluationSet, config):
 
 # ---- table and plots -----------------------------------------------------------------------------
 def chance_recalls(image_of_text):
-    """Expected recalls in percent of a random ranking. The n of T captions of an image are all outside the
-    first k with probability C(T - n, k) / C(T, k)."""
+    """Expected recalls in percent of a random ranking. If n of the T captions belong to an image, it leaves
+    all of them out of the top k with probability C(T - n, k) / C(T, k)."""
     T, counts = len(image_of_text), image_of_text.bincount().tolist()
     recalls = {f"img_r{k}": 100 * min(1, k / len(counts)) for k in (1, 5, 10)}
     for k in (1, 5, 10):
@@ -143,12 +143,12 @@ def plot_curves(log: list[dict], validation, path: Path):
     figure, (left, right) = new_figure(12, 4.5, columns=2)
     for name in ("itc", "itm"):
         points = [(line["step"], line[name]) for line in log if line.get(name) is not None]
-        left.plot(*zip(*points) if points else ([], []), label=name.upper())
+        left.plot([step for step, _ in points], [loss for _, loss in points], label=name.upper())
     config = log[0]["config"]
-    # up to the step from which ITC has more keys or softer targets, so that it rises
-    end = config["steps"] * min(config["queue_from"], config["alpha_ramp"][0] if config["alpha"] else 1.0)
-    if validation.ideal_itc and end > 0:
-        left.plot([0, end], [validation.ideal_itc] * 2, "--", color="tab:blue", label="ideal ITC")
+    # from here on ITC has more keys or softer targets, and rises
+    until = config["steps"] * min(config["queue_from"], config["alpha_ramp"][0] if config["alpha"] else 1.0)
+    if validation.ideal_itc and until > 0:
+        left.plot([0, until], [validation.ideal_itc] * 2, "--", color="tab:blue", label="ideal ITC")
     left.set(xlabel="step", title="training losses")
     evaluations = [line for line in log if "img_r10" in line]
     for column, k, colour in ((0, 1, "tab:blue"), (1, 5, "tab:orange"), (2, 10, "tab:green")):

@@ -74,7 +74,7 @@ DRAWN = {"retrieval": dict(epochs=30, batch_size=250, lr=3e-3, itm_every=5, k_te
 
 # ---- training ------------------------------------------------------------------------------------
 class Task(NamedTuple):
-    """What a task makes of a model with frozen encoders and of {split: I faces}."""
+    """What a task returns, given a model with frozen encoders and the faces of each split."""
     trained: nn.Module      # the model, or a new head; trained is whatever requires gradients
     batches: Callable       # batches(samples, config): endless, from these faces of the training split
     loss: Callable          # loss(batch, step) -> a scalar tensor
@@ -88,7 +88,7 @@ class Task(NamedTuple):
 def train_heads(task: Task, model: FLIP, samples: np.ndarray, steps: int, config: Config, log: Log):
     """Train on the faces `samples` of the training split, then restore the weights with the best validation
     metric (possibly the initial ones)."""
-    [optimizer] = build_optimizers(task.trained, weight_decay=0.05)
+    [optimizer] = build_optimizers(task.trained, weight_decay=0.05)     # AdamW; skips what is frozen
     evaluated = {round(steps * n / 5) for n in range(1, 6)}
     best, best_weights = task.metrics("val")[0][task.selected_by], trained_weights(task)
     with contextlib.closing(task.batches(samples, config)) as batches:
@@ -123,7 +123,7 @@ def shuffled_batches(samples, config):
 @torch.no_grad()
 def encode(compute, read, count, model, config):
     """Apply compute(pixels (B, 3, S, S)) -> (B, ...) once to the images read(0, size), ...,
-    read(count - 1, size); returns (count, ...) in float16 on the CPU."""
+    read(count - 1, size), resized to size x size; returns (count, ...) in float16 on the CPU."""
     chunks = []
     for _, pixels in iterate_images(read, count, model.config.vit.image_size, "encoding images"):
         with autocast(config.precision, model.device):
@@ -138,7 +138,7 @@ def retrieval(model: FLIP, splits: dict[str, Faces], config: Config) -> Task:
     without momentum encoder, queue and soft targets. Metrics: recall after re-ranking."""
     tokenizer, size = model.require_tokenizer(), model.config.vit.image_size
     evaluation_sets = {split: EvaluationSet.from_faces(splits[split]) for split in ("val", "test")}
-    hardness = 1.0 if model.config.hardness is None else model.config.hardness
+    hardness = 1.0 if model.config.itm_hardness is None else model.config.itm_hardness
 
     def batches(samples, config):
         batch_size = min(config.batch_size, len(samples))
@@ -158,7 +158,7 @@ def retrieval(model: FLIP, splits: dict[str, Faces], config: Config) -> Task:
     draw = lambda text_to_image, path: plot_retrieval(evaluation_sets["test"], text_to_image, path)
     return Task(model, batches, loss, metrics, draw, selected_by="r_mean",
                 baseline=("chance", chance_recalls(evaluation_sets["test"].image_of_text)),
-                note="" if config.data else "Drawn faces are grey here, or nothing would be left to learn.\n")
+                note="" if config.data else "Drawn faces are grey here; in colour, all is learned.\n")
 
 
 # ---- attributes: predict the 40 attributes of a face ---------------------------------------------
@@ -253,7 +253,7 @@ def sketch(model: FLIP, splits: dict[str, Faces], config: Config) -> Task:
         at_step = torch.randint(train.sketch_steps, batch.shape)
         photo = project(photos["train"][batch], student.image_projection)                   # (B, E)
         drawn = project(sketches["train"][batch, at_step], student.image_projection)
-        shared = torch.from_numpy(train.identity[batch]).to(photo.device), model.temperature
+        shared = torch.from_numpy(train.identity[batch.numpy()]).to(photo.device), model.temperature
         iic = in_batch_contrastive_loss(drawn, photo, *shared)
         if caption_tokens is None:
             return iic
@@ -287,10 +287,9 @@ def sketch(model: FLIP, splits: dict[str, Faces], config: Config) -> Task:
 def in_batch_contrastive_loss(one, other, identity, temperature):
     """Symmetric contrastive loss of B pairs, features (B, E) each: ITC and IIC without a queue. As in
     pre-training, no gradient flows into the keys."""
-    one_way, other_way = (      # the second argument, the momentum features, is unused at alpha 0
-        contrastive_loss(rows, rows, keys.detach(), identity, identity, temperature, alpha=0.0)
-        for rows, keys in ((one, other), (other, one)))
-    return (one_way + other_way) / 2
+    def one_way(feature, keys):
+        return contrastive_loss(feature, feature, keys.detach(), identity, identity, temperature, alpha=0.0)
+    return (one_way(one, other) + one_way(other, one)) / 2      # at alpha 0 there are no momentum features
 
 
 def sketch_ranks(similarity):
@@ -370,7 +369,7 @@ def finetune(config: Config) -> list[tuple[str, dict]]:
             train_heads(task, model, samples[:max(1, round(fraction * len(samples)))], steps, config, log)
             metrics, details = task.metrics("test")
             log.write(encoder=name, fraction=fraction, test=metrics)
-            part = f" on {100 * fraction:g} % of the faces" if len(config.fractions) > 1 else ""
+            part = f" on {100 * fraction:g} % of the faces" if config.fractions != (1.0,) else ""
             rows.append((f"{name}, tuned{part}", metrics))
         if name == config.checkpoint:
             task.draw(details, folder / f"{config.task}.png")

@@ -13,7 +13,8 @@ Why a momentum encoder? Contrastive learning needs more negatives than fit in a 
 of earlier batches are kept in a queue. They were computed with older weights and stay comparable
 only if the encoder changes slowly; so keys come from a moving average of the student. It also
 provides soft targets: another face's caption may be true of this face too, so a fraction alpha of
-the target is the momentum encoder's softmax over all keys; the rest is on the true pairs.
+the target is the momentum encoder's softmax over all keys; the rest is on the true pairs. (The tiny
+model's short run uses all of this only near its end; config.py says why.)
 
 `forward` computes the losses and changes no state. The training loop changes state, with one call
 each: `update_momentum`, `enqueue`, `clamp_temperature`. (The official forward does all of this.)
@@ -48,7 +49,7 @@ class FLIPConfig:
     bert: BertConfig = BertConfig()
     embed_dim: int = 256
     queue_size: int = 61440
-    hardness: float | None = None   # of the head's negatives, for `rerank_score`; None: the paper's score
+    itm_hardness: float | None = None   # used by `rerank_score`, as the tiny recipe does; None: the paper's
 
 
 class StepParams(NamedTuple):
@@ -141,7 +142,7 @@ class FLIP(nn.Module):
         all combinations); image_tokens may be on any device, in any dtype."""
         device = self.device
         if pairs is None:
-            pairs = torch.ones(len(image_tokens), len(captions)).nonzero()
+            pairs = torch.cartesian_prod(torch.arange(len(image_tokens)), torch.arange(len(captions)))
         # chunks are sized so that the activations of BERT's MLP fit a CPU's cache, or fill a GPU
         bytes_per_pair = 4 * captions.sequences.num_tokens / len(captions) * 4 * self.config.bert.width
         chunk_size = 1 + int((2 ** 29 if device.type == "cuda" else 2 ** 23) / bytes_per_pair)
@@ -158,16 +159,17 @@ class FLIP(nn.Module):
     def rerank_score(self, logits, cosine):
         """The score that re-ranks candidates: ITM logits (..., 2) and cosines (...) -> (...).
 
-        The paper uses logit 1 + cosine. With a hardness in the configuration (config.py, posterior), it
-        estimates a pair's pointwise mutual information up to a constant,
+        The paper uses logit 1 + cosine. With an itm_hardness, the hardness of the negatives that the head was
+        trained with, it estimates a pair's pointwise mutual information up to a constant,
 
             log p(i, t) / (p(i) p(t))  =  log p(i, t) / q(i, t)  +  log q(i, t) / (p(i) p(t))
                                        ~  logit 1 - logit 0      +  hardness * cosine / tau
 
         where q ~ p(i) p(t) exp(hardness * cosine / tau) is the density of the head's hard negatives."""
-        if self.config.hardness is None:
+        hardness = self.config.itm_hardness
+        if hardness is None:
             return logits[..., 1] + cosine
-        return logits[..., 1] - logits[..., 0] + self.config.hardness * cosine / self.temperature.to(cosine)
+        return logits[..., 1] - logits[..., 0] + hardness * cosine / self.temperature.to(cosine)
 
     def forward(self, images: torch.Tensor, captions: Captions, identity: torch.Tensor,
                 params: StepParams = StepParams(), generator: torch.Generator | None = None):
@@ -233,7 +235,7 @@ class FLIP(nn.Module):
             text   0 1 2 3 | 0 1 2 3 | 3 0 1 2      0 or 1, rank 1 the five with image 2 or 3"""
         (rank, world_size), B = rank_and_world_size(), len(captions)
         if world_size > 1:
-            everyone = all_gather_objects(captions.to("cpu"))
+            everyone = all_gather_objects((captions.ids.cpu(), captions.sequences.lengths))
             captions = Captions.concatenate(everyone).to(image_tokens.device)       # (A,)
         true = torch.arange(world_size * B)
         image_index = torch.cat([true, negative_image, true])                       # (3 A,)
@@ -266,7 +268,7 @@ class FLIP(nn.Module):
     def clamp_temperature(self):
         self.temperature.clamp_(0.001, 0.5)
 
-    # ---- use from Python: without gradients, in the mode the model is in (from_pretrained: evaluation) ----
+    # ---- use from Python: without gradients; the mode is left unchanged (from_pretrained: evaluation) ----
     def preprocess(self, image) -> torch.Tensor:
         """A path or PIL image -> pixels (3, S, S), resized to a square and normalised, for `encode_image`."""
         return next(pixel_batches(image, self.config.vit.image_size))[0]
@@ -314,7 +316,8 @@ class FLIP(nn.Module):
         return torch.cat(logits).unflatten(0, (-1, len(captions))), torch.cat(cosines)
 
     def match_probability(self, images, texts):
-        """Probabilities of a match (I, T) between similar pairs; to rank, use `score`."""
+        """P(match) of every pair (I, T), where the head was trained on negatives that look similar; to rank,
+        use `score`."""
         return self.match(images, texts)[0].softmax(-1)[..., 1]
 
     def score(self, images, texts):
@@ -374,7 +377,7 @@ def rerank(model: FLIP, image_tokens, captions: Captions, similarity, k: int):
     scores[image_index, text_index] = model.rerank_score(logits, similarity[image_index, text_index])
     if world_size > 1:
         dist.all_reduce(scores)
-    others = similarity + (scores.min() - 2).clamp(max=-100)        # below the worst candidate
+    others = similarity.double() + (scores.min() - 2).clamp(max=-100)       # below the worst candidate
     return torch.where(for_image, scores, others), torch.where(for_text, scores, others).T
 
 
@@ -393,8 +396,9 @@ def main():
     student, momentum = model.student, model.momentum_encoder
     model.enqueue(*F.normalize(torch.randn(2, 2, 16), dim=-1), torch.tensor([5, 7]))        # an earlier batch
 
+    pieces = " ".join(map(tokenizer.wordpiece.id_to_token, captions.ids[:9].tolist()))
     show("bert.Tokenizer", f"captions of {captions.sequences.lengths.tolist()} tokens -> packed ids "
-                           f"{tuple(captions.ids.shape)}: {' '.join(tokenizer.pieces(captions)[:9])} ...")
+                           f"{tuple(captions.ids.shape)}: {pieces} ...")
     tokens, image = student.image_tokens_and_features(images)
     show("Encoders.image_tokens_and_features", f"images {tuple(images.shape)} -> tokens "
          f"{tuple(tokens.shape)}, features {tuple(image.shape)}, norm {image[0].norm():.2f}")

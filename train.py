@@ -19,14 +19,12 @@ uninterrupted one does. A step uses these random numbers, seeded by
     negatives, sampled on rank 0        (seed, step)            compute_gradients
 """
 import contextlib
-import dataclasses
 import hashlib
 import itertools
 import math
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -93,8 +91,9 @@ def schedule(step: int, config: Config) -> StepParams:
 
 
 # ---- the step and the loop -----------------------------------------------------------------------
-class TrainState(NamedTuple):
-    """What the training loop works on."""
+@dataclass
+class TrainState:
+    """What the training loop works on; it changes the last three."""
     config: Config                  # with the number of steps set
     model: FLIP
     ddp_model: nn.Module            # DistributedDataParallel(model), or with one process the model
@@ -103,8 +102,9 @@ class TrainState(NamedTuple):
     steps_per_epoch: int
     validation: EvaluationSet
     log: Log
-    start: int                      # steps done by the run that is resumed
+    done: int                       # steps done, more than 0 at the start of a resumed run
     recent: list[torch.Tensor]      # their losses not yet written to the log
+    updating: bool = False          # in the middle of a change of the model
 
 
 def compute_gradients(run: TrainState, micro_batches: list[Batch], step: int):
@@ -148,58 +148,18 @@ def update(run: TrainState, outputs, step: int):
 
 def train(config: Config):
     """Run the training; returns the model and its final validation metrics."""
-    device = init_distributed(config.device)
+    device, (rank, _) = init_distributed(config.device), rank_and_world_size()
     path = Path(config.out) / "log.jsonl"           # locked until it is closed
-    with contextlib.closing(Log(path, writes=rank_and_world_size()[0] == 0)) as log:
-        return training_loop(setup(config, device, log))
-
-
-def training_loop(run: TrainState):
-    config, log, rank = run.config, run.log, rank_and_world_size()[0]
-    is_due = lambda done: done % config.eval_every == 0 or done == config.steps
-    bar = tqdm(range(run.start, config.steps), "training", initial=run.start, total=config.steps,
-               disable=rank > 0)
-    stream = run.loader.iterate_from(run.start * config.accumulate)
-    done, recent, num_errors, updating = run.start, run.recent, 0, False
-    with stop_signals() as stopped, contextlib.closing(stream):
-        try:
-            # a run may have ended after its last checkpoint, before the evaluation of that step
-            missing = is_due(done) and not any(line["step"] == done for line in log.lines if "r_mean" in line)
-            if missing and (done > 0 or config.init):           # the model of --init has a row in the table
-                validate(run, done)
-            timed_from, waited, begin, last_save = done, 0.0, time.time(), time.time()
-            for step in bar:
-                waiting = time.time()
-                micro_batches = list(itertools.islice(stream, config.accumulate))
-                waited += time.time() - waiting
-                num_errors += sum(batch.num_replaced for batch in micro_batches)    # damaged images
-                losses, outputs = compute_gradients(run, micro_batches, step)
-                updating = True
-                update(run, outputs, step)
-                updating, done = False, step + 1
-                recent.append(losses)
-                if done % config.log_every == 0 or done == config.steps:
-                    line = mean_losses(recent, range(done - len(recent), done), run)
-                    line["seconds"] = (time.time() - begin) / (done - timed_from)       # per step
-                    line["data_seconds"] = waited / (done - timed_from)     # of these, waiting for data
-                    log.write(step=done, **line, num_errors=num_errors)
-                    bar.set_postfix({name: line[name] for name in ("itc", "itm", "seconds", "data_seconds")})
-                    recent, timed_from, waited, begin = [], done, 0.0, time.time()
-                stop = any(all_gather_objects(bool(stopped)))           # all ranks stop after the same step
-                if is_due(done) or stop or time.time() - last_save > 60 * config.save_every:
-                    save(run, done, recent)
-                    last_save = time.time()
-                if stop:
-                    raise SystemExit(f"stopped after step {done}; continue with --resume")
-                if is_due(done):
-                    paused = time.time()
-                    validate(run, done)
-                    begin += time.time() - paused
-        except Exception as error:
-            if not updating:
-                save(run, done, recent)
-                error.add_note(f"saved after step {done}; continue with --resume")
-            raise
+    with contextlib.closing(Log(path, writes=rank == 0)) as log:
+        run = setup(config, device, log)
+        with stop_signals() as stopped:
+            try:
+                training_loop(run, stopped)
+            except Exception as error:
+                if not run.updating:
+                    save(run)
+                    error.add_note(f"saved after step {run.done}; continue with --resume")
+                raise
     metrics = [line for line in log.lines if "r_mean" in line]
     if rank == 0:
         initial = metrics[0] if metrics[0]["step"] == 0 else None
@@ -208,9 +168,50 @@ def training_loop(run: TrainState):
     return run.model, metrics[-1]
 
 
-def mean_losses(losses, steps, run):
-    """Mean losses of these steps, for the log; ITM is None if no step trained it. Raises ValueError if they
-    are not finite."""
+def training_loop(run: TrainState, stopped: list):
+    """Train until the last step, or until `stopped` has a signal."""
+    config, log, rank = run.config, run.log, rank_and_world_size()[0]
+    is_due = lambda done: done % config.eval_every == 0 or done == config.steps
+    # a run may have ended after its last checkpoint, before the evaluation of that step
+    missing = is_due(run.done) and not any(line["step"] == run.done for line in log.lines if "r_mean" in line)
+    if missing and (run.done > 0 or config.init):       # the model of --init has a row in the table
+        validate(run)
+    timed_from, waited, begin, last_save = run.done, 0.0, time.time(), time.time()
+    bar = tqdm(range(run.done, config.steps), "training", initial=run.done, total=config.steps,
+               disable=rank > 0)
+    with contextlib.closing(run.loader.iterate_from(run.done * config.accumulate)) as stream:
+        for step in bar:
+            waiting = time.time()
+            micro_batches = list(itertools.islice(stream, config.accumulate))
+            waited += time.time() - waiting
+            losses, outputs = compute_gradients(run, micro_batches, step)
+            run.updating = True
+            update(run, outputs, step)
+            run.recent.append(losses)
+            run.updating, run.done = False, step + 1
+            if run.done % config.log_every == 0 or run.done == config.steps:
+                line, steps = mean_losses(run), run.done - timed_from
+                line["seconds"] = (time.time() - begin) / steps                 # per step
+                line["data_seconds"] = waited / steps                           # of these, waiting for data
+                log.write(step=run.done, **line)
+                bar.set_postfix({name: line[name] for name in ("itc", "itm", "seconds", "data_seconds")})
+                run.recent, timed_from, waited, begin = [], run.done, 0.0, time.time()
+            stop = any(all_gather_objects(bool(stopped)))       # all ranks stop after the same step
+            if is_due(run.done) or stop or time.time() - last_save > 60 * config.save_every:
+                save(run)
+                last_save = time.time()
+            if stop:
+                raise SystemExit(f"stopped after step {run.done}; continue with --resume")
+            if is_due(run.done):
+                paused = time.time()
+                validate(run)
+                begin += time.time() - paused
+
+
+def mean_losses(run: TrainState):
+    """Mean losses since the last line of the log; ITM is None if no step trained it. Raises ValueError if
+    they are not finite."""
+    losses, steps = run.recent, range(run.done - len(run.recent), run.done)
     itc, itm = torch.stack(losses).sum(0).tolist()                              # of (steps, 2)
     if not math.isfinite(itc + itm):
         raise ValueError(f"the loss of steps {steps[0] + 1} to {steps[-1] + 1} is NaN or infinite")
@@ -220,12 +221,12 @@ def mean_losses(losses, steps, run):
             "lr": learning_rate(steps[-1], run.config, run.steps_per_epoch)}
 
 
-def validate(run: TrainState, step: int):
+def validate(run: TrainState):
     """Evaluate the model, log the metrics, draw the plots."""
     run.model.eval()
     metrics, text_to_image = evaluate(run.model, run.validation, run.config)
     run.model.train()
-    run.log.write(step=step, **metrics)
+    run.log.write(step=run.done, **metrics)
     if rank_and_world_size()[0] == 0:
         plot_curves(run.log.lines, run.validation, Path(run.config.out) / "curves.png")
         plot_retrieval(run.validation, text_to_image, Path(run.config.out) / "retrieval.png")
@@ -240,16 +241,16 @@ def derive_seed(*numbers: int) -> int:
 # A checkpoint has what `FLIP.checkpoint` returns (weights, momentum encoder, queues, vocabulary) and, under
 # "training", optimiser states, step, configuration, log and the losses that it does not contain yet. It needs
 # no state of random numbers and no position in the data: both are pure functions of (seed, step).
-def save(run: TrainState, done: int, recent: list[torch.Tensor]):
-    """Save the run after `done` steps, on rank 0. Raises ValueError, and keeps the previous checkpoint, if
-    weights are NaN or infinite."""
+def save(run: TrainState):
+    """Save the run, on rank 0. Raises ValueError, and keeps the previous checkpoint, if weights are NaN or
+    infinite."""
     if not all(p.isfinite().all() for p in run.model.parameters()):
-        raise ValueError(f"after step {done}: some weights are NaN or infinite: training has diverged and is "
-                         f"not saved; start a new run with a smaller --lr, or with --grad_clip")
+        raise ValueError(f"after step {run.done}: some weights are NaN or infinite: training has diverged "
+                         "and is not saved; start a new run with a smaller --lr, or with --grad_clip")
     rank, world_size = rank_and_world_size()
     if rank == 0:
         state = {"config": asdict(run.config), "processes": world_size, "faces": digest(run.loader.faces),
-                 "step": done, "log": run.log.lines, "recent": recent,
+                 "step": run.done, "log": run.log.lines, "recent": run.recent,
                  "optimizers": [optimizer.state_dict() for optimizer in run.optimizers]}
         write_checkpoint(run.model.checkpoint() | {"training": state}, Path(run.config.out) / "flip.pt")
 
@@ -279,7 +280,7 @@ def setup(config: Config, device: torch.device, log: Log) -> TrainState:
                          config.seed, config.augment, rank, world_size, config.workers)
     steps_per_epoch = loader.batches_per_epoch // config.accumulate
     assert steps_per_epoch > 0, "--accumulate needs more batches than an epoch has"
-    config = dataclasses.replace(config, steps=config.steps or config.epochs * steps_per_epoch,
+    config = replace(config, steps=config.steps or config.epochs * steps_per_epoch,
                                  precision=choose_precision(config.precision, device))
     optimizers = build_optimizers(model, config.weight_decay, config.beta2, config.temperature_lr,
                                   config.muon_lr_image, config.muon_lr_text, config.muon_momentum)
@@ -290,16 +291,16 @@ def setup(config: Config, device: torch.device, log: Log) -> TrainState:
                              f"{world_size}, or it had other faces than these; use the same")
         load_optimizers(optimizers, saved["optimizers"], path)
         log.restart(saved["log"])
-        start, recent = saved["step"], [losses.to(device) for losses in saved["recent"]]
+        done, recent = saved["step"], [losses.to(device) for losses in saved["recent"]]
     else:
         log.restart([{"config": asdict(config)}])
-        start, recent = 0, []
+        done, recent = 0, []
         if rank == 0:
             print_plan(config, faces, validation, world_size, model.tokenizer)
     ddp_model = model if world_size == 1 else DistributedDataParallel(
         model, broadcast_buffers=False, find_unused_parameters=config.itm_from > 0 or config.itm_every > 1)
     validation = EvaluationSet.from_faces(validation, faces, config.batch_size * world_size)
-    return TrainState(config, model, ddp_model, optimizers, loader, steps_per_epoch, validation, log, start,
+    return TrainState(config, model, ddp_model, optimizers, loader, steps_per_epoch, validation, log, done,
                       recent)
 
 
@@ -315,13 +316,14 @@ def new_model(config: Config) -> tuple[FLIP, Faces, Faces]:
             raise ValueError(f"--init {config.init}: its image encoder has width {initial.config.vit.width}, "
                              f"but --model {config.model} has {vit.width}; choose the --model of that width")
         vit, bert, embed_dim = initial.config.vit, initial.config.bert, initial.config.embed_dim
-        tokenizer, posterior = initial.require_tokenizer(), posterior or initial.config.hardness is not None
+        tokenizer = initial.require_tokenizer()
+        posterior = posterior or initial.config.itm_hardness is not None
     elif config.bert:
         tokenizer = Tokenizer.load(config.bert)
-    vit = dataclasses.replace(vit, image_size=config.image_size or vit.image_size)
+    vit = replace(vit, image_size=config.image_size or vit.image_size)
     faces, validation = load_data(config, vit.image_size)
     tokenizer = tokenizer or Tokenizer.train(sample_captions(faces))
-    bert = dataclasses.replace(bert, vocab_size=tokenizer.vocab_size)
+    bert = replace(bert, vocab_size=tokenizer.vocab_size)
     torch.manual_seed(config.seed)
     model = init_model(FLIPConfig(vit, bert, embed_dim, config.queue_size,
                                   config.hardness if posterior else None), tokenizer)

@@ -11,7 +11,7 @@ final LayerNorm: Hugging Face's CLIP applies it only to the pooled class token, 
 all tokens, because cross-attention reads them; so do we. (A misspelt key makes the official code
 drop CLIP's weights for this layer; here they load.)
 
-Capital letters are sizes, the same in every file but attention.py, whose B are any sequences:
+Capital letters are sizes, the same in every file, except that B in attention.py counts any sequences:
     B items of a batch on one process    S pixels on a side         L tokens of an image (1 + patches)
     D width of a token (per encoder)     H heads of d = D / H       N tokens of many packed sequences
     E feature dimension                  Q entries of the queue     K keys of the contrastive loss

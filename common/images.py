@@ -31,7 +31,8 @@ def normalize_batch(pixels) -> torch.Tensor:
 
 def pixel_batches(images, size: int, batch_size: int = 128):
     """Yield pixels (B, 3, S, S) of a tensor of them, of a list of paths or PIL images, or of one image."""
-    images = [images] if isinstance(images, (str, Path, Image.Image)) else images
+    if isinstance(images, (str, Path, Image.Image)) or torch.is_tensor(images) and images.ndim == 3:
+        images = images[None] if torch.is_tensor(images) else [images]
     for start in range(0, len(images), batch_size):
         batch = images[start:start + batch_size]
         yield batch if torch.is_tensor(batch) else normalize_batch(
