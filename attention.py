@@ -111,9 +111,9 @@ def dropout_mask(weights, dropout):
     """A mask like `weights`: 0 with probability `dropout`, else 1. Uses 16 random bits per weight: on a CPU,
     drawing a full random number for each would take longer than the rest of attention."""
     count = weights.numel()
-    random = torch.randint(-2 ** 63, 2 ** 63 - 1, (-(-count // 4),), device=weights.device)     # 64 bits each
-    bits = random.view(torch.int16)[:count].view(weights.shape)
-    return (bits >= round(dropout * 2 ** 16) - 2 ** 15).to(weights.dtype)
+    words = torch.randint(-2 ** 63, 2 ** 63 - 1, ((count + 3) // 4,), device=weights.device)    # 64 bits each
+    random = words.view(torch.int16)[:count].view(weights.shape)        # four per word, uniform from -2^15 on
+    return (random >= round(dropout * 2 ** 16) - 2 ** 15).to(weights.dtype)
 
 
 def padded_attention(query, key, value, query_sequences, key_sequences, dropout=0.0):

@@ -1,5 +1,6 @@
 """The configuration of train.py: the paper's values (FLIP paper, section 4) as defaults, and the recipe of
-the tiny model, with reasons. A field with a comment beside it is a flag, and the comment its help."""
+the tiny model, with reasons. A field with a comment on its line is a command-line flag, and the comment, which
+`parse_flags` reads from this file, its help text."""
 import argparse
 import textwrap
 from dataclasses import dataclass
@@ -129,11 +130,11 @@ def parse_arguments(argv: list[str] | None = None, description: str | None = __d
     path = Path(given.get("out", Config.out)) / "flip.pt"
     if given.get("resume") and path.exists():
         saved = read_checkpoint(path)["training"]["config"]
-        for name in given.keys() - {"resume", "out", *CHANGEABLE_ON_RESUME}:
-            if given[name] not in (saved[name], "auto"):
+        for name, value in given.items():
+            if name not in ("resume", "out", *CHANGEABLE_ON_RESUME) and value not in (saved[name], "auto"):
                 raise ValueError(f"--resume: the run in {path} has --{name} {saved[name]}, which cannot "
-                                 f"change; omit --{name} {given[name]}, or start another run")
-        return Config(**saved | given | {"precision": saved["precision"]})
+                                 f"change; omit --{name} {value}, or start another run")
+        return Config(**saved | given | {"precision": saved["precision"]})      # not "auto" again
     recipe = dict(RECIPES[given.get("model", Config.model)])
     if "epochs" in given:
         recipe["steps"] = 0             # --epochs overrides the recipe's steps

@@ -13,8 +13,8 @@ Why a momentum encoder? Contrastive learning needs more negatives than fit in a 
 of earlier batches are kept in a queue. They were computed with older weights and stay comparable
 only if the encoder changes slowly; so keys come from a moving average of the student. It also
 provides soft targets: another face's caption may be true of this face too, so a fraction alpha of
-the target is the momentum encoder's softmax over all keys; the rest is on the true pairs. (The tiny
-model's short run uses all of this only near its end; config.py says why.)
+the target is the momentum encoder's softmax over all keys; the rest is on the true pairs. (The
+tiny recipe switches all of this on late; config.py says why.)
 
 `forward` computes the losses and changes no state. The training loop changes state, with one call
 each: `update_momentum`, `enqueue`, `clamp_temperature`. (The official forward does all of this.)
@@ -36,9 +36,7 @@ from bert import Bert, BertConfig, Captions, Tokenizer
 from common.distributed import all_gather, all_gather_objects, rank_and_world_size
 from common.images import pixel_batches
 from common.script import run_script
-from common.weights import load_flip, read_checkpoint, write_folder
-from common.weights import official_name as official_name
-from common.weights import official_state as official_state
+from common.weights import load_flip, official_name, official_state, read_checkpoint, write_folder  # noqa: F401
 from common.words import check_words
 from vit import ViT, ViTConfig
 
@@ -143,8 +141,8 @@ class FLIP(nn.Module):
         device = self.device
         if pairs is None:
             pairs = torch.cartesian_prod(torch.arange(len(image_tokens)), torch.arange(len(captions)))
-        # chunks are sized so that the activations of BERT's MLP fit a CPU's cache, or fill a GPU
-        bytes_per_pair = 4 * captions.sequences.num_tokens / len(captions) * 4 * self.config.bert.width
+        # a chunk's activations of BERT's MLP, in float32, fit a CPU's cache (8 MB), or fill a GPU (512 MB)
+        bytes_per_pair = captions.sequences.num_tokens / len(captions) * 4 * self.config.bert.width * 4
         chunk_size = 1 + int((2 ** 29 if device.type == "cuda" else 2 ** 23) / bytes_per_pair)
         logits = [torch.empty(0, 2, device=device)]
         chunks = [chunk.T for chunk in pairs.split(chunk_size) if len(chunk)]
@@ -166,10 +164,10 @@ class FLIP(nn.Module):
                                        ~  logit 1 - logit 0      +  hardness * cosine / tau
 
         where q ~ p(i) p(t) exp(hardness * cosine / tau) is the density of the head's hard negatives."""
-        hardness = self.config.itm_hardness
-        if hardness is None:
+        if self.config.itm_hardness is None:
             return logits[..., 1] + cosine
-        return logits[..., 1] - logits[..., 0] + hardness * cosine / self.temperature.to(cosine)
+        bias = self.config.itm_hardness * cosine / self.temperature.to(cosine)
+        return logits[..., 1] - logits[..., 0] + bias
 
     def forward(self, images: torch.Tensor, captions: Captions, identity: torch.Tensor,
                 params: StepParams = StepParams(), generator: torch.Generator | None = None):
@@ -187,10 +185,9 @@ class FLIP(nn.Module):
                 text_momentum = self.momentum_encoder.text_features(captions)
         # all_gather passes no gradients
         image_keys, text_keys, all_identity = map(all_gather, (image_momentum, text_momentum, identity))
-        queue_part = slice(params.queue_length)
-        image_keys_and_queue = torch.cat([image_keys, self.image_queue[queue_part]])
-        text_keys_and_queue = torch.cat([text_keys, self.text_queue[queue_part]])
-        key_identity = torch.cat([all_identity, self.queue_identity[queue_part]])
+        image_keys_and_queue = torch.cat([image_keys, self.image_queue[:params.queue_length]])
+        text_keys_and_queue = torch.cat([text_keys, self.text_queue[:params.queue_length]])
+        key_identity = torch.cat([all_identity, self.queue_identity[:params.queue_length]])
         shared = identity, key_identity, self.temperature, params.alpha
         image_to_text = losses.contrastive_loss(image_features, image_momentum, text_keys_and_queue, *shared)
         text_to_image = losses.contrastive_loss(text_features, text_momentum, image_keys_and_queue, *shared)
@@ -297,7 +294,7 @@ class FLIP(nn.Module):
 
     @torch.no_grad()
     def encode_text(self, texts):
-        """Texts, see `tokenize`, -> features (T, E), float32, of unit norm."""
+        """What `tokenize` takes -> features (T, E), float32, of unit norm."""
         return self.student.text_features(self.tokenize(texts))
 
     def similarity(self, images, texts):
@@ -316,8 +313,7 @@ class FLIP(nn.Module):
         return torch.cat(logits).unflatten(0, (-1, len(captions))), torch.cat(cosines)
 
     def match_probability(self, images, texts):
-        """P(match) of every pair (I, T), where the head was trained on negatives that look similar; to rank,
-        use `score`."""
+        """P(match) of each pair (I, T), for a head trained on similar negatives; to rank, use `score`."""
         return self.match(images, texts)[0].softmax(-1)[..., 1]
 
     def score(self, images, texts):
@@ -331,8 +327,7 @@ class FLIP(nn.Module):
                 "tokenizer": self.tokenizer.to_json() if self.tokenizer else None}
 
     def save_pretrained(self, folder: str):
-        """Write model.safetensors, config.json and tokenizer.json to a folder, for `from_pretrained` and for
-        everything else that takes a checkpoint."""
+        """Write model.safetensors, config.json and tokenizer.json, for all that takes a checkpoint."""
         write_folder(self.checkpoint(), folder)
 
     @staticmethod

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from captions import ATTRIBUTES, verbalize
 from common.images import contact_sheet
+from common.plots import new_figure
 from common.script import markdown_table, run_script
 from data import augment, load_toy_faces, open_faces
 from flip import FLIP
@@ -25,7 +26,6 @@ from toyfaces import draw, sample_attributes
 def report_data(splits: dict, path):
     """Print statistics of {split: Faces}, with FLIP's (section 3) in brackets, and save a page with these,
     histograms and some faces. All but the numbers of faces describe a sample of the first split."""
-    from matplotlib.figure import Figure
     faces, rng, sizes, hashes, rows = next(iter(splits.values())), np.random.default_rng(0), [], set(), []
     order = rng.permutation(len(faces))
     for i in tqdm(order[:2000].tolist(), "reading images", leave=False):
@@ -45,8 +45,7 @@ def report_data(splits: dict, path):
     width, height = np.mean(sizes, axis=0)
     lines += [f"{len(sizes):,} images, {len(order[:2000]) - len(sizes):,} unreadable, "
               f"{len(sizes) - len(hashes):,} copies, mean size {width:.0f} x {height:.0f} pixels (285 x 285)"]
-    figure = Figure(figsize=(13, 8), layout="constrained")
-    faces_axis, sizes_axis, words_axis = figure.subplots(1, 3)
+    figure, (faces_axis, sizes_axis, words_axis) = new_figure(13, 8, columns=3)
     faces_axis.imshow(contact_sheet(rows))
     faces_axis.axis("off")
     sizes_axis.hist(np.prod(sizes, axis=1) ** 0.5, 40)

@@ -44,12 +44,13 @@ from common.distributed import (
     stop_signals,
 )
 from common.optim import build_optimizers, load_optimizers, set_learning_rate
+from common.plots import plot_curves, plot_retrieval
 from common.script import Log, run_script
 from common.weights import load_bert, load_clip, load_weights, read_checkpoint, write_checkpoint
 from common.words import known_and_unknown_words
 from config import MODELS, TINY, Config, parse_arguments
 from data import Batch, BatchLoader, Faces, load_toy_faces, open_faces, readable
-from evaluation import EvaluationSet, evaluate, plot_curves, plot_retrieval, recall_table
+from evaluation import EvaluationSet, evaluate, recall_table
 from flip import FLIP, FLIPConfig, StepParams
 
 
@@ -203,9 +204,8 @@ def training_loop(run: TrainState, stopped: list):
             if stop:
                 raise SystemExit(f"stopped after step {run.done}; continue with --resume")
             if is_due(run.done):
-                paused = time.time()
                 validate(run)
-                begin += time.time() - paused
+                timed_from, waited, begin = run.done, 0.0, time.time()
 
 
 def mean_losses(run: TrainState):
@@ -293,7 +293,7 @@ def setup(config: Config, device: torch.device, log: Log) -> TrainState:
         log.restart(saved["log"])
         done, recent = saved["step"], [losses.to(device) for losses in saved["recent"]]
     else:
-        log.restart([{"config": asdict(config)}])
+        log.restart([{"config": asdict(config)}])       # an empty log, but for this line
         done, recent = 0, []
         if rank == 0:
             print_plan(config, faces, validation, world_size, model.tokenizer)
