@@ -1,6 +1,6 @@
 """The configuration of train.py: the paper's values (FLIP paper, section 4) as defaults, and the recipe of
-the tiny model, with reasons. A field with a comment on its line is a command-line flag, and the comment, which
-`parse_flags` reads from this file, its help text."""
+the tiny model, with reasons. A field with a comment on its line is a command-line flag, and the comment its
+help text (`parse_flags` reads this file)."""
 import argparse
 import textwrap
 from dataclasses import dataclass
