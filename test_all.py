@@ -3157,8 +3157,8 @@ def test_bench_prints_its_tables(monkeypatch, capsys):
 # ---- the layout, the scripts and the README ------------------------------------------------------
 # against the import statements of every file, and the commands that README.md shows
 ORDER = """kernels/__init__ kernels/attention kernels/contrastive common/script common/images
-    common/plots common/weights common/words common/distributed common/optim attention vit bert losses flip captions
-    drawing/portrait drawing/sketch toyfaces readers/index readers/layouts data config evaluation
+    common/plots common/weights common/words common/distributed common/optim attention vit bert losses flip
+    captions drawing/portrait drawing/sketch toyfaces readers/index readers/layouts data config evaluation
     train finetune search report bench test_all""".split()
 
 
