@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 import losses
 from bert import Bert, BertConfig, Captions, Tokenizer
-from common.distributed import all_gather, all_gather_objects, rank_and_world_size
+from common.distributed import all_gather, all_gather_objects, choose_device, rank_and_world_size
 from common.images import pixel_batches
 from common.script import run_script
 from common.weights import load_flip, official_name, official_state, read_checkpoint, write_folder  # noqa: F401
@@ -147,7 +147,7 @@ class FLIP(nn.Module):
         logits = [torch.empty(0, 2, device=device)]
         chunks = [chunk.T for chunk in pairs.split(chunk_size) if len(chunk)]
         hide_bar = len(chunks) < 10 or rank_and_world_size()[0] > 0
-        for image_index, text_index in tqdm(chunks, "re-ranking", disable=hide_bar, leave=False):
+        for image_index, text_index in tqdm(chunks, "re-ranking", disable=hide_bar or None, leave=False):
             start, stop = int(image_index[0]), int(image_index[-1]) + 1
             tokens = image_tokens[start:stop].to(device, self.dtype)
             counts = (image_index - start).bincount()           # captions per image
@@ -347,7 +347,7 @@ class FLIP(nn.Module):
             tokenizer = Tokenizer.load(vocabulary)
         model = FLIP(config or FLIPConfig(), tokenizer)
         load_flip(model, saved, path)
-        return model.to(device, dtype).eval()
+        return model.to(choose_device(device), dtype).eval()
 
 
 @torch.no_grad()

@@ -6,20 +6,28 @@ import argparse
 import hashlib
 import os
 import re
+import tempfile
+import time
 import warnings
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from common.distributed import autocast, choose_device
+from common.distributed import autocast, stop_signals
 from common.images import IMAGE_SUFFIXES, contact_sheet, iterate_images, load_image
 from common.script import atomic_write, run_script
 from common.weights import read_file
-from common.words import known_and_unknown_words
+from common.words import known_and_unknown_words, vocabulary
 from flip import FLIP
+
+
+def fast_autocast(model: FLIP):
+    """Use bf16 on hardware that is fast in it, unless the model has another precision itself."""
+    return autocast("auto" if model.dtype == torch.float32 else "float32", model.device)
 
 
 # ---- features of a folder ------------------------------------------------------------------------
@@ -33,7 +41,7 @@ def find_images(folder):
 
 
 @torch.no_grad()
-def encode_folder(model: FLIP, folder: str | Path, cache: str | Path) -> dict[Path, torch.Tensor]:
+def encode_folder(model: FLIP, folder: str | Path, cache: str | Path) -> dict[str, torch.Tensor]:
     """{path: feature (E,)} of every image in `folder` and its subfolders. The file `cache` keeps the features
     of every folder: only new or changed images are encoded, or all for another encoder. Unreadable images are
     named in a warning. Raises ValueError if there are no others."""
@@ -44,13 +52,15 @@ def encode_folder(model: FLIP, folder: str | Path, cache: str | Path) -> dict[Pa
     folders = read_file(Path(cache))["folders"] if os.path.exists(cache) else {}
     saved = folders.get(root, {"encoder": None})
     if saved["encoder"] == encoder:
-        features = dict(zip(saved["images"].split("\0"), saved["features"]))
-    new, unreadable = [image for image in images if image not in features], set()
+        features = dict(zip(saved["images"].split("\0"), saved["features"].unbind()))
+    new, unreadable, grey = [image for image in images if image not in features], set(), []
     path_of = lambda image: image.rpartition(" ")[0]
 
     def read(i, size):
         try:
-            return load_image(path_of(new[i]), size=size)
+            image = load_image(path_of(new[i]), size=size)
+            grey.append(np.ptp(image, axis=2).mean() < 4)       # of 255
+            return image
         except (ValueError, OSError) as error:
             warnings.warn(f"skipped: {error}")
             unreadable.add(i)
@@ -58,23 +68,25 @@ def encode_folder(model: FLIP, folder: str | Path, cache: str | Path) -> dict[Pa
 
     size = model.config.vit.image_size
     for indices, pixels in iterate_images(read, len(new), size, "encoding images", show=len(new) > 128):
-        with autocast("auto", model.device):
+        with fast_autocast(model):
             encoded = model.student.image_features(pixels.to(model.device, model.dtype)).cpu()
         features |= {new[i]: feature for i, feature in zip(indices, encoded) if i not in unreadable}
     readable = [image for image in images if image in features]
     if not readable:
         raise ValueError(f"{folder}: expected images ({', '.join(IMAGE_SUFFIXES)}), none can be read")
+    if sum(grey) > len(grey) / 2:
+        warnings.warn("most images are grey: a model of coloured ones ranks them badly")
     if new or len(readable) < len(features):
         folders[root] = {"encoder": encoder, "images": "\0".join(readable),
                          "features": torch.stack([features[image] for image in readable])}
         with atomic_write(cache) as partial:
             torch.save({"folders": folders}, partial)
-    return {Path(folder, path_of(image)[len(root):]): features[image] for image in readable}
+    return {os.path.join(folder, path_of(image)[len(root):]): features[image] for image in readable}
 
 
 # ---- search --------------------------------------------------------------------------------------
 class SearchResult(NamedTuple):
-    path: Path
+    path: str
     score: float            # FLIP.rerank_score of the query, minus the mean of those of the exclusions
     cosine: float           # of the ITC features, likewise
     probability: float      # from the ITM head, that the image matches the query, exclusions aside
@@ -97,7 +109,7 @@ def search(model: FLIP, features: dict, query: str, without=(), top=8) -> list[S
     weights = torch.tensor([1.0, *(-1 / (len(texts) - 1) for _ in texts[1:])])                  # (T,)
     cosines = torch.stack([*features.values()]) @ text_features.T                               # (I, T)
     best = (cosines @ weights).topk(min(max(32, top), len(paths))).indices                      # (k,)
-    with autocast("auto", model.device):
+    with fast_autocast(model):
         logits = model.match([paths[i] for i in best], texts)[0].cpu()                          # (k, T, 2)
     scores = model.rerank_score(logits, cosines[best]) @ weights                                # (k,)
     columns = scores, cosines[best] @ weights, logits[:, 0].softmax(-1)[:, 1]
@@ -173,11 +185,20 @@ def serve(model: FLIP, features: dict, query: str, without: str, top: int):
             gradio.Warning(str(warning.message))
         return result_sheet(model, query, without, results, explain), "\n".join(map(str, results))
 
-    inputs = [gradio.Textbox(query, label="query"), gradio.Textbox(without, label="without (phrase, phrase)"),
-              gradio.Checkbox(label="explain")]
-    outputs = [gradio.Image(show_label=False, buttons=[]), gradio.Textbox(label="score, cosine, match, file")]
-    gradio.Interface(answer, inputs, outputs, title=f"{len(features)} faces", flagging_mode="never",
-                     analytics_enabled=False, delete_cache=(600, 600)).launch(inbrowser=True)
+    examples = [["a smiling woman with blond hair", "", False], ["an old man", "a beard, glasses", False],
+                ["a young woman with a hat", "", True]]
+    with tempfile.TemporaryDirectory() as copies, stop_signals() as stopped:     # of images, for the browser
+        os.environ["GRADIO_TEMP_DIR"] = copies
+        boxes = [gradio.Textbox(query, label="query"), gradio.Textbox(without, label="without (a, b)"),
+                 gradio.Checkbox(label="explain")]
+        found = [gradio.Image(show_label=False, buttons=[]), gradio.Textbox(label="score, cosine, match")]
+        page = gradio.Interface(answer, boxes, found, title=f"{len(features)} faces", analytics_enabled=False,
+                                flagging_mode="never")
+        with page:
+            gradio.Examples(examples, boxes, found, answer, run_on_click=True)
+        page.launch(inbrowser=True, prevent_thread_lock=True)
+        while not stopped:
+            time.sleep(0.1)
 
 
 def main():
@@ -194,12 +215,13 @@ def main():
     parser.add_argument("--serve", action="store_true", help="open a web page (pip install 'gradio>=6')")
     args = parser.parse_args()
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    model = FLIP.from_pretrained(args.checkpoint, vocabulary=args.vocabulary, device=choose_device("auto"))
+    model = FLIP.from_pretrained(args.checkpoint, vocabulary=args.vocabulary, device="auto")
     if args.words:
-        pieces = model.require_tokenizer().wordpiece.get_vocab()
-        return print(*sorted(piece for piece in pieces if piece.isalpha() and len(piece) > 1))
+        return print(*vocabulary(model.require_tokenizer()))
     features = encode_folder(model, args.images, args.out.parent / "features.pt")
-    if args.serve:
+    if args.serve:          # not what links show of other folders
+        root = os.path.join(os.path.realpath(args.images), "")
+        features = {path: x for path, x in features.items() if os.path.realpath(path).startswith(root)}
         return serve(model, features, args.query, ", ".join(args.without), args.top)
     results = search(model, features, args.query, args.without, args.top)
     print(f" score  cosine   match    best of {len(features)} faces")

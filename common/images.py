@@ -39,7 +39,7 @@ def pixel_batches(images, size: int, batch_size: int = 128):
             [resize_to_array(load_image(image, size=size), size) for image in batch])
 
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".avif", ".heic")
 
 
 @contextlib.contextmanager
@@ -52,7 +52,9 @@ def open_image(file, name):
                 raise ValueError(f"expected 8 bits per channel, found Pillow's mode {image.mode}; convert it")
             yield image
     except UnidentifiedImageError:
-        raise ValueError(f"{name} is not an image") from None
+        hints = {".heic": "; convert HEIC to JPEG", ".avif": "; AVIF needs Pillow 11.3 or later"}
+        hint = hints.get(Path(str(name)).suffix.lower(), "")
+        raise ValueError(f"{name} is not an image{hint}") from None
     except Exception as error:          # Pillow raises many types; an OSError's text repeats the file's name
         raise ValueError(f"{name} cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
@@ -73,6 +75,9 @@ def load_image(file, name=None, box=None, size=None) -> Image.Image:
         if not box:
             ImageOps.exif_transpose(image, in_place=True)
         image.load()
+    if image.has_transparency_data:                 # shown on white, not with its hidden colours
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     if image.mode != "RGB":
         image = image.convert("RGB")
     if size:
@@ -109,7 +114,7 @@ def iterate_images(read, count, size, title, batch_size=128, show=True):
         load = lambda indices: pool.map_async(lambda i: resize_to_array(read(i, size), size), indices)
         batches = [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
         pending = [load(indices) for indices in batches[:1]]
-        bar = tqdm(batches, title, leave=False, disable=not show)
+        bar = tqdm(batches, title, leave=False, disable=None if show else True)     # None: only on a terminal
         for indices, next_indices in zip(bar, [*batches[1:], ()]):
             pixels = pending.pop().get()
             pending.append(load(next_indices))

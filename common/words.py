@@ -1,4 +1,5 @@
 """Words that a model's vocabulary lacks: they are named, so that no part of a query is ignored silently."""
+import difflib
 import functools
 import re
 import warnings
@@ -25,11 +26,20 @@ def known_and_unknown_words(text: str, tokenizer) -> tuple[list[str], list[str]]
     return known, unknown
 
 
+def vocabulary(tokenizer) -> list[str]:
+    """The words of two or more letters that a model knows."""
+    return sorted(piece for piece in tokenizer.wordpiece.get_vocab() if piece.isalpha() and len(piece) > 1)
+
+
 def check_words(texts: list[str], tokenizer):
-    """Warn about words that are not in the vocabulary. Raises ValueError if a text has no others."""
+    """Warn about words that are not in the vocabulary, and suggest similar ones, such as the singular. Raises
+    ValueError if a text has no others."""
     for text in texts:
         known, unknown = known_and_unknown_words(text, tokenizer)
+        similar = [difflib.get_close_matches(word, vocabulary(tokenizer), 1, 0.66) for word in unknown]
+        named = ", ".join(f"{word} (try {others[0]})" if others else word
+                          for word, others in zip(unknown, similar))
         if not known:
-            raise ValueError(f"no word of {text!r} is in the model's vocabulary (search.py --words)")
+            raise ValueError(f"no word of {text!r} is in the model's vocabulary: {named or 'no words'}")
         if unknown:
-            warnings.warn(f"not in the model's vocabulary: {', '.join(unknown)}")
+            warnings.warn(f"not in the model's vocabulary: {named}")
