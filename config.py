@@ -52,7 +52,7 @@ class Config(SharedFlags):
     bert: str = ""              # initialise the text encoder from BERT, with its vocabulary, likewise
     epochs: int = 15            # epochs to train, if --steps is 0
     steps: int = 0              # length of the run in steps (overrides --epochs)
-    batch_size: int = 80        # pairs per process and micro-batch
+    batch_size: int = 80        # pairs per process and micro-batch, at most a quarter of an epoch
     accumulate: int = 1         # micro-batches per step, if a larger batch does not fit in memory
     lr: float = 3e-5            # peak learning rate
     warmup: int = 20_000        # steps to the peak learning rate, at most 20 % of the run
@@ -71,6 +71,8 @@ class Config(SharedFlags):
     save_every: float = 10.0    # minutes between further checkpoints
 
     # the fields below are set by a recipe only; having no comment beside them, they are not flags
+    # limit on the steps of a recipe, in epochs; 0: none
+    max_epochs: int = 0
     # learning rate at step 0, and at the end of its decay
     lr_start: float = 1e-6
     lr_min: float = 1e-6
@@ -103,7 +105,7 @@ class Config(SharedFlags):
 
 # The paper's recipe starts from CLIP and BERT. A short run from random weights needs other values:
 RECIPES = {"base": {}, "large": {}, "tiny": dict(
-    steps=2130, batch_size=128, workers=0, augment=False,       # --data turns augmentation on
+    steps=2130, max_epochs=30, batch_size=128, workers=0, augment=False,       # --data turns augmentation on
     log_every=20, eval_every=1065, k_test=16,
     lr=1e-3, lr_start=1e-5, lr_min=0.0, lr_decay="linear", warmup=60, beta2=0.98, grad_clip=1.0,
     # captions are learned faster than images: a slower text encoder lets the image encoder keep up
@@ -136,8 +138,8 @@ def parse_arguments(argv: list[str] | None = None, description: str | None = __d
                                  f"change; omit --{name} {value}, or start another run")
         return Config(**saved | given | {"precision": saved["precision"]})      # not "auto" again
     recipe = dict(RECIPES[given.get("model", Config.model)])
-    if "epochs" in given:
-        recipe["steps"] = 0             # --epochs overrides the recipe's steps
+    if given.keys() & {"epochs", "steps"}:
+        recipe["steps"] = recipe["max_epochs"] = 0      # the flags override the recipe's length
     if "data" in given:
         recipe["augment"] = True
     return Config(**recipe | given)

@@ -2274,9 +2274,10 @@ def test_damaged_image_is_named_and_replaced_by_the_next_face(tmp_path, capfd, w
 # against the paper's values, and the configuration of the run that is resumed
 def test_flags_are_the_fields_of_the_configuration_and_override_recipes():
     given = train_config.parse_arguments(["--steps", "7", "--no-augment", "--columns", "pcfg", "--lr", "0.1"])
-    assert given == train_config.Config(
-        **train_config.RECIPES["tiny"] | dict(steps=7, augment=False, columns=("pcfg",), lr=0.1))
-    assert train_config.parse_arguments(["--epochs", "2"]).steps == 0, "or the recipe's steps would decide"
+    flags = dict(steps=7, max_epochs=0, augment=False, columns=("pcfg",), lr=0.1)
+    assert given == train_config.Config(**train_config.RECIPES["tiny"] | flags)
+    by_epochs = train_config.parse_arguments(["--epochs", "2"])
+    assert by_epochs.steps == by_epochs.max_epochs == 0, "or the recipe's steps would decide"
     assert train_config.parse_arguments(["--model", "base"]) == train_config.Config(model="base")
     for unknown in (["--leanring_rate", "1"], ["--model", "huge"], ["--queue_from", "0"]):
         with pytest.raises(SystemExit):
@@ -2304,7 +2305,7 @@ def test_resuming_takes_the_runs_flags_and_only_some_may_change(uninterrupted, c
     assert "already exists; use --resume" in error_of(train.train, new)
     nothing_saved = train_config.parse_arguments(["--out", str(tmp_path), "--resume", "--steps", "7"])
     assert nothing_saved == train_config.Config(
-        **train_config.RECIPES["tiny"] | dict(out=str(tmp_path), resume=True, steps=7))
+        **train_config.RECIPES["tiny"] | dict(out=str(tmp_path), resume=True, steps=7, max_epochs=0))
 
 
 # ---- evaluation.py -------------------------------------------------------------------------------
@@ -2547,7 +2548,7 @@ def test_plan_warns_of_many_epochs_few_faces_and_unknown_words(uninterrupted, ca
     assert config.augment and not train_config.parse_arguments([]).augment
     model, _ = train.train(dataclasses.replace(config, steps=2, eval_every=2))
     printed = capsys.readouterr().out
-    assert model.config.vit.image_size == 64 and "2 steps are 0.4 epochs" in printed
+    assert model.config.vit.image_size == 64 and "2 steps of 8 pairs are 0.4 epochs" in printed
     assert printed.index("model of --init") < printed.index("this model, re-ranked")
     faces = train.load_data(config, 64)[0].subset(range(20))
     train.print_plan(config, faces, faces, 1, Tokenizer.train(["a face"]))
@@ -2555,6 +2556,16 @@ def test_plan_warns_of_many_epochs_few_faces_and_unknown_words(uninterrupted, ca
     assert "words of the captions are not in the vocabulary: " in printed
     assert "120.0 epochs" in printed and "will overfit: try --steps 75, or" in printed
     assert "with 20 validation faces, R@10 is 50 % by chance" in printed
+
+
+def test_tiny_recipe_fits_small_sets(tmp_path):
+    """At least four steps an epoch, at most 30 epochs."""
+    write_celeba(tmp_path / "a", count=41)
+    flags = ["--data", f"{tmp_path}/a", "--cache", f"{tmp_path}/cache", "--out", f"{tmp_path}/out"]
+    for more, batch_size, steps in (([], 9, 120), (["--batch_size", "4"], 4, 270), (["--steps", "7"], 9, 7)):
+        with contextlib.closing((run := setup(train_config.parse_arguments(flags + more))).log):
+            assert run.loader.batch_size == run.config.batch_size == batch_size
+            assert len(run.loader.faces) == 39 and run.config.steps == steps
 
 
 def test_nan_loss_stops_the_run_and_names_the_step_also_without_itm(tmp_path, cache):

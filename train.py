@@ -276,12 +276,14 @@ def setup(config: Config, device: torch.device, log: Log) -> TrainState:
         else:
             model, faces, validation = new_model(config)
     model.to(device).train()
+    batch_size = min(config.batch_size, max(2, len(faces) // (4 * world_size)))
+    config = replace(config, batch_size=batch_size, precision=choose_precision(config.precision, device))
     loader = BatchLoader(faces, model.tokenizer, model.config.vit.image_size, config.batch_size,
                          config.seed, config.augment, rank, world_size, config.workers)
     steps_per_epoch = loader.batches_per_epoch // config.accumulate
     assert steps_per_epoch > 0, "--accumulate needs more batches than an epoch has"
-    config = replace(config, steps=config.steps or config.epochs * steps_per_epoch,
-                                 precision=choose_precision(config.precision, device))
+    steps = config.steps or config.epochs * steps_per_epoch
+    config = replace(config, steps=min(steps, config.max_epochs * steps_per_epoch or steps))
     optimizers = build_optimizers(model, config.weight_decay, config.beta2, config.temperature_lr,
                                   config.muon_lr_image, config.muon_lr_text, config.muon_momentum)
     if saved:
@@ -355,8 +357,9 @@ def load_data(config: Config, size: int) -> tuple[Faces, Faces]:
 def print_plan(config: Config, faces: Faces, validation: Faces, world_size: int, tokenizer: Tokenizer):
     """Print the length of the run, and warnings about few faces or unknown words."""
     epochs = config.steps * config.accumulate * config.batch_size * world_size / len(faces)
-    print(f"{len(faces):,} training faces, {len(validation):,} validation faces; {config.steps:,} steps are "
-          f"{epochs:.1f} epochs, in {config.precision}")
+    print(f"{len(faces):,} training faces, {len(validation):,} validation faces; {config.steps:,} steps of "
+          f"{config.batch_size * config.accumulate * world_size} pairs are {epochs:.1f} epochs, in "
+          f"{config.precision}")
     if epochs > 60:
         print(f"this will overfit: try --steps {round(30 * config.steps / epochs)}, or more faces")
     if len(validation) < 250:
