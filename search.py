@@ -189,8 +189,8 @@ def serve(model: FLIP, features: dict, query: str, without: str, top: int):
                 ["a young woman with a hat", "", True]]
     with tempfile.TemporaryDirectory() as copies, stop_signals() as stopped:     # of images, for the browser
         os.environ["GRADIO_TEMP_DIR"] = copies
-        boxes = [gradio.Textbox(query, label="query"), gradio.Textbox(without, label="without (a, b)"),
-                 gradio.Checkbox(label="explain")]
+        excluded = gradio.Textbox(without, label="without (separated by commas)")
+        boxes = [gradio.Textbox(query, label="query"), excluded, gradio.Checkbox(label="explain")]
         found = [gradio.Image(show_label=False, buttons=[]), gradio.Textbox(label="score, cosine, match")]
         page = gradio.Interface(answer, boxes, found, title=f"{len(features)} faces", analytics_enabled=False,
                                 flagging_mode="never")
