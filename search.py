@@ -87,7 +87,7 @@ def encode_folder(model: FLIP, folder: str | Path, cache: str | Path) -> dict[st
 # ---- search --------------------------------------------------------------------------------------
 class SearchResult(NamedTuple):
     path: str
-    score: float            # FLIP.rerank_score of the query, minus the mean of those of the exclusions
+    score: float            # FLIP.rerank_score of the query, minus 1 / (n + 1) of those of n exclusions
     cosine: float           # of the ITC features, likewise
     probability: float      # from the ITM head, that the image matches the query, exclusions aside
 
@@ -99,14 +99,14 @@ class SearchResult(NamedTuple):
 def search(model: FLIP, features: dict, query: str, without=(), top=8) -> list[SearchResult]:
     """The `top` best images for a sentence and a list of exclusions; the ITM head re-ranks the 32 (or `top`)
     of highest cosine. Captions state what is there, so a model does not learn negations: n exclusions are
-    scored by themselves and subtracted, each with weight 1 / n, or several would drown the query."""
+    scored by themselves and subtracted, each with weight 1 / (n + 1), or they would drown the query."""
     if not features:
         raise ValueError("there are no images to search")
     if negation := re.search(r"\b(without|no|not)\b", query, re.I):
         warnings.warn(f"{negation[0]!r} excludes nothing; use --without (in Python: without=[...])")
     paths, texts = list(features), [query, *([without] if isinstance(without, str) else without)]
     text_features = model.encode_text(texts).cpu()              # warns about unknown words
-    weights = torch.tensor([1.0, *(-1 / (len(texts) - 1) for _ in texts[1:])])                  # (T,)
+    weights = torch.tensor([1.0, *(-1 / len(texts) for _ in texts[1:])])                  # (T,)
     cosines = torch.stack([*features.values()]) @ text_features.T                               # (I, T)
     best = (cosines @ weights).topk(min(max(32, top), len(paths))).indices                      # (k,)
     with fast_autocast(model):
