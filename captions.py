@@ -27,7 +27,7 @@ GRAMMAR = {
     "Arched_Eyebrows": (.55, "eyebrows arched | eyebrows curved"),
     "Attractive": (.40, "is attractive | is good-looking | has an attractive look"),
     "Bags_Under_Eyes": (.65, "has bags under {his} eyes | has dark circles under {his} eyes"),
-    "Bald": (.85, "is bald | has a bald head | has lost {his} hair"),
+    "Bald": (.85, "is bald | has a bald head | is hairless"),
     "Bangs": (.75, "has bangs | has a fringe | has bangs over {his} forehead"),
     "Big_Lips": (.65, "lips full | lips big | lips large"),
     "Big_Nose": (.65, "nose big | nose large"),

@@ -44,7 +44,7 @@ from train import init_model, warmup_decay
 
 # ---- configuration -------------------------------------------------------------------------------
 @dataclass(frozen=True)
-class Config(SharedFlags):
+class TaskConfig(SharedFlags):
     """The flags, see config.py. Defaults are the paper's for retrieval."""
     task: str = ""
     checkpoint: str = "out/flip.pt"             # from train.py, or the official one: file, folder or hub name
@@ -86,7 +86,7 @@ class Task(NamedTuple):
     note: str = ""          # printed below the table
 
 
-def train_heads(task: Task, model: FLIP, samples: np.ndarray, steps: int, config: Config, log: Log):
+def train_heads(task: Task, model: FLIP, samples: np.ndarray, steps: int, config: TaskConfig, log: Log):
     """Train on the faces `samples` of the training split, then restore the weights with the best validation
     metric (possibly the initial ones)."""
     [optimizer] = build_optimizers(task.trained, weight_decay=0.05)     # AdamW; skips what is frozen
@@ -133,7 +133,7 @@ def encode(compute, read, count, model, config):
 
 
 # ---- retrieval: find the face for a caption, and the caption for a face --------------------------
-def retrieval(model: FLIP, splits: dict[str, Faces], config: Config) -> Task:
+def retrieval(model: FLIP, splits: dict[str, Faces], config: TaskConfig) -> Task:
     """Frozen: both encoders; they run in every step, as the grammar writes new captions in every epoch.
     Trained: projections, matching head, temperature. Loss: ITC + ITM within the batch, that is `FLIP.forward`
     without momentum encoder, queue and soft targets. Metrics: recall after re-ranking."""
@@ -163,7 +163,7 @@ def retrieval(model: FLIP, splits: dict[str, Faces], config: Config) -> Task:
 
 
 # ---- attributes: predict the 40 attributes of a face ---------------------------------------------
-def attributes(model: FLIP, splits: dict[str, Faces], config: Config) -> Task:
+def attributes(model: FLIP, splits: dict[str, Faces], config: TaskConfig) -> Task:
     """Frozen: the image encoder; it encodes each image once. Trained: a new `AttributeHead`. Loss: binary
     cross-entropy, mean over faces and labels. Metrics: accuracy and balanced accuracy, means over labels."""
     pool, device = lambda images: pool_tokens(model.student.image, images), model.device
@@ -233,7 +233,7 @@ def accuracies(predicted, truth):
 
 
 # ---- sketch: find the photo for a sketch that is still being drawn -------------------------------
-def sketch(model: FLIP, splits: dict[str, Faces], config: Config) -> Task:
+def sketch(model: FLIP, splits: dict[str, Faces], config: TaskConfig) -> Task:
     """Frozen: both encoders; they encode photos, all steps of the sketches and a caption each once. Trained:
     projections and temperature; photos and sketches share theirs. Loss: IIC (image-image contrastive loss)
     between a random step of the sketch and its photo, plus ITC of the photo if it has captions. Metrics:
@@ -316,7 +316,7 @@ def early_retrieval(ranks, photos):
 TASKS = {"retrieval": retrieval, "attributes": attributes, "sketch": sketch}
 
 
-def open_splits(config: Config, size: int) -> dict[str, Faces]:
+def open_splits(config: TaskConfig, size: int) -> dict[str, Faces]:
     """The splits of --data, or drawn faces that train.py never uses. Raises ValueError if they lack what the
     task needs."""
     splits = {}
@@ -340,7 +340,7 @@ def open_splits(config: Config, size: int) -> dict[str, Faces]:
     return splits
 
 
-def finetune(config: Config) -> list[tuple[str, dict]]:
+def finetune(config: TaskConfig) -> list[tuple[str, dict]]:
     """Train and test on --checkpoint, then on random weights; returns the table's rows (name, metrics)."""
     device, folder = choose_device(config.device), Path(config.out) / config.task
     if (folder / "table.md").exists():
@@ -394,9 +394,9 @@ def parse_arguments(argv=None):
         description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=f"Defaults in brackets are for retrieval.\nOther tasks: {RECIPES}\nDrawn faces: {DRAWN}")
     parser.add_argument("task", choices=tuple(TASKS))
-    given = parse_flags(parser, Config, argv)
+    given = parse_flags(parser, TaskConfig, argv)
     drawn = {} if given.get("data") else DRAWN[given["task"]]
-    return Config(**RECIPES[given["task"]] | drawn | given)
+    return TaskConfig(**RECIPES[given["task"]] | drawn | given)
 
 
 if __name__ == "__main__":

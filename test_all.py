@@ -1418,12 +1418,12 @@ def test_grammar_writes_the_captions_that_all_figures_were_measured_on():
         texts.append(grammar.verbalize(sorted(rng.sample(range(43), 1 + seed % 12)), rng))
     assert texts[1] == ("In this photograph there is a person with black hair. They are wearing lipstick on "
                         "their lips.")
-    assert hashlib.sha256("\n".join(texts).encode()).hexdigest()[:12] == "ed77c490d7d5"
+    assert hashlib.sha256("\n".join(texts).encode()).hexdigest()[:12] == "adb005e2aeee"
 
 
 def test_recipes_are_those_of_all_figures():
     recipes = [train_config.TINY, train_config.RECIPES["tiny"], finetune.RECIPES, finetune.DRAWN]
-    assert hashlib.sha256(repr(recipes).encode()).hexdigest()[:12] == "31b91c414d50"
+    assert hashlib.sha256(repr(recipes).encode()).hexdigest()[:12] == "1e3ce9980264"
 
 
 def test_captions_have_the_lengths_and_the_variety_of_flips():
@@ -2609,7 +2609,7 @@ def tuned(uninterrupted, cache, tmp_path):
             task=task, checkpoint=f"{uninterrupted}/flip.pt", out=str(tmp_path), cache=cache, faces=24,
             validation=4, test=8, epochs=3, batch_size=8, itm_every=1, precision="float32", workers=0,
             sketch_steps=7)
-        return finetune.Config(**settings | changes)
+        return finetune.TaskConfig(**settings | changes)
     return config
 
 
