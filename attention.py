@@ -31,7 +31,7 @@ from kernels.attention import TritonAttention, uses_triton
 @dataclass(frozen=True)
 class Sequences:
     """Layout of B sequences packed into one tensor of N tokens: tokens[offsets[i]:offsets[i + 1]] is
-    sequence i. All tensors but `lengths`, including the properties, are on the tokens' device."""
+    sequence i. Everything except `lengths` is on the tokens' device."""
     lengths: Tensor     # (B,) int64, always on the CPU, so that sizes are known without waiting for the GPU
     offsets: Tensor     # (B + 1,) int32
     max_length: int     # L_max
@@ -152,8 +152,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, query_sequences: Sequen
 
 
 class Attention(nn.Module):
-    """Multi-head attention with its four projections; in cross-attention the keys and values have another
-    width, `key_width`."""
+    """Multi-head attention with its four projections; `key_width`: that of keys and values, if another."""
 
     def __init__(self, width: int, heads: int, key_width: int | None = None, dropout: float = 0.0):
         super().__init__()

@@ -102,7 +102,7 @@ class Tokenizer:
 
     def __init__(self, wordpiece: tokenizers.Tokenizer):
         self.wordpiece, vocabulary = wordpiece, wordpiece.get_vocab()
-        missing = [token for token in SPECIAL[1:4] if token not in vocabulary]
+        missing = [token for token in ("[UNK]", "[CLS]", "[SEP]") if token not in vocabulary]
         if missing or sorted(vocabulary.values()) != [*range(len(vocabulary))]:
             raise ValueError(f"expected a vocabulary like bert-base-uncased's, without repetitions; missing: "
                              f"{', '.join(missing) or 'some of its ids'}")

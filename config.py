@@ -12,7 +12,7 @@ from common.script import parse_flags
 from common.weights import read_checkpoint
 from vit import ViTConfig
 
-# image encoder, text encoder (vocab_size is set later; a caption has up to 65 tokens), feature size
+# image encoder, text encoder (vocab_size is set later; the last position is unused), feature size
 TINY = (ViTConfig(image_size=48, patch_size=8, width=128, depth=3, heads=4),
         BertConfig(vocab_size=1, width=128, depth=2, heads=4, positions=66, dropout=0.0), 128)
 MODELS = {"tiny": TINY, "base": (ViTConfig(), BertConfig(), 256),
@@ -52,7 +52,7 @@ class Config(SharedFlags):
     bert: str = ""              # initialise the text encoder from BERT, with its vocabulary, likewise
     epochs: int = 15            # epochs to train, if --steps is 0
     steps: int = 0              # length of the run in steps (overrides --epochs)
-    batch_size: int = 80        # pairs per process and micro-batch, at most a quarter of an epoch
+    batch_size: int = 80        # pairs per process and micro-batch
     accumulate: int = 1         # micro-batches per step, if a larger batch does not fit in memory
     lr: float = 3e-5            # peak learning rate
     warmup: int = 20_000        # steps to the peak learning rate, at most 20 % of the run
@@ -71,8 +71,9 @@ class Config(SharedFlags):
     save_every: float = 10.0    # minutes between further checkpoints
 
     # the fields below are set by a recipe only; having no comment beside them, they are not flags
-    # limit on the steps of a recipe, in epochs; 0: none
+    # limit on the steps of a recipe, in epochs; 0: none. And on its batches: a quarter of the faces
     max_epochs: int = 0
+    fit_batch: bool = False
     # learning rate at step 0, and at the end of its decay
     lr_start: float = 1e-6
     lr_min: float = 1e-6
@@ -94,7 +95,7 @@ class Config(SharedFlags):
     queue_from: float = 0.0
     itm_from: float = 0.0
     # re-rank by an estimate of log(p(text | image) / p(text)), see `FLIP.rerank_score`, instead of by the
-    # paper's score; always if --init was trained with it
+    # paper's score; also whenever the model of --init was trained with it
     posterior: bool = False
 
     def __post_init__(self):
@@ -105,8 +106,8 @@ class Config(SharedFlags):
 
 # The paper's recipe starts from CLIP and BERT. A short run from random weights needs other values:
 RECIPES = {"base": {}, "large": {}, "tiny": dict(
-    steps=2130, max_epochs=30, batch_size=128, workers=0, augment=False,       # --data turns augmentation on
-    log_every=20, eval_every=1065, k_test=16,
+    steps=2130, max_epochs=30, batch_size=128, fit_batch=True, workers=0, log_every=20, eval_every=1065,
+    k_test=16, augment=False,       # --data turns augmentation on
     lr=1e-3, lr_start=1e-5, lr_min=0.0, lr_decay="linear", warmup=60, beta2=0.98, grad_clip=1.0,
     # captions are learned faster than images: a slower text encoder lets the image encoder keep up
     muon_lr_image=4.5, muon_lr_text=1.5, muon_momentum=0.9, weight_decay=0.1,
@@ -136,10 +137,13 @@ def parse_arguments(argv: list[str] | None = None, description: str | None = __d
             if name not in ("resume", "out", *CHANGEABLE_ON_RESUME) and value not in (saved[name], "auto"):
                 raise ValueError(f"--resume: the run in {path} has --{name} {saved[name]}, which cannot "
                                  f"change; omit --{name} {value}, or start another run")
-        return Config(**saved | given | {"precision": saved["precision"]})      # not "auto" again
+        # not "auto" again, nor the folder of before if it was moved
+        return Config(**saved | given | {"precision": saved["precision"], "out": str(path.parent)})
     recipe = dict(RECIPES[given.get("model", Config.model)])
     if given.keys() & {"epochs", "steps"}:
         recipe["steps"] = recipe["max_epochs"] = 0      # the flags override the recipe's length
+    if "batch_size" in given:
+        recipe["fit_batch"] = False
     if "data" in given:
         recipe["augment"] = True
     return Config(**recipe | given)

@@ -33,7 +33,7 @@ from readers.layouts import LAYOUTS
 @dataclass
 class Faces:
     """I face images with optional attributes, captions and sketches. For a data set on disk, all fields
-    are views of a memory-mapped index (readers/index.py)."""
+    are views of a memory-mapped index: arrays or `Column`s, which an array can index, too."""
     name: str                               # for errors: "CelebA train"
     images: object                          # uint8 (I, S, S, 3), or a sequence of Path or TarImage
     identity: np.ndarray                    # int64 (I,): equal numbers mean the same person
@@ -161,7 +161,7 @@ class Batch(NamedTuple):
 
 
 class BatchLoader(torch.utils.data.Dataset):
-    """Endless batches of `batch_size` for one of `world_size` processes, `batches_per_epoch` per epoch. Batch
+    """An endless stream of batches for one process; an epoch has `batches_per_epoch` of them. Batch
     n of an epoch is the n-th slice of world_size * batch_size faces of the epoch's permutation; rank r takes
     the r-th part of it, so that together the ranks see the batch of a single process. An item is the sample
     of (epoch, index), a pure function of these and the seed."""

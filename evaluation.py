@@ -70,7 +70,7 @@ class EvaluationSet(NamedTuple):
 
 @torch.no_grad()
 def evaluate(model: FLIP, validation: EvaluationSet, config):
-    """Encode the validation set, on every rank, and re-rank it, each rank its part of the pairs. Returns
+    """Every rank encodes the whole validation set; the pairs to re-rank are divided among them. Returns
     `retrieval_metrics` after re-ranking and by cosine alone ("itc_..."), and the re-ranked text-to-image
     scores (T, I). config: precision and k_test. The caller puts the model into evaluation mode."""
     device, size, faces = model.device, model.config.vit.image_size, validation.faces

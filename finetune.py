@@ -76,7 +76,7 @@ DRAWN = {"retrieval": dict(epochs=30, batch_size=250, lr=3e-3, itm_every=5, k_te
 # ---- training ------------------------------------------------------------------------------------
 class Task(NamedTuple):
     """What a task returns, given a model with frozen encoders and the faces of each split."""
-    trained: nn.Module      # the model, or a new head; trained is whatever requires gradients
+    trained: nn.Module      # the model or a new head; parameters that require gradients are updated
     batches: Callable       # batches(samples, config): endless, from these faces of the training split
     loss: Callable          # loss(batch, step) -> a scalar tensor
     metrics: Callable       # metrics("val" or "test") -> metrics in percent, and what `draw` needs
@@ -205,8 +205,8 @@ def pool_tokens(vit, images):
     tokens, hidden = vit(images, return_hidden=True)            # (B, L, D), and that after each block
     depth = vit.config.depth                                    # a shallow ViT has fewer of these
     depths = sorted({max(1, depth // 3), math.ceil(depth / 2), math.ceil(2 * depth / 3)})
-    vectors = [vector for x in (*(hidden[depth - 1] for depth in depths), tokens)
-               for vector in (x[:, 0], x[:, 1:].mean(1), x[:, 1:].amax(1))]
+    chosen = [hidden[n - 1] for n in depths] + [tokens]
+    vectors = [vector for x in chosen for vector in (x[:, 0], x[:, 1:].mean(1), x[:, 1:].amax(1))]
     return torch.stack(vectors, dim=1)
 
 

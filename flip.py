@@ -14,7 +14,7 @@ of earlier batches are kept in a queue. They were computed with older weights an
 only if the encoder changes slowly; so keys come from a moving average of the student. It also
 provides soft targets: another face's caption may be true of this face too, so a fraction alpha of
 the target is the momentum encoder's softmax over all keys; the rest is on the true pairs. (The
-tiny recipe switches all of this on late; config.py says why.)
+default run uses all of this from 85 % of its steps on, ITM from 25 % on; config.py says why.)
 
 `forward` computes the losses and changes no state. The training loop changes state, with one call
 each: `update_momentum`, `enqueue`, `clamp_temperature`. (The official forward does all of this.)
@@ -47,7 +47,7 @@ class FLIPConfig:
     bert: BertConfig = BertConfig()
     embed_dim: int = 256
     queue_size: int = 61440
-    itm_hardness: float | None = None   # used by `rerank_score`, as the tiny recipe does; None: the paper's
+    itm_hardness: float | None = None   # for `rerank_score`; None: the paper's score, logit 1 + cosine
 
 
 class StepParams(NamedTuple):
@@ -157,17 +157,14 @@ class FLIP(nn.Module):
     def rerank_score(self, logits, cosine):
         """The score that re-ranks candidates: ITM logits (..., 2) and cosines (...) -> (...).
 
-        The paper uses logit 1 + cosine. With an itm_hardness, the hardness of the negatives that the head was
-        trained with, it estimates a pair's pointwise mutual information up to a constant,
-
-            log p(i, t) / (p(i) p(t))  =  log p(i, t) / q(i, t)  +  log q(i, t) / (p(i) p(t))
-                                       ~  logit 1 - logit 0      +  hardness * cosine / tau
-
-        where q ~ p(i) p(t) exp(hardness * cosine / tau) is the density of the head's hard negatives."""
+        The paper uses logit 1 + cosine. A head trained with negatives of hardness h separates true pairs, of
+        density p(i, t), from a density q(i, t) proportional to p(i) p(t) exp(h cosine / tau), so logit 1 -
+        logit 0 estimates log p(i, t) / q(i, t) up to a constant. With h cosine / tau added, that is the
+        pointwise mutual information log p(i, t) / (p(i) p(t))."""
         if self.config.itm_hardness is None:
             return logits[..., 1] + cosine
-        bias = self.config.itm_hardness * cosine / self.temperature.to(cosine)
-        return logits[..., 1] - logits[..., 0] + bias
+        log_density = self.config.itm_hardness * cosine / self.temperature.to(cosine)
+        return logits[..., 1] - logits[..., 0] + log_density
 
     def forward(self, images: torch.Tensor, captions: Captions, identity: torch.Tensor,
                 params: StepParams = StepParams(), generator: torch.Generator | None = None):
@@ -327,7 +324,8 @@ class FLIP(nn.Module):
                 "tokenizer": self.tokenizer.to_json() if self.tokenizer else None}
 
     def save_pretrained(self, folder: str):
-        """Write model.safetensors, config.json and tokenizer.json, for all that takes a checkpoint."""
+        """Write model.safetensors, config.json and tokenizer.json, usable wherever a checkpoint is."""
+        self.require_tokenizer()
         write_folder(self.checkpoint(), folder)
 
     @staticmethod
@@ -372,7 +370,7 @@ def rerank(model: FLIP, image_tokens, captions: Captions, similarity, k: int):
     scores[image_index, text_index] = model.rerank_score(logits, similarity[image_index, text_index])
     if world_size > 1:
         dist.all_reduce(scores)
-    others = similarity.double() + (scores.min() - 2).clamp(max=-100)       # below the worst candidate
+    others = similarity.double() + scores.min() - 2     # below the worst candidate, ordered by cosine
     return torch.where(for_image, scores, others), torch.where(for_text, scores, others).T
 
 

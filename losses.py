@@ -8,8 +8,9 @@
          negatives: wrong pairs, sampled with a probability that grows with their cosine
 
 ITC compares features of the *student*, the model that is trained, with *keys*: features of the other
-modality computed by the *momentum encoder*, a moving average of the student. The keys are those of
-the batch and those of earlier batches, kept in a *queue*. flip.py explains why. ITM uses the student.
+modality computed by the *momentum encoder*, a moving average of the student (while the momentum is 0,
+by the student itself, without gradient). The keys are those of the batch and those of earlier
+batches, kept in a *queue*. flip.py explains why. ITM uses the student.
 
 Departures from the official code: pairs with the same identity count as positives, in batch and queue
 (the official code has a branch for this but never reaches it); positives are masked out *before* the

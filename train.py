@@ -94,7 +94,7 @@ def schedule(step: int, config: Config) -> StepParams:
 # ---- the step and the loop -----------------------------------------------------------------------
 @dataclass
 class TrainState:
-    """What the training loop works on; it changes the last three."""
+    """A run. The loop reassigns the last three fields; model, optimisers and log change in place."""
     config: Config                  # with the number of steps set
     model: FLIP
     ddp_model: nn.Module            # DistributedDataParallel(model), or with one process the model
@@ -276,14 +276,15 @@ def setup(config: Config, device: torch.device, log: Log) -> TrainState:
         else:
             model, faces, validation = new_model(config)
     model.to(device).train()
-    batch_size = min(config.batch_size, max(2, len(faces) // (4 * world_size)))
-    config = replace(config, batch_size=batch_size, precision=choose_precision(config.precision, device))
+    if config.fit_batch:
+        config = replace(config, batch_size=min(config.batch_size, max(2, len(faces) // (4 * world_size))))
     loader = BatchLoader(faces, model.tokenizer, model.config.vit.image_size, config.batch_size,
                          config.seed, config.augment, rank, world_size, config.workers)
     steps_per_epoch = loader.batches_per_epoch // config.accumulate
     assert steps_per_epoch > 0, "--accumulate needs more batches than an epoch has"
     steps = config.steps or config.epochs * steps_per_epoch
-    config = replace(config, steps=min(steps, config.max_epochs * steps_per_epoch or steps))
+    config = replace(config, steps=min(steps, config.max_epochs * steps_per_epoch or steps),
+                     precision=choose_precision(config.precision, device))      # resolved, for the checkpoint
     optimizers = build_optimizers(model, config.weight_decay, config.beta2, config.temperature_lr,
                                   config.muon_lr_image, config.muon_lr_text, config.muon_momentum)
     if saved:

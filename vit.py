@@ -7,9 +7,9 @@
 The contrastive loss uses the class token; in image-grounded mode the text encoder attends to all
 tokens. Three details follow CLIP, so that its weights load: a LayerNorm before the first block, the
 activation x * sigmoid(1.702 x), a patch convolution without bias. Implementations differ in the
-final LayerNorm: Hugging Face's CLIP applies it only to the pooled class token, the official FLIP to
-all tokens, because cross-attention reads them; so do we. (A misspelt key makes the official code
-drop CLIP's weights for this layer; here they load.)
+final LayerNorm: Hugging Face's CLIP applies it only to the pooled class token; the official FLIP, and
+this code, apply it to all tokens, because cross-attention reads them. (A misspelt key makes the
+official code drop CLIP's weights for this layer; here they load.)
 
 Capital letters are sizes, the same in every file, except that B in attention.py counts any sequences:
     B items of a batch on one process    S pixels on a side         L tokens of an image (1 + patches)
