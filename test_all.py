@@ -1015,6 +1015,9 @@ def test_trained_vocabulary_is_deterministic_and_knows_exactly_its_words():
     assert unknown_words("man/xyz Ω ?") == ["xyz", "ω"] and unknown_words("???") == []
     assert unknown_words("a man, o'clock") == []
     assert unknown_words("a man without glasses") == ["without"], "with ##o ##u ##t"
+    words = map("".join, itertools.islice(itertools.product("abcdefghi", repeat=4), 5001))
+    large = Tokenizer.train([*words, "zebra zebra"])            # the 5,000 most frequent words
+    assert known_and_unknown_words("zebra ghgf", large) == (["zebra"], ["ghgf"])
 
 
 @pytest.mark.parametrize("content, message", [
@@ -1502,6 +1505,13 @@ def test_written_faces_open_as_celeba_with_their_splits_attributes_and_pixels(tm
         image, attributes = toyfaces.face(number, 3, 24)
         assert split.images[i].name == f"{number + 1:06}.png" and (split.attributes[i] == attributes).all()
         assert (np.asarray(split.picture(i)) == np.asarray(image)).all()
+
+
+def test_faces_are_drawn_three_times_as_large_and_reduced():
+    rng = np.random.default_rng((3, 5))
+    attributes = toyfaces.sample_attributes(rng)
+    look, shapes = portrait.build_shapes(toyfaces.names_of(attributes), rng)
+    assert toyfaces.face(5, 3, 48)[0] == portrait.render(look, shapes, 144).reduce(3)
 
 
 def test_drawn_faces_are_cached_and_an_interrupted_drawing_leaves_no_file(tmp_path, monkeypatch):
