@@ -2103,12 +2103,13 @@ COS, SIN, CENTRE = math.cos(math.radians(15)), math.sin(math.radians(15)), 111.5
     ("rotate", [(COS, -SIN, CENTRE * (1 - COS + SIN)), (SIN, COS, CENTRE * (1 - SIN - COS))])])
 def test_affine_augmentations_map_coordinates_as_in_the_paper(name, matrix):
     """The colour of an output pixel is the position of its input pixel, matrix @ (x, y, 1)."""
-    y, x = np.mgrid[:224, :224]
-    position = Image.fromarray(np.stack([x, y, 0 * x], axis=-1).astype(np.uint8))
-    expected = np.stack([x, y, 1 + 0 * x], axis=-1) @ np.array(matrix).T                # (224, 224, 2)
-    inside = ((expected > 1) & (expected < 222)).all(-1)
-    found = np.asarray(data.AUGMENTATIONS[name](position, 1))[..., :2]
-    assert abs(found - expected)[inside].max() <= 1.1
+    for size in (224, 112):
+        y, x = np.mgrid[:size, :size]
+        position = Image.fromarray(np.stack([x, y, 0 * x], axis=-1).astype(np.uint8))
+        expected = np.stack([x, y, size / 224 + 0 * x], axis=-1) @ np.array(matrix).T   # (size, size, 2)
+        inside = ((expected > 1) & (expected < size - 2)).all(-1)
+        found = np.asarray(data.AUGMENTATIONS[name](position, 1))[..., :2]
+        assert abs(found - expected)[inside].max() <= 1.1
 
 
 def test_augmentation_changes_five_in_nine_images_beyond_mirroring():
@@ -2657,9 +2658,11 @@ def test_retrieval_is_trained_and_evaluated_on_images_with_several_captions(tune
     config = tuned("retrieval", data=str(tmp_path), random=False)
     rows = dict(finetune.finetune(config))
     model, test = FLIP.from_pretrained(tmp_path / "retrieval"), open_faces(tmp_path, "test")
-    metrics, scores = evaluation.evaluate(model, evaluation.EvaluationSet.from_faces(test), config)
+    evaluation_set = evaluation.EvaluationSet.from_faces(test)
+    metrics, scores = evaluation.evaluate(model, evaluation_set, config)
     assert metrics == rows[f"{config.checkpoint}, tuned"]
     own = torch.arange(12).repeat_interleave(2)                                 # (T,)
+    assert torch.equal(evaluation_set.image_of_text, own) and evaluation_set.texts[2:4] == test.captions[1]
     better = (scores > scores[torch.arange(24), own][:, None]).sum(1)
     assert metrics["img_r5"] == pytest.approx(100 * (better < 5).double().mean().item())
     assert rows["chance"]["img_r10"] == pytest.approx(1000 / 12) and 0 < metrics["img_r5"] < 100
