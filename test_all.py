@@ -2407,6 +2407,17 @@ def test_a_step_clips_gradients_and_temperature_and_draws_its_own_dropout_mask(t
     assert model.temperature.item() == 0.5
 
 
+def test_negatives_are_sampled_anew_in_every_step(tmp_path, cache, monkeypatch):
+    seeds, real = [], FLIP.sample_negatives
+    monkeypatch.setattr(FLIP, "sample_negatives", lambda model, *args: (
+        seeds.append(args[-1].initial_seed()), real(model, *args))[1])
+    with contextlib.closing((run := setup(quick(tmp_path, cache, itm_from=0.0))).log):
+        [batch] = take(run.loader, 0, 1)
+        for step in (4, 5, 4):
+            train.compute_gradients(run, [batch], step)
+    assert seeds[0] == seeds[2] != seeds[1]
+
+
 def test_two_micro_batches_give_their_mean_gradient(tmp_path, cache):
     """Without the queue, which the first batch has already filled when the second is used."""
     config = quick(tmp_path, cache, accumulate=2, queue_from=1.0, alpha_ramp=(1, 1), momentum_from=1.0,
