@@ -289,7 +289,7 @@ def in_batch_contrastive_loss(one, other, identity, temperature):
     """Symmetric contrastive loss of B pairs, features (B, E) each: ITC and IIC without a queue. As in
     pre-training, no gradient flows into the keys."""
     def one_way(feature, keys):
-        return contrastive_loss(feature, feature, keys.detach(), identity, identity, temperature, alpha=0.0)
+        return contrastive_loss(feature, feature, keys, identity, identity, temperature, alpha=0.0)
     return (one_way(one, other) + one_way(other, one)) / 2      # at alpha 0 there are no momentum features
 
 

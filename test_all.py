@@ -2311,7 +2311,7 @@ def test_resumed_run_has_the_log_of_an_uninterrupted_run(tmp_path, cache, monkey
     for number in stops:                    # nohup, for example, would have them ignored
         signal.signal(number, signal.SIG_DFL)
     signals, before = dict(zip((0, 3, 5), stops)), [signal.getsignal(number) for number in stops]
-    train.train(quick(tmp_path / "whole", cache, log_every=3))
+    train.train(quick(tmp_path / "whole", cache, log_every=3, batch_size=4, accumulate=2))
 
     def compute_gradients(run, batches, step, real=train.compute_gradients):
         if step in signals:
@@ -2321,7 +2321,7 @@ def test_resumed_run_has_the_log_of_an_uninterrupted_run(tmp_path, cache, monkey
             raise RuntimeError("memory ran out")
         return real(run, batches, step)
     monkeypatch.setattr(train, "compute_gradients", compute_gradients)
-    config = quick(tmp_path, cache, log_every=3)
+    config = quick(tmp_path, cache, log_every=3, batch_size=4, accumulate=2)
     for step in (1, 4, 6, 6):
         with pytest.raises((SystemExit, RuntimeError)) as caught:
             train.train(config)
