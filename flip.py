@@ -36,7 +36,7 @@ from bert import Bert, BertConfig, Captions, Tokenizer
 from common.distributed import all_gather, all_gather_objects, choose_device, rank_and_world_size
 from common.images import pixel_batches
 from common.script import run_script
-from common.weights import load_flip, official_name, official_state, read_checkpoint, write_folder  # noqa: F401
+from common.weights import load_flip, official_name, official_state, read_checkpoint, write_folder  # noqa
 from common.words import check_words
 from vit import ViT, ViTConfig
 

@@ -64,7 +64,7 @@ from attention import Attention, Sequences, attention
 from bert import Bert, BertConfig, Captions, Tokenizer, clean_caption
 from captions import ATTRIBUTES, FACTS
 from common.images import TarImage, contact_sheet, load_image, normalize_batch, resize_to_array
-from common.optim import Muon, build_optimizers, load_optimizers, newton_schulz
+from common.optim import Muon, build_optimizers, load_optimizers, newton_schulz, set_learning_rate
 from common.script import Log
 from common.weights import (
     BERT_KEYS,
@@ -808,6 +808,8 @@ def test_optimisers_have_the_settings_of_the_flags(tmp_path, cache):
     assert adamw.defaults["betas"] == (0.9, 0.97) and {g["momentum"] for g in muon.param_groups} == {0.8}
     assert {g["weight_decay"] for g in adamw.param_groups + muon.param_groups} == {0, 0.1}
     assert [{g["scale"] for g in o.param_groups} for o in (adamw, muon)] == [{1, 0.3}, {4.5, 1.5}]
+    set_learning_rate([adamw, muon], 2.0)
+    assert [{g["lr"] for g in o.param_groups} for o in (adamw, muon)] == [{2, 0.6}, {9, 3}]
 
 
 def test_newton_schulz_brings_singular_values_near_1_and_keeps_the_vectors():
@@ -2377,6 +2379,7 @@ def test_schedules_of_queue_and_itm():
                                  queue_from=0.5, itm_from=0.4, itm_every=3)
     lengths = [train.schedule(step, config).queue_length for step in (0, 49, 50, 97, 98)]
     assert lengths == [0, 0, 200, 388, 390]
+    assert train.schedule(50, dataclasses.replace(config, accumulate=2, queue_size=500)).queue_length == 400
     with_itm = [step for step in range(100) if train.schedule(step, config).with_itm]
     assert with_itm == [step for step in range(40, 100) if step % 3 == 0]
 
@@ -2405,6 +2408,20 @@ def test_a_step_clips_gradients_and_temperature_and_draws_its_own_dropout_mask(t
     model.temperature.data.fill_(2.0)
     train_step(run, [batch], 0)
     assert model.temperature.item() == 0.5
+
+
+def test_momentum_is_that_of_the_next_step_and_the_log_has_itm_per_step_that_trained_it(
+        tmp_path, cache, monkeypatch):
+    momenta = []
+    monkeypatch.setattr(FLIP, "update_momentum", lambda model, momentum: momenta.append(momentum))
+    with contextlib.closing((run := setup(quick(tmp_path, cache, itm_from=0.0, itm_every=2))).log):
+        momenta.clear()
+        for step in (0, 1):
+            train.update(run, [], step)
+        assert momenta == [0, run.config.momentum] and run.config.momentum_from * run.config.steps == 1.6
+        run.recent, run.done = [torch.tensor([3.0, 2.0]), torch.tensor([5.0, 0.0])], 2
+        losses = train.mean_losses(run)
+        assert (losses["itc"], losses["itm"]) == (4, 2)
 
 
 def test_negatives_are_sampled_anew_in_every_step(tmp_path, cache, monkeypatch):
