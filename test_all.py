@@ -3120,6 +3120,8 @@ def test_counterfactuals_are_the_same_face_and_right_if_the_score_of_the_one_wit
     for absent, present in report.counterfactual_pairs(attribute, 3, 96):
         differs = (np.asarray(absent) != np.asarray(present)).any(-1)
         assert differs[:40].any() and not differs[60:].any()
+    for absent, present in report.counterfactual_pairs(ATTRIBUTES.index("Pale_Skin"), 3, 96):
+        assert np.mean(present) > np.mean(absent)
     model = FLIP.from_pretrained(uninterrupted)
 
     def match(images, texts):               # ITC is right; both together are not, in the paper's sum
