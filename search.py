@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from common.distributed import autocast, stop_signals
-from common.images import IMAGE_SUFFIXES, contact_sheet, iterate_images, load_image
+from common.images import IMAGE_SUFFIXES, contact_sheet, iterate_images, load_image, pixel_batches
 from common.script import atomic_write, run_script
 from common.weights import read_file
 from common.words import known_and_unknown_words, vocabulary
@@ -106,7 +106,7 @@ def search(model: FLIP, features: dict, query: str, without=(), top=8) -> list[S
         warnings.warn(f"{negation[0]!r} excludes nothing; use --without (in Python: without=[...])")
     paths, texts = list(features), [query, *([without] if isinstance(without, str) else without)]
     text_features = model.encode_text(texts).cpu()              # warns about unknown words
-    weights = torch.tensor([1.0, *(-1 / len(texts) for _ in texts[1:])])                  # (T,)
+    weights = torch.tensor([1.0, *(-1 / len(texts) for _ in texts[1:])])                        # (T,)
     cosines = torch.stack([*features.values()]) @ text_features.T                               # (I, T)
     best = (cosines @ weights).topk(min(max(32, top), len(paths))).indices                      # (k,)
     with fast_autocast(model):
@@ -132,8 +132,7 @@ def attribute_patches(model: FLIP, images: list, phrase: str, steps=8) -> torch.
     mean colour, to the image. (At the image itself the gradient vanishes where the head is certain.)"""
     captions, sizes, attributions = model.tokenize([phrase]), model.config.vit, []
     text_feature = model.student.text_features(captions)[0].detach()
-    read = lambda i, size: load_image(images[i], size=size)
-    for _, pixels in iterate_images(read, len(images), sizes.image_size, "", batch_size=8, show=False):
+    for pixels in pixel_batches(images, sizes.image_size, batch_size=8):
         pixels = pixels.to(model.device, model.dtype)
         gradient = torch.zeros_like(pixels)
         for step in range(steps):

@@ -134,9 +134,10 @@ def write_index(index: Path, layout, path: Path, index_records):
         if not size:
             raise ValueError(f"{path}: expected records of {layout.title}, found none")
     rows = np.concatenate(parts)
-    with atomic_write(index) as partial, open(partial, "wb") as file:
-        np.save(file, rows[rows["group"].argsort(kind="stable")])
-    os.utime(index, (begin, begin))             # what changed while it was read is newer
+    with atomic_write(index) as partial:
+        with open(partial, "wb") as file:
+            np.save(file, rows[rows["group"].argsort(kind="stable")])
+        os.utime(partial, (begin, begin))       # what changed while it was read is newer
 
 
 def index_records(reader, image_folders: tuple, folder: Path, columns: tuple, outside: bool, job):
