@@ -18,17 +18,14 @@ import pickle
 import re
 import runpy
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
 import tarfile
 import tempfile
 import tracemalloc
-import zipfile
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 import numpy as np
@@ -66,7 +63,7 @@ from bert import Bert, BertConfig, Captions, Tokenizer, clean_caption
 from captions import ATTRIBUTES, FACTS
 from common import weights as files
 from common.images import TarImage, load_image, normalize_batch, resize_to_array
-from common.optim import Muon, build_optimizers, newton_schulz, set_learning_rate
+from common.optim import Muon, build_optimizers, set_learning_rate
 from common.script import Log
 from common.weights import load_bert, load_clip, map_key, official_name, official_state
 from common.words import known_and_unknown_words
@@ -161,11 +158,20 @@ def take(loader, start, count):
     return list(itertools.islice(loader.iterate_from(start), count))
 
 
-def write_images(folder, names, image=lambda i: Image.new("RGB", (8, 8), (i % 256,) * 3)):
-    for i, name in enumerate(names):
+def write_files(folder, files):
+    """{name: content}: images, texts, bytes, or anything that JSON can express."""
+    for name, content in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        image(i).save(folder / name)
+        if isinstance(content, Image.Image):
+            content.save(folder / name)
+        else:
+            content = content if isinstance(content, (str, bytes)) else json.dumps(content)
+            (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
     return folder
+
+
+def grey_images(names, image=lambda i: Image.new("RGB", (8, 8), (i % 256,) * 3)):
+    return {name: image(i) for i, name in enumerate(names)}
 
 
 VALUES, PARTITION = "list_attr_celeba.txt", "list_eval_partition.txt"
@@ -174,20 +180,18 @@ VALUES, PARTITION = "list_attr_celeba.txt", "list_eval_partition.txt"
 def write_celeba(folder, kaggle=False, count=6, held_out=1, size=(178, 218)):
     """CelebA's layout, or Kaggle's of it; the last 2 * held_out faces are for validation and test."""
     names, attributes = [f"{i + 1:06d}.jpg" for i in range(count)], random_faces(count)
-    write_images(folder / "img_align_celeba" / ("img_align_celeba" if kaggle else "."), names,
-                 lambda i: Image.new("RGB", size, (40 * i, 90, 60)))
+    images = folder / "img_align_celeba" / ("img_align_celeba" if kaggle else ".")
+    write_files(images, {name: Image.new("RGB", size, (40 * i, 90, 60)) for i, name in enumerate(names)})
     rows = ([name, *np.where(row, "1", "-1")] for name, row in zip(names, attributes))
     parts = [*zip(names, np.repeat(["0", "1", "2"], [count - 2 * held_out, held_out, held_out]))]
     if kaggle:
         quoted = [",".join(f'"{field}"' for field in row) for row in [["image_id", *ATTRIBUTES], *rows]]
-        (folder / "list_attr_celeba.csv").write_text("\n".join(quoted))
         lines = map(",".join, [("image_id", "partition"), *parts])
-        (folder / "list_eval_partition.csv").write_text("\n".join(lines))
-    else:
-        lines = [f"{count}", " ".join(ATTRIBUTES) + " ", *("  ".join(row) for row in rows)]
-        (folder / VALUES).write_text("\n".join(lines) + "\n")
-        (folder / PARTITION).write_text("\n".join(" ".join(row) for row in parts) + "\n")
-    return folder
+        return write_files(folder, {"list_attr_celeba.csv": "\n".join(quoted),
+                                    "list_eval_partition.csv": "\n".join(lines)})
+    lines = [f"{count}", " ".join(ATTRIBUTES) + " ", *("  ".join(row) for row in rows), ""]
+    return write_files(folder, {VALUES: "\n".join(lines),
+                                PARTITION: "".join(f"{name} {part}\n" for name, part in parts)})
 
 
 def open_faces(path, split="train", **options):
@@ -335,12 +339,6 @@ def test_attention_kernels_are_deterministic_and_exact_at_dropout_0(device, firs
     assert all(map(torch.equal, one, other))
 
 
-def test_attention_computes_in_the_dtype_of_autocast():
-    inputs, sequences, _ = attention_case(*OTHERS)
-    with torch.autocast(DEVICE, torch.bfloat16):
-        assert attention(*inputs, *sequences).dtype == torch.bfloat16
-
-
 # ---- losses.py (ITC) and kernels/contrastive.py --------------------------------------------------
 # against float64 autograd through torch's cross-entropy
 def contrastive_case(B=20, Q=300, E=32, temperature=0.07, dtype=torch.float32):
@@ -384,15 +382,13 @@ def test_contrastive_kernel_and_plain_forms_match_float64(monkeypatch, shape, pr
 
 
 def test_triton_computes_sizes_and_dtypes_it_has_launch_configurations_for(monkeypatch):
-    for supported in (False, True):
-        for module in (attention_kernels, contrastive_kernels):
+    for module, width, dtype in ((attention_kernels, 64, torch.bfloat16),
+                                 (contrastive_kernels, 256, torch.float32)):
+        for supported in (False, True):
             monkeypatch.setattr(module, "triton_supports", lambda tensor: supported)
-        for uses_triton, width, wider, dtype in (
-                (attention_kernels.uses_triton, 64, 65, torch.bfloat16),
-                (contrastive_kernels.uses_triton, 256, 257, torch.float32)):
-            assert uses_triton(torch.zeros(2, width, dtype=dtype)) == supported
-            assert not uses_triton(torch.zeros(2, wider, dtype=dtype))
-            assert not uses_triton(torch.zeros(2, width, dtype=torch.float64))
+            assert module.uses_triton(torch.zeros(2, width, dtype=dtype)) == supported
+            assert not module.uses_triton(torch.zeros(2, width + 1, dtype=dtype))
+            assert not module.uses_triton(torch.zeros(2, width, dtype=torch.float64))
 
 
 def test_contrastive_loss_is_float32_under_autocast_and_for_half_precision_features():
@@ -432,16 +428,22 @@ def test_reduced_jpeg_decoding_matches_full_decoding(tmp_path):
             assert np.abs(np.asarray(image).astype(int) - np.asarray(expected)).mean() < 1
 
 
-def test_transparent_images_are_shown_on_white_and_other_formats_say_what_they_need(tmp_path):
+def test_transparent_images_are_shown_on_white(tmp_path):
     hidden = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
     hidden.paste((0, 0, 255, 255), (0, 0, 4, 8))
     for image in (hidden, hidden.convert("P"), hidden.convert("LA").convert("RGBA")):
         image.save(tmp_path / "a.png")
         loaded = load_image(tmp_path / "a.png")
         assert loaded.mode == "RGB" and loaded.getpixel((7, 0)) == (255, 255, 255) != loaded.getpixel((0, 0))
-    for suffix, hint in ((".heic", "convert HEIC to JPEG"), (".AVIF", "AVIF needs Pillow 11.3 or later")):
-        (tmp_path / f"a{suffix}").write_text("?")
-        assert f"a{suffix} is not an image; {hint}" in error_of(load_image, tmp_path / f"a{suffix}")
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("a.heic", "?", "a.heic is not an image; convert HEIC to JPEG"),
+    ("a.AVIF", "?", "a.AVIF is not an image; AVIF needs Pillow 11.3 or later"),
+    ("a.png", Image.new("1", (20_000, 20_000)), "exceeds limit"),           # 50 KB that would take 1.2 GB
+    ("a.png", Image.new("I;16", (8, 8)), "expected 8 bits per channel, found Pillow's mode I;16")])
+def test_other_formats_decompression_bombs_and_16_bits_are_rejected(tmp_path, name, content, message):
+    assert message in error_of(load_image, write_files(tmp_path, {name: content}) / name)
 
 
 def test_exif_orientation_rotates_the_image_but_not_its_size_or_boxes(tmp_path):
@@ -462,14 +464,6 @@ def test_pixels_are_normalised_by_clips_published_mean_and_deviation_in_rgb_orde
     close(pixels, torch.tensor([(x - m) / d for x, m, d in zip((1.0, 0.2, 0.0), mean, deviation)]), 1e-6)
 
 
-@pytest.mark.parametrize("image, message", [
-    (Image.new("1", (20_000, 20_000)), "exceeds limit"),                    # 50 KB that would take 1.2 GB
-    (Image.new("I;16", (8, 8)), "expected 8 bits per channel, found Pillow's mode I;16")])
-def test_decompression_bombs_and_images_of_16_bits_are_rejected(tmp_path, image, message):
-    image.save(tmp_path / "face.png")
-    assert message in error_of(load_image, tmp_path / "face.png")
-
-
 # ---- common/weights.py ---------------------------------------------------------------------------
 # against the names, shapes and values of the official checkpoints, recorded in golden.npz
 def clip_weights(encoder):
@@ -488,7 +482,7 @@ def test_clip_weights_load_by_hugging_face_names_and_resize_to_another_image_siz
     from safetensors.torch import save_file
     source, same, larger = (ViT(dataclasses.replace(GOLDEN_CONFIG.vit, image_size=s)) for s in (32, 32, 64))
     save_file(clip_weights(source), tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text('{"vision_config": {"hidden_act": "quick_gelu", "hidden_size": 9}}')
+    write_files(tmp_path, {"config.json": {"vision_config": {"hidden_act": "quick_gelu", "hidden_size": 9}}})
     load_clip(same, tmp_path)
     load_clip(larger, tmp_path)
     close(same(images := torch.randn(2, 3, 32, 32)), source(images), 0)
@@ -515,7 +509,7 @@ def test_mismatched_weights_or_settings_are_named_and_none_is_loaded(tmp_path, w
     encoder, weights = ViT(GOLDEN_CONFIG.vit), clip_weights(ViT(GOLDEN_CONFIG.vit)) | weights
     before = copy.deepcopy(encoder.state_dict())
     torch.save({name: x for name, x in weights.items() if x is not None}, tmp_path / "pytorch_model.bin")
-    (tmp_path / "config.json").write_text(json.dumps(settings))
+    write_files(tmp_path, {"config.json": settings})
     for source in (tmp_path, tmp_path / "pytorch_model.bin"):
         assert message in error_of(load_clip, encoder, source)
     assert all(torch.equal(tensor, before[name]) for name, tensor in encoder.state_dict().items())
@@ -532,17 +526,16 @@ def test_files_of_a_hub_name_come_from_the_hub_and_misspelt_paths_do_not_ask_it(
             raise huggingface_hub.errors.EntryNotFoundError("404")
         return str(asked[-1])
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    for name in ("OpenFace-CQUPT/FLIP/ckpt", "bert-base-uncased", "owner/clip"):
-        (hub / name).mkdir(parents=True)
-    (tmp_path / "official.pth").rename(hub / "OpenFace-CQUPT/FLIP/ckpt/FLIP-base.pth")
-    golden_tokenizer(hub / "bert-base-uncased")
+    checkpoint = (tmp_path / "official.pth").read_bytes()
+    write_files(hub, {"OpenFace-CQUPT/FLIP/ckpt/FLIP-base.pth": checkpoint,
+                      "bert-base-uncased/vocab.txt": str(RECORDED["vocab"])})
     model = FLIP.from_pretrained("OpenFace-CQUPT/FLIP", GOLDEN_CONFIG, vocabulary="bert-base-uncased")
     assert all(map(torch.equal, model.parameters(), official.parameters()))
     assert model.encode_text(["a man"]).shape == (1, 12)
-    assert "contains no vocabulary; pass --vocabulary" in error_of(official.encode_text, ["a man"])
-    torch.save(clip_weights(ViT(GOLDEN_CONFIG.vit)), hub / "owner/clip/pytorch_model.bin")
+    torch.save(clip_weights(ViT(GOLDEN_CONFIG.vit)), tmp_path / "clip.bin")
+    write_files(hub, {"owner/clip/pytorch_model.bin": (tmp_path / "clip.bin").read_bytes()})
     load_clip(ViT(GOLDEN_CONFIG.vit), "owner/clip")                 # it has no config.json
-    (hub / "owner/clip/config.json").write_text('{"vision_config": {"hidden_act": "gelu"}}')
+    write_files(hub, {"owner/clip/config.json": {"hidden_act": "gelu"}})
     assert "found 'gelu'" in error_of(load_clip, ViT(GOLDEN_CONFIG.vit), "owner/clip")
     asked.clear()
     for name in ("flip", "a/b/c", "~/flip", "out/flip.pt", str(tmp_path)):
@@ -587,20 +580,12 @@ def test_changed_checkpoint_is_rejected(uninterrupted, tmp_path, change, message
         setup(train_config.parse_arguments(["--out", str(tmp_path), "--resume"]))
 
 
-def flip_bit(path):
-    """Flip a bit of the largest tensor of a file that torch.save wrote."""
-    content = bytearray(path.read_bytes())
-    with zipfile.ZipFile(path) as archive:
-        largest = max(archive.infolist(), key=lambda entry: entry.file_size)
-        content[content.index(archive.read(largest)) + 4321] ^= 64
-    path.write_bytes(content)
-
-
-@pytest.mark.parametrize("change", [flip_bit, lambda path: path.write_bytes(path.read_bytes()[:-5000]),
-                                    lambda path: path.write_text("noise" * 100)])
-def test_damaged_checkpoint_is_rejected_with_its_name(uninterrupted, tmp_path, change):
-    shutil.copy(uninterrupted / "flip.pt", tmp_path)
-    change(tmp_path / "flip.pt")
+@pytest.mark.parametrize("damage", [
+    lambda content: content[:len(content) // 2] + bytes([content[len(content) // 2] ^ 64])
+    + content[len(content) // 2 + 1:], lambda content: content[:-5000], lambda content: b"noise"])
+def test_damaged_checkpoint_is_rejected_with_its_name(uninterrupted, tmp_path, damage):
+    """One bit flipped, cut off, something else."""
+    (tmp_path / "flip.pt").write_bytes(damage((uninterrupted / "flip.pt").read_bytes()))
     with pytest.raises(Exception) as caught:
         FLIP.from_pretrained(tmp_path)
     assert f"in {tmp_path}/flip.pt" in caught.value.__notes__
@@ -657,27 +642,6 @@ def test_all_names_of_the_official_base_model_load_and_save(tmp_path):
     assert large.config.heads == 16
 
 
-# ---- common/distributed.py -----------------------------------------------------------------------
-# against the threads that Linux lists
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's list of a process's threads")
-def test_no_thread_of_the_process_group_outlives_a_run():
-    """A gloo thread that frees a tensor during Python's shutdown aborts the process, in one run of thirty."""
-    code = """
-import atexit, os
-def report():
-    print(*(open(f"/proc/self/task/{n}/comm").read().strip() for n in os.listdir("/proc/self/task")))
-atexit.register(report)                         # called last, because it is registered first
-import train
-train.init_distributed("cpu")
-model = train.DistributedDataParallel(train.torch.nn.Linear(1, 1))
-model(train.torch.ones(1, 1)).backward()
-report()
-del model
-"""
-    during, after = run_python("-c", code, **group_of(1)[0]).splitlines()
-    assert "gloo" in during and "gloo" not in after
-
-
 # ---- common/optim.py -----------------------------------------------------------------------------
 # against torch.optim.Muon and a singular value decomposition
 @pytest.mark.parametrize("image, text", [(0, 0), (4, 0), (3, 2)])
@@ -719,16 +683,6 @@ def test_muon_matches_torchs_without_bfloat16(monkeypatch):
         reference.step()
     for p, q in zip(ours, theirs):
         close(p, q, 1e-5)
-
-
-def test_newton_schulz_brings_singular_values_near_1_and_keeps_the_vectors():
-    torch.manual_seed(0)
-    X = torch.randn(4, 8, 32) * torch.logspace(0, -2, 8)[:, None]
-    U, S, V = torch.linalg.svd(X.double(), full_matrices=False)
-    inside = U.mT @ newton_schulz(X).double() @ V.mT
-    values = inside.diagonal(dim1=1, dim2=2)
-    assert 0.65 < values.min() and values.max() < 1.25 and (S.amax(1) / S.amin(1)).min() > 50
-    close(inside, torch.diag_embed(values), 1e-4)
 
 
 # ---- vit.py --------------------------------------------------------------------------------------
@@ -974,14 +928,6 @@ def test_reranked_scores_are_the_official_ones_and_the_rest_rank_by_cosine(offic
         assert evaluation.retrieval_metrics(*scores, torch.arange(8)) == pytest.approx(theirs)
 
 
-def test_reranked_candidates_rank_above_all_others_whatever_their_scores():
-    similarity = -torch.tensor([[0.5, 0.6, 0.9], [0.8, 0.3, 0.7]])
-    model = SimpleNamespace(score_pairs=lambda tokens, captions, pairs: torch.zeros(len(pairs), 2),
-                            rerank_score=lambda logits, cosines: 1000 * cosines)
-    for scores, cosines in zip(rerank(model, None, None, similarity, k=1), (similarity, similarity.T)):
-        assert torch.equal(scores.argsort(), cosines.argsort())
-
-
 @pytest.mark.parametrize("hardness", [0.0, 0.5, 1.0])
 def test_perfect_matching_head_ranks_by_the_probability_of_the_pair(hardness):
     """At any cosines: the score corrects for the sampling of the negatives."""
@@ -1017,22 +963,20 @@ def test_forward_changes_no_state_and_the_loop_clamps_the_temperature(official):
         assert official.temperature.item() == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("backend, dropout", [
-    ("aot_eager", 0.1), pytest.param("inductor", 0.0, marks=pytest.mark.slow)])
-def test_encoders_compile_into_one_graph_forward_and_backward(backend, dropout):
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_encoders_compile_into_one_graph_forward_and_backward(backend):
     """Cosines of a batch, and ITM logits of its captions with other images."""
     def loss_of(images, captions):
         tokens, image_features = model.student.image_tokens_and_features(images)
         cosines = image_features @ model.student.text_features(captions).T
         logits = model.itm_logits(tokens.flip(0), captions)
         return (cosines * model.temperature).square().sum() + logits.square().sum()
-    model, results = small_flip(dropout=dropout), []
+    model = small_flip()
     trained = [p for p in model.parameters() if p.requires_grad]
     torch._dynamo.reset()
-    for function in (torch.compile(loss_of, fullgraph=True, backend=backend), loss_of):
-        torch.manual_seed(0)                # for the same dropout
-        loss = function(GOLDEN["eval.images"], golden_captions("eval"))
-        results.append(with_gradients(loss, trained))
+    compiled = torch.compile(loss_of, fullgraph=True, backend=backend)
+    results = [with_gradients(function(GOLDEN["eval.images"], golden_captions("eval")), trained)
+               for function in (compiled, loss_of)]
     for actual, expected in zip(*results):
         size = expected.abs().max().item()
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5 * size + 1e-8)
@@ -1051,29 +995,26 @@ def test_negatives_are_sampled_with_their_probabilities():
 def write_pictures(folder):
     """Five drawn faces: their images, and the paths of their files."""
     faces, paths = data.load_toy_faces(5, 48, 3, folder), [f"{folder}/{i}.png" for i in range(5)]
-    write_images(folder, paths, faces.picture)
-    return [faces.picture(i) for i in range(5)], paths
+    write_files(folder, pictures := grey_images(paths, faces.picture))
+    return [*pictures.values()], paths
 
 
 def test_similarity_and_match_probability_are_those_of_itc_and_itm(uninterrupted, tmp_path):
-    model, texts, (pictures, paths) = FLIP.from_pretrained(uninterrupted), ["a smiling woman", "a man"], (
-        write_pictures(tmp_path))
+    model, texts = FLIP.from_pretrained(uninterrupted), ["a smiling woman", "a man"]
+    pictures, paths = write_pictures(tmp_path)
     cosines, matches = model.similarity(paths * 30, texts), model.match_probability(paths, texts)
     assert not cosines.requires_grad and cosines.shape == (150, 2)             # more than one batch
     for i, picture in enumerate(pictures):
         tokens, feature = model.student.image_tokens_and_features(normalize_batch([np.asarray(picture)]))
-        expected = feature @ model.student.text_features(model.tokenizer(texts)).T
-        torch.testing.assert_close(cosines[i], expected[0])
+        close(cosines[i], (feature @ model.student.text_features(model.tokenizer(texts)).T)[0], 1e-6)
         for t, text in enumerate(texts):
-            expected = model.itm_logits(tokens, model.tokenizer([text])).softmax(1)[0, 1]
-            torch.testing.assert_close(matches[i, t], expected)
-    logits, cosines = model.match(paths, texts)
-    assert torch.equal(model.score(paths, texts), model.rerank_score(logits, cosines))
+            logits = model.itm_logits(tokens, model.tokenizer([text]))
+            close(matches[i, t], logits.softmax(1)[0, 1])
+            close(model.score(picture, text)[0, 0], model.rerank_score(logits, cosines[i, t])[0], 1e-4)
     for text in ("freckles", "", " . "):
         assert f"no word of {text!r} is in the model's" in error_of(model.encode_text, ["a man", text])
     with pytest.warns(UserWarning, match=r"vocabulary: smiles \(try smile\), xyz$"):
         model.similarity(paths[0], "a man, he smiles, xyz")
-    assert "vocabulary: men (try man)" in error_of(model.encode_text, "men")
 
 
 def test_images_and_texts_of_every_kind_have_the_same_features_in_any_batches(uninterrupted, tmp_path):
@@ -1082,7 +1023,6 @@ def test_images_and_texts_of_every_kind_have_the_same_features_in_any_batches(un
     close(expected.norm(dim=1), torch.ones(5))
     for images in (pictures, pixels, [Path(paths[0]), *pictures[1:]]):
         assert torch.equal(model.encode_image(images), expected)
-    close(model.encode_image(paths, batch_size=2), expected, 1e-6)
     for image in (pictures[3], pixels[3], paths[3]):
         close(model.encode_image(image)[0], expected[3], 1e-6)
     texts = ["a man", "a smiling woman", "an old man"]
@@ -1091,10 +1031,7 @@ def test_images_and_texts_of_every_kind_have_the_same_features_in_any_batches(un
     modes = [module.training for module in model.modules()]
     model.score(paths, ["a man"])
     assert modes == [module.training for module in model.modules()], "parts in evaluation mode stay so"
-    (tmp_path / "text.png").write_text("no image")
-    for name in ("missing.png", "text.png"):
-        with pytest.raises((OSError, ValueError), match=name):
-            model.encode_image([paths[0], tmp_path / name])
+    assert "missing.png cannot be read" in error_of(model.encode_image, [paths[0], "missing.png"])
 
 
 @pytest.mark.parametrize("dtype, tolerance", [
@@ -1118,6 +1055,11 @@ def test_models_of_other_precision_agree_with_float32(uninterrupted, tmp_path, m
 
 @pytest.mark.parametrize("has_bf16", [True, False])
 def test_auto_precision_is_bf16_on_fast_cpus_and_stays_with_the_run(tmp_path, cache, monkeypatch, has_bf16):
+    """The device is a GPU if there is one."""
+    for cuda in (True, False):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.cuda, "is_available", lambda: cuda)
+            assert common.distributed.choose_device("auto").type == ("cuda" if cuda else "cpu")
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": has_bf16})
     expected = "bf16" if has_bf16 else "float32"
     train.train(quick(tmp_path, cache, precision="auto", steps=1))
@@ -1125,13 +1067,6 @@ def test_auto_precision_is_bf16_on_fast_cpus_and_stays_with_the_run(tmp_path, ca
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": not has_bf16})
     resumed = setup(train_config.parse_arguments(["--resume", "--out", str(tmp_path)]))
     assert resumed.config.precision == expected
-
-
-def test_device_is_a_gpu_if_there_is_one(monkeypatch):
-    for cuda in (True, False):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
-        assert common.distributed.choose_device("auto").type == ("cuda" if cuda else "cpu")
-    assert common.distributed.choose_device("mps").type == "mps"
 
 
 # ---- captions.py ---------------------------------------------------------------------------------
@@ -1344,8 +1279,7 @@ def write_tar(folder, members={}, records=60, name="00000", **changes):
         files |= {f"{i:09d}.jpg": image, f"{i:09d}.txt": b"x", f"{i:09d}.json": json.dumps(record).encode()}
     folder.mkdir(exist_ok=True)
     write_members(folder / f"{name}.tar", files | members)
-    (folder / f"{name}_stats.json").write_text(json.dumps({"successes": records}))
-    return folder
+    return write_files(folder, {f"{name}_stats.json": {"successes": records}})
 
 
 def change_keeping_its_time(path):
@@ -1362,10 +1296,6 @@ def change_keeping_its_time(path):
 def test_data_set_is_indexed_once_until_a_file_changes_or_with_other_columns(
         tmp_path, monkeypatch, write, name, change):
     write(tmp_path)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(index, "index_records", MagicMock(side_effect=KeyboardInterrupt))
-        open_faces(tmp_path)
-    assert not list((tmp_path / "cache").iterdir())             # an interrupted run leaves no file
     images = [*open_faces(tmp_path).images]
     monkeypatch.setattr(index, "write_index", lambda *_: pytest.fail("indexed again"))
     assert [*open_faces(tmp_path).images] == images
@@ -1389,11 +1319,13 @@ def test_a_million_faces_are_reopened_without_reading_them(tmp_path, monkeypatch
 
 
 def test_tars_are_read_in_place_cropped_to_the_box_and_split_by_url(tmp_path, capsys):
-    splits = open_splits(write_tar(tmp_path, {"000000003.jpg": b""}, 200))
+    write_tar(tmp_path / "part", {"000000003.jpg": b""}, 200)
+    (tmp_path / "loop").symlink_to(tmp_path)                # is followed, but each tar is read once
+    splits = open_splits(tmp_path)
     names = [image.name for faces in splits for image in faces.images]
     assert len(names) == len(set(names)) == 199 and "000000003.jpg" not in names
     assert "train: 1 of 188 are invalid and left out:\n" in (printed := capsys.readouterr().out)
-    assert "00000.tar: '000000003': no image\n" in printed
+    assert "part/00000.tar: '000000003': no image\n" in printed
     urls = [{int(texts[0].split()[1]) // 2 for texts in faces.captions} for faces in splits]
     assert len(set.union(*urls)) == sum(map(len, urls)) == 100
     i = next(i for i, texts in enumerate(splits[0].captions) if int(texts[0].split()[1]) % 4 == 2)
@@ -1475,19 +1407,6 @@ def test_tars_of_every_format_are_read_also_joined_ones_and_a_damaged_one_is_nam
         assert expected in capsys.readouterr().out and expected in invalid[-1], (first, stop)
 
 
-def test_tars_in_linked_subfolders_are_read_once(tmp_path):
-    folders = [tmp_path / "set" / name for name in (".", "part-0", "part-1/a")]
-    for folder in [*folders, tmp_path / "elsewhere"]:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_tar(folder, records=200)
-    (tmp_path / "set/loop").symlink_to(tmp_path / "set")
-    (tmp_path / "set/part-2").symlink_to(tmp_path / "elsewhere")
-    splits = open_splits(tmp_path / "set")
-    assert len({n for faces in splits for n in faces.identity.tolist()}) == 800
-    found = Counter(image.tar.parent for faces in splits for image in faces.images)
-    assert found == dict.fromkeys([*folders, tmp_path / "set/part-2"], 200)
-
-
 def test_any_webdataset_is_read_with_its_captions_from_json_or_txt_and_whole_images(tmp_path):
     """Without URLs, a face is split by its key, in whichever tar."""
     images, members = (("a/0", "jpg"), ("a/1", "JPEG"), ("./b.d/2", "png"), ("3", "webp")), {}
@@ -1517,11 +1436,9 @@ def test_any_webdataset_is_read_with_its_captions_from_json_or_txt_and_whole_ima
 
 
 def write_captions(folder, records=None, name="train.json", count=4):
-    write_images(folder / "images", [f"{i}.png" for i in range(count)])
     records = records or [{"image": f"{i}.png", "image_id": "ab"[i // 2],
                            "caption": [f"face {i}", f"the face {i}"]} for i in range(4)]
-    (folder / name).write_text(json.dumps(records))
-    return folder
+    return write_files(folder, grey_images(f"images/{i}.png" for i in range(count)) | {name: records})
 
 
 def test_caption_list_is_read_with_identities(tmp_path):
@@ -1542,7 +1459,7 @@ def test_image_is_known_by_its_normalised_name_below_the_folder_and_empty_captio
         "0.png": "a", "./1.png": ["", "b", None, " .", "c"], "images/../link/2.png": ["d", ""],
         f"{tmp_path}/set/images/./3.png": "e", "images//0.png": "a second caption"}.items()]
     folder = write_captions(tmp_path / "set", records)
-    write_images(tmp_path, ["2.png"])
+    write_files(tmp_path, grey_images(["2.png"]))
     (folder / "link").symlink_to(tmp_path)
     faces = open_faces(folder)
     assert [str(path.relative_to(folder)) for path in faces.images] == [
@@ -1594,14 +1511,11 @@ def test_celeba_is_read_in_its_own_and_in_kaggles_layout(tmp_path, kaggle):
 
 
 def write_mm_celeba(folder, numbers=(*range(2, 42), 24000, 24001), pickles=False):
-    write_images(folder / "images", [f"{n}.jpg" for n in numbers])
-    (folder / "text/celeba-caption").mkdir(parents=True)
-    for n in numbers:
-        (folder / f"text/celeba-caption/{n}.txt").write_text(f"face {n}.\n\n  the face {n}.  \n")
-    for split, names in (("train", ["2", "10.jpg", b"3", 4]), ("test", ["5"])) if pickles else ():
-        (folder / split).mkdir()
-        (folder / split / "filenames.pickle").write_bytes(pickle.dumps(names))
-    return folder
+    files = {f"text/celeba-caption/{n}.txt": f"face {n}.\n\n  the face {n}.  \n" for n in numbers}
+    if pickles:
+        files |= {"train/filenames.pickle": pickle.dumps(["2", "10.jpg", b"3", 4]),
+                  "test/filenames.pickle": pickle.dumps(["5"])}
+    return write_files(folder, files | grey_images(f"images/{n}.jpg" for n in numbers))
 
 
 def test_mm_celeba_is_split_by_number_or_pickled_lists_and_validation_is_held_out(tmp_path):
@@ -1620,8 +1534,8 @@ def test_celeba_dialog_is_read_from_any_image_folder(tmp_path, images):
     records = {f"{n}.jpg": {"overall_caption": f"face {n}"} for n in (5380, *range(39), 24000)}
     parts = {"Bangs": "Short bangs.", "Young": "", "Smiling": "No smile."}
     records["1.jpg"] = {"overall_caption": " ", "attribute_wise_captions": parts}
-    write_images(tmp_path / images, [f"{n}.jpg" for n in (*range(39), 24000)])
-    (tmp_path / "captions_hq.json").write_text(json.dumps(records))
+    write_files(tmp_path / images, grey_images(f"{n}.jpg" for n in (*range(39), 24000)))
+    write_files(tmp_path, {"captions_hq.json": records})
     train, val, test = open_splits(tmp_path)
     assert [len(train), image_names(val), image_names(test)] == [37, ["37", "38"], ["24000"]]
     assert list(train.captions)[:2] == [["face 0"], ["Short bangs.  No smile."]]
@@ -1633,14 +1547,14 @@ def test_lfwa_is_read_from_its_lists_and_split_by_person(tmp_path, below, splits
     """The training list contains all images, also those of the test list, as the official one may; without
     a test list, half of the persons are held out."""
     names = [f"P_{n // 2}\\P_{n // 2}_{n % 2 + 1:04d}.jpg" for n in range(60)]      # two images per person
-    write_images(tmp_path / below, [name.replace("\\", "/") for name in names])
+    write_files(tmp_path / below, grey_images(name.replace("\\", "/") for name in names))
     order = np.random.default_rng(5).permutation(40)                                # not CelebA's
     values = random_faces(60)[:, order].astype(int)
     lines = [",".join([name, *map(str, row)]) for name, row in zip(names, values)]
     header = ",".join(["path", *(ATTRIBUTES[i].replace("_", " ").lower() for i in order)])
-    (tmp_path / "list_attr_lfwa.csv").write_text("\n".join([header, *lines]))
-    if "val" in splits:
-        (tmp_path / "list_attr_lfwa_test.csv").write_text("\n".join([header, *lines[40:]]))
+    lists = {"list_attr_lfwa.csv": [header, *lines], "list_attr_lfwa_test.csv": [header, *lines[40:]]}
+    for name in [*lists][:len(splits) - 1]:
+        write_files(tmp_path, {name: "\n".join(lists[name])})
     test, *others = splits = [open_faces(tmp_path, split) for split in splits]
     assert len(test) == 20 if len(others) == 2 else 16 < len(test) < 44
     persons = [set(faces.identity) for faces in splits]
@@ -1654,13 +1568,12 @@ def test_lfwa_is_read_from_its_lists_and_split_by_person(tmp_path, below, splits
 def write_fs2k(folder):
     """Photos with the same numbers in different folders; sketches with dark lines."""
     names = [f"photo{p}/image01{n:02d}" for p in (1, 2, 3) for n in range(10)]
-    write_images(folder / "photo", [f"{name}.{'png' if name < 'photo2' else 'jpg'}" for name in names])
-    write_images(folder / "sketch", [re.sub("photo|image", "sketch", name) + ".png" for name in names],
-                 lambda _: Image.fromarray(np.where(np.eye(8), 0, 255).astype(np.uint8)))
+    lines = Image.fromarray(np.where(np.eye(8), 0, 255).astype(np.uint8))
+    files = grey_images(f"photo/{name}.{'png' if name < 'photo2' else 'jpg'}" for name in names)
+    files |= {f"sketch/{re.sub('photo|image', 'sketch', name)}.png": lines for name in names}
     for split, chosen in (("train", names[:20]), ("test", names[20:])):
-        records = [{"image_name": name, "style": 0} for name in chosen[::-1]]
-        (folder / f"anno_{split}.json").write_text(json.dumps(records))
-    return folder
+        files[f"anno_{split}.json"] = [{"image_name": name, "style": 0} for name in chosen[::-1]]
+    return write_files(folder, files)
 
 
 def test_fs2k_has_one_sketch_per_photo_and_no_text(tmp_path):
@@ -1673,13 +1586,12 @@ def test_fs2k_has_one_sketch_per_photo_and_no_text(tmp_path):
 
 
 def write_sde(folder, style="{photo}_{step}", photo="photo1/image01{n:02d}", steps=12, count=20):
-    names, sketches = [photo.format(n=n) for n in range(count)], []
-    for n, name in enumerate(names):
-        flat = name.replace("/", "_")
-        sketches += [f"{'train' if n < 15 else 'test'}/" + style.format(
-            photo=flat, stem=flat[-9:], step=step) + ".png" for step in range(1, steps + 1)]
-    write_images(folder / "photo", [f"{name}.jpg" for name in names])
-    return write_images(folder / "sketch", sketches, lambda i: Image.new("L", (8, 8), i % steps + 1)).parent
+    files = grey_images(f"photo/{photo.format(n=n)}.jpg" for n in range(count))
+    for n, step in itertools.product(range(count), range(1, steps + 1)):
+        flat = photo.format(n=n).replace("/", "_")
+        name = style.format(photo=flat, stem=flat[-9:], step=step)
+        files[f"sketch/{'train' if n < 15 else 'test'}/{name}.png"] = Image.new("L", (8, 8), step)
+    return write_files(folder, files)
 
 
 @pytest.mark.parametrize("style, photo", [
@@ -1696,14 +1608,14 @@ def test_fs2k_sde_sketches_are_matched_to_photos_and_sorted_by_step(tmp_path, st
 
 def test_photos_of_sketches_take_captions_from_a_list_beside_them(tmp_path):
     write_sde(tmp_path, count=16, steps=1)
-    write_images(tmp_path / "photo", ["photo2/image0103.jpg"])
+    write_files(tmp_path, grey_images(["photo/photo2/image0103.jpg"]))
     records = [{"photo": f"photo/photo1/image01{n:02d}.jpg", "caption": [f"face {n}"] * 2} for n in range(15)]
     records += [{"image": f"{name}.jpg", "caption": "another"} for name in ("photo2/image0103", "x")]
     records[0]["pcfg"] = "of a column for --columns"
-    (tmp_path / "train.json").write_text(json.dumps(records))
+    write_files(tmp_path, {"train.json": records})
     assert list(open_faces(tmp_path).captions) == [[f"face {n}"] * 2 for n in range(13)]
     assert open_faces(tmp_path, "test").captions is None
-    (tmp_path / "captions.json").write_text('[{"image": "image0115.jpg", "caption": "the last"}]')
+    write_files(tmp_path, {"captions.json": [{"image": "image0115.jpg", "caption": "the last"}]})
     assert list(open_faces(tmp_path, "test").captions) == [["the last"]]
 
 
@@ -1714,8 +1626,6 @@ PICKLE = "train/filenames.pickle"
 @pytest.mark.parametrize("write, name, change, message", [
     (lambda d: d, "faces.parquet", b"", "*.tar, *.json (not compressed; FaceCaption-15M's .parquet"),
     (write_captions, "train.json", b"[]", "expected records of JSON annotations, found none"),
-    (write_captions, "train.json", b'[{"image" "0.png"}]', "train.json"),
-    (write_captions, "train.json", b'["0.png"]', "record 0 (counted from 0): the image None does not exist"),
     (write_captions, "images/3.png", None, "the image '3.png' does not exist (1 of 4 are invalid, more"),
     (write_captions, "train.json", b'[{"image": "0.png", "caption": [" . !", ""]}]', "found [[' . !', '']]"),
     (write_captions, "train.json", (b'["face 0"', b'[7'), "expected text in caption or face_caption, "),
@@ -1727,7 +1637,6 @@ PICKLE = "train/filenames.pickle"
     (write_celeba, PARTITION, (b"3.jpg 0", b"2.jpg 2"), "(000002.jpg): expected 0, 1 or 2 in list_eval_"),
     (write_celeba, PARTITION, (b"6.jpg", b"6.jpg 2\n9.jpg"), "are missing from list_attr_celeba, the fi"),
     (write_celeba, PARTITION, None, "No such file or directory: "),
-    (pickled, PICKLE, pickle.dumps(["2", "98", "99"]), "face 98: the image '98.jpg' does not exist (1 of 2"),
     (pickled, "test/filenames.pickle", pickle.dumps(["2"]), "face 2: 'images/2.jpg' is already in split"),
     (pickled, PICKLE, b"cposix\nmkdir\n(S'never-made'\ntR.", "import of posix.mkdir refused"),
     (lambda d: write_tar(d, box="[9, 0, 9, 5]"), "x", b"", "'000000003': expected half of the box [9, 0, 9,"),
@@ -1739,17 +1648,16 @@ PICKLE = "train/filenames.pickle"
     (write_sde, "sketch/train/photo1_image0104_7.png", None,
      "photo1/image0104.jpg has other steps than most photos: [1, 2, 3, 4, 5"),
     (lambda d: write_sde(d, "{stem}_{step}"), "photo/photo2/image0104.jpg", b"", "found no such photo"),
-    (write_sde, "sketch/train/image.png", b"", "image.png: expected <photo>_<step>, found no such photo"),
-    (write_sde, "train.json", b'[{"image": "image0101.jpg", "caption": "x"}]', "expected text in caption or"),
     (write_fs2k, "sketch/sketch1/sketch0104.png", None, "no photo or no sketch is named 'photo1/image0104'")])
 def test_invalid_data_set_is_rejected(tmp_path, write, name, change, message):
     """change: the new content of a file, or (old, new) bytes in it, or None: the file is deleted."""
     path = write(tmp_path) / name
     if change is None:
         path.unlink()
+    elif isinstance(change, tuple):
+        path.write_bytes(path.read_bytes().replace(*change, 1))
     else:
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(path.read_bytes().replace(*change, 1) if isinstance(change, tuple) else change)
+        write_files(tmp_path, {name: change})
     assert message in error_of(open_faces, tmp_path)
 
 
@@ -1826,23 +1734,19 @@ def test_batches_are_the_same_for_any_number_of_workers_and_ranks_and_from_any_s
 @pytest.mark.parametrize("workers", [0, 1])
 def test_damaged_image_is_named_and_replaced_by_the_next_face(tmp_path, capfd, workers):
     images = write_celeba(tmp_path, count=202) / "img_align_celeba"
-    noise = np.random.default_rng(0).integers(0, 255, (218, 178, 3), dtype=np.uint8)
-    (images / "000002.jpg").write_bytes(encoded(Image.fromarray(noise), "jpeg")[:9000])
-    (images / "000200.jpg").write_text("not an image")
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (218, 178, 3), dtype=np.uint8))
+    write_files(images, {"000002.jpg": encoded(noise, "jpeg")[:9000], "000200.jpg": "not an image"})
     faces = open_faces(tmp_path)
-    batches = take(data.BatchLoader(faces, TOKENIZER, 16, 50, augmented=False, workers=workers), 0, 4)
-    identity = np.concatenate([batch.identity for batch in batches])
+    loader = data.BatchLoader(faces, TOKENIZER, 16, 50, augmented=False, workers=workers)
+    identity = np.concatenate([batch.identity for batch in take(loader, 0, 4)])
     assert sorted(identity) == sorted([faces.identity[i] for i in (0, 2, *range(2, 199), 0)])
     printed = capfd.readouterr().out
     assert "000002.jpg cannot be read: image file is truncated" in printed
     assert "000200.jpg is not an image (replaced by the next face)" in printed
     assert len(data.readable(faces, 16)) == 198
     assert "2 of 200 are invalid and left out:" in capfd.readouterr().out
-    (images / "000003.jpg").write_text("not an image")
-    assert "(3 of 200 are invalid, more than 1 %)" in error_of(data.readable, faces, 16)
-    for path in images.iterdir():
-        path.write_text("not an image")
-    loader = data.BatchLoader(faces, TOKENIZER, 16, 50, workers=workers)
+    write_files(images, {path.name: "not an image" for path in images.iterdir()})
+    assert "(200 of 200 are invalid, more than 1 %)" in error_of(data.readable, faces, 16)
     with pytest.raises(ValueError, match="is not an image, and 99 images before it"):
         take(loader, 0, 1)
 
@@ -1856,6 +1760,7 @@ def test_flags_are_the_fields_of_the_configuration_and_override_recipes():
     by_epochs = train_config.parse_arguments(["--epochs", "2"])
     assert by_epochs.steps == by_epochs.max_epochs == 0, "or the recipe's steps would decide"
     assert train_config.parse_arguments(["--model", "base"]) == train_config.Config(model="base")
+    assert train_config.parse_arguments(["--data", "DIR"]).augment and not by_epochs.augment
     for unknown in (["--leanring_rate", "1"], ["--model", "huge"], ["--queue_from", "0"]):
         with pytest.raises(SystemExit):
             train_config.parse_arguments(unknown)
@@ -1877,9 +1782,6 @@ def test_resuming_takes_the_runs_flags_and_only_some_may_change(uninterrupted, c
     assert resumed == dataclasses.replace(quick(uninterrupted, cache), resume=True, workers=2)
     error = error_of(train_config.parse_arguments, out + ["--lr", "0.5"])
     assert "has --lr 0.001, which cannot change; omit --lr 0.5" in error
-    assert error_of(train.train, dataclasses.replace(resumed, faces=40)).startswith("--resume: the run in ")
-    new = dataclasses.replace(resumed, resume=False)
-    assert "already exists; use --resume" in error_of(train.train, new)
     nothing_saved = train_config.parse_arguments(["--out", str(tmp_path), "--resume", "--steps", "7"])
     assert nothing_saved == train_config.Config(
         **train_config.RECIPES["tiny"] | dict(out=str(tmp_path), resume=True, steps=7, max_epochs=0))
@@ -2175,26 +2077,28 @@ def test_negatives_are_sampled_anew_in_every_step(tmp_path, cache, monkeypatch):
 
 
 def test_init_loads_our_or_the_official_flip_also_at_another_image_size(
-        uninterrupted, cache, tmp_path, monkeypatch):
+        uninterrupted, cache, tmp_path, monkeypatch, capsys):
     before = FLIP.from_pretrained(uninterrupted)
     torch.save({"model": official_state(before)}, tmp_path / "official.pth")
     defaults = [getattr(before.config, f.name) for f in dataclasses.fields(FLIPConfig)]
     monkeypatch.setattr(FLIPConfig.__init__, "__defaults__", tuple(defaults))       # instead of base
-    (tmp_path / "tokenizer.json").write_text(before.tokenizer.to_json())
-    init = f"{tmp_path}/official.pth"
-    for change in (dict(init=str(uninterrupted)), dict(init=init, vocabulary=f"{tmp_path}/tokenizer.json")):
+    write_files(tmp_path, {"tokenizer.json": before.tokenizer.to_json()})
+    ours, official = (dict(init=str(path)) for path in (uninterrupted, tmp_path / "official.pth"))
+    for change in (ours, official | dict(vocabulary=f"{tmp_path}/tokenizer.json")):
         model, _, _ = train.new_model(quick(tmp_path / "out", cache, image_size=64, queue_size=7, **change))
         student, expected = model.student.state_dict(), before.student.state_dict()
-        grid, resized = expected.pop("image.positions"), student["image.positions"]
-        torch.testing.assert_close(resized, files.resize_position_embedding(grid, 64))
-        for part, other in ((student, expected),
-                            (model.momentum_encoder.state_dict(), model.student.state_dict()),
+        resized = files.resize_position_embedding(expected.pop("image.positions"), 64)
+        close(model.student.image.positions, resized, 0)
+        for part, other in ((student, expected), (model.momentum_encoder.state_dict(), student),
                             (model.matching_head.state_dict(), before.matching_head.state_dict())):
             assert all(torch.equal(part[name], other[name]) for name in other)
         assert model.temperature == before.temperature and model.image_queue.shape == (7, 128)
         assert model.tokenizer.to_json() == before.tokenizer.to_json()
-    for change, message in ((dict(init=init), "contains no vocabulary; pass --vocabulary"),
-                            (dict(init=str(uninterrupted), model="base"), "has width 128, but --model"),
+    train.train(quick(tmp_path / "out", cache, image_size=64, steps=2, eval_every=2, **ours))
+    printed = capsys.readouterr().out
+    assert printed.index("model of --init") < printed.index("this model, re-ranked")
+    for change, message in ((official, "contains no vocabulary; pass --vocabulary"),
+                            (ours | dict(model="base"), "has width 128, but --model"),
                             (dict(image_size=50), "is not a multiple of the patch")):
         assert message in error_of(train.train, quick(tmp_path, cache, **change))
     for change in (dict(init="a", bert="b"), dict(vocabulary="a"), dict(alpha=2.0)):
@@ -2202,22 +2106,13 @@ def test_init_loads_our_or_the_official_flip_also_at_another_image_size(
             quick(tmp_path, cache, **change)
 
 
-def test_plan_warns_of_many_epochs_few_faces_and_unknown_words(uninterrupted, cache, tmp_path, capsys):
-    folder = write_celeba(tmp_path / "mine", count=40)
-    config = train_config.parse_arguments([
-        "--data", str(folder), "--init", str(uninterrupted), "--image_size", "64", "--batch_size", "8",
-        "--steps", "300", "--cache", cache, "--out", f"{tmp_path}/out"])
-    assert config.augment and not train_config.parse_arguments([]).augment
-    model, _ = train.train(dataclasses.replace(config, steps=2, eval_every=2))
+def test_plan_warns_of_many_epochs_few_faces_and_unknown_words(capsys):
+    config = train_config.parse_arguments("--init x --batch_size 8 --steps 300".split())
+    train.print_plan(config, noise_faces(), noise_faces(), 1, Tokenizer.train(["a face"]))
     printed = capsys.readouterr().out
-    assert model.config.vit.image_size == 64 and "2 steps of 8 pairs are 0.4 epochs" in printed
-    assert printed.index("model of --init") < printed.index("this model, re-ranked")
-    faces = train.load_data(config, 64)[0].subset(range(20))
-    train.print_plan(config, faces, faces, 1, Tokenizer.train(["a face"]))
-    printed = capsys.readouterr().out
-    assert "words of the captions are not in the vocabulary: " in printed
-    assert "120.0 epochs" in printed and "will overfit: try --steps 75, or" in printed
-    assert "with 20 validation faces, R@10 is 50 % by chance" in printed
+    for shown in ("300 steps of 8 pairs are 120.0 epochs", "will overfit: try --steps 75, or",
+                  "with 20 validation faces, R@10 is 50 % by chance", "captions are not in the vocabulary: "):
+        assert shown in printed
 
 
 def test_tiny_recipe_fits_small_sets(tmp_path):
@@ -2333,45 +2228,26 @@ def test_in_batch_contrastive_loss_is_the_symmetric_cross_entropy_over_identitie
         close(ours, theirs, 1e-9)
 
 
-def is_head(task, name):
-    """Whether a task may change this part of a FLIP; attributes has a head of its own."""
-    return task != "attributes" and name.startswith(
-        ("student.image_projection", "student.text_projection", "matching_head", "temperature"))
+HEADS = "student.image_projection", "student.text_projection", "matching_head", "temperature"
 
 
-@pytest.mark.parametrize("task", ["retrieval", "attributes", "sketch"])
-def test_finetuning_changes_only_heads_without_dropout(
-        tuned, uninterrupted, tmp_path, monkeypatch, capsys, task):
-    saved, models, make = torch.load(uninterrupted / "flip.pt"), [], finetune.TASKS[task]
-    saved["flip"]["bert"]["dropout"] = 0.9          # of the text encoder; the image encoder has none
-    torch.save(saved, tmp_path / "dropout.pt")
-    monkeypatch.setitem(finetune.TASKS, task, lambda model, *rest: models.append(
-        (model, copy.deepcopy(model.state_dict()))) or make(model, *rest))
-    rows = finetune.finetune(tuned(task))
-    dropout = tuned(task, checkpoint=f"{tmp_path}/dropout.pt", random=False, out=f"{tmp_path}/dropout")
-    again = finetune.finetune(dropout)
-    assert [metrics for _, metrics in again] == [metrics for _, metrics in rows[:len(again)]]
-    assert len(models) == 3 and models[2][0].config.bert.dropout == 0.9
-    for model, before in models:
-        assert all(is_head(task, name) or torch.equal(value, before[name])
-                   for name, value in model.state_dict().items())
-        trained = {name for name, p in model.named_parameters() if p.grad is not None}
-        assert all(is_head(task, name) for name in trained) and bool(trained) == (task != "attributes")
-    Image.open(tmp_path / task / f"{task}.png").load()
+@pytest.mark.parametrize("task", ["retrieval", "sketch", "attributes"])
+def test_finetuning_changes_only_heads_without_dropout(tuned, uninterrupted, tmp_path, capsys, task):
+    saved, rows = torch.load(uninterrupted / "flip.pt"), finetune.finetune(tuned(task))
     table = (tmp_path / task / "table.md").read_text()
     assert table in capsys.readouterr().out
     names = [line.split("|")[1].strip() for line in table.splitlines()[2:]]
-    assert names == [name for name, _ in rows]
-    assert names[-1].startswith("random weights, tuned")
-
-
-def test_tuned_flip_is_a_checkpoint_with_the_metrics_of_the_table(tuned, tmp_path):
-    config = tuned("retrieval", random=False, lr=0.005, faces=32, validation=24, test=24, k_test=4, epochs=5)
-    _, (_, before), (_, after) = finetune.finetune(config)
-    again = dataclasses.replace(config, checkpoint=f"{tmp_path}/retrieval/flip.pt", out=f"{tmp_path}/again",
-                                epochs=1, lr=0.0)
-    assert before != after and finetune.finetune(again)[1][1] == after
-    assert "already contains results; remove it" in error_of(finetune.finetune, config)
+    assert names == [name for name, _ in rows] and names[-1].startswith("random weights, tuned")
+    Image.open(tmp_path / task / f"{task}.png").load()
+    if task != "attributes":                        # it trains a head of its own
+        tuned_weights = torch.load(tmp_path / task / "flip.pt")["model"]
+        changed = [name for name, x in tuned_weights.items() if not torch.equal(x, saved["model"][name])]
+        assert changed and all(name.startswith(HEADS) for name in changed)
+    saved["flip"]["bert"]["dropout"] = 0.9
+    torch.save(saved, tmp_path / "dropout.pt")
+    again = finetune.finetune(
+        tuned(task, checkpoint=f"{tmp_path}/dropout.pt", random=False, out=f"{tmp_path}/again"))
+    assert [metrics for _, metrics in again] == [metrics for _, metrics in rows[:len(again)]]
 
 
 def test_attributes_are_trained_on_celeba_with_a_row_per_fraction(tuned, tmp_path):
@@ -2393,6 +2269,7 @@ def test_retrieval_is_trained_and_evaluated_on_images_with_several_captions(tune
     write_mm_celeba(tmp_path, (*range(2, 42), *range(24000, 24012)))
     config = tuned("retrieval", data=str(tmp_path), random=False)
     rows = dict(finetune.finetune(config))
+    assert "already contains results; remove it" in error_of(finetune.finetune, config)
     model, test = FLIP.from_pretrained(tmp_path / "retrieval"), open_faces(tmp_path, "test")
     evaluation_set = evaluation.EvaluationSet.from_faces(test)
     metrics, scores = evaluation.evaluate(model, evaluation_set, config)
@@ -2404,16 +2281,13 @@ def test_retrieval_is_trained_and_evaluated_on_images_with_several_captions(tune
     assert rows["chance"]["img_r10"] == pytest.approx(1000 / 12) and 0 < metrics["img_r5"] < 100
 
 
-def write_captioned_sde(folder):
-    write_sde(folder, steps=3)
-    records = [{"image": f"photo1/image01{n:02d}.jpg", "caption": f"a face {n}"} for n in range(15)]
-    (folder / "train.json").write_text(json.dumps(records))
-
-
-@pytest.mark.parametrize("write", [write_captioned_sde, lambda d: write_sde(d, steps=3)])
-def test_sketches_are_trained_with_captions_or_without_a_vocabulary(tuned, uninterrupted, tmp_path, write):
-    write(tmp_path)
-    saved, with_captions = torch.load(uninterrupted / "flip.pt"), write == write_captioned_sde
+@pytest.mark.parametrize("with_captions", [True, False])
+def test_sketches_are_trained_with_captions_or_without_a_vocabulary(
+        tuned, uninterrupted, tmp_path, with_captions):
+    saved, folder = torch.load(uninterrupted / "flip.pt"), write_sde(tmp_path, steps=3)
+    if with_captions:
+        records = [{"image": f"photo1/image01{n:02d}.jpg", "caption": f"a face {n}"} for n in range(15)]
+        write_files(folder, {"train.json": records})
     torch.save(saved if with_captions else saved | {"tokenizer": None}, tmp_path / "flip.pt")
     config = tuned("sketch", checkpoint=f"{tmp_path}/flip.pt", data=str(tmp_path), random=False)
     model = FLIP.from_pretrained(config.checkpoint)
@@ -2491,18 +2365,13 @@ def test_search_prints_the_best_scores_and_skips_other_files(uninterrupted, tmp_
                                       "--images", str(folder), "--out", str(out), query])
     with pytest.warns(UserWarning, match="skipped: .*notes.png is not an image"):
         search.main()
+    model, paths = FLIP.from_pretrained(uninterrupted), sorted(folder.rglob("*.jpg"))
+    columns = [getattr(model, name)(paths, query)[:, 0].tolist() for name in (
+        "score", "similarity", "match_probability")]
+    rows = sorted(zip(*columns, paths), reverse=True)
     printed = capsys.readouterr().out
-    assert "best of 6 faces" in printed
-    model, scores = FLIP.from_pretrained(uninterrupted), {}
-    captions = model.tokenizer([query])
-    for path in folder.rglob("*.jpg"):
-        pixels = normalize_batch([resize_to_array(load_image(path), 48)])
-        tokens, feature = model.student.image_tokens_and_features(pixels)
-        cosine = (feature @ model.student.text_features(captions).T).item()
-        logits = model.itm_logits(tokens, captions)
-        score = model.rerank_score(logits, torch.tensor([cosine])).item()
-        scores[f"{score:6.2f} {cosine:7.3f} {100 * logits.softmax(1)[0, 1]:6.1f} %  {path}"] = score
-    assert printed.splitlines()[-5:-1] == sorted(scores, key=scores.get, reverse=True)[:4]
+    assert "best of 6 faces" in printed and printed.splitlines()[-5:-1] == [
+        f"{score:6.2f} {cosine:7.3f} {100 * match:6.1f} %  {path}" for score, cosine, match, path in rows[:4]]
     assert Image.open(out).width > 4 * 100
     monkeypatch.setattr(sys, "argv", [*sys.argv[:3], "--words"])
     search.main()
@@ -2510,7 +2379,8 @@ def test_search_prints_the_best_scores_and_skips_other_files(uninterrupted, tmp_
 
 
 def test_features_are_cached_and_only_changed_images_are_encoded(uninterrupted, tmp_path, monkeypatch):
-    folder, cache, opened = write_images(tmp_path / "a", ["0.png", "b/1.png"]), tmp_path / "features.pt", []
+    folder, cache, opened = tmp_path / "a", tmp_path / "features.pt", []
+    write_files(folder, grey_images(["0.png", "b/1.png"]))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(search, "load_image", lambda p, size: opened.append(p) or load_image(p, size=size))
     model = FLIP.from_pretrained(uninterrupted)
@@ -2524,7 +2394,7 @@ def test_features_are_cached_and_only_changed_images_are_encoded(uninterrupted, 
     before = encode(folder, reads=["a/0.png", "a/b/1.png"])
     assert [*before] == [f"{folder}/0.png", f"{folder}/b/1.png"]
     assert [*encode("a", reads=[])] == [*encode(Path("a"), reads=[])] == ["a/0.png", "a/b/1.png"]
-    write_images(tmp_path / "c", ["2.png"])
+    write_files(tmp_path, grey_images(["c/2.png"]))
     encode("c", reads=["c/2.png"])
     Image.new("RGB", (9, 9), "red").save(folder / "3.png")
     os.utime(folder / "0.png", (1, 1))
@@ -2536,11 +2406,10 @@ def test_features_are_cached_and_only_changed_images_are_encoded(uninterrupted, 
     model.student.image_projection.bias.data[0] += 1            # another model: nothing is reused
     other = encode(folder, reads=["a/0.png", "a/3.png"])
     assert not torch.equal(other[f"{folder}/0.png"], before[f"{folder}/0.png"])
-    for name in ("0.png", "3.png"):
-        (folder / name).write_text("damaged")
+    write_files(folder, {"0.png": "damaged", "3.png": "damaged"})
     with pytest.warns(UserWarning, match="skipped: .*0.png"):
         assert "a: expected images (.jpg" in error_of(search.encode_folder, model, "a", cache)
-    write_images(folder, ["0.png", "3.png"])
+    write_files(folder, grey_images(["0.png", "3.png"]))
     with pytest.warns(UserWarning, match="most images are grey"):
         search.encode_folder(model, folder, cache)
 
@@ -2558,16 +2427,9 @@ def test_patch_attributions_sum_to_the_difference_from_a_grey_image(uninterrupte
     assert attributions[1, 5].abs() == by_size[0] > 10 * by_size[1]     # others: grey is rounded to 8 bits
 
 
-def test_query_is_split_into_phrases_with_a_known_word():
-    query = "She is a smiling woman with blond hair and freckles, who is wearing a hat and a tie."
-    phrases = ["a smiling woman", "blond hair", "a hat", "a tie"]
-    assert search.split_phrases(query, TOKENIZER) == phrases
-    assert search.split_phrases("a man that is smiling but bald", TOKENIZER) == ["a man", "smiling", "bald"]
-
-
 def test_unusable_queries_are_rejected_and_unknown_words_and_negations_are_named(uninterrupted, tmp_path):
-    model = FLIP.from_pretrained(uninterrupted)
-    features = search.encode_folder(model, write_images(tmp_path / "a", ["0.png"]), tmp_path / "features.pt")
+    model, folder = FLIP.from_pretrained(uninterrupted), write_files(tmp_path, grey_images(["0.png"]))
+    features = search.encode_folder(model, folder, tmp_path / "features.pt")
     with pytest.warns(UserWarning, match="not in the model's vocabulary: freckles"):
         search.search(model, features, "a man", without=["a hat with freckles"])
     for word in ("without", "Not", "no"):
@@ -2576,12 +2438,14 @@ def test_unusable_queries_are_rejected_and_unknown_words_and_negations_are_named
     for query, without in (("", []), (" ", []), ("a man", [""]), ("a dog", []), ("a man", ["the freckles"])):
         assert "no word of" in error_of(search.search, model, features, query, without)
     assert "no images" in error_of(search.search, model, {}, "a man")
+    query = "She is a smiling woman with blond hair and freckles, who is wearing a hat and a tie."
+    assert search.split_phrases(query, TOKENIZER) == ["a smiling woman", "blond hair", "a hat", "a tie"]
+    assert search.split_phrases("a man that is smiling but bald", TOKENIZER) == ["a man", "smiling", "bald"]
 
 
 def test_scores_of_the_exclusions_are_subtracted(uninterrupted, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
-    model, faces = FLIP.from_pretrained(uninterrupted), data.load_toy_faces(6, 48, 3, tmp_path)
-    write_images(tmp_path, paths := [f"{tmp_path}/{i}.png" for i in range(6)], faces.picture)
+    model, (_, paths) = FLIP.from_pretrained(uninterrupted), write_pictures(tmp_path)
     features = search.encode_folder(model, tmp_path, tmp_path / "cache.pt")
     for without in ([], ["glasses"], ["glasses", "a hat"], ["glasses", "a hat", "bangs"]):
         texts, weights = ["a man", *without], torch.tensor([1.0] + [-1 / (len(without) + 1)] * len(without))
@@ -2597,15 +2461,12 @@ def test_scores_of_the_exclusions_are_subtracted(uninterrupted, tmp_path, monkey
 
 QUERIES = {         # query [- what is excluded]...: attributes of the faces that are right
     "glasses": "Eyeglasses", "a hat": "Wearing_Hat", "earrings": "Wearing_Earrings", "a goatee": "Goatee",
-    "a necktie": "Wearing_Necktie", "blond hair": "Blond_Hair", "a smiling person": "Smiling",
-    "gray hair": "Gray_Hair", "a mustache": "Mustache", "bangs": "Bangs", "a bald man": "Bald",
-    "heavy makeup": "Heavy_Makeup", "wavy hair": "Wavy_Hair", "rosy cheeks": "Rosy_Cheeks", "a man": "Male",
-    "a double chin": "Double_Chin", "a big nose": "Big_Nose", "a bearded man": "!No_Beard",
-    "an old man with a beard": "!Young !No_Beard Male", "a woman with black hair": "!Male Black_Hair",
-    "a man - a hat - a tie": "Male !Wearing_Hat !Wearing_Necktie", "a man - a beard": "Male No_Beard",
-    "a woman - earrings - glasses": "!Male !Wearing_Earrings !Eyeglasses",
-    "blond hair - a necklace": "Blond_Hair !Wearing_Necklace",
-    "an old man - a tie": "!Young !Wearing_Necktie Male"}
+    "blond hair": "Blond_Hair", "gray hair": "Gray_Hair", "a mustache": "Mustache", "bangs": "Bangs",
+    "heavy makeup": "Heavy_Makeup", "rosy cheeks": "Rosy_Cheeks", "a big nose": "Big_Nose",
+    "a bearded man": "!No_Beard", "an old man with a beard": "!Young !No_Beard Male",
+    "a woman with black hair": "!Male Black_Hair", "a man - a beard": "Male No_Beard",
+    "a man - a hat - a tie": "Male !Wearing_Hat !Wearing_Necktie",
+    "a woman - earrings - glasses": "!Male !Wearing_Earrings !Eyeglasses"}
 
 
 @pytest.mark.slow
@@ -2647,7 +2508,7 @@ def test_phrase_is_read_where_its_part_of_the_face_is(default_run):
 
 
 def test_page_answers_a_query_with_a_contact_sheet_and_a_list(uninterrupted, tmp_path, monkeypatch):
-    """A mock replaces gradio and records the function that answers."""
+    """A mock takes gradio's place and records the function that answers."""
     gradio = MagicMock()
     model, folder = FLIP.from_pretrained(uninterrupted), write_celeba(tmp_path)
     features = search.encode_folder(model, folder, tmp_path / "features.pt")
@@ -2664,36 +2525,13 @@ def test_page_answers_a_query_with_a_contact_sheet_and_a_list(uninterrupted, tmp
     assert 3 * 128 < sheet.width < 4 * 128 < explained.width and explained.height > 3 * 128 > sheet.height
 
 
-@pytest.mark.slow
-def test_page_is_served_without_links_out_of_the_folder_and_leaves_no_file(uninterrupted, tmp_path):
-    """Needs `pip install 'gradio>=6'`."""
-    from gradio_client import Client
-    folder, temporary = write_celeba(tmp_path / "faces"), tmp_path / "temporary"
-    write_images(tmp_path, ["outside.png"])
-    (folder / "link.png").symlink_to(tmp_path / "outside.png")
-    temporary.mkdir()
-    command = [sys.executable, str(ROOT / "search.py"), "--checkpoint", str(uninterrupted), "--images",
-               str(folder), "--top", "9", "--out", str(tmp_path / "out.png"), "--serve"]
-    page = subprocess.Popen(command, env=os.environ | {"BROWSER": "true", "TMPDIR": str(temporary)},
-                            text=True, bufsize=1, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    address = next(match[0] for line in page.stdout if (match := re.search(r"http://\S+", line)))
-    sheet, listed = Client(address).predict("a young man", "glasses, a hat", False, api_name="/answer")
-    assert len(listed.splitlines()) == 6 and "link.png" not in listed
-    page.send_signal(signal.SIGTERM)
-    assert "Traceback" not in page.communicate(timeout=60)[1] and page.returncode == 0
-    assert not [path for path in temporary.rglob("*") if path.is_file()]
-
-
 # ---- report.py -----------------------------------------------------------------------------------
 # against a data set with known duplicates and damage
 def test_report_counts_duplicates_damage_and_words(tmp_path, monkeypatch, capsys):
     pixels = np.random.default_rng(0).integers(0, 255, (30, 40, 40, 3), dtype=np.uint8)
     records = [{"image": f"{i}.png", "caption": "a man with a hat and big eyes"[:20 + i]} for i in range(30)]
-    write_images(tmp_path / "images", [f"{i}.png" for i in range(30)],
-                 lambda i: Image.fromarray(pixels[max(i, 5)]).resize((60, 50)))
-    (tmp_path / "images/29.png").write_text("not an image")
-    (tmp_path / "train.json").write_text(json.dumps(records))
-    (tmp_path / "val.json").write_text("[]")
+    images = {f"images/{i}.png": Image.fromarray(pixels[max(i, 5)]).resize((60, 50)) for i in range(29)}
+    write_files(tmp_path, images | {"images/29.png": "not an image", "train.json": records, "val.json": []})
     monkeypatch.setattr(sys, "argv", ["report.py", "--data", str(tmp_path), "--cache", f"{tmp_path}/cache",
                                       "--out", f"{tmp_path}_report/page.png"])
     report.main()
@@ -2779,13 +2617,9 @@ def test_train_imports_without_triton():
     assert run_python("-c", code) == "FLIP\n"
 
 
-@pytest.mark.parametrize("arguments, expected", [
-    ("losses.py", "cross-entropy"),
-    ("flip.py", "FLIP.update_momentum"), ("toyfaces.py --out faces --count 3 --size 48", "written: faces"),
-    ("report.py", "distinct"), ("bench.py attention --help", "contrastive")])
-def test_every_script_shows_an_example(tmp_path, arguments, expected):
-    script, *arguments = arguments.split()
-    assert expected in run_python(ROOT / script, *arguments, cwd=tmp_path)
+@pytest.mark.parametrize("script, expected", [("losses.py", "cross-entropy"), ("flip.py", "update_momentum")])
+def test_losses_and_flip_show_what_they_compute(script, expected):
+    assert expected in run_python(script)
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -2884,7 +2718,7 @@ def compile_one(config):
 
 
 def compile_all():
-    """Print a row per configuration, in a process without the interpreter."""
+    """Compile all configurations, which must fit a GPU, and print a row for each."""
     configs, rows = list(launched_configs()), []
     with common.distributed.parallel_map(compile_one, configs, "compiling") as results:
         for (name, dtype, meta, capability), (registers, stack, shared) in zip(configs, results):
@@ -2892,6 +2726,7 @@ def compile_all():
                          registers, stack, f"{shared / 1024:.1f}"])
             assert not stack and shared <= SHARED_LIMIT[capability], f"use smaller blocks: {rows[-1]}"
     header = ["kernel", "dtype", "d or E", "dropout", "capability", "registers", "spilled bytes", "shared KB"]
+    assert {row[0] for row in rows} == {"fwd_kernel", "bwd_dq_kernel", "bwd_dkdv_kernel", "sums_kernel"}
     print(common.script.markdown_table(header, rows))
 
 
@@ -2913,9 +2748,4 @@ def test_every_shipped_kernel_compiles_for_a100_and_h100_without_spilling(compil
     pytest.importorskip("triton", reason="Triton is available for Linux only")
     printed, errors = compiling.communicate()
     assert compiling.returncode == 0, errors[-2000:]
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines()[2:]]
-    kernels, dtypes, _, _, capabilities, _, spilled, _ = zip(*rows)
-    assert set(kernels) == {"fwd_kernel", "bwd_dq_kernel", "bwd_dkdv_kernel", "sums_kernel"}
-    assert set(zip(dtypes, capabilities)) == set(itertools.product(("fp16", "bf16", "fp32"), ("8.0", "9.0")))
-    assert set(spilled) == {"0"}
     print(f"\n{printed}")
