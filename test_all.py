@@ -101,12 +101,10 @@ def error_of(call, *args, **kwargs):
     return message
 
 
-def unit(*shape):
-    return F.normalize(torch.randn(*shape), dim=-1)
-
-
-def with_gradients(out, inputs, grad=None):
-    return out, *torch.autograd.grad(out, inputs, grad)
+unit = lambda *shape: F.normalize(torch.randn(*shape), dim=-1)
+with_gradients = lambda out, inputs, grad=None: (out, *torch.autograd.grad(out, inputs, grad))
+take = lambda loader, start, count: list(itertools.islice(loader.iterate_from(start), count))
+log_of = lambda out: [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
 def recorded(prefix):
@@ -152,10 +150,6 @@ TOKENIZER = Tokenizer.train(TEXTS)
 def noise_faces(count=20, size=16):
     images = np.random.default_rng(0).integers(0, 255, (count, size, size, 3), dtype=np.uint8)
     return data.Faces("noise", images, np.arange(count), random_faces(count))
-
-
-def take(loader, start, count):
-    return list(itertools.islice(loader.iterate_from(start), count))
 
 
 def write_files(folder, files):
@@ -220,10 +214,6 @@ def setup(config):
     return train.setup(config, device, Log(Path(config.out) / "log.jsonl"))
 
 
-def log_of(out):
-    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-
-
 @pytest.fixture(scope="session")
 def uninterrupted(tmp_path_factory, cache):
     """The folder of a finished `quick` run."""
@@ -246,8 +236,7 @@ def group_of(world):
     return [group | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)]
 
 
-# ---- attention.py and kernels/attention.py -------------------------------------------------------
-# against float64 autograd through the definition; with PyTorch alone and with the Triton kernels
+# ---- attention.py and its kernels: against float64 autograd through the definition ---------------
 OWN = [1, 5, 16, 17, 64, 65, 0], [1, 5, 16, 17, 64, 65, 0]                      # the last: an empty caption
 OTHERS = [17, 24, 0], [65, 10, 7]                                               # no queries for the third
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3}                          # half: w is rounded, too
@@ -339,8 +328,7 @@ def test_attention_kernels_are_deterministic_and_exact_at_dropout_0(device, firs
     assert all(map(torch.equal, one, other))
 
 
-# ---- losses.py (ITC) and kernels/contrastive.py --------------------------------------------------
-# against float64 autograd through torch's cross-entropy
+# ---- losses.py (ITC) and its kernel: against float64 autograd through torch's cross-entropy ------
 def contrastive_case(B=20, Q=300, E=32, temperature=0.07, dtype=torch.float32):
     """All arguments but alpha. Momentum features are near their keys; persons recur in batch and queue."""
     torch.manual_seed(0)
@@ -381,16 +369,6 @@ def test_contrastive_kernel_and_plain_forms_match_float64(monkeypatch, shape, pr
     assert_near([direct], expected[:1], 1e-5)
 
 
-def test_triton_computes_sizes_and_dtypes_it_has_launch_configurations_for(monkeypatch):
-    for module, width, dtype in ((attention_kernels, 64, torch.bfloat16),
-                                 (contrastive_kernels, 256, torch.float32)):
-        for supported in (False, True):
-            monkeypatch.setattr(module, "triton_supports", lambda tensor: supported)
-            assert module.uses_triton(torch.zeros(2, width, dtype=dtype)) == supported
-            assert not module.uses_triton(torch.zeros(2, width + 1, dtype=dtype))
-            assert not module.uses_triton(torch.zeros(2, width, dtype=torch.float64))
-
-
 def test_contrastive_loss_is_float32_under_autocast_and_for_half_precision_features():
     feature, momentum, *others = *contrastive_case(temperature=0.01), 0.4
     half = feature.bfloat16(), momentum.bfloat16()
@@ -410,8 +388,7 @@ def test_memory_of_the_contrastive_loss_does_not_grow_with_the_queue():
     assert DEVICE == "cuda" or largest(61_440) == largest(6_144)
 
 
-# ---- common/script.py and common/images.py -------------------------------------------------------
-# against full decoding by Pillow, and pixels counted by hand
+# ---- common/script.py, common/images.py: against full decoding, and pixels counted by hand -------
 def test_scripts_flush_denormals_to_zero_in_all_threads():
     code = ("import torch; from common.script import run_script; run_script(lambda: print("
             "(torch.full((10 ** 7,), 1e-38) * 0.1).count_nonzero().item()))")
@@ -428,34 +405,21 @@ def test_reduced_jpeg_decoding_matches_full_decoding(tmp_path):
             assert np.abs(np.asarray(image).astype(int) - np.asarray(expected)).mean() < 1
 
 
-def test_transparent_images_are_shown_on_white(tmp_path):
-    hidden = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
+def test_images_are_loaded_upright_and_on_white_but_boxes_are_of_the_stored_image(tmp_path):
+    hidden, path = Image.new("RGBA", (8, 8), (255, 0, 0, 0)), tmp_path / "a.png"
     hidden.paste((0, 0, 255, 255), (0, 0, 4, 8))
-    for image in (hidden, hidden.convert("P"), hidden.convert("LA").convert("RGBA")):
-        image.save(tmp_path / "a.png")
-        loaded = load_image(tmp_path / "a.png")
+    for image in (hidden, hidden.convert("P"), hidden.convert("LA")):
+        image.save(path)
+        loaded = load_image(path)
         assert loaded.mode == "RGB" and loaded.getpixel((7, 0)) == (255, 255, 255) != loaded.getpixel((0, 0))
-
-
-@pytest.mark.parametrize("name, content, message", [
-    ("a.heic", "?", "a.heic is not an image; convert HEIC to JPEG"),
-    ("a.AVIF", "?", "a.AVIF is not an image; AVIF needs Pillow 11.3 or later"),
-    ("a.png", Image.new("1", (20_000, 20_000)), "exceeds limit"),           # 50 KB that would take 1.2 GB
-    ("a.png", Image.new("I;16", (8, 8)), "expected 8 bits per channel, found Pillow's mode I;16")])
-def test_other_formats_decompression_bombs_and_16_bits_are_rejected(tmp_path, name, content, message):
-    assert message in error_of(load_image, write_files(tmp_path, {name: content}) / name)
-
-
-def test_exif_orientation_rotates_the_image_but_not_its_size_or_boxes(tmp_path):
-    stored, exif, path = Image.new("RGB", (400, 300), "white"), Image.Exif(), tmp_path / "face.jpg"
+    stored, exif = Image.new("RGB", (400, 300), "white"), Image.Exif()
     stored.paste("black", (0, 0, 100, 100))
     exif[0x0112] = 6                                                # to be rotated by 90 degrees
     stored.save(path, exif=exif)
     for file in (path, Image.open(path)):
         upright = load_image(file, size=30)
         assert upright.getpixel((25, 3)) < (9, 9, 9) and upright.getpixel((3, 3)) > (246, 246, 246)
-    cropped = load_image(path, box=(1, 1, 99, 99), size=16)
-    assert np.asarray(cropped).max() < 9
+    assert np.asarray(load_image(path, box=(1, 1, 99, 99), size=16)).max() < 9
 
 
 def test_pixels_are_normalised_by_clips_published_mean_and_deviation_in_rgb_order():
@@ -464,8 +428,7 @@ def test_pixels_are_normalised_by_clips_published_mean_and_deviation_in_rgb_orde
     close(pixels, torch.tensor([(x - m) / d for x, m, d in zip((1.0, 0.2, 0.0), mean, deviation)]), 1e-6)
 
 
-# ---- common/weights.py ---------------------------------------------------------------------------
-# against the names, shapes and values of the official checkpoints, recorded in golden.npz
+# ---- common/weights.py: against the official names, shapes and values in golden.npz --------------
 def clip_weights(encoder):
     """Weights with Hugging Face's names for CLIP, with some of its text encoder."""
     state, keys = encoder.state_dict(), files.CLIP_KEYS
@@ -499,9 +462,7 @@ BIAS = "vision_model.pre_layrnorm.bias"
     ({}, {"hidden_act": "gelu"}, "expected hidden_act 'quick_gelu', found 'gelu'"),
     ({}, {"vision_config": {"layer_norm_eps": 1e-6}}, "expected layer_norm_eps 1e-05, found 1e-06"),
     ({}, {"vision_config": {"num_attention_heads": 4}}, "expected num_attention_heads 3, found 4"),
-    ({"a": torch.ones(1)}, {}, "pytorch_model.bin: a is unknown"),
     ({BIAS: None}, {}, "pytorch_model.bin: norm_before.bias is missing"),
-    ({BIAS: torch.ones(3)}, {}, "norm_before.bias: expected (24,) torch.float32, found (3,)"),
     ({BIAS: torch.ones(24).int()}, {}, "expected (24,) torch.float32, found (24,) torch.int32"),
     ({BIAS: torch.ones(24).double() * 1e300}, {}, "bias: expected (24,) torch.float32, found NaN")])
 def test_mismatched_weights_or_settings_are_named_and_none_is_loaded(tmp_path, weights, settings, message):
@@ -526,14 +487,13 @@ def test_files_of_a_hub_name_come_from_the_hub_and_misspelt_paths_do_not_ask_it(
             raise huggingface_hub.errors.EntryNotFoundError("404")
         return str(asked[-1])
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    checkpoint = (tmp_path / "official.pth").read_bytes()
-    write_files(hub, {"OpenFace-CQUPT/FLIP/ckpt/FLIP-base.pth": checkpoint,
-                      "bert-base-uncased/vocab.txt": str(RECORDED["vocab"])})
+    torch.save(clip_weights(ViT(GOLDEN_CONFIG.vit)), tmp_path / "clip.bin")
+    write_files(hub, {"OpenFace-CQUPT/FLIP/ckpt/FLIP-base.pth": (tmp_path / "official.pth").read_bytes(),
+                      "bert-base-uncased/vocab.txt": str(RECORDED["vocab"]),
+                      "owner/clip/pytorch_model.bin": (tmp_path / "clip.bin").read_bytes()})
     model = FLIP.from_pretrained("OpenFace-CQUPT/FLIP", GOLDEN_CONFIG, vocabulary="bert-base-uncased")
     assert all(map(torch.equal, model.parameters(), official.parameters()))
     assert model.encode_text(["a man"]).shape == (1, 12)
-    torch.save(clip_weights(ViT(GOLDEN_CONFIG.vit)), tmp_path / "clip.bin")
-    write_files(hub, {"owner/clip/pytorch_model.bin": (tmp_path / "clip.bin").read_bytes()})
     load_clip(ViT(GOLDEN_CONFIG.vit), "owner/clip")                 # it has no config.json
     write_files(hub, {"owner/clip/config.json": {"hidden_act": "gelu"}})
     assert "found 'gelu'" in error_of(load_clip, ViT(GOLDEN_CONFIG.vit), "owner/clip")
@@ -580,12 +540,12 @@ def test_changed_checkpoint_is_rejected(uninterrupted, tmp_path, change, message
         setup(train_config.parse_arguments(["--out", str(tmp_path), "--resume"]))
 
 
-@pytest.mark.parametrize("damage", [
-    lambda content: content[:len(content) // 2] + bytes([content[len(content) // 2] ^ 64])
-    + content[len(content) // 2 + 1:], lambda content: content[:-5000], lambda content: b"noise"])
+@pytest.mark.parametrize("damage", ["one flipped bit", "cut off", "no checkpoint"])
 def test_damaged_checkpoint_is_rejected_with_its_name(uninterrupted, tmp_path, damage):
-    """One bit flipped, cut off, something else."""
-    (tmp_path / "flip.pt").write_bytes(damage((uninterrupted / "flip.pt").read_bytes()))
+    content = bytearray((uninterrupted / "flip.pt").read_bytes())
+    content[len(content) // 2] ^= 64
+    damaged = {"one flipped bit": bytes(content), "cut off": bytes(content[:-500]), "no checkpoint": b"x"}
+    write_files(tmp_path, {"flip.pt": damaged[damage]})
     with pytest.raises(Exception) as caught:
         FLIP.from_pretrained(tmp_path)
     assert f"in {tmp_path}/flip.pt" in caught.value.__notes__
@@ -611,17 +571,11 @@ def test_bert_weights_load_with_token_type_0_added_and_cross_attention_unchanged
         close(loaded, initial[name] if "cross_attention" in name else theirs[name], 0)
 
 
-def test_official_checkpoint_saves_back_the_same_and_loads_at_another_image_size(official, tmp_path):
+def test_official_checkpoint_saves_back_the_same(official):
     saved = official_state(official)
     assert saved.keys() == recorded("checkpoint.").keys()
     for name, expected in recorded("checkpoint.").items():
         assert saved[name].dtype == expected.dtype and torch.equal(saved[name], expected), name
-    vit_config = dataclasses.replace(GOLDEN_CONFIG.vit, image_size=64)
-    config = dataclasses.replace(GOLDEN_CONFIG, vit=vit_config)
-    larger = FLIP.from_pretrained(tmp_path / "official.pth", config)
-    for encoders in ("student", "momentum_encoder"):
-        table, resized = (getattr(model, encoders).image.positions for model in (official, larger))
-        close(resized, files.resize_position_embedding(table, 64), 0)
 
 
 def test_all_names_of_the_official_base_model_load_and_save(tmp_path):
@@ -642,30 +596,23 @@ def test_all_names_of_the_official_base_model_load_and_save(tmp_path):
     assert large.config.heads == 16
 
 
-# ---- common/optim.py -----------------------------------------------------------------------------
-# against torch.optim.Muon and a singular value decomposition
+# ---- common/optim.py: against torch.optim.Muon ---------------------------------------------------
 @pytest.mark.parametrize("image, text", [(0, 0), (4, 0), (3, 2)])
 def test_every_trained_parameter_is_in_one_group_and_only_matrices_decay(image, text):
     model = small_flip()
-    optimizers = build_optimizers(model, 0.05, temperature_lr=0.1, muon_lr_image=image, muon_lr_text=text)
+    optimizers = build_optimizers(model, 0.05, 0.97, 0.1, image, text, muon_momentum=0.8)
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    assert isinstance(optimizers[0], torch.optim.AdamW) and optimizers[0].defaults["betas"] == (0.9, 0.97)
     hidden = {image: 4 * 6, text: 3 * 10}                       # depth x matrices of a block or layer
     for group in optimizers[1].param_groups if image else ():
-        assert len(group["params"]) == hidden[group["scale"]]
+        assert len(group["params"]) == hidden[group["scale"]] and group["momentum"] == 0.8
     grouped = [id(p) for group in groups for p in group["params"]]
     assert sorted(grouped) == sorted(id(p) for p in model.parameters() if p.requires_grad)
-    assert all((p.ndim > 1) == (group["weight_decay"] > 0) for group in groups for p in group["params"])
+    for group in groups:
+        assert all(group["weight_decay"] == (0.05 if p.ndim > 1 else 0) for p in group["params"])
     assert [group["scale"] for group in groups if group["params"][0] is model.temperature] == [0.1]
-
-
-def test_optimisers_have_the_settings_of_the_flags(tmp_path, cache):
-    adamw, muon = setup(quick(tmp_path, cache, beta2=0.97, muon_momentum=0.8)).optimizers
-    assert isinstance(adamw, torch.optim.AdamW) and adamw.defaults["betas"] == (0.9, 0.97)
-    assert {g["momentum"] for g in muon.param_groups} == {0.8}
-    assert {g["weight_decay"] for g in adamw.param_groups + muon.param_groups} == {0, 0.1}
-    assert [{g["scale"] for g in o.param_groups} for o in (adamw, muon)] == [{1, 0.3}, {4.5, 1.5}]
-    set_learning_rate([adamw, muon], 2.0)
-    assert [{g["lr"] for g in o.param_groups} for o in (adamw, muon)] == [{2, 0.6}, {9, 3}]
+    set_learning_rate(optimizers, 2.0)
+    assert all(group["lr"] == 2 * group["scale"] for group in groups)
 
 
 def test_muon_matches_torchs_without_bfloat16(monkeypatch):
@@ -685,8 +632,7 @@ def test_muon_matches_torchs_without_bfloat16(monkeypatch):
         close(p, q, 1e-5)
 
 
-# ---- vit.py --------------------------------------------------------------------------------------
-# against torch.nn.TransformerEncoderLayer, and the standard deviations of CLIP's initialisation
+# ---- vit.py: against torch.nn.TransformerEncoderLayer and CLIP's initialisation ------------------
 def with_our_weights(theirs, ours, **parts):
     """torch's layer with the weights of ours, which are sampled anew, because many start at 0 or 1."""
     torch.manual_seed(0)
@@ -711,8 +657,12 @@ def test_vit_block_matches_torchs_encoder_layer():
     close(block(x.flatten(0, 1), Sequences.uniform(3, 7)), theirs(x).flatten(0, 1))
 
 
-def test_vit_is_initialised_like_clip():
+def test_encoders_are_vit_b_16_and_bert_base_and_the_vit_is_initialised_like_clip():
+    assert ViTConfig() == ViTConfig(image_size=224, patch_size=16, width=768, depth=12, heads=12)
+    assert BertConfig() == BertConfig(30_524, width=768, depth=12, heads=12, positions=512, dropout=0.1)
     encoder = ViT(ViTConfig(image_size=32, patch_size=8, width=256, depth=6, heads=4))
+    for model, eps in ((encoder, 1e-5), (Bert(GOLDEN_CONFIG.bert, 64), 1e-12)):
+        assert {module.eps for module in model.modules() if isinstance(module, nn.LayerNorm)} == {eps}
     block = encoder.blocks[3]
     for parameter, std in ((encoder.patch_embedding.weight, 0.02), (encoder.positions, 0.02),
                            (encoder.class_token, 256 ** -0.5), (block.attention.out.weight, 256 ** -0.5),
@@ -721,16 +671,7 @@ def test_vit_is_initialised_like_clip():
         assert parameter.std().item() == pytest.approx(std, rel=0.15)
 
 
-def test_default_encoders_are_vit_b_16_and_bert_base():
-    assert ViTConfig() == ViTConfig(image_size=224, patch_size=16, width=768, depth=12, heads=12)
-    assert BertConfig() == BertConfig(30_524, width=768, depth=12, heads=12, positions=512, dropout=0.1)
-    norms = [[m.eps for m in model.modules() if isinstance(m, nn.LayerNorm)] for model in (
-        ViT(GOLDEN_CONFIG.vit), Bert(GOLDEN_CONFIG.bert, 64))]
-    assert [{*eps} for eps in norms] == [{1e-5}, {1e-12}]
-
-
-# ---- bert.py -------------------------------------------------------------------------------------
-# against torch.nn.TransformerDecoderLayer and TransformerEncoderLayer, and recorded official token ids
+# ---- bert.py: against torch.nn.TransformerDecoderLayer and official token ids --------------------
 def test_bert_layer_matches_torchs_decoder_layer_or_without_images_its_encoder_layer():
     layer = bert.BertLayer(BertConfig(width=32, heads=4, dropout=0.0), image_width=32)
     options = 32, 4, 128, 0.0, F.gelu, 1e-12, True
@@ -784,35 +725,26 @@ def test_captions_are_cleaned_and_truncated_like_the_official_ones():
     assert long.sequences.max_length == 65 and long.ids[-1] == 3, "65 tokens, [SEP] the last"
 
 
-@pytest.mark.parametrize("lines, message", [
-    ([*bert.SPECIAL, "man", "\x85", "\u2028", "x\x0cy"], None),             # splitlines() would split these
-    ([*bert.SPECIAL, "man", "man"], "missing: some of its ids"), (["[PAD]", "[UNK]", "[SEP]", "woman"],
-                                                                 "missing: [CLS]")])
-def test_vocabulary_needs_the_special_tokens_and_an_id_per_line(tmp_path, lines, message):
-    (tmp_path / "vocab.txt").write_bytes("\n".join(lines).encode())
-    if message:
-        assert message in error_of(Tokenizer.load, tmp_path)
-    else:
-        assert Tokenizer.load(tmp_path).to_json() == Tokenizer.from_vocabulary(lines).to_json()
-
-
-def test_trained_vocabulary_is_deterministic_and_knows_exactly_its_words():
+def test_vocabulary_knows_exactly_its_words_and_is_the_same_trained_again_or_loaded(tmp_path):
     assert Tokenizer.train(TEXTS).to_json() == TOKENIZER.to_json()
     ids = TOKENIZER(TEXTS).ids
     assert (ids != TOKENIZER.wordpiece.token_to_id("[UNK]")).all() and ids.max() < TOKENIZER.vocab_size - 2
     tokenizer = Tokenizer.train(["a man with glasses, o'clock"])
     unknown_words = lambda text: known_and_unknown_words(text, tokenizer)[1]
     assert unknown_words("A bald man with red glasses.") == ["bald", "red"]
-    assert unknown_words("man/xyz Ω ?") == ["xyz", "ω"] and unknown_words("???") == []
-    assert unknown_words("a man, o'clock") == []
+    assert unknown_words("man/xyz Ω ?") == ["xyz", "ω"] and unknown_words("???, o'clock") == []
     assert unknown_words("a man without glasses") == ["without"], "with ##o ##u ##t"
+    pieces = [*bert.SPECIAL, "man", "\x85", "\u2028", "x\x0cy"]              # splitlines() would split these
+    write_files(tmp_path, {"vocab.txt": "\n".join(pieces)})
+    assert Tokenizer.load(tmp_path).to_json() == Tokenizer.from_vocabulary(pieces).to_json()
+    assert "missing: some of its ids" in error_of(Tokenizer.from_vocabulary, [*bert.SPECIAL, "man", "man"])
+    assert "missing: [CLS]" in error_of(Tokenizer.from_vocabulary, ["[PAD]", "[UNK]", "[SEP]", "woman"])
     words = map("".join, itertools.islice(itertools.product("abcdefghi", repeat=4), 5001))
     large = Tokenizer.train([*words, "zebra zebra"])            # the 5,000 most frequent words
     assert known_and_unknown_words("zebra ghgf", large) == (["zebra"], ["ghgf"])
 
 
-# ---- losses.py -----------------------------------------------------------------------------------
-# against probabilities worked by hand, and those of the official code
+# ---- losses.py: against probabilities worked by hand, and those of the official code -------------
 @pytest.mark.parametrize("similarity, identity, temperature, hardness, expected", [
     ([[9, 9, 9], [0.1, 9, 0.4], [9, 9, 9]], [5, 6, 5], 0.001, 0.0, [[0, 1, 0], [0.5, 0, 0.5], [0, 1, 0]]),
     ([[9, 9, 9], [0.1, 9, 0.4], [9, 9, 9]], [5, 6, 5], 0.3 / np.log(3), 1.0,
@@ -823,10 +755,6 @@ def test_negatives_are_other_persons_by_similarity(similarity, identity, tempera
     similarity, identity = torch.tensor(similarity).float(), torch.tensor(identity)
     probabilities = losses.hard_negative_probabilities(similarity, identity, temperature, hardness)
     close(probabilities, torch.tensor(expected).float(), 1e-6)
-
-
-def test_vocabulary_of_another_size_is_rejected():
-    assert "the model has 81; use the one it was trained with" in error_of(FLIP, GOLDEN_CONFIG, TOKENIZER)
 
 
 @pytest.mark.parametrize("features, identity, message", [
@@ -848,8 +776,7 @@ def test_hard_negatives_and_their_matching_loss_are_the_official_ones(official):
     close(official.itm_loss(tokens, captions, *likeliest), GOLDEN["hard.loss_itm"])
 
 
-# ---- flip.py -------------------------------------------------------------------------------------
-# against the official activations, losses, gradients and ten steps in golden.npz
+# ---- flip.py: against official activations, losses, gradients and ten steps in golden.npz --------
 @pytest.mark.parametrize("first", ["enc", "cls"])
 def test_activations_are_the_official_ones_also_for_first_tokens_alone(official, first):
     student, images, captions = official.eval().student, GOLDEN["eval.images"], golden_captions("eval")
@@ -1040,7 +967,6 @@ def test_models_of_other_precision_agree_with_float32(uninterrupted, tmp_path, m
     """Also in a search, whose autocast is for float32 models."""
     (pictures, _), texts = write_pictures(tmp_path), ["a man", "a smiling woman"]
     model, other = FLIP.from_pretrained(uninterrupted), FLIP.from_pretrained(uninterrupted, dtype=dtype)
-    assert other.dtype == dtype and other.device == torch.device("cpu")
     for name, size in (("similarity", 1), ("match_probability", 2), ("score", 3)):
         close(getattr(other, name)(pictures, texts), getattr(model, name)(pictures, texts), size * tolerance)
     assert other.score(pictures, texts).dtype == torch.float32
@@ -1069,8 +995,7 @@ def test_auto_precision_is_bf16_on_fast_cpus_and_stays_with_the_run(tmp_path, ca
     assert resumed.config.precision == expected
 
 
-# ---- captions.py ---------------------------------------------------------------------------------
-# against the inverse of the grammar, simulation, and cases worked by hand
+# ---- captions.py: against the inverse of the grammar, simulation, and cases worked by hand -------
 @functools.cache
 def fact_patterns():
     """A regular expression per fact that matches its phrases: the inverse of the grammar."""
@@ -1087,33 +1012,28 @@ def fact_patterns():
     return patterns
 
 
-def find_facts(text: str):
-    """Facts that a text states in the grammar's wording, bool (43,)."""
-    return np.array([pattern.search(text.lower()) is not None for pattern in fact_patterns()])
-
-
 def test_captions_state_the_facts_they_report_and_no_others():
-    rng = np.random.default_rng(1)
-    for attributes in (*random_faces(3000), np.ones(40, dtype=bool)):       # also with all attributes at once
-        text, stated = grammar.sample_caption(attributes, rng)
-        assert (find_facts(text) == grammar.stated_facts(stated[None])[0]).all(), text
-        assert grammar.satisfies(stated[None], attributes[None]).all()
+    find_facts = lambda text: np.array([bool(pattern.search(text.lower())) for pattern in fact_patterns()])
+    rng, faces, stated = np.random.default_rng(1), [*random_faces(3000), np.ones(40, dtype=bool)], []
+    for attributes in faces:
+        text, values = grammar.sample_caption(attributes, rng)
+        assert (find_facts(text) == grammar.stated_facts(values[None])[0]).all(), text
+        stated.append(values)
+    stated, faces = np.stack(stated[-300:]), np.stack(faces[-300:])
+    fits = ((stated[:, None] == 0) | ((stated[:, None] > 0) == faces)).all(2)       # value by value
+    assert fits.diagonal().all() and (grammar.satisfies(stated, faces) == fits).all()
+    assert (np.isfinite(grammar.log_likelihood(stated, faces)) == fits).all()
 
 
-def test_grammar_writes_the_captions_that_all_figures_were_measured_on():
-    """Whatever changes the captions changes this hash: measure all figures anew, then update it."""
+def test_captions_and_recipes_are_those_that_all_figures_were_measured_with():
+    """Whatever changes them changes these hashes: measure all figures anew, then update them."""
     texts = []
     for seed in range(400):
         rng = grammar.random.Random(seed)
         texts.append(grammar.verbalize(sorted(rng.sample(range(43), 1 + seed % 12)), rng))
-    assert texts[1] == ("In this photograph there is a person with black hair. They are wearing lipstick on "
-                        "their lips.")
-    assert hashlib.sha256("\n".join(texts).encode()).hexdigest()[:12] == "adb005e2aeee"
-
-
-def test_recipes_are_those_of_all_figures():
     recipes = [train_config.TINY, train_config.RECIPES["tiny"], finetune.RECIPES, finetune.DRAWN]
-    assert hashlib.sha256(repr(recipes).encode()).hexdigest()[:12] == "4fc0e10b829c"
+    hashes = [hashlib.sha256(text.encode()).hexdigest()[:12] for text in ("\n".join(texts), repr(recipes))]
+    assert hashes == ["adb005e2aeee", "4fc0e10b829c"]
 
 
 @pytest.mark.parametrize("names", ["Male Young", "Male Smiling Bald", "Bangs Blond_Hair Young"])
@@ -1126,14 +1046,6 @@ def test_log_likelihood_matches_simulated_frequencies(names):
     observed = np.array(list(counts.values())) / count
     assert abs(expected.sum() - 1) < 1e-3
     assert (abs(observed - expected) < 4.5 * np.sqrt(expected / count)).all()
-
-
-def test_log_likelihood_is_finite_only_for_faces_that_satisfy_the_caption():
-    faces = random_faces(300)
-    stated = np.stack([grammar.sample_caption(face, np.random.default_rng(0))[1] for face in faces])
-    fits = ((stated[:, None] == 0) | ((stated[:, None] > 0) == faces)).all(2)       # fact by fact
-    assert (grammar.satisfies(stated, faces) == fits).all()
-    assert (np.isfinite(grammar.log_likelihood(stated, faces)) == fits).all()
 
 
 def test_expected_and_reference_recall_match_cases_worked_by_hand():
@@ -1166,17 +1078,14 @@ def test_no_critic_of_pairs_has_a_lower_contrastive_loss_than_the_ideal():
     assert min(others) > max(ideal, loss()) * 1.01, others
     alike = grammar.ideal_contrastive_loss(stated[[0] * 64], faces[[0] * 64], population, 64)
     assert alike == pytest.approx(np.log(64))           # chance
+    known = lambda training, pairs, captions=None: evaluation.EvaluationSet.from_faces(
+        dataclasses.replace(noise_faces(80), captions=captions), training, pairs).ideal_itc
+    assert 0 < known(noise_faces(), 40) < known(noise_faces(), 80)
+    # not for fewer faces than a batch, given captions, or without faces to train on
+    assert known(noise_faces(), 81) is known(noise_faces(), 40, [["a man"]] * 80) is known(None, 0) is None
 
 
-def test_ideal_loss_is_only_known_for_generated_captions():
-    faces = data.Faces("faces", np.zeros((80, 4, 4, 3), np.uint8), np.arange(80), random_faces(80))
-    ideal = lambda training, pairs: evaluation.EvaluationSet.from_faces(faces, training, pairs).ideal_itc
-    assert 0 < ideal(faces, 40) < ideal(faces, 80) and ideal(faces, 81) is None and ideal(None, 0) is None
-    assert ideal(dataclasses.replace(faces, captions=[["a man"]] * 80), 40) is None
-
-
-# ---- drawing/ and toyfaces.py --------------------------------------------------------------------
-# against edges of the drawn images, other sizes of the same drawing, and CelebA's layout
+# ---- drawing/, toyfaces.py: against edges of the drawn images ------------------------------------
 def test_sketch_grows_by_equal_amounts_of_ink_and_never_loses_any():
     for i in range(20):
         frames = toyfaces.sketch(i, seed=3, size=48)
@@ -1185,14 +1094,6 @@ def test_sketch_grows_by_equal_amounts_of_ink_and_never_loses_any():
         ink = frames.sum((1, 2)) / frames[-1].sum()
         assert 0.5 / 70 < ink[0] < 2.5 / 70         # a short line has round ends, a long one crosses others
         assert np.abs(ink - np.arange(1, 71) / 70).max() < 0.15
-
-
-def test_sketch_is_the_same_drawing_at_every_size_and_number_of_steps():
-    for i in range(5):
-        small, large = (toyfaces.sketch(i, size=size) for size in (56, 224))
-        shrunk = large[-1].astype(float).reshape(56, 4, 56, 4).mean((1, 3))
-        assert np.corrcoef(small[-1].ravel(), shrunk.ravel())[0, 1] > 0.95
-        assert (toyfaces.sketch(i, size=56, steps=140)[1::2] == small).all()
 
 
 def test_sketch_lines_are_on_the_edges_of_their_own_image():
@@ -1227,7 +1128,7 @@ def test_faces_are_drawn_three_times_as_large_and_reduced():
     assert toyfaces.face(5, 3, 48)[0] == portrait.render(look, shapes, 144).reduce(3)
 
 
-def test_drawn_faces_are_cached_and_an_interrupted_drawing_leaves_no_file(tmp_path, monkeypatch):
+def test_drawn_faces_are_cached(tmp_path, monkeypatch):
     faces = data.load_toy_faces(5, 24, 3, tmp_path, steps=6)
     image, attributes = toyfaces.face(4, 3, 24)
     assert (faces.images[4] == np.asarray(image)).all() and (faces.attributes[4] == attributes).all()
@@ -1235,20 +1136,13 @@ def test_drawn_faces_are_cached_and_an_interrupted_drawing_leaves_no_file(tmp_pa
     assert (np.asarray(faces.subset([2]).sketch(0, 5)) == 255 - faces.sketches[2, 5][..., None]).all()
     monkeypatch.setattr(toyfaces, "face", lambda *_: pytest.fail("drawn again"))
     assert (data.load_toy_faces(5, 24, 3, tmp_path, steps=6).images == faces.images).all()
-    monkeypatch.setattr(common.distributed, "tqdm", MagicMock(side_effect=KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        data.load_toy_faces(6, 24, 3, tmp_path)
-    assert len([*tmp_path.iterdir()]) == 1
 
 
-# ---- readers/ ------------------------------------------------------------------------------------
-# against data sets written by the test in every layout
-def open_splits(folder):
-    return [open_faces(folder, split) for split in ("train", "val", "test")]
-
-
-def image_names(faces):
-    return [path.stem for path in faces.images]
+# ---- readers/: against data sets written by the tests in every layout ----------------------------
+open_splits = lambda folder: [open_faces(folder, split) for split in ("train", "val", "test")]
+image_names = lambda faces: [path.stem for path in faces.images]
+pickled = lambda folder: write_mm_celeba(folder, pickles=True)
+PICKLE = "train/filenames.pickle"
 
 
 def encoded(image, format="png"):
@@ -1282,14 +1176,8 @@ def write_tar(folder, members={}, records=60, name="00000", **changes):
     return write_files(folder, {f"{name}_stats.json": {"successes": records}})
 
 
-def change_keeping_its_time(path):
-    before = path.stat()
-    path.write_bytes(path.read_bytes().replace(b"face", b"dear"))           # of the same size, too
-    os.utime(path, (before.st_atime, before.st_mtime))
-
-
 @pytest.mark.parametrize("write, name, change", [
-    (lambda d: write_tar(d), "00000.tar", change_keeping_its_time),
+    (lambda d: write_tar(d), "00000.tar", lambda path: os.utime(path, (1, 1))),      # a copy that looks old
     (lambda d: write_tar(d), "a.tar", lambda path: (path.parent / "00000.tar").rename(path)),
     (lambda d: write_captions(d), "val.json", Path.touch),
     (write_celeba, "img_align_celeba/000003.jpg", Path.unlink)])
@@ -1341,15 +1229,15 @@ def test_boxes_are_mapped_to_the_stored_image_for_every_resize_mode_of_img2datas
     members, rng = {}, np.random.default_rng(0)
     for i, (W, H) in enumerate(5 * [(1024, 700), (640, 1000), (512, 512), (200, 150), (513, 512)]):
         w, h, x, y = (int(min(W, H) * rng.uniform(low, 0.4)) for low in (0.3, 0.3, 0.2, 0.2))
-        image = Image.new("RGB", (W, H), (0, 0, 200))
-        image.paste((200, 0, 0), (x, y, x + w, y + h))              # the face is red
+        image, box = Image.new("RGB", (W, H), (0, 0, 200)), [x, y, x + w, y + h]
+        image.paste((200, 0, 0), box)                               # the face is red
         scale = {"no": 1, "border": 256 / max(W, H)}.get(mode, 256 / min(W, H))
         image = image.resize((round(W * scale), round(H * scale)), Image.Resampling.BOX)
         if mode == "border":
             stored = Image.new("RGB", (256, 256), "white")
             stored.paste(image, (int((256 - image.width) / 2), int((256 - image.height) / 2)))
             image = stored
-        record = {"caption": "a face", "box": [x, y, x + w, y + h], "original_width": W, "original_height": H}
+        record = {"caption": "a face", "box": box, "original_width": W, "original_height": H}
         members |= {f"{i:09d}.jpg": encoded(image), f"{i:09d}.json": json.dumps(record).encode()}
     write_members(tmp_path / "00000.tar", members)
     for crop in open_faces(tmp_path).images:
@@ -1409,28 +1297,26 @@ def test_tars_of_every_format_are_read_also_joined_ones_and_a_damaged_one_is_nam
 
 def test_any_webdataset_is_read_with_its_captions_from_json_or_txt_and_whole_images(tmp_path):
     """Without URLs, a face is split by its key, in whichever tar."""
-    images, members = (("a/0", "jpg"), ("a/1", "JPEG"), ("./b.d/2", "png"), ("3", "webp")), {}
-    for key, format in images:
-        content = encoded(Image.new("RGB", (6, 7)), "jpeg" if format == "jpg" else format)
+    members, formats = {}, {"a/0": "jpg", "a/1": "JPEG", "./b.d/2": "png", "3": "webp"}
+    for key, format in formats.items():
+        content = encoded(Image.new("RGB", (6, 7)), format.replace("jpg", "jpeg"))
         members |= {f"{key}.{format}": content, f"{key}.txt": f"\ufeffface {key}\n".encode(),
                     f"{key}.seg.png": b"?", f"{key}.npy": b"?", ".hidden.jpg": b"?", "README": b"?"}
     write_members(tmp_path / "0.tar", members | {"4.txt": b"no image", "5.jpg": content, "6.2.jpg": content})
     faces, invalid = read_tars(tmp_path)
-    assert {name: (*face[0], face[1]) for name, face in faces.items()} == {
-        f"{key}.{format}": (f"face {key}", (6, 7)) for key, format in images}
+    assert {name: face[:2] for name, face in faces.items()} == {
+        f"{key}.{format}": ([f"face {key}"], (6, 7)) for key, format in formats.items()}
     assert sorted(error.partition("0.tar: ")[2] for error in invalid) == [
         "'4': no image", "'5': no .txt", "'6': no image"]
-    records = [{"caption": "a face", "box": None}, {"box": [0, 0, 3, 3]}, {"caption": ""}, {}]
-    members = {f"{n}.jpg": content for n in range(5)} | {f"{n}.txt": b"from txt" for n in (0, 1, 2, 4)}
-    members |= {f"{n}.json": json.dumps(record).encode() for n, record in enumerate(records)}
+    members = {"0.jpg": content, "0.txt": b"of txt", "0.json": b'{"box": [0, 0, 3, 3]}',
+               "1.jpg": content, "1.json": b"{}", "2.jpg": content, "2.txt": b"of txt"}
     write_members(tmp_path / "0.tar", members)
     faces, invalid = read_tars(tmp_path)
-    assert [(*face[0], face[1]) for face in faces.values()] == [
-        ("a face", (6, 7)), ("from txt", (3, 3)), ("from txt", (6, 7))]
-    assert "3.jpg: expected text in caption, found []" in invalid[0] and "'4': no .json" in invalid[1]
+    assert [face[:2] for face in faces.values()] == [(["of txt"], (3, 3))]
+    assert "1.jpg: expected text in caption, found []" in invalid[0] and "'2': no .json" in invalid[1]
+    members = {f"{i}.{suffix}": x for i in range(100) for suffix, x in (("jpg", content), ("txt", b"a face"))}
     for name in ("0.tar", "1.tar"):
-        write_members(tmp_path / name, {f"{i}.{s}": content for i in range(100) for s in ("jpg", "txt")}
-                      | {f"{i}.txt": b"a face" for i in range(100)})
+        write_members(tmp_path / name, members)
     splits = [Counter(image.name for image in faces.images) for faces in open_splits(tmp_path)]
     assert all(splits) and sum(map(len, splits)) == 100 and set(sum(splits, Counter()).values()) == {2}
 
@@ -1465,8 +1351,6 @@ def test_image_is_known_by_its_normalised_name_below_the_folder_and_empty_captio
     assert [str(path.relative_to(folder)) for path in faces.images] == [
         "images/0.png", "images/1.png", "link/2.png", "images/3.png", "images/0.png"]
     assert list(faces.captions) == [["a"], ["b", "c"], ["d"], ["e"], ["a second caption"]]
-    write_captions(folder, [{"image": "./0.png", "caption": "a"}], "test.json")
-    assert "'images/0.png' is already in split train" in error_of(open_faces, folder, "test")
     for name in ("../2.png", "images/../../2.png", f"{tmp_path}/2.png"):
         write_captions(folder, [{"image": name, "caption": "a face"}])
         assert "2.png' is outside the data set; --outside accepts" in error_of(open_faces, folder)
@@ -1497,12 +1381,7 @@ def test_single_caption_list_is_split_by_person(tmp_path):
 @pytest.mark.parametrize("kaggle", [False, True])
 def test_celeba_is_read_in_its_own_and_in_kaggles_layout(tmp_path, kaggle):
     attributes = random_faces(6)
-    write_celeba(tmp_path, kaggle)
-    if not kaggle:                          # without any attribute, as opposed to without attributes
-        lines = (tmp_path / VALUES).read_text().splitlines()
-        lines[2], attributes[0] = lines[2].replace(" 1", "-1"), False
-        (tmp_path / VALUES).write_text("\n".join(lines))
-    train, val, test = open_splits(tmp_path)
+    train, val, test = open_splits(write_celeba(tmp_path, kaggle))
     assert (train.attributes == attributes[:4]).all() and (test.attributes == attributes[5:]).all()
     assert len(val) == 1 and len(set(train.identity)) == 4
     assert val.picture(0).size == (178, 218) and val.images[0].name == "000005.jpg"
@@ -1597,30 +1476,17 @@ def write_sde(folder, style="{photo}_{step}", photo="photo1/image01{n:02d}", ste
 @pytest.mark.parametrize("style, photo", [
     ("{photo}_{step}", "photo1/image01{n:02d}"), ("{stem}_{step}", "photo1/image01{n:02d}"),
     ("{photo}_{step}", "photo1_image01{n:02d}"), ("{stem}_{step}", "image01{n:02d}")])
-def test_fs2k_sde_sketches_are_matched_to_photos_and_sorted_by_step(tmp_path, style, photo):
+def test_fs2k_sde_has_sketches_sorted_by_step_and_captions_from_a_list_beside_them(tmp_path, style, photo):
     train, val, test = open_splits(write_sde(tmp_path, style, photo))
     assert [len(train), len(val), len(test), train.sketch_steps] == [13, 2, 5, 12] and train.captions is None
     assert [path.stem[-9:] for path in val.images] == ["image0113", "image0114"]
     assert [255 - train.sketch(2, t).getpixel((0, 0))[0] for t in range(12)] == list(range(1, 13))
     assert all(path.stem[-9:] in str(sketches[0]) for path, sketches in zip(test.images, test.sketches))
     assert list(train.subset([4, 2]).sketches) == [train.sketches[4], train.sketches[2]]
-
-
-def test_photos_of_sketches_take_captions_from_a_list_beside_them(tmp_path):
-    write_sde(tmp_path, count=16, steps=1)
-    write_files(tmp_path, grey_images(["photo/photo2/image0103.jpg"]))
-    records = [{"photo": f"photo/photo1/image01{n:02d}.jpg", "caption": [f"face {n}"] * 2} for n in range(15)]
-    records += [{"image": f"{name}.jpg", "caption": "another"} for name in ("photo2/image0103", "x")]
-    records[0]["pcfg"] = "of a column for --columns"
-    write_files(tmp_path, {"train.json": records})
+    records = [{"photo": f"photo/{photo.format(n=n)}.jpg", "caption": [f"face {n}"] * 2} for n in range(15)]
+    write_files(tmp_path, {"train.json": [*records, {"image": "of/another/set.jpg", "caption": "another"}]})
     assert list(open_faces(tmp_path).captions) == [[f"face {n}"] * 2 for n in range(13)]
     assert open_faces(tmp_path, "test").captions is None
-    write_files(tmp_path, {"captions.json": [{"image": "image0115.jpg", "caption": "the last"}]})
-    assert list(open_faces(tmp_path, "test").captions) == [["the last"]]
-
-
-pickled = lambda folder: write_mm_celeba(folder, pickles=True)
-PICKLE = "train/filenames.pickle"
 
 
 @pytest.mark.parametrize("write, name, change, message", [
@@ -1630,17 +1496,14 @@ PICKLE = "train/filenames.pickle"
     (write_captions, "train.json", b'[{"image": "0.png", "caption": [" . !", ""]}]', "found [[' . !', '']]"),
     (write_captions, "train.json", (b'["face 0"', b'[7'), "expected text in caption or face_caption, "),
     (write_captions, "train.json", (b"the face", rb"half a \ud800"), "'half a \\ud800 0']]"),
-    (write_captions, "train.json", (b"the face", rb"binary \u0000"), "'binary \\x00 0']]"),
     (write_celeba, VALUES, (b"02.jpg  -1", b"02.jpg  2"), "txt line 4: expected 1, 0 or -1 for every"),
     (write_celeba, VALUES, (b"02.jpg  -1", b"02.jpg"), "celeba.txt line 4: expected 40 values, found 39"),
     (write_celeba, VALUES, (b"Bald", b"Bold"), "line 2: expected CelebA's 40 attribute names, found 5_"),
     (write_celeba, PARTITION, (b"3.jpg 0", b"2.jpg 2"), "(000002.jpg): expected 0, 1 or 2 in list_eval_"),
     (write_celeba, PARTITION, (b"6.jpg", b"6.jpg 2\n9.jpg"), "are missing from list_attr_celeba, the fi"),
-    (write_celeba, PARTITION, None, "No such file or directory: "),
     (pickled, "test/filenames.pickle", pickle.dumps(["2"]), "face 2: 'images/2.jpg' is already in split"),
     (pickled, PICKLE, b"cposix\nmkdir\n(S'never-made'\ntR.", "import of posix.mkdir refused"),
     (lambda d: write_tar(d, box="[9, 0, 9, 5]"), "x", b"", "'000000003': expected half of the box [9, 0, 9,"),
-    (lambda d: write_tar(d, {"000000003.json": b"{"}), "x", b"", "00000.tar: '000000003': Expecting prop"),
     (lambda d: write_tar(d, {"000000003.jpg": b"x"}), "x", b"", "00000.tar: 000000003.jpg is not an image"),
     (lambda d: write_tar(d, records=90), "00001_stats.json", b'{"successes": 10}',
      "00001.tar is damaged, cut off, compressed or missing: found 0 faces, 00001_stats.json counts 10 (10 "),
@@ -1661,8 +1524,7 @@ def test_invalid_data_set_is_rejected(tmp_path, write, name, change, message):
     assert message in error_of(open_faces, tmp_path)
 
 
-# ---- data.py -------------------------------------------------------------------------------------
-# against pixels and probabilities worked by hand, and batches read with other workers, ranks and starts
+# ---- data.py: against pixels worked by hand, and other workers, ranks and starts -----------------
 COS, SIN, CENTRE = math.cos(math.radians(15)), math.sin(math.radians(15)), 111.5
 
 
@@ -1751,9 +1613,8 @@ def test_damaged_image_is_named_and_replaced_by_the_next_face(tmp_path, capfd, w
         take(loader, 0, 1)
 
 
-# ---- config.py -----------------------------------------------------------------------------------
-# against the paper's values, and the configuration of the run that is resumed
-def test_flags_are_the_fields_of_the_configuration_and_override_recipes():
+# ---- config.py: against the recipes, and the configuration of the run that is resumed ------------
+def test_flags_are_the_fields_of_the_configuration_with_their_comments_and_override_recipes(capsys):
     given = train_config.parse_arguments(["--steps", "7", "--no-augment", "--columns", "pcfg", "--lr", "0.1"])
     flags = dict(steps=7, max_epochs=0, augment=False, columns=("pcfg",), lr=0.1)
     assert given == train_config.Config(**train_config.RECIPES["tiny"] | flags)
@@ -1761,19 +1622,14 @@ def test_flags_are_the_fields_of_the_configuration_and_override_recipes():
     assert by_epochs.steps == by_epochs.max_epochs == 0, "or the recipe's steps would decide"
     assert train_config.parse_arguments(["--model", "base"]) == train_config.Config(model="base")
     assert train_config.parse_arguments(["--data", "DIR"]).augment and not by_epochs.augment
-    for unknown in (["--leanring_rate", "1"], ["--model", "huge"], ["--queue_from", "0"]):
+    assert finetune.parse_arguments(["retrieval", "--data", "DIR"]).lr == 3e-5, "the paper's"
+    assert finetune.parse_arguments(["sketch", "--lr", "0.1"]).lr == 0.1
+    for ended in (["--leanring_rate", "1"], ["--model", "huge"], ["--queue_from", "0"], ["--help"]):
         with pytest.raises(SystemExit):
-            train_config.parse_arguments(unknown)
-
-
-def test_help_of_a_flag_is_the_comment_beside_its_field(capsys):
-    with pytest.raises(SystemExit):
-        train_config.parse_arguments(["--help"])
+            train_config.parse_arguments(ended)
     printed = " ".join(capsys.readouterr().out.split())
-    for shown in ("--warmup WARMUP steps to the peak learning rate, at most 20 % of the run (20000)",
-                  "--no-outside accept images outside --data, which its lists may name by absolute paths",
-                  "{tiny,base,large} tiny (for drawn faces, trains on two CPU cores), base (the paper"):
-        assert shown in printed, printed
+    assert "--warmup WARMUP steps to the peak learning rate, at most 20 % of the run (20000)" in printed
+    assert "--no-outside accept images outside --data, which its lists" in printed
 
 
 def test_resuming_takes_the_runs_flags_and_only_some_may_change(uninterrupted, cache, tmp_path):
@@ -1787,8 +1643,7 @@ def test_resuming_takes_the_runs_flags_and_only_some_may_change(uninterrupted, c
         **train_config.RECIPES["tiny"] | dict(out=str(tmp_path), resume=True, steps=7, max_epochs=0))
 
 
-# ---- evaluation.py -------------------------------------------------------------------------------
-# against ranks counted by hand
+# ---- evaluation.py: against ranks counted by hand ------------------------------------------------
 def test_recall_counts_an_images_best_caption_and_counts_ties_as_misses():
     image_of_text = torch.tensor([0, 0, 1])
     image_to_text = torch.tensor([[0.1, 0.9, 0.5], [0.7, 0.7, 0.7]])
@@ -1803,25 +1658,12 @@ def test_recall_table_contains_chance_and_both_references(uninterrupted, cache):
     assert [line.split(" | ")[0][2:] for line in lines[2:]] == [
         "chance", "attribute match", "Bayes optimum", "model of --init, re-ranked", "this model, ITC alone",
         "this model, re-ranked", "% of attribute match", "% of Bayes optimum"]
-    assert lines[5].split(" | ")[1] == "7.0"
-    assert lines[2].split(" | ")[1:4] == ["5.0", "25.0", "50.0"]
-    reference = validation.references["Bayes optimum"]
-    assert lines[9].split(" | ")[1:6] == [f"{1000 / value:.1f}" for value in reference[:5]]
+    assert lines[5].split(" | ")[1] == "7.0" and lines[2].split(" | ")[1:4] == ["5.0", "25.0", "50.0"]
+    optimum = validation.references["Bayes optimum"][:5]
+    assert lines[9].split(" | ")[1:6] == [f"{1000 / value:.1f}" for value in optimum]
 
 
-def test_evaluation_is_without_dropout_and_training_goes_on_with_it(tmp_path, cache, monkeypatch):
-    vit, bert, size = train_config.TINY
-    monkeypatch.setitem(train.MODELS, "tiny", (vit, dataclasses.replace(bert, dropout=0.5), size))
-    config = quick(tmp_path, cache)
-    run, modes = setup(config), []
-    monkeypatch.setattr(train, "evaluate", lambda model, *rest, real=train.evaluate: (
-        modes.append(model.training), real(model, *rest))[1])
-    assert train.validate(run) == train.validate(run)
-    assert modes == [False, False] and run.model.training
-
-
-# ---- train.py ------------------------------------------------------------------------------------
-# against the paper's schedule, and runs of one process without interruption
+# ---- train.py: against the paper's schedule, and uninterrupted runs ------------------------------
 def test_schedule_of_base_is_the_papers():
     config = train_config.Config(model="base", steps=15 * 23_925)
     rate = lambda step: train.learning_rate(step, config, 23_925)
@@ -1841,12 +1683,9 @@ def test_schedule_of_tiny_starts_with_itc_alone_and_ends_with_the_final_values()
     assert 0 < config.momentum < 1 and 0 < config.warmup < config.steps / 10
     assert train.learning_rate(0, config, 156) < config.lr / 10
     assert train.schedule(config.itm_from * config.steps, config).hardness == 0
-
-
-def test_schedules_of_queue_and_itm():
-    """The queue comes in late, with the entries written so far; ITM is trained in every n-th step."""
-    config = dataclasses.replace(train_config.parse_arguments([]), steps=100, batch_size=4, queue_size=390,
-                                 queue_from=0.5, itm_from=0.4, itm_every=3)
+    # the queue comes in late, with the entries written so far; ITM is trained in every n-th step
+    config = dataclasses.replace(
+        config, steps=100, batch_size=4, queue_size=390, queue_from=0.5, itm_from=0.4, itm_every=3)
     lengths = [train.schedule(step, config).queue_length for step in (0, 49, 50, 97, 98)]
     assert lengths == [0, 0, 200, 388, 390]
     assert train.schedule(50, dataclasses.replace(config, accumulate=2, queue_size=500)).queue_length == 400
@@ -1871,50 +1710,15 @@ def test_run_leaves_log_plots_and_a_checkpoint_with_the_logged_metrics(uninterru
     validation = evaluation.EvaluationSet.from_faces(train.load_data(config, 48)[1])
     metrics, _ = evaluation.evaluate(model, validation, config)
     assert metrics == pytest.approx({name: log_of(uninterrupted)[-1][name] for name in metrics})
+    saved = torch.load(uninterrupted / "flip.pt")["training"]
+    adamw, muon = (optimizer["param_groups"] for optimizer in saved["optimizers"])
+    assert [{g["scale"] for g in groups} for groups in (adamw, muon)] == [{1, 0.3}, {4.5, 1.5}]
+    assert {g["betas"] for g in adamw} == {(0.9, config.beta2)}
+    assert {g["momentum"] for g in muon} == {config.muon_momentum}
+    assert {g["weight_decay"] for g in adamw + muon} == {0, config.weight_decay}
 
 
-def test_second_run_in_the_same_folder_is_refused_and_the_first_is_not_overwritten(tmp_path, cache):
-    """Also if the first has no checkpoint yet when the second starts."""
-    first = setup(quick(tmp_path, cache))
-    assert "log.jsonl is in use by another run" in error_of(train.train, quick(tmp_path, cache, seed=1))
-    train.save(first)
-    first.log.close()
-    assert "flip.pt already exists; use --resume" in error_of(train.train, quick(tmp_path, cache, seed=1))
-
-
-def test_resumed_run_has_the_log_of_an_uninterrupted_run(tmp_path, cache, monkeypatch):
-    """It is stopped by SIGINT, SIGTERM and SIGHUP, between lines of the log and before an evaluation, and
-    ends by an error after one; handlers are restored."""
-    stops = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
-    for number in stops:                    # nohup, for example, would have them ignored
-        signal.signal(number, signal.SIG_DFL)
-    signals, before = dict(zip((0, 3, 5), stops)), [signal.getsignal(number) for number in stops]
-    train.train(quick(tmp_path / "whole", cache, log_every=3, batch_size=4, accumulate=2))
-
-    def compute_gradients(run, batches, step, real=train.compute_gradients):
-        if step in signals:
-            signal.raise_signal(signals.pop(step))
-        elif step == 6 and not signals:
-            signals[9] = None
-            raise RuntimeError("memory ran out")
-        return real(run, batches, step)
-    monkeypatch.setattr(train, "compute_gradients", compute_gradients)
-    config = quick(tmp_path, cache, log_every=3, batch_size=4, accumulate=2)
-    for step in (1, 4, 6, 6):
-        with pytest.raises((SystemExit, RuntimeError)) as caught:
-            train.train(config)
-        message = " ".join([str(caught.value), *getattr(caught.value, "__notes__", ())])
-        assert f"after step {step}; continue with --resume" in message
-        assert [signal.getsignal(number) for number in stops] == before
-        (tmp_path / "log.jsonl").write_text("torn")             # the log is restored from the checkpoint
-        config = train_config.parse_arguments(["--out", str(tmp_path), "--resume"])
-    train.train(config)
-    resumed, expected = ([line | {"seconds": 0, "data_seconds": 0} for line in log_of(out)[1:]]
-                         for out in (tmp_path, tmp_path / "whole"))
-    assert resumed == expected
-
-
-SHORT = ("--faces 64 --validation 10 --steps 24 --log_every 3 --eval_every 1000 --itm_every 1 "
+SHORT = ("--faces 64 --validation 10 --steps 12 --accumulate 2 --log_every 3 --eval_every 1000 --itm_every 1 "
          "--queue_size 40 --precision float32").split()
 
 
@@ -1952,12 +1756,14 @@ def test_two_processes_have_the_losses_of_one_with_the_same_global_batch(whole_r
     np.testing.assert_allclose(two, one, atol=1e-4)
     one, two = (FLIP.from_pretrained(out).state_dict() for out in whole_runs.values())
     for name in ("queue_identity", "queue_pointer", "image_queue", "text_queue"):
-        close(two[name].double(), one[name].double(), 1e-3)
+        close(two[name].double(), one[name].double(), 1e-4)
 
 
 @pytest.mark.parametrize("world, workers, ending, codes, step", [
     (2, 0, "if rank == '1': signal.raise_signal(signal.SIGTERM)", (1, 1), 5),
+    (1, 0, "signal.raise_signal(signal.SIGHUP)", (1,), 5),
     (1, 2, "os.killpg(0, signal.SIGTERM); os.killpg(0, signal.SIGINT)", (1,), 5),
+    (1, 0, "raise RuntimeError('memory ran out')", (1,), 4),
     (1, 2, "active_children()[0].kill()", (1,), None), (1, 2, "kill()", (-9,), 4),
     (2, 0, "if rank == '0': train.write_checkpoint = kill", (-9, 1), 4)])
 def test_run_is_saved_after_its_last_whole_step_or_was_before_a_kill_and_resumes_exactly(
@@ -1973,12 +1779,12 @@ for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):       # nohup woul
 kill, rank = lambda *_: os.kill(os.getpid(), signal.SIGKILL), os.environ.get("RANK", "0")
 def forward(model, *inputs, real=flip.FLIP.forward):
     global step
-    step += 1
+    step += 0.5                         # two micro-batches a step
     out = real(model, *inputs)
-    if step == 4:
+    if step == 4.5:
         {ending}
     return out
-step, flip.FLIP.forward = -1, forward
+step, flip.FLIP.forward = -0.5, forward
 train.run_script(lambda: train.train(train.parse_arguments()))
 """
     flags = [*SHORT, "--batch_size", str(16 // world), "--workers", str(workers),
@@ -1988,15 +1794,19 @@ train.run_script(lambda: train.train(train.parse_arguments()))
     saved = torch.load(tmp_path / "flip.pt")["training"]["step"]
     assert saved == step or step is None and saved >= 4
     assert -9 in codes or f"after step {saved}; continue with --resume" in errors
+    write_files(tmp_path, {"log.jsonl": "torn"})            # is restored from the checkpoint
     assert end(start(world, tmp_path, cache, "--resume"))[0] == (0,) * world
     assert losses_of(tmp_path) == losses_of(whole_runs[world])
 
 
-def test_run_is_resumed_only_with_the_same_faces(tmp_path):
-    """In whichever folder."""
+def test_run_goes_on_alone_with_resume_and_with_the_same_faces_in_whichever_folder(tmp_path):
     write_celeba(tmp_path / "a", count=20)
     config = quick(tmp_path / "out", str(tmp_path / "cache"), data=str(tmp_path / "a"), batch_size=4, steps=2)
-    train.train(config)
+    first = setup(config)
+    assert "log.jsonl is in use by another run" in error_of(train.train, config)
+    train.save(first)
+    first.log.close()
+    assert "flip.pt already exists; use --resume" in error_of(train.train, config)
     (tmp_path / "a").rename(tmp_path / "b")
     resumed = dataclasses.replace(config, resume=True, data=str(tmp_path / "b"))
     train.train(resumed)
@@ -2004,12 +1814,15 @@ def test_run_is_resumed_only_with_the_same_faces(tmp_path):
     assert "or it had other faces than these; use the same" in error_of(train.train, resumed)
 
 
-def test_nan_weights_never_replace_a_checkpoint(tmp_path, cache):
+def test_nan_loss_stops_the_run_and_nan_weights_never_replace_a_checkpoint(tmp_path, cache):
+    """Also without ITM."""
+    diverging = dict(itm_from=1.0, lr=1e18, grad_clip=0.0, log_every=2)
+    error = error_of(train.train, quick(tmp_path / "a", cache, **diverging))
+    assert re.match("the loss of steps . to . is NaN|after step .: some weights are NaN or infinite", error)
     run = setup(quick(tmp_path, cache))
     train.save(run)
     good = (tmp_path / "flip.pt").read_bytes()
-    with torch.no_grad():
-        run.model.student.text.words.weight[3, 4] = torch.nan
+    run.model.student.text.words.weight.data[3, 4] = torch.nan
     run.done = 2
     assert "after step 2: some weights are NaN or infinite" in error_of(train.save, run)
     assert (tmp_path / "flip.pt").read_bytes() == good
@@ -2019,8 +1832,8 @@ def constant_run(tmp_path, cache, **changes):
     """A run without queue and soft targets whose weights stay, two of its batches, and a function that trains
     a step -> (ITC, ITM), and the gradients in one vector."""
     off = dict(queue_from=1.0, alpha_ramp=(1, 1), momentum_from=1.0)
-    with contextlib.closing((run := setup(quick(tmp_path, cache, **off | changes))).log):
-        weights, gradients = list(run.model.parameters()), []
+    run = setup(quick(tmp_path, cache, **off | changes))
+    weights, gradients = list(run.model.parameters()), []
     run.optimizers = [torch.optim.SGD([{"params": weights, "scale": 0.0}])]
     run.optimizers[0].step = lambda: gradients.append(torch.cat(
         [p.grad.flatten() for p in weights if p.grad is not None]))
@@ -2032,17 +1845,23 @@ def constant_run(tmp_path, cache, **changes):
     return run, take(run.loader, 0, 2), train_step
 
 
-def test_a_step_clips_gradients_and_temperature_and_draws_its_own_dropout_mask(tmp_path, cache, monkeypatch):
+def test_a_step_clips_gradients_and_temperature_and_draws_its_own_dropout_mask_and_negatives(
+        tmp_path, cache, monkeypatch):
+    """Evaluation is without dropout, and training goes on with it."""
     vit, bert, size = train_config.TINY
     monkeypatch.setitem(train.MODELS, "tiny", (vit, dataclasses.replace(bert, dropout=0.5), size))
-    run, (batch, _), train_step = constant_run(tmp_path, cache, itm_from=1.0, grad_clip=1e-3)
+    seeds, real = [], FLIP.sample_negatives
+    monkeypatch.setattr(FLIP, "sample_negatives", lambda model, *args: (
+        seeds.append(args[-1].initial_seed()), real(model, *args))[1])
+    run, (batch, _), train_step = constant_run(tmp_path, cache, itm_from=0.0, grad_clip=1e-3)
     losses, gradients = zip(*(train_step([batch], step) for step in (0, 1, 2, 0)))
-    losses = [itc.item() for itc, _ in losses]
-    assert losses[0] == losses[3] and len(set(losses)) == 3
+    for values in ([itc.item() for itc, _ in losses], seeds):
+        assert values[0] == values[3] and len(set(values)) == 3
     assert [gradient.norm().item() for gradient in gradients] == pytest.approx(4 * [1e-3], rel=1e-2)
     run.model.temperature.data.fill_(2.0)
     train_step([batch], 0)
     assert run.model.temperature.item() == 0.5
+    assert train.validate(run) == train.validate(run) and run.model.training
 
 
 def test_two_micro_batches_give_their_mean_gradient(tmp_path, cache):
@@ -2064,16 +1883,6 @@ def test_momentum_is_that_of_the_next_step_and_the_log_has_itm_per_step_that_tra
         run.recent, run.done = [torch.tensor([3.0, 2.0]), torch.tensor([5.0, 0.0])], 2
         losses = train.mean_losses(run)
         assert (losses["itc"], losses["itm"]) == (4, 2)
-
-
-def test_negatives_are_sampled_anew_in_every_step(tmp_path, cache, monkeypatch):
-    seeds, real = [], FLIP.sample_negatives
-    monkeypatch.setattr(FLIP, "sample_negatives", lambda model, *args: (
-        seeds.append(args[-1].initial_seed()), real(model, *args))[1])
-    _, (batch, _), train_step = constant_run(tmp_path, cache, itm_from=0.0)
-    for step in (4, 5, 4):
-        train_step([batch], step)
-    assert seeds[0] == seeds[2] != seeds[1]
 
 
 def test_init_loads_our_or_the_official_flip_also_at_another_image_size(
@@ -2124,17 +1933,10 @@ def test_tiny_recipe_fits_small_sets(tmp_path):
             assert run.loader.batch_size == run.config.batch_size == batch_size
             assert len(run.loader.faces) == 39 and run.config.steps == steps
     train.save(run)
-    resumed = train_config.parse_arguments([*flags, *more, "--resume"])         # by the same command
-    assert resumed == dataclasses.replace(run.config, resume=True)
-    (tmp_path / "out").rename(tmp_path / "moved")
-    moved = ["--out", f"{tmp_path}/moved", "--resume"]
-    assert train_config.parse_arguments(moved) == dataclasses.replace(resumed, out=f"{tmp_path}/moved")
-
-
-def test_nan_loss_stops_the_run_and_names_the_step_also_without_itm(tmp_path, cache):
-    config = quick(tmp_path, cache, itm_from=1.0, lr=1e18, grad_clip=0.0, log_every=2)
-    error = error_of(train.train, config)
-    assert re.match("the loss of steps . to . is NaN|after step .: some weights are NaN or infinite", error)
+    resume = lambda *flags: train_config.parse_arguments([*flags, "--resume"])
+    assert resume(*flags, *more) == dataclasses.replace(run.config, resume=True), "by the same command"
+    (tmp_path / "out").rename(moved := tmp_path / "moved")
+    assert resume("--out", str(moved)) == dataclasses.replace(run.config, resume=True, out=str(moved))
 
 
 @pytest.fixture(scope="module")
@@ -2155,8 +1957,7 @@ def test_default_run_finds_faces_more_often_than_matching_all_attributes(default
     assert all(metrics[name] >= least for name, least in (("img_r1", 48), ("img_r5", 78), ("img_r10", 86)))
 
 
-# ---- finetune.py ---------------------------------------------------------------------------------
-# against the official head and early-retrieval figures in golden.npz, closed forms, the weights before
+# ---- finetune.py: against official figures in golden.npz, closed forms, the weights before -------
 @pytest.fixture
 def tuned(uninterrupted, cache, tmp_path):
     """A function that makes the configuration of a short run on a few drawn faces."""
@@ -2256,11 +2057,9 @@ def test_attributes_are_trained_on_celeba_with_a_row_per_fraction(tuned, tmp_pat
     rows, test = dict(finetune.finetune(config)), open_faces(tmp_path, "test").attributes.mean(0)
     assert [*rows] == ["majority class", f"{config.checkpoint}, tuned on 10 % of the faces",
                        f"{config.checkpoint}, tuned on 100 % of the faces"]
-    majority = 100 * np.maximum(test, 1 - test).mean()
-    assert rows["majority class"]["accuracy"] == pytest.approx(majority)
     header, _, first, *_ = (tmp_path / "attributes/table.md").read_text().splitlines()
     assert header == "| attributes, % | accuracy | balanced accuracy |"
-    assert first == f"| majority class | {majority:.1f} | 50.0 |"
+    assert first == f"| majority class | {100 * np.maximum(test, 1 - test).mean():.1f} | 50.0 |"
     head = torch.load(tmp_path / "attributes/head.pt")["model"]
     assert head["linear.weight"].shape == (40, 128) and head["weights"].shape == (9,)
 
@@ -2296,8 +2095,7 @@ def test_sketches_are_trained_with_captions_or_without_a_vocabulary(
     assert model.student.image_projection.weight.grad is not None and model.matching_head.weight.grad is None
     assert (model.student.text_projection.weight.grad is not None) == with_captions
     assert task.metrics("test")[1].shape == (5, 3, 5)
-    assert [name for name, _ in finetune.finetune(config)][1:] == [
-        f"{config.checkpoint}, before tuning", f"{config.checkpoint}, tuned"]
+    assert len(finetune.finetune(config)) == 3
 
 
 @pytest.mark.parametrize("hardness, expected", [(None, 1.0), (0.25, 0.25)])
@@ -2339,24 +2137,7 @@ def test_weights_with_the_best_validation_metric_are_kept_even_if_initial(tuned,
     assert torch.equal(head.weight, weights[best])
 
 
-def test_recipe_is_the_papers_on_own_data_and_flags_override_it():
-    papers = finetune.parse_arguments(["retrieval", "--data", "DIR"])
-    assert (papers.batch_size, papers.epochs, papers.lr, papers.itm_every) == (64, 50, 3e-5, 1)
-    drawn = finetune.parse_arguments(["sketch", "--lr", "0.1", "--no-random"])
-    assert drawn.lr == 0.1 and not drawn.random and drawn.faces == 800
-
-
-@pytest.mark.parametrize("task, write, message", [
-    ("attributes", write_mm_celeba, "has nothing to train attributes on"),
-    ("retrieval", write_fs2k, "has nothing to train retrieval on"),
-    ("sketch", lambda d: write_celeba(d, count=40, held_out=5), "has nothing to train sketch on")])
-def test_data_that_a_task_cannot_use_is_named(tuned, tmp_path, task, write, message):
-    write(tmp_path)
-    assert message in error_of(finetune.finetune, tuned(task, data=str(tmp_path)))
-
-
-# ---- search.py -----------------------------------------------------------------------------------
-# against scores of one image at a time, and the regions in which toyfaces.py draws
+# ---- search.py: against scores of single images, and where parts of a face are drawn -------------
 def test_search_prints_the_best_scores_and_skips_other_files(uninterrupted, tmp_path, monkeypatch, capsys):
     folder, query, out = write_celeba(tmp_path), "a smiling woman", tmp_path / "results/sheet.bmp"
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
@@ -2373,29 +2154,24 @@ def test_search_prints_the_best_scores_and_skips_other_files(uninterrupted, tmp_
     assert "best of 6 faces" in printed and printed.splitlines()[-5:-1] == [
         f"{score:6.2f} {cosine:7.3f} {100 * match:6.1f} %  {path}" for score, cosine, match, path in rows[:4]]
     assert Image.open(out).width > 4 * 100
-    monkeypatch.setattr(sys, "argv", [*sys.argv[:3], "--words"])
-    search.main()
-    assert "smiling" in capsys.readouterr().out.split()
 
 
 def test_features_are_cached_and_only_changed_images_are_encoded(uninterrupted, tmp_path, monkeypatch):
-    folder, cache, opened = tmp_path / "a", tmp_path / "features.pt", []
-    write_files(folder, grey_images(["0.png", "b/1.png"]))
+    folder, opened, model = tmp_path / "a", [], FLIP.from_pretrained(uninterrupted)
+    write_files(tmp_path, grey_images(["a/0.png", "a/b/1.png", "c/2.png"]))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(search, "load_image", lambda p, size: opened.append(p) or load_image(p, size=size))
-    model = FLIP.from_pretrained(uninterrupted)
 
     def encode(folder, *, reads):
         opened.clear()
-        features = search.encode_folder(model, folder, cache)
+        features = search.encode_folder(model, folder, tmp_path / "features.pt")
         assert sorted(opened) == [str(tmp_path / path) for path in reads]
         return features
     os.mkfifo(folder / "pipe.png")                              # is skipped
     before = encode(folder, reads=["a/0.png", "a/b/1.png"])
     assert [*before] == [f"{folder}/0.png", f"{folder}/b/1.png"]
     assert [*encode("a", reads=[])] == [*encode(Path("a"), reads=[])] == ["a/0.png", "a/b/1.png"]
-    write_files(tmp_path, grey_images(["c/2.png"]))
-    encode("c", reads=["c/2.png"])
+    encode("c", reads=["c/2.png"])                              # folders keep each other's features
     Image.new("RGB", (9, 9), "red").save(folder / "3.png")
     os.utime(folder / "0.png", (1, 1))
     after = encode(folder, reads=["a/0.png", "a/3.png"])
@@ -2404,14 +2180,12 @@ def test_features_are_cached_and_only_changed_images_are_encoded(uninterrupted, 
     assert [*encode(folder, reads=[])] == [f"{folder}/0.png", f"{folder}/3.png"]
     encode("c", reads=[])
     model.student.image_projection.bias.data[0] += 1            # another model: nothing is reused
-    other = encode(folder, reads=["a/0.png", "a/3.png"])
-    assert not torch.equal(other[f"{folder}/0.png"], before[f"{folder}/0.png"])
+    encode(folder, reads=["a/0.png", "a/3.png"])
     write_files(folder, {"0.png": "damaged", "3.png": "damaged"})
     with pytest.warns(UserWarning, match="skipped: .*0.png"):
-        assert "a: expected images (.jpg" in error_of(search.encode_folder, model, "a", cache)
-    write_files(folder, grey_images(["0.png", "3.png"]))
+        assert "a: expected images (.jpg" in error_of(encode, "a", reads=["a/0.png", "a/3.png"])
     with pytest.warns(UserWarning, match="most images are grey"):
-        search.encode_folder(model, folder, cache)
+        encode("c", reads=["c/2.png"])
 
 
 def test_patch_attributions_sum_to_the_difference_from_a_grey_image(uninterrupted):
@@ -2430,11 +2204,10 @@ def test_patch_attributions_sum_to_the_difference_from_a_grey_image(uninterrupte
 def test_unusable_queries_are_rejected_and_unknown_words_and_negations_are_named(uninterrupted, tmp_path):
     model, folder = FLIP.from_pretrained(uninterrupted), write_files(tmp_path, grey_images(["0.png"]))
     features = search.encode_folder(model, folder, tmp_path / "features.pt")
-    with pytest.warns(UserWarning, match="not in the model's vocabulary: freckles"):
-        search.search(model, features, "a man", without=["a hat with freckles"])
-    for word in ("without", "Not", "no"):
-        with pytest.warns(UserWarning, match=f"'{word}' excludes nothing; use --without"):
-            search.search(model, features, f"a man {word} glasses")
+    for query, warning in (("a hat with freckles", "not in the model's vocabulary: freckles"),
+                           ("a man Not glasses", "'Not' excludes nothing; use --without")):
+        with pytest.warns(UserWarning, match=warning):
+            search.search(model, features, query)
     for query, without in (("", []), (" ", []), ("a man", [""]), ("a dog", []), ("a man", ["the freckles"])):
         assert "no word of" in error_of(search.search, model, features, query, without)
     assert "no images" in error_of(search.search, model, {}, "a man")
@@ -2455,8 +2228,6 @@ def test_scores_of_the_exclusions_are_subtracted(uninterrupted, tmp_path, monkey
         assert [result.path for result in results] == [paths[i] for i in order]
         expected = torch.stack([scores, cosines, model.match_probability(paths, "a man")[:, 0]], 1)
         close(torch.tensor([result[1:] for result in results]), expected[order])
-    assert search.search(model, features, "a man", "glasses") == search.search(
-        model, features, "a man", ["glasses"])
 
 
 QUERIES = {         # query [- what is excluded]...: attributes of the faces that are right
@@ -2491,16 +2262,15 @@ def test_queries_find_the_right_faces_after_the_default_run(default_run, tmp_pat
 
 @pytest.mark.slow
 def test_phrase_is_read_where_its_part_of_the_face_is(default_run):
-    """Where two drawings of a face, with and without an attribute, differ in a tenth of a patch.
+    """Where two drawings of a face, with and without the part, differ in a tenth of a patch.
     `pytest -m slow -k is_read_where -s` prints RESULTS.md's figures."""
     model, ratios = FLIP.from_pretrained(default_run[0].out), []
     for phrase in ("glasses", "a hat", "a mustache", "earrings", "a goatee", "bangs"):
         pairs = report.counterfactual_pairs(ATTRIBUTES.index(QUERIES[phrase]), 50, 48)
-        absent, present = zip(*((np.asarray(one), np.asarray(other)) for one, other in pairs))
-        differs = (np.stack(absent) != np.stack(present)).any(-1)                       # (50, 48, 48)
-        inside = differs.reshape(-1, 6, 8, 6, 8).mean((2, 4)) >= 0.1
-        images = [*map(Image.fromarray, present)]
-        positive = search.attribute_patches(model, images, phrase).clamp(min=0).numpy()
+        absent, present = map(np.stack, zip(*(map(np.asarray, pair) for pair in pairs)))    # (50, 48, 48, 3)
+        inside = (absent != present).any(-1).reshape(-1, 6, 8, 6, 8).mean((2, 4)) >= 0.1
+        attributions = search.attribute_patches(model, [*map(Image.fromarray, present)], phrase)
+        positive = attributions.clamp(min=0).numpy()
         ratios.append(((positive * inside).sum((1, 2)) / positive.sum((1, 2))).mean() / inside.mean())
         print(f"{phrase}: {ratios[-1]:.1f} times the part's share of the patches")
     print(f"mean: {np.mean(ratios):.1f}")
@@ -2510,8 +2280,8 @@ def test_phrase_is_read_where_its_part_of_the_face_is(default_run):
 def test_page_answers_a_query_with_a_contact_sheet_and_a_list(uninterrupted, tmp_path, monkeypatch):
     """A mock takes gradio's place and records the function that answers."""
     gradio = MagicMock()
-    model, folder = FLIP.from_pretrained(uninterrupted), write_celeba(tmp_path)
-    features = search.encode_folder(model, folder, tmp_path / "features.pt")
+    model = FLIP.from_pretrained(uninterrupted)
+    features = search.encode_folder(model, write_celeba(tmp_path), tmp_path / "features.pt")
     monkeypatch.setitem(sys.modules, "gradio", gradio)
     monkeypatch.setattr(search, "stop_signals", lambda: contextlib.nullcontext([signal.SIGTERM]))
     search.serve(model, features, "a man", "", 3)
@@ -2525,8 +2295,7 @@ def test_page_answers_a_query_with_a_contact_sheet_and_a_list(uninterrupted, tmp
     assert 3 * 128 < sheet.width < 4 * 128 < explained.width and explained.height > 3 * 128 > sheet.height
 
 
-# ---- report.py -----------------------------------------------------------------------------------
-# against a data set with known duplicates and damage
+# ---- report.py: against known duplicates and damage ----------------------------------------------
 def test_report_counts_duplicates_damage_and_words(tmp_path, monkeypatch, capsys):
     pixels = np.random.default_rng(0).integers(0, 255, (30, 40, 40, 3), dtype=np.uint8)
     records = [{"image": f"{i}.png", "caption": "a man with a hat and big eyes"[:20 + i]} for i in range(30)]
@@ -2545,26 +2314,23 @@ def test_report_counts_duplicates_damage_and_words(tmp_path, monkeypatch, capsys
 
 def test_counterfactuals_are_the_same_face_and_right_if_the_score_of_the_one_with_it_is_higher(
         uninterrupted, tmp_path, capsys):
-    attribute = ATTRIBUTES.index("Wearing_Hat")
-    for absent, present in report.counterfactual_pairs(attribute, 3, 96):
+    hats, pale = (report.counterfactual_pairs(ATTRIBUTES.index(name), 3, 96)
+                  for name in ("Wearing_Hat", "Pale_Skin"))
+    for absent, present in hats:
         differs = (np.asarray(absent) != np.asarray(present)).any(-1)
         assert differs[:40].any() and not differs[60:].any()
-    for absent, present in report.counterfactual_pairs(ATTRIBUTES.index("Pale_Skin"), 3, 96):
-        assert np.mean(present) > np.mean(absent)
-    model = FLIP.from_pretrained(uninterrupted)
-
-    def match(images, texts):               # ITC is right; both together are not, in the paper's sum
-        odd = torch.arange(len(images)) % 2
-        return torch.stack([0.0 * odd, -1.1 * odd], -1), odd.float()
-    model.match, model.config = match, dataclasses.replace(model.config, itm_hardness=None)
+    assert all(np.mean(present) > np.mean(absent) for absent, present in pale)
+    model, right = FLIP.from_pretrained(uninterrupted), torch.tensor([0.0, 1.0, 0.0, 1.0])
+    # ITC is right; both together are not, in the paper's sum
+    model.match = lambda *_: (torch.stack([0 * right, -1.1 * right], -1), right)
+    model.config = dataclasses.replace(model.config, itm_hardness=None)
     report.report_counterfactuals(model, f"{tmp_path}/card.png", count=2)
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1] == "| mean | 100 | 0 |" and len(lines) == 2 + 40 + 1
     assert Image.open(tmp_path / "card.png").width > 900
 
 
-# ---- bench.py ------------------------------------------------------------------------------------
-# against PyTorch's functions, to which it compares the kernels itself
+# ---- bench.py: it compares the kernels with PyTorch's functions itself ---------------------------
 def test_bench_prints_its_tables(monkeypatch, capsys):
     """On small inputs, each measured once and without torch.compile."""
     monkeypatch.setattr(bench, "seconds", lambda call: (call(), 0.001)[1])
@@ -2579,8 +2345,7 @@ def test_bench_prints_its_tables(monkeypatch, capsys):
     assert int(share) == pytest.approx(100 * int(rate) * 1e6 / (2 * 32 ** 3), rel=0.05)
 
 
-# ---- the layout, the scripts and the README ------------------------------------------------------
-# against the import statements of every file, and the commands that README.md shows
+# ---- layout, scripts and README: against import statements, and the commands in README.md --------
 ORDER = """kernels/__init__ kernels/attention kernels/contrastive common/script common/images
     common/plots common/weights common/words common/distributed common/optim attention vit bert losses flip
     captions drawing/portrait drawing/sketch toyfaces readers/index readers/layouts data config evaluation
@@ -2617,19 +2382,12 @@ def test_train_imports_without_triton():
     assert run_python("-c", code) == "FLIP\n"
 
 
-@pytest.mark.parametrize("script, expected", [("losses.py", "cross-entropy"), ("flip.py", "update_momentum")])
-def test_losses_and_flip_show_what_they_compute(script, expected):
-    assert expected in run_python(script)
-
-
 @pytest.mark.parametrize("arguments, message", [
-    ("toyfaces.py --out a_file", ".*Not a directory: 'a_file"),
     ("toyfaces.py --out .", "--out .: expected a new or an empty folder, found files"),
     ("search.py --checkpoint nowhere.pt query", "nowhere.pt: expected a file"),
     ("report.py --data nowhere", ".*nowhere: no such folder or file")])
-def test_invalid_arguments_of_a_script_end_in_a_one_line_error(tmp_path, monkeypatch, arguments, message):
-    monkeypatch.chdir(tmp_path)
-    Path("a_file").touch()
+def test_invalid_arguments_of_a_script_end_in_a_one_line_error(monkeypatch, arguments, message):
+    monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", arguments.split())
     with pytest.raises(SystemExit, match=f"^error: {message}"):
         runpy.run_path(str(ROOT / sys.argv[0]), run_name="__main__")
@@ -2647,7 +2405,7 @@ def test_every_command_of_the_readme_works(tmp_path, monkeypatch):
     less = {"train.py": "--faces 64 --validation 20 --steps 4 --batch_size 8", "toyfaces.py": "--count 60",
             "finetune.py": "--faces 16 --validation 3 --test 6 --epochs 1"}
     blocks, programs = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL), set()
-    for command in re.split(r"\n| && ", "".join(blocks).strip()):
+    for command in ["python losses.py", "python flip.py", *re.split(r"\n| && ", "".join(blocks).strip())]:
         program, *arguments = shlex.split(command.replace("bert-base-uncased", "vocab.txt"))
         if program == "torchrun":
             train_config.parse_arguments(arguments[arguments.index("train.py") + 1:])
@@ -2668,12 +2426,10 @@ def test_results_name_tests_that_exist():
     assert len(named) > 10 and all(any(name in test for test in tests) for name in named)
 
 
-# ---- compiled kernels ----------------------------------------------------------------------------
-# against the compiler's register counts; last, so that the compiler runs beside all other tests
-# Types of the arguments that are not tensors of the kernel's own dtype.
+# ---- compiled kernels: against the compiler's register counts; beside all other tests ------------
 TYPES = {"*fp32": "lse delta delta_out queries temperature max_logits weight_sums key_sums",
-         "*i32": "query_offsets key_offsets",
-         "*i64": "identity key_identity seed", "i32": "B K keys_per_program"}
+         "*i32": "query_offsets key_offsets", "*i64": "identity key_identity seed",
+         "i32": "B K keys_per_program"}         # of arguments that are not tensors of the kernel's own dtype
 TYPE_OF = {name: kind for kind, names in TYPES.items() for name in names.split()}
 # Maximum shared memory of a program, in bytes, by compute capability (CUDA C++ Programming Guide).
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
