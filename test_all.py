@@ -48,6 +48,7 @@ import captions as grammar
 import common.distributed
 import common.images
 import common.script
+import common.weights
 import config as train_config
 import data
 import evaluation
@@ -61,7 +62,6 @@ import vit
 from attention import Attention, Sequences, attention
 from bert import Bert, BertConfig, Captions, Tokenizer, clean_caption
 from captions import ATTRIBUTES, FACTS
-from common import weights as files
 from common.images import TarImage, load_image, normalize_batch, resize_to_array
 from common.optim import Muon, build_optimizers, set_learning_rate
 from common.script import Log
@@ -199,13 +199,15 @@ def cache(tmp_path_factory):
     return str(tmp_path_factory.mktemp("cache"))
 
 
+QUICK = train_config.RECIPES["tiny"] | dict(        # every part of the recipe is in use after a few steps
+    faces=48, validation=20, steps=8, batch_size=8, precision="float32", queue_size=20, queue_from=0.25,
+    itm_from=0.1, itm_every=1, hardness_ramp=(0.2, 0.6), alpha_ramp=(0.2, 0.8), momentum_from=0.2, warmup=2,
+    log_every=1, eval_every=6)
+
+
 def quick(out, cache, **changes):
-    """The configuration of a short run on a few drawn faces, with every part of the recipe in use."""
-    settings = train_config.RECIPES["tiny"] | dict(
-        out=str(out), cache=cache, faces=48, validation=20, steps=8, batch_size=8, precision="float32",
-        queue_size=20, queue_from=0.25, itm_from=0.1, itm_every=1, hardness_ramp=(0.2, 0.6),
-        alpha_ramp=(0.2, 0.8), momentum_from=0.2, warmup=2, log_every=1, eval_every=6)
-    return train_config.Config(**settings | changes)
+    """The configuration of a short run on a few drawn faces."""
+    return train_config.Config(**QUICK | dict(out=str(out), cache=cache) | changes)
 
 
 def setup(config):
@@ -431,7 +433,7 @@ def test_pixels_are_normalised_by_clips_published_mean_and_deviation_in_rgb_orde
 # ---- common/weights.py: against the official names, shapes and values in golden.npz --------------
 def clip_weights(encoder):
     """Weights with Hugging Face's names for CLIP, with some of its text encoder."""
-    state, keys = encoder.state_dict(), files.CLIP_KEYS
+    state, keys = encoder.state_dict(), common.weights.CLIP_KEYS
     weights = {"vision_model." + map_key(name, keys): x for name, x in state.items()}
     expected = recorded("checkpoint.visual_encoder.").keys() - {"vision_model.embeddings.position_ids"}
     assert weights.keys() == {name.replace("post_layrnorm", "post_layernorm") for name in expected}
@@ -523,7 +525,6 @@ optimizer = lambda saved, i: saved["training"]["optimizers"][i]["state"]
 @pytest.mark.parametrize("change, message", [
     (lambda saved: saved["model"].update(queue_pointer=torch.ones(1)), "expected (1,) torch.int64"),
     (lambda saved: saved["model"]["image_queue"].fill_(np.inf), "image_queue: expected (20, 128)"),
-    (lambda saved: saved["flip"].update(embed_dim=64), "found (20, 128)"),
     (lambda saved: saved["flip"]["bert"].update(vocab_size=7), "but the model has 7; use"),
     (lambda saved: saved.pop("model"), "expected a checkpoint of FLIP, found ['flip'"),
     (lambda saved: saved.pop("flip"), "entries with [DEC] and [ENC], but the model has 30524"),
@@ -555,7 +556,7 @@ def test_bert_weights_load_with_token_type_0_added_and_cross_attention_unchanged
     encoder, source = (Bert(GOLDEN_CONFIG.bert, image_width=24) for _ in range(2))
     initial, theirs = copy.deepcopy(encoder.state_dict()), source.state_dict()
     own = [name for name in theirs if "cross_attention" not in name]
-    weights = {map_key(name, files.BERT_KEYS): theirs[name] for name in own}
+    weights = {map_key(name, common.weights.BERT_KEYS): theirs[name] for name in own}
     names = {name for name in recorded("checkpoint.text_encoder.") if "crossattention" not in name}
     assert weights.keys() | {"embeddings.position_ids"} == names
     types = torch.randn(2, 20)
@@ -579,7 +580,6 @@ def test_official_checkpoint_saves_back_the_same(official):
 
 
 def test_all_names_of_the_official_base_model_load_and_save(tmp_path):
-    """Base and large have the known parameter counts."""
     integers = "_ids", "idx_queue", "ptr_queue"
     zeros = {name: torch.zeros((), dtype=torch.int64 if name.endswith(integers) else None).expand(shape)
              for name, shape in SHAPES.items()}             # each is one number in the file
@@ -713,13 +713,10 @@ def test_token_ids_are_the_official_ones_from_either_file_or_their_folder(tmp_pa
         captions, expected = tokenizer(SENTENCES[part]), golden_captions(part)
         assert torch.equal(captions.ids, expected.ids)
         assert torch.equal(captions.sequences.lengths, expected.sequences.lengths)
-    pieces = map(tokenizer.wordpiece.id_to_token, tokenizer(["She UNKNOWNWORD!"]).ids.tolist())
-    assert [*pieces] == ["[CLS]", "she", "[UNK]", "[SEP]"]
 
 
 def test_captions_are_cleaned_and_truncated_like_the_official_ones():
-    assert clean_caption('She (is) YOUNG!  With; a hat?\n') == "she is young with a hat?"
-    assert clean_caption("o'clock, pale") == "o'clock, pale"
+    assert clean_caption("She (is) YOUNG, o'clock!  With; a hat?\n") == "she is young, o'clock with a hat?"
     assert len(clean_caption("word " * 100).split()) == 65
     long = Tokenizer.train(["word"])(["word " * 100])
     assert long.sequences.max_length == 65 and long.ids[-1] == 3, "65 tokens, [SEP] the last"
@@ -969,7 +966,6 @@ def test_models_of_other_precision_agree_with_float32(uninterrupted, tmp_path, m
     model, other = FLIP.from_pretrained(uninterrupted), FLIP.from_pretrained(uninterrupted, dtype=dtype)
     for name, size in (("similarity", 1), ("match_probability", 2), ("score", 3)):
         close(getattr(other, name)(pictures, texts), getattr(model, name)(pictures, texts), size * tolerance)
-    assert other.score(pictures, texts).dtype == torch.float32
     found = []
     for each, capabilities in ((other, {"amx_bf16": True}), (model, {})):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
@@ -1031,9 +1027,10 @@ def test_captions_and_recipes_are_those_that_all_figures_were_measured_with():
     for seed in range(400):
         rng = grammar.random.Random(seed)
         texts.append(grammar.verbalize(sorted(rng.sample(range(43), 1 + seed % 12)), rng))
-    recipes = [train_config.TINY, train_config.RECIPES["tiny"], finetune.RECIPES, finetune.DRAWN]
+    recipes = [train_config.TINY, train_config.RECIPES["tiny"], finetune.RECIPES, finetune.DRAWN,
+               grammar.PROBABILITIES.tolist()]
     hashes = [hashlib.sha256(text.encode()).hexdigest()[:12] for text in ("\n".join(texts), repr(recipes))]
-    assert hashes == ["adb005e2aeee", "4fc0e10b829c"]
+    assert hashes == ["adb005e2aeee", "41b5b71067ab"]
 
 
 @pytest.mark.parametrize("names", ["Male Young", "Male Smiling Bald", "Bangs Blond_Hair Young"])
@@ -1078,22 +1075,23 @@ def test_no_critic_of_pairs_has_a_lower_contrastive_loss_than_the_ideal():
     assert min(others) > max(ideal, loss()) * 1.01, others
     alike = grammar.ideal_contrastive_loss(stated[[0] * 64], faces[[0] * 64], population, 64)
     assert alike == pytest.approx(np.log(64))           # chance
-    known = lambda training, pairs, captions=None: evaluation.EvaluationSet.from_faces(
-        dataclasses.replace(noise_faces(80), captions=captions), training, pairs).ideal_itc
+    known = lambda *training: evaluation.EvaluationSet.from_faces(noise_faces(80), *training).ideal_itc
     assert 0 < known(noise_faces(), 40) < known(noise_faces(), 80)
-    # not for fewer faces than a batch, given captions, or without faces to train on
-    assert known(noise_faces(), 81) is known(noise_faces(), 40, [["a man"]] * 80) is known(None, 0) is None
+    captioned = dataclasses.replace(noise_faces(), captions=[["a man"]] * 20)
+    assert known(noise_faces(), 81) is known(captioned, 40) is known() is None
 
 
 # ---- drawing/, toyfaces.py: against edges of the drawn images ------------------------------------
 def test_sketch_grows_by_equal_amounts_of_ink_and_never_loses_any():
     for i in range(20):
         frames = toyfaces.sketch(i, seed=3, size=48)
-        assert frames.shape == (70, 48, 48) and frames.dtype == np.uint8
-        assert (frames[1:] >= frames[:-1]).all()
+        assert frames.shape == (70, 48, 48) and (frames[1:] >= frames[:-1]).all()
         ink = frames.sum((1, 2)) / frames[-1].sum()
         assert 0.5 / 70 < ink[0] < 2.5 / 70         # a short line has round ends, a long one crosses others
         assert np.abs(ink - np.arange(1, 71) / 70).max() < 0.15
+    points, lengths = toyfaces.stroke_points(*portrait.build_shapes(set(), np.random.default_rng(0)))
+    gaps, between = np.hypot(*np.diff(points, axis=0).T), (lengths[1:] + lengths[:-1]) / 2
+    assert np.isclose(gaps, between, rtol=0.01).mean() > 0.9, "neighbours touch, but at the ends of lines"
 
 
 def test_sketch_lines_are_on_the_edges_of_their_own_image():
@@ -1224,8 +1222,7 @@ def test_tars_are_read_in_place_cropped_to_the_box_and_split_by_url(tmp_path, ca
 
 @pytest.mark.parametrize("mode", ["no", "keep_ratio", "border"])
 def test_boxes_are_mapped_to_the_stored_image_for_every_resize_mode_of_img2dataset(tmp_path, mode):
-    """The shorter side (keep_ratio) or the longer one (border) becomes 256 pixels; that is then padded with
-    white to a square."""
+    """keep_ratio makes the shorter side 256 pixels, border the longer one, and pads the image with white."""
     members, rng = {}, np.random.default_rng(0)
     for i, (W, H) in enumerate(5 * [(1024, 700), (640, 1000), (512, 512), (200, 150), (513, 512)]):
         w, h, x, y = (int(min(W, H) * rng.uniform(low, 0.4)) for low in (0.3, 0.3, 0.2, 0.2))
@@ -1402,8 +1399,6 @@ def test_mm_celeba_is_split_by_number_or_pickled_lists_and_validation_is_held_ou
     assert image_names(train) == [str(n) for n in range(2, 40)]
     assert train.captions[8] == ["face 10.", "the face 10."]
     assert image_names(val) == ["40", "41"] and image_names(test) == ["24000", "24001"]
-    (tmp_path / "a/text/celeba-caption/003.txt").write_text("face three")
-    assert "face three" in open_faces(tmp_path / "a").captions[1]
     train, val, test = open_splits(write_mm_celeba(tmp_path / "b", pickles=True))
     assert [image_names(faces) for faces in (train, val, test)] == [["2", "3", "4"], ["10"], ["5"]]
 
@@ -1545,8 +1540,7 @@ def test_affine_augmentations_map_coordinates_as_in_the_paper(name, matrix):
 
 
 def test_augmentation_changes_five_in_nine_images_beyond_mirroring():
-    """Each of two operations is skipped with probability 1/2 and has no effect in 3 of 9 cases, so that
-    (2/3)^2 of the images are unchanged."""
+    """Each of two operations is skipped with probability 1/2, or without effect in 3 of 9 cases."""
     image = noise_faces().picture(0)
     for name in ("identity", "brightness", "sharpness"):
         assert data.AUGMENTATIONS[name](image, 1) == image
@@ -1696,9 +1690,8 @@ def test_schedule_of_tiny_starts_with_itc_alone_and_ends_with_the_final_values()
 @pytest.mark.parametrize("decay, quarter", [("cosine", 0.6 + 0.4 * 0.5 ** 0.5), ("linear", 0.8)])
 def test_learning_rate_warms_up_and_decays_by_a_cosine_or_linearly(decay, quarter):
     rate = lambda step: train.warmup_decay(step, 1000, 20, 1.0, lr_start=0.1, lr_min=0.2, decay=decay)
-    assert rate(0) == 0.1 and rate(10) == pytest.approx(0.55) and rate(20) == 1
-    assert rate(265) == pytest.approx(quarter) and rate(510) == pytest.approx(0.6)
-    assert rate(1000) == pytest.approx(0.2)
+    for step, expected in ((0, 0.1), (10, 0.55), (20, 1), (265, quarter), (510, 0.6), (1000, 0.2)):
+        assert rate(step) == pytest.approx(expected)
 
 
 def test_run_leaves_log_plots_and_a_checkpoint_with_the_logged_metrics(uninterrupted, cache):
@@ -1718,17 +1711,33 @@ def test_run_leaves_log_plots_and_a_checkpoint_with_the_logged_metrics(uninterru
     assert {g["weight_decay"] for g in adamw + muon} == {0, config.weight_decay}
 
 
-SHORT = ("--faces 64 --validation 10 --steps 12 --accumulate 2 --log_every 3 --eval_every 1000 --itm_every 1 "
-         "--queue_size 40 --precision float32").split()
+STEPS = QUICK | dict(faces=64, steps=12, accumulate=2, log_every=3, eval_every=1000, queue_size=40)
 
 
-def start(world, out, cache, *flags, script=(str(ROOT / "train.py"),)):
-    """`world` processes of a short `python train.py`."""
-    command = [sys.executable, *script, "--out", str(out), "--cache", cache, *flags]
+def start(world, out, cache, *flags, ending="pass", rank=0):
+    """`world` processes of a `python train.py` with the recipe STEPS, `ending` in step 4 of a rank."""
+    code = f"""
+import os, signal
+from multiprocessing import active_children
+import config, flip, train
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):       # nohup would have it ignored
+    signal.signal(number, signal.SIG_DFL)
+kill = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+def forward(model, *inputs, real=flip.FLIP.forward):
+    global step
+    step += 0.5                         # two micro-batches a step
+    out = real(model, *inputs)
+    if step == 4.5 and os.environ.get("RANK", "0") == "{rank}":
+        {ending}
+    return out
+step, flip.FLIP.forward = -0.5, forward
+config.RECIPES["tiny"] = {STEPS}
+train.run_script(lambda: train.train(train.parse_arguments()))
+"""
+    command = [sys.executable, "-c", code, "--out", str(out), "--cache", cache, *flags]
     options = dict(stderr=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True)
-    ranks = group_of(world) if world > 1 else [{}]
-    return [subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"} | rank, **options)
-            for rank in ranks]
+    return [subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"} | group, **options)
+            for group in (group_of(world) if world > 1 else [{}])]
 
 
 def end(processes):
@@ -1739,11 +1748,10 @@ def end(processes):
 
 @pytest.fixture(scope="session")
 def whole_runs(tmp_path_factory, cache):
-    """{number of processes: folder of an uninterrupted run with 16 pairs in a step}"""
+    """{number of processes: folder of an uninterrupted run with 16 pairs in a micro-batch}"""
     one, two = (tmp_path_factory.mktemp(name) for name in ("one", "two"))
-    flags = [*SHORT, "--batch_size", "16", "--out", str(one), "--cache", cache]
-    train.train(train_config.parse_arguments(flags))
-    codes, errors = end(start(2, two, cache, *SHORT, "--batch_size", "8"))
+    train.train(quick(one, cache, **STEPS | dict(batch_size=16)))
+    codes, errors = end(start(2, two, cache, "--batch_size", "8"))
     assert codes == (0, 0), errors
     return {1: one, 2: two}
 
@@ -1760,40 +1768,25 @@ def test_two_processes_have_the_losses_of_one_with_the_same_global_batch(whole_r
 
 
 @pytest.mark.parametrize("world, workers, ending, codes, step", [
-    (2, 0, "if rank == '1': signal.raise_signal(signal.SIGTERM)", (1, 1), 5),
+    (2, 0, "signal.raise_signal(signal.SIGTERM)", (1, 1), 5),
     (1, 0, "signal.raise_signal(signal.SIGHUP)", (1,), 5),
     (1, 2, "os.killpg(0, signal.SIGTERM); os.killpg(0, signal.SIGINT)", (1,), 5),
     (1, 0, "raise RuntimeError('memory ran out')", (1,), 4),
     (1, 2, "active_children()[0].kill()", (1,), None), (1, 2, "kill()", (-9,), 4),
-    (2, 0, "if rank == '0': train.write_checkpoint = kill", (-9, 1), 4)])
+    (2, 0, "train.write_checkpoint = kill", (-9, 1), 4)])
 def test_run_is_saved_after_its_last_whole_step_or_was_before_a_kill_and_resumes_exactly(
         tmp_path, cache, whole_runs, world, workers, ending, codes, step):
     """A run that is killed itself was saved after every step; its workers and other ranks end, too (or `end`
     would wait for them)."""
-    code = f"""
-import os, signal
-from multiprocessing import active_children
-import flip, train
-for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):       # nohup would have it ignored
-    signal.signal(number, signal.SIG_DFL)
-kill, rank = lambda *_: os.kill(os.getpid(), signal.SIGKILL), os.environ.get("RANK", "0")
-def forward(model, *inputs, real=flip.FLIP.forward):
-    global step
-    step += 0.5                         # two micro-batches a step
-    out = real(model, *inputs)
-    if step == 4.5:
-        {ending}
-    return out
-step, flip.FLIP.forward = -0.5, forward
-train.run_script(lambda: train.train(train.parse_arguments()))
-"""
-    flags = [*SHORT, "--batch_size", str(16 // world), "--workers", str(workers),
-             "--save_every", "0" if -9 in codes else "30"]
-    found, errors = end(start(world, tmp_path, cache, *flags, script=("-c", code)))
+    flags = ["--batch_size", str(16 // world), "--workers", str(workers)]
+    flags += ["--save_every", "0"] if -9 in codes else []
+    rank = 1 if codes == (1, 1) else 0
+    found, errors = end(start(world, tmp_path, cache, *flags, ending=ending, rank=rank))
     assert found == codes, errors
     saved = torch.load(tmp_path / "flip.pt")["training"]["step"]
     assert saved == step or step is None and saved >= 4
     assert -9 in codes or f"after step {saved}; continue with --resume" in errors
+    assert "signal" not in ending or "Traceback" not in errors      # all ranks stop together
     write_files(tmp_path, {"log.jsonl": "torn"})            # is restored from the checkpoint
     assert end(start(world, tmp_path, cache, "--resume"))[0] == (0,) * world
     assert losses_of(tmp_path) == losses_of(whole_runs[world])
@@ -1896,7 +1889,7 @@ def test_init_loads_our_or_the_official_flip_also_at_another_image_size(
     for change in (ours, official | dict(vocabulary=f"{tmp_path}/tokenizer.json")):
         model, _, _ = train.new_model(quick(tmp_path / "out", cache, image_size=64, queue_size=7, **change))
         student, expected = model.student.state_dict(), before.student.state_dict()
-        resized = files.resize_position_embedding(expected.pop("image.positions"), 64)
+        resized = common.weights.resize_position_embedding(expected.pop("image.positions"), 64)
         close(model.student.image.positions, resized, 0)
         for part, other in ((student, expected), (model.momentum_encoder.state_dict(), student),
                             (model.matching_head.state_dict(), before.matching_head.state_dict())):
@@ -2094,6 +2087,7 @@ def test_sketches_are_trained_with_captions_or_without_a_vocabulary(
     task.loss(torch.arange(8), 0).backward()
     assert model.student.image_projection.weight.grad is not None and model.matching_head.weight.grad is None
     assert (model.student.text_projection.weight.grad is not None) == with_captions
+    assert task.loss(torch.arange(8), 0) != task.loss(torch.arange(8), 0), "at random steps"
     assert task.metrics("test")[1].shape == (5, 3, 5)
     assert len(finetune.finetune(config)) == 3
 
@@ -2120,19 +2114,17 @@ def test_fractions_are_nested_samples_chosen_by_the_seed_and_get_equal_steps(tun
     assert samples[0] < samples[1] < samples[2] < samples[3] == set(range(20)) and samples[2] != samples[6]
 
 
-@pytest.mark.parametrize("values, best", [([5.0, 4, 3, 2, 1, 0], 0), ([1.0, 7, 9, 8, 9, 2], 2),
-                                          ([1.0, 2, 3, 4, 5, 6], 5)])
+@pytest.mark.parametrize("values, best", [("543210", 0), ("179892", 2), ("123456", 5)])
 def test_weights_with_the_best_validation_metric_are_kept_even_if_initial(tuned, tmp_path, values, best):
     head, weights, model = nn.Linear(2, 1), [], small_flip()
 
     def metrics(split):
         assert split == "val"
         weights.append(head.weight.detach().clone())
-        return {"accuracy": values[len(weights) - 1]}, None
+        return {"accuracy": float(values[len(weights) - 1])}, None
     task = finetune.Task(head, finetune.shuffled_batches, lambda *_: head(torch.ones(2)).sum(), metrics, None,
                          "accuracy", None)
-    finetune.train_heads(task, model, np.arange(4), 9, tuned("attributes"),
-                         Log(tmp_path / "log.jsonl"))
+    finetune.train_heads(task, model, np.arange(4), 9, tuned("attributes"), Log(tmp_path / "log.jsonl"))
     assert len(weights) == 6 and not torch.equal(weights[0], weights[1])
     assert torch.equal(head.weight, weights[best])
 
@@ -2171,6 +2163,8 @@ def test_features_are_cached_and_only_changed_images_are_encoded(uninterrupted, 
     before = encode(folder, reads=["a/0.png", "a/b/1.png"])
     assert [*before] == [f"{folder}/0.png", f"{folder}/b/1.png"]
     assert [*encode("a", reads=[])] == [*encode(Path("a"), reads=[])] == ["a/0.png", "a/b/1.png"]
+    (tmp_path / "link").symlink_to("a")
+    assert [*encode("link", reads=[])] == ["link/0.png", "link/b/1.png"]
     encode("c", reads=["c/2.png"])                              # folders keep each other's features
     Image.new("RGB", (9, 9), "red").save(folder / "3.png")
     os.utime(folder / "0.png", (1, 1))
@@ -2191,14 +2185,15 @@ def test_features_are_cached_and_only_changed_images_are_encoded(uninterrupted, 
 def test_patch_attributions_sum_to_the_difference_from_a_grey_image(uninterrupted):
     model, images = FLIP.from_pretrained(uninterrupted), [*map(Image.fromarray, noise_faces(3, 48).images)]
     grey = np.tile(common.images.MEAN.numpy() * 255, (48, 48, 1)).round().astype(np.uint8)
-    attributions = search.attribute_patches(model, images, "a man", steps=100)
+    attributions = search.attribute_patches(model, images, "a man", steps=20)
     score, grey_score = (model.score(each, "a man")[:, 0] for each in (images, [Image.fromarray(grey)]))
     assert attributions.shape == (3, 6, 6)
-    torch.testing.assert_close(attributions.sum((1, 2)), score - grey_score, atol=0.01, rtol=0.01)
+    missing = attributions.sum((1, 2)) - (score - grey_score)           # as grey is rounded to 8 bits
+    assert missing.abs().max() < 0.03 and missing.max() - missing.min() < 1e-3
     grey[8:16, 40:] = 0             # one patch is not grey
     [attributions] = search.attribute_patches(model, [Image.fromarray(grey)], "a man")
     by_size = attributions.abs().flatten().sort(descending=True).values
-    assert attributions[1, 5].abs() == by_size[0] > 10 * by_size[1]     # others: grey is rounded to 8 bits
+    assert attributions[1, 5].abs() == by_size[0] > 10 * by_size[1]
 
 
 def test_unusable_queries_are_rejected_and_unknown_words_and_negations_are_named(uninterrupted, tmp_path):
@@ -2431,12 +2426,10 @@ TYPES = {"*fp32": "lse delta delta_out queries temperature max_logits weight_sum
          "*i32": "query_offsets key_offsets", "*i64": "identity key_identity seed",
          "i32": "B K keys_per_program"}         # of arguments that are not tensors of the kernel's own dtype
 TYPE_OF = {name: kind for kind, names in TYPES.items() for name in names.split()}
-# Maximum shared memory of a program, in bytes, by compute capability (CUDA C++ Programming Guide).
+# bytes of shared memory of a program, at most, by compute capability (CUDA C++ Programming Guide)
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
-# Channels per head and dropout to compile for, including 48, which is not a power of two. Dropout takes more
-# registers. float16 compiles like bfloat16 except for the type of its products, so one case is enough.
-CASES = [(16, 0.1), (32, 0.1), (48, 0.1), (64, 0.1), (64, 0.0)]
-ATTENTION_CASES = {"bf16": CASES, "fp16": [(64, 0.1)], "fp32": CASES}
+CASES = [(16, 0.1), (32, 0.1), (48, 0.1), (64, 0.1), (64, 0.0)]     # channels per head, dropout
+ATTENTION_CASES = {"bf16": CASES, "fp16": [(64, 0.1)], "fp32": CASES}       # fp16 compiles like bf16
 
 
 def launched_configs():
