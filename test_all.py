@@ -47,6 +47,7 @@ import bert
 import captions as grammar
 import common.distributed
 import common.images
+import common.plots
 import common.script
 import common.weights
 import config as train_config
@@ -401,8 +402,7 @@ def test_reduced_jpeg_decoding_matches_full_decoding(tmp_path):
     for i in range(6):
         toyfaces.face(i, 0, 900)[0].resize((1000, 900)).save(tmp_path / "face.jpg", quality=92)
         for box in (None, (40.4, 100.0, 990.2, 871.5)):
-            full = load_image(tmp_path / "face.jpg")
-            expected = full.resize((224, 224), Image.Resampling.BICUBIC, box)
+            expected = load_image(tmp_path / "face.jpg").resize((224, 224), Image.Resampling.BICUBIC, box)
             image = load_image(tmp_path / "face.jpg", box=box, size=224)
             assert np.abs(np.asarray(image).astype(int) - np.asarray(expected)).mean() < 1
 
@@ -495,7 +495,6 @@ def test_files_of_a_hub_name_come_from_the_hub_and_misspelt_paths_do_not_ask_it(
                       "owner/clip/pytorch_model.bin": (tmp_path / "clip.bin").read_bytes()})
     model = FLIP.from_pretrained("OpenFace-CQUPT/FLIP", GOLDEN_CONFIG, vocabulary="bert-base-uncased")
     assert all(map(torch.equal, model.parameters(), official.parameters()))
-    assert model.encode_text(["a man"]).shape == (1, 12)
     load_clip(ViT(GOLDEN_CONFIG.vit), "owner/clip")                 # it has no config.json
     write_files(hub, {"owner/clip/config.json": {"hidden_act": "gelu"}})
     assert "found 'gelu'" in error_of(load_clip, ViT(GOLDEN_CONFIG.vit), "owner/clip")
@@ -505,8 +504,7 @@ def test_files_of_a_hub_name_come_from_the_hub_and_misspelt_paths_do_not_ask_it(
     assert not asked
 
 
-def test_model_is_saved_as_safetensors_and_read_by_everything_that_takes_a_checkpoint(
-        uninterrupted, tmp_path, cache):
+def test_model_is_saved_as_safetensors_and_loaded_again(uninterrupted, tmp_path):
     model = FLIP.from_pretrained(uninterrupted)
     model.save_pretrained(tmp_path / "saved")
     assert {path.name for path in (tmp_path / "saved").iterdir()} == {
@@ -515,8 +513,6 @@ def test_model_is_saved_as_safetensors_and_read_by_everything_that_takes_a_check
         other = FLIP.from_pretrained(path)
         assert other.config == model.config and other.tokenizer.to_json() == model.tokenizer.to_json()
         assert all(map(torch.equal, model.state_dict().values(), other.state_dict().values()))
-    run = setup(quick(tmp_path / "run", cache, init=str(tmp_path / "saved")))
-    assert torch.equal(run.model.student.image.positions, model.student.image.positions)
 
 
 optimizer = lambda saved, i: saved["training"]["optimizers"][i]["state"]
@@ -592,8 +588,8 @@ def test_all_names_of_the_official_base_model_load_and_save(tmp_path):
     with torch.device("meta"):
         large = ViT(train_config.MODELS["large"][0])
     # torchvision's ViT-L/16 has one LayerNorm less, and a bias of the patch embedding
-    assert sum(p.numel() for p in large.parameters()) == 303_301_632 + 2 * 1024 - 1024
-    assert large.config.heads == 16
+    size = sum(p.numel() for p in large.parameters())
+    assert (size, large.config.heads) == (303_301_632 + 2 * 1024 - 1024, 16)
 
 
 # ---- common/optim.py: against torch.optim.Muon ---------------------------------------------------
@@ -935,8 +931,6 @@ def test_similarity_and_match_probability_are_those_of_itc_and_itm(uninterrupted
             logits = model.itm_logits(tokens, model.tokenizer([text]))
             close(matches[i, t], logits.softmax(1)[0, 1])
             close(model.score(picture, text)[0, 0], model.rerank_score(logits, cosines[i, t])[0], 1e-4)
-    for text in ("freckles", "", " . "):
-        assert f"no word of {text!r} is in the model's" in error_of(model.encode_text, ["a man", text])
     with pytest.warns(UserWarning, match=r"vocabulary: smiles \(try smile\), xyz$"):
         model.similarity(paths[0], "a man, he smiles, xyz")
 
@@ -975,20 +969,18 @@ def test_models_of_other_precision_agree_with_float32(uninterrupted, tmp_path, m
         assert ours.path == expected.path and ours[1:] == pytest.approx(expected[1:], abs=3 * tolerance)
 
 
-@pytest.mark.parametrize("has_bf16", [True, False])
-def test_auto_precision_is_bf16_on_fast_cpus_and_stays_with_the_run(tmp_path, cache, monkeypatch, has_bf16):
+@pytest.mark.parametrize("flag, expected", [("avx512_bf16", "bf16"), ("amx_bf16", "bf16"), ("", "float32")])
+def test_auto_precision_is_bf16_on_fast_cpus_and_stays_the_same(tmp_path, cache, monkeypatch, flag, expected):
     """The device is a GPU if there is one."""
     for cuda in (True, False):
-        with monkeypatch.context() as patch:
-            patch.setattr(torch.cuda, "is_available", lambda: cuda)
-            assert common.distributed.choose_device("auto").type == ("cuda" if cuda else "cpu")
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": has_bf16})
-    expected = "bf16" if has_bf16 else "float32"
-    train.train(quick(tmp_path, cache, precision="auto", steps=1))
-    assert log_of(tmp_path)[0]["config"]["precision"] == expected
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": not has_bf16})
-    resumed = setup(train_config.parse_arguments(["--resume", "--out", str(tmp_path)]))
-    assert resumed.config.precision == expected
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+        assert common.distributed.choose_device("auto").type == ("cuda" if cuda else "cpu")
+    for config in (quick(tmp_path, cache, precision="auto"), None):     # new, resumed
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {flag if config else "amx_bf16": True})
+        run = setup(config or train_config.parse_arguments(["--resume", "--out", str(tmp_path)]))
+        assert run.config.precision == run.log.lines[0]["config"]["precision"] == expected
+        train.save(run)
+        run.log.close()
 
 
 # ---- captions.py: against the inverse of the grammar, simulation, and cases worked by hand -------
@@ -1089,9 +1081,15 @@ def test_sketch_grows_by_equal_amounts_of_ink_and_never_loses_any():
         ink = frames.sum((1, 2)) / frames[-1].sum()
         assert 0.5 / 70 < ink[0] < 2.5 / 70         # a short line has round ends, a long one crosses others
         assert np.abs(ink - np.arange(1, 71) / 70).max() < 0.15
-    points, lengths = toyfaces.stroke_points(*portrait.build_shapes(set(), np.random.default_rng(0)))
+    look, shapes = portrait.build_shapes(set(), np.random.default_rng(0))
+    points, lengths = toyfaces.stroke_points(look, shapes)
     gaps, between = np.hypot(*np.diff(points, axis=0).T), (lengths[1:] + lengths[:-1]) / 2
     assert np.isclose(gaps, between, rtol=0.01).mean() > 0.9, "neighbours touch, but at the ends of lines"
+    head, sides = [shape for shape in shapes if shape.part not in portrait.BODY], []
+    for look.roll in (0.0, 0.3):
+        outlines = np.concatenate(portrait.project_outlines(look, head, 1, 1))
+        sides.append(np.hypot(*np.diff(outlines, axis=0).T))
+    assert np.allclose(*sides), "a tilted head keeps its shape"
 
 
 def test_sketch_lines_are_on_the_edges_of_their_own_image():
@@ -1362,9 +1360,8 @@ def test_over_one_percent_of_invalid_records_reject_a_split_and_fewer_are_counte
     assert capsys.readouterr().out.splitlines() == [
         "JSON annotations val: 2 of 302 are invalid and left out:",
         r"val.json record 300 (counted from 0): the image 'y\x1b.png' does not exist"]
-    assert error_of(open_faces, tmp_path) == (
-        "JSON annotations train: train.json record 0 (counted from 0): the image 'x.png' does not exist "
-        "(1 of 1 are invalid, more than 1 %)")
+    message = error_of(open_faces, tmp_path)
+    assert "train.json record 0 (counted from 0): the image 'x.png' does not exist (1 of 1 are inv" in message
 
 
 def test_single_caption_list_is_split_by_person(tmp_path):
@@ -1599,8 +1596,7 @@ def test_damaged_image_is_named_and_replaced_by_the_next_face(tmp_path, capfd, w
     printed = capfd.readouterr().out
     assert "000002.jpg cannot be read: image file is truncated" in printed
     assert "000200.jpg is not an image (replaced by the next face)" in printed
-    assert len(data.readable(faces, 16)) == 198
-    assert "2 of 200 are invalid and left out:" in capfd.readouterr().out
+    assert len(data.readable(faces, 16)) == 198 and "2 of 200 are invalid and" in capfd.readouterr().out
     write_files(images, {path.name: "not an image" for path in images.iterdir()})
     assert "(200 of 200 are invalid, more than 1 %)" in error_of(data.readable, faces, 16)
     with pytest.raises(ValueError, match="is not an image, and 99 images before it"):
@@ -1717,7 +1713,9 @@ STEPS = QUICK | dict(faces=64, steps=12, accumulate=2, log_every=3, eval_every=1
 def start(world, out, cache, *flags, ending="pass", rank=0):
     """`world` processes of a `python train.py` with the recipe STEPS, `ending` in step 4 of a rank."""
     code = f"""
-import os, signal
+import atexit, os, signal
+threads = lambda: {{open(f"/proc/self/task/{{n}}/comm").read()[:4] for n in os.listdir("/proc/self/task")}}
+atexit.register(lambda: "gloo" in threads() and os._exit(9))        # called last; such a thread may abort
 from multiprocessing import active_children
 import config, flip, train
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):       # nohup would have it ignored
@@ -1903,9 +1901,6 @@ def test_init_loads_our_or_the_official_flip_also_at_another_image_size(
                             (ours | dict(model="base"), "has width 128, but --model"),
                             (dict(image_size=50), "is not a multiple of the patch")):
         assert message in error_of(train.train, quick(tmp_path, cache, **change))
-    for change in (dict(init="a", bert="b"), dict(vocabulary="a"), dict(alpha=2.0)):
-        with pytest.raises(AssertionError):
-            quick(tmp_path, cache, **change)
 
 
 def test_plan_warns_of_many_epochs_few_faces_and_unknown_words(capsys):
@@ -2057,7 +2052,7 @@ def test_attributes_are_trained_on_celeba_with_a_row_per_fraction(tuned, tmp_pat
     assert head["linear.weight"].shape == (40, 128) and head["weights"].shape == (9,)
 
 
-def test_retrieval_is_trained_and_evaluated_on_images_with_several_captions(tuned, tmp_path):
+def test_retrieval_is_trained_and_evaluated_on_images_with_several_captions(tuned, tmp_path, monkeypatch):
     write_mm_celeba(tmp_path, (*range(2, 42), *range(24000, 24012)))
     config = tuned("retrieval", data=str(tmp_path), random=False)
     rows = dict(finetune.finetune(config))
@@ -2068,6 +2063,11 @@ def test_retrieval_is_trained_and_evaluated_on_images_with_several_captions(tune
     assert metrics == rows[f"{config.checkpoint}, tuned"]
     own = torch.arange(12).repeat_interleave(2)                                 # (T,)
     assert torch.equal(evaluation_set.image_of_text, own) and evaluation_set.texts[2:4] == test.captions[1]
+    monkeypatch.setattr(common.plots, "contact_sheet", MagicMock())
+    common.plots.plot_retrieval(evaluation_set, scores, "x.png", queries=24, top=12)
+    shown = common.plots.contact_sheet.call_args.args[0]
+    framed = [label for _, tiles in shown for _, label, is_own in tiles if is_own]
+    assert framed == [f"score {score:.1f}" for score in scores[torch.arange(24), own]]
     better = (scores > scores[torch.arange(24), own][:, None]).sum(1)
     assert metrics["img_r5"] == pytest.approx(100 * (better < 5).double().mean().item())
     assert rows["chance"]["img_r10"] == pytest.approx(1000 / 12) and 0 < metrics["img_r5"] < 100
@@ -2281,8 +2281,8 @@ def test_page_answers_a_query_with_a_contact_sheet_and_a_list(uninterrupted, tmp
     monkeypatch.setattr(search, "stop_signals", lambda: contextlib.nullcontext([signal.SIGTERM]))
     search.serve(model, features, "a man", "", 3)
     answer = gradio.Interface.call_args.args[0]
-    sheet, listed = answer("a smiling woman", "a hat, eyeglases", True)
-    assert "eyeglases" in gradio.Warning.call_args.args[0] and listed is gradio.skip()
+    assert answer("a smiling woman", "a hat, eyeglases", True) == (gradio.skip(), gradio.skip())
+    assert "eyeglases" in gradio.Warning.call_args.args[0]
     sheet, listed = answer("a smiling woman", "a hat, a tie", False)
     results = search.search(model, features, "a smiling woman", ["a hat", "a tie"], 3)
     assert listed.splitlines() == [*map(str, results)]
