@@ -1715,7 +1715,7 @@ def start(world, out, cache, *flags, ending="pass", rank=0):
     code = f"""
 import atexit, os, signal
 threads = lambda: {{open(f"/proc/self/task/{{n}}/comm").read()[:4] for n in os.listdir("/proc/self/task")}}
-atexit.register(lambda: "gloo" in threads() and os._exit(9))        # called last; such a thread may abort
+atexit.register(lambda: {ending == "pass"} and "gloo" in threads() and os._exit(9))     # called last
 from multiprocessing import active_children
 import config, flip, train
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):       # nohup would have it ignored
@@ -1733,8 +1733,8 @@ config.RECIPES["tiny"] = {STEPS}
 train.run_script(lambda: train.train(train.parse_arguments()))
 """
     command = [sys.executable, "-c", code, "--out", str(out), "--cache", cache, *flags]
-    options = dict(stderr=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True)
-    return [subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"} | group, **options)
+    return [subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"} | group, cwd=ROOT, text=True,
+                             stderr=subprocess.PIPE, start_new_session=True)
             for group in (group_of(world) if world > 1 else [{}])]
 
 
