@@ -1849,6 +1849,8 @@ def test_a_step_clips_gradients_and_temperature_and_draws_its_own_dropout_mask_a
     for values in ([itc.item() for itc, _ in losses], seeds):
         assert values[0] == values[3] and len(set(values)) == 3
     assert [gradient.norm().item() for gradient in gradients] == pytest.approx(4 * [1e-3], rel=1e-2)
+    monkeypatch.setattr(train, "rank_and_world_size", lambda: (1, 1))
+    assert train_step([batch], 0)[0][0] != losses[0][0], "another rank drops others"
     run.model.temperature.data.fill_(2.0)
     train_step([batch], 0)
     assert run.model.temperature.item() == 0.5
@@ -2208,7 +2210,6 @@ def test_unusable_queries_are_rejected_and_unknown_words_and_negations_are_named
     assert "no images" in error_of(search.search, model, {}, "a man")
     query = "She is a smiling woman with blond hair and freckles, who is wearing a hat and a tie."
     assert search.split_phrases(query, TOKENIZER) == ["a smiling woman", "blond hair", "a hat", "a tie"]
-    assert search.split_phrases("a man that is smiling but bald", TOKENIZER) == ["a man", "smiling", "bald"]
 
 
 def test_scores_of_the_exclusions_are_subtracted(uninterrupted, tmp_path, monkeypatch):
@@ -2316,8 +2317,7 @@ def test_counterfactuals_are_the_same_face_and_right_if_the_score_of_the_one_wit
         assert differs[:40].any() and not differs[60:].any()
     assert all(np.mean(present) > np.mean(absent) for absent, present in pale)
     model, right = FLIP.from_pretrained(uninterrupted), torch.tensor([0.0, 1.0, 0.0, 1.0])
-    # ITC is right; both together are not, in the paper's sum
-    model.match = lambda *_: (torch.stack([0 * right, -1.1 * right], -1), right)
+    model.match = lambda *_: (torch.stack([0 * right, -1.1 * right], -1), right)        # their sum is wrong
     model.config = dataclasses.replace(model.config, itm_hardness=None)
     report.report_counterfactuals(model, f"{tmp_path}/card.png", count=2)
     lines = capsys.readouterr().out.splitlines()
