@@ -1703,7 +1703,7 @@ def test_run_leaves_log_plots_and_a_checkpoint_with_the_logged_metrics(uninterru
     adamw, muon = (optimizer["param_groups"] for optimizer in saved["optimizers"])
     assert [{g["scale"] for g in groups} for groups in (adamw, muon)] == [{1, 0.3}, {4.5, 1.5}]
     assert {g["betas"] for g in adamw} == {(0.9, config.beta2)}
-    assert {g["momentum"] for g in muon} == {config.muon_momentum}
+    assert {g["momentum"] for g in muon} == {config.muon_momentum} and saved["recent"] == []
     assert {g["weight_decay"] for g in adamw + muon} == {0, config.weight_decay}
 
 
