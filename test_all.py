@@ -387,8 +387,7 @@ def test_memory_of_the_contrastive_loss_does_not_grow_with_the_queue():
         with torch.profiler.profile(profile_memory=True) as profile:
             with_gradients(contrastive_loss(*case, 0.4), (feature, tau))
         return max(event.self_cpu_memory_usage + event.self_device_memory_usage for event in profile.events())
-    assert 0 < largest(61_440) < 10e6
-    assert DEVICE == "cuda" or largest(61_440) == largest(6_144)
+    assert 0 < largest(61_440) < 10e6 and (DEVICE == "cuda" or largest(61_440) == largest(6_144))
 
 
 # ---- common/script.py, common/images.py: against full decoding, and pixels counted by hand -------
@@ -1461,7 +1460,7 @@ def write_sde(folder, style="{photo}_{step}", photo="photo1/image01{n:02d}", ste
     for n, step in itertools.product(range(count), range(1, steps + 1)):
         flat = photo.format(n=n).replace("/", "_")
         name = style.format(photo=flat, stem=flat[-9:], step=step)
-        files[f"sketch/{'train' if n < 15 else 'test'}/{name}.png"] = Image.new("L", (8, 8), step)
+        files[f"sketch/{'train' if n < 15 else 'test'}/{name}.png"] = Image.new("L", (8, 8), 10 * step)
     return write_files(folder, files)
 
 
@@ -1472,7 +1471,7 @@ def test_fs2k_sde_has_sketches_sorted_by_step_and_captions_from_a_list_beside_th
     train, val, test = open_splits(write_sde(tmp_path, style, photo))
     assert [len(train), len(val), len(test), train.sketch_steps] == [13, 2, 5, 12] and train.captions is None
     assert [path.stem[-9:] for path in val.images] == ["image0113", "image0114"]
-    assert [255 - train.sketch(2, t).getpixel((0, 0))[0] for t in range(12)] == list(range(1, 13))
+    assert [255 - train.sketch(2, t).getpixel((0, 0))[0] for t in range(12)] == list(range(10, 130, 10))
     assert all(path.stem[-9:] in str(sketches[0]) for path, sketches in zip(test.images, test.sketches))
     assert list(train.subset([4, 2]).sketches) == [train.sketches[4], train.sketches[2]]
     records = [{"photo": f"photo/{photo.format(n=n)}.jpg", "caption": [f"face {n}"] * 2} for n in range(15)]
@@ -1546,6 +1545,7 @@ def test_augmentation_changes_five_in_nine_images_beyond_mirroring():
     samples = [data.augment(image, rng).tobytes() for _ in range(3000)]
     assert abs(samples.count(plain) / 3000 - 2 / 9) < 0.03
     assert abs(samples.count(mirrored) / 3000 - 2 / 9) < 0.03
+    assert {data.AUGMENTATIONS["rotate"](image, sign).tobytes() for sign in (-1, 1)} < {*samples}
 
 
 def test_caption_and_augmentation_of_a_face_differ_from_epoch_to_epoch():
@@ -1644,11 +1644,13 @@ def test_recall_counts_an_images_best_caption_and_counts_ties_as_misses():
 def test_recall_table_contains_chance_and_both_references(uninterrupted, cache):
     validation = evaluation.EvaluationSet.from_faces(train.load_data(quick(uninterrupted, cache), 48)[1])
     metrics = {f"{way}_r{k}": 10.0 for way in ("img", "txt", "itc_img", "itc_txt") for k in (1, 5, 10)}
-    lines = evaluation.recall_table(metrics, validation, dict(metrics, img_r1=7.0)).splitlines()
+    ours, initial = dict(metrics, itc_img_r1=8.0), dict(metrics, img_r1=7.0)
+    lines = evaluation.recall_table(ours, validation, initial).splitlines()
     assert [line.split(" | ")[0][2:] for line in lines[2:]] == [
         "chance", "attribute match", "Bayes optimum", "model of --init, re-ranked", "this model, ITC alone",
         "this model, re-ranked", "% of attribute match", "% of Bayes optimum"]
-    assert lines[5].split(" | ")[1] == "7.0" and lines[2].split(" | ")[1:4] == ["5.0", "25.0", "50.0"]
+    assert [line.split(" | ")[1] for line in lines[5:8]] == ["7.0", "8.0", "10.0"]
+    assert lines[2].split(" | ")[1:4] == ["5.0", "25.0", "50.0"]
     optimum = validation.references["Bayes optimum"][:5]
     assert lines[9].split(" | ")[1:6] == [f"{1000 / value:.1f}" for value in optimum]
 
@@ -1696,7 +1698,9 @@ def test_run_leaves_log_plots_and_a_checkpoint_with_the_logged_metrics(uninterru
     for name in plots:
         Image.open(uninterrupted / name).load()
     config, model = quick(uninterrupted, cache), FLIP.from_pretrained(uninterrupted)
-    validation = evaluation.EvaluationSet.from_faces(train.load_data(config, 48)[1])
+    faces, held_out = train.load_data(config, 48)
+    assert not any((image == held_out.images[0]).all() for image in faces.images)
+    validation = evaluation.EvaluationSet.from_faces(held_out)
     metrics, _ = evaluation.evaluate(model, validation, config)
     assert metrics == pytest.approx({name: log_of(uninterrupted)[-1][name] for name in metrics})
     saved = torch.load(uninterrupted / "flip.pt")["training"]
@@ -2077,7 +2081,9 @@ def test_retrieval_is_trained_and_evaluated_on_images_with_several_captions(tune
 
 @pytest.mark.parametrize("with_captions", [True, False])
 def test_sketches_are_trained_with_captions_or_without_a_vocabulary(
-        tuned, uninterrupted, tmp_path, with_captions):
+        tuned, uninterrupted, tmp_path, monkeypatch, with_captions):
+    numbers = []
+    monkeypatch.setattr(data.Faces, "caption", lambda faces, i, rng: numbers.append(rng.random()) or "a man")
     saved, folder = torch.load(uninterrupted / "flip.pt"), write_sde(tmp_path, steps=3)
     if with_captions:
         records = [{"image": f"photo1/image01{n:02d}.jpg", "caption": f"a face {n}"} for n in range(15)]
@@ -2087,10 +2093,10 @@ def test_sketches_are_trained_with_captions_or_without_a_vocabulary(
     model = FLIP.from_pretrained(config.checkpoint)
     task = finetune.sketch(model, finetune.open_splits(config, 48), config)
     task.loss(torch.arange(8), 0).backward()
+    assert len(numbers) == len(set(numbers)) == 13 * with_captions
     assert model.student.image_projection.weight.grad is not None and model.matching_head.weight.grad is None
     assert (model.student.text_projection.weight.grad is not None) == with_captions
     assert task.loss(torch.arange(8), 0) != task.loss(torch.arange(8), 0), "at random steps"
-    assert task.metrics("test")[1].shape == (5, 3, 5)
     assert len(finetune.finetune(config)) == 3
 
 
@@ -2147,7 +2153,6 @@ def test_search_prints_the_best_scores_and_skips_other_files(uninterrupted, tmp_
     printed = capsys.readouterr().out
     assert "best of 6 faces" in printed and printed.splitlines()[-5:-1] == [
         f"{score:6.2f} {cosine:7.3f} {100 * match:6.1f} %  {path}" for score, cosine, match, path in rows[:4]]
-    assert Image.open(out).width > 4 * 100
 
 
 def test_features_are_cached_and_only_changed_images_are_encoded(uninterrupted, tmp_path, monkeypatch):
@@ -2305,7 +2310,6 @@ def test_report_counts_duplicates_damage_and_words(tmp_path, monkeypatch, capsys
                  "30 captions: 22 equal to another", ", 6 to 8 (10 to 75)",
                  "val: expected at least one face in this split"):
         assert text in printed, text
-    assert Image.open(f"{tmp_path}_report/page.png").width > 1000
 
 
 def test_counterfactuals_are_the_same_face_and_right_if_the_score_of_the_one_with_it_is_higher(
@@ -2322,7 +2326,6 @@ def test_counterfactuals_are_the_same_face_and_right_if_the_score_of_the_one_wit
     report.report_counterfactuals(model, f"{tmp_path}/card.png", count=2)
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1] == "| mean | 100 | 0 |" and len(lines) == 2 + 40 + 1
-    assert Image.open(tmp_path / "card.png").width > 900
 
 
 # ---- bench.py: it compares the kernels with PyTorch's functions itself ---------------------------
@@ -2349,7 +2352,6 @@ ORDER = """kernels/__init__ kernels/attention kernels/contrastive common/script 
 
 def test_imports_run_down_only():
     def imports_of(file):
-        """The files of this project that a file imports."""
         names = set()
         for node in ast.walk(ast.parse((ROOT / f"{file}.py").read_text())):
             if isinstance(node, (ast.Import, ast.ImportFrom)):
@@ -2399,7 +2401,7 @@ def test_every_command_of_the_readme_works(tmp_path, monkeypatch):
     golden_tokenizer(tmp_path)
     less = {"train.py": "--faces 64 --validation 20 --steps 4 --batch_size 8", "toyfaces.py": "--count 60",
             "finetune.py": "--faces 16 --validation 3 --test 6 --epochs 1"}
-    blocks, programs = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL), set()
+    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     for command in ["python losses.py", "python flip.py", *re.split(r"\n| && ", "".join(blocks).strip())]:
         program, *arguments = shlex.split(command.replace("bert-base-uncased", "vocab.txt"))
         if program == "torchrun":
@@ -2408,8 +2410,6 @@ def test_every_command_of_the_readme_works(tmp_path, monkeypatch):
             more = [] if "--resume" in arguments else less.get(arguments[0], "").split()
             monkeypatch.setattr(sys, "argv", [*arguments, *more])
             runpy.run_path(str(ROOT / arguments[0]), run_name="__main__")       # fails with SystemExit
-        programs.add(program)
-    assert programs == {"pip", "python", "pytest", "torchrun"}
     [lines] = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     exec(lines.replace("000325", "000032"), {})             # DIR has 40 images
 
