@@ -2084,7 +2084,7 @@ def test_sketches_are_trained_with_captions_or_without_a_vocabulary(
         tuned, uninterrupted, tmp_path, monkeypatch, with_captions):
     numbers = []
     monkeypatch.setattr(data.Faces, "caption", lambda faces, i, rng: numbers.append(rng.random()) or "a man")
-    saved, folder = torch.load(uninterrupted / "flip.pt"), write_sde(tmp_path, steps=3)
+    saved, folder = torch.load(uninterrupted / "flip.pt"), write_sde(tmp_path)
     if with_captions:
         records = [{"image": f"photo1/image01{n:02d}.jpg", "caption": f"a face {n}"} for n in range(15)]
         write_files(folder, {"train.json": records})
