@@ -26,6 +26,7 @@ from captions import ATTRIBUTES as ATTRIBUTES
 from captions import sample_caption
 from common.distributed import iterate_with_workers, start_worker
 from common.images import TarImage, load_image, normalize_batch, resize_to_array
+from common.seeds import random_stream
 from readers.index import check_invalid, open_split
 from readers.layouts import LAYOUTS
 
@@ -179,8 +180,7 @@ class BatchLoader(torch.utils.data.Dataset):
     def __getitem__(self, key):
         """Pixels, caption and identity. If the image is damaged, the next face takes its place."""
         epoch, index = key
-        # index + 1, because (seed, epoch, 0) would be the same seed as (seed, epoch), that of the order
-        rng = np.random.default_rng((self.seed, epoch, index + 1))
+        rng = random_stream("caption and augmentation", self.seed, epoch, index)
         image, num_replaced = None, 0
         while image is None:
             try:
@@ -215,7 +215,7 @@ class BatchLoader(torch.utils.data.Dataset):
     def batch_indices(self, number):
         """Yield for each batch the list of (epoch, index) of this rank."""
         for epoch in itertools.count(number // self.batches_per_epoch):
-            order = np.random.default_rng((self.seed, epoch)).permutation(len(self.faces))
+            order = random_stream("order", self.seed, epoch).permutation(len(self.faces))
             for n in range(number % self.batches_per_epoch, self.batches_per_epoch):
                 own = order[n * self.global_size + self.rank * self.batch_size:][:self.batch_size]
                 yield [(epoch, index) for index in own.tolist()]

@@ -10,6 +10,7 @@ from captions import ideal_contrastive_loss, reference_recall, sample_caption
 from common.distributed import autocast, rank_and_world_size
 from common.images import iterate_images
 from common.script import markdown_table
+from common.seeds import random_stream
 from flip import FLIP, rerank
 
 
@@ -58,7 +59,8 @@ class EvaluationSet(NamedTuple):
             texts = [text for captions in faces.captions for text in captions]
             return EvaluationSet(faces, texts, images.repeat_interleave(counts))
         # stated (I, 40): 1 or -1 if the text says that the attribute is present or absent, else 0
-        texts, stated = zip(*(sample_caption(attributes, np.random.default_rng((1, i)))      # fixed seeds
+        purpose = f"captions to evaluate on, {faces.name}"
+        texts, stated = zip(*(sample_caption(attributes, random_stream(purpose, i))
                               for i, attributes in enumerate(faces.attributes)))
         stated, ideal_itc = np.stack(stated), None
         if training is not None and training.captions is None and batch_size <= len(faces):

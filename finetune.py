@@ -33,6 +33,7 @@ from common.images import contact_sheet, iterate_images
 from common.optim import build_optimizers, set_learning_rate
 from common.plots import new_figure, plot_retrieval
 from common.script import Log, markdown_table, parse_flags, run_script
+from common.seeds import derive_seed, random_stream
 from common.weights import write_checkpoint
 from config import SharedFlags
 from data import ATTRIBUTES, BatchLoader, Faces, load_toy_faces, open_faces, readable
@@ -116,7 +117,7 @@ def trained_weights(task):
 
 def shuffled_batches(samples, config):
     """Yield index tensors (B,): each epoch all samples in a new order, in batches of nearly equal size."""
-    rng, count = np.random.default_rng(config.seed), math.ceil(len(samples) / config.batch_size)
+    rng, count = random_stream("order", config.seed), math.ceil(len(samples) / config.batch_size)
     while True:
         yield from torch.from_numpy(rng.permutation(samples)).tensor_split(count)
 
@@ -246,7 +247,7 @@ def sketch(model: FLIP, splits: dict[str, Faces], config: TaskConfig) -> Task:
         encoded = encode(class_token, read, len(faces) * faces.sketch_steps, model, config)
         sketches[split] = encoded.unflatten(0, (len(faces), -1))                            # (I, steps, D)
     if train.has_text:
-        texts = [train.caption(i, np.random.default_rng((config.seed, i))) for i in range(len(train))]
+        texts = [train.caption(i, random_stream("caption", config.seed, i)) for i in range(len(train))]
         with torch.no_grad(), autocast(config.precision, model.device):
             caption_tokens = student.cls_tokens(model.require_tokenizer()(texts).to(model.device))  # (I, D)
 
@@ -347,19 +348,19 @@ def finetune(config: TaskConfig) -> list[tuple[str, dict]]:
         raise ValueError(f"{folder} already contains results; remove it, or choose another --out")
     model = FLIP.from_pretrained(config.checkpoint, vocabulary=config.vocabulary)
     splits = open_splits(config, model.config.vit.image_size)
-    torch.manual_seed(config.seed)
+    torch.manual_seed(derive_seed("random encoders", config.seed))
     encoders = {config.checkpoint: model}
     if config.random:
         encoders["random weights"] = init_model(model.config, model.tokenizer)
     log, rows = Log(folder / "log.jsonl"), []
     log.restart([{"config": asdict(config)}])
-    samples = np.random.default_rng(config.seed).permutation(len(splits["train"]))
+    samples = random_stream("nested fractions", config.seed).permutation(len(splits["train"]))
     steps = config.epochs * math.ceil(len(samples) / config.batch_size)
     for name, model in encoders.items():
         model.to(device).eval()
         for encoder in (model.student.image, model.student.text):
             encoder.requires_grad_(False)
-        torch.manual_seed(config.seed)
+        torch.manual_seed(derive_seed("new weights, negatives, steps of sketches", config.seed))
         task = TASKS[config.task](model, splits, config)
         rows = rows or [task.baseline]
         if task.trained is model:

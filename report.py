@@ -6,6 +6,7 @@ or on what a model has learned about each attribute.
                                                 # in how many does its sentence fit the right one?
 """
 import argparse
+import itertools
 import random
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from captions import ATTRIBUTES, verbalize
 from common.images import contact_sheet
 from common.plots import new_figure
 from common.script import markdown_table, run_script
+from common.seeds import derive_seed, random_stream
 from data import augment, load_toy_faces, open_faces
 from flip import FLIP
 from toyfaces import draw, sample_attributes
@@ -26,7 +28,7 @@ from toyfaces import draw, sample_attributes
 def report_data(splits: dict, path):
     """Print statistics of {split: Faces}, with FLIP's (section 3) in brackets, and save a page with these,
     histograms and some faces. All but the numbers of faces describe a sample of the first split."""
-    faces, rng, sizes, hashes, rows = next(iter(splits.values())), np.random.default_rng(0), [], set(), []
+    faces, rng, sizes, hashes, rows = next(iter(splits.values())), random_stream("report"), [], set(), []
     order = rng.permutation(len(faces))
     for i in tqdm(order[:2000].tolist(), "reading images", leave=False):
         try:
@@ -69,13 +71,15 @@ def report_data(splits: dict, path):
 def counterfactual_pairs(attribute: int, count: int, size: int):
     """`count` pairs [absent, present] of PIL images, size x size pixels: a drawn face without and with the
     attribute of this number."""
-    rng, pairs = np.random.default_rng((attribute, 99)), []
-    while len(pairs) < count:
-        present, look = sample_attributes(rng), int(rng.integers(2 ** 62))
+    pairs = []
+    for number in itertools.count():
+        present = sample_attributes(random_stream("attributes of a pair", attribute, number))
         if present[attribute]:
             absent = present & (np.arange(len(ATTRIBUTES)) != attribute)
-            pairs.append([draw(has, np.random.default_rng(look), size) for has in (absent, present)])
-    return pairs
+            pairs.append([draw(has, random_stream("look of a pair", attribute, number), size)
+                          for has in (absent, present)])
+        if len(pairs) == count:
+            return pairs
 
 
 def report_counterfactuals(model: FLIP, path, count=50):
@@ -85,7 +89,7 @@ def report_counterfactuals(model: FLIP, path, count=50):
     percent, tiles = {}, []
     for attribute, name in enumerate(tqdm(ATTRIBUTES, "comparing", leave=False)):
         pairs = counterfactual_pairs(attribute, count, model.config.vit.image_size)
-        sentence = verbalize([attribute], random.Random(0))
+        sentence = verbalize([attribute], random.Random(derive_seed("sentence", attribute)))
         logits, cosines = model.match([image for pair in pairs for image in pair], [sentence])
         percent[name] = [100 * (score[1::2] > score[::2]).double().mean().item()
                          for score in (cosines, model.rerank_score(logits, cosines))]

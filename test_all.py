@@ -66,6 +66,7 @@ from captions import ATTRIBUTES, FACTS
 from common.images import TarImage, load_image, normalize_batch, resize_to_array
 from common.optim import Muon, build_optimizers, set_learning_rate
 from common.script import Log
+from common.seeds import derive_seed, random_stream
 from common.weights import load_bert, load_clip, map_key, official_name, official_state
 from common.words import known_and_unknown_words
 from drawing import portrait
@@ -1012,6 +1013,39 @@ def test_captions_state_the_facts_they_report_and_no_others():
     assert (np.isfinite(grammar.log_likelihood(stated, faces)) == fits).all()
 
 
+def test_captions_to_evaluate_on_state_each_fact_as_often_as_the_grammar_says():
+    """Alone and given any other attribute: captions are independent of the random numbers of their faces."""
+    def at_least(count, probabilities):
+        """P(at least `count` of independent events happen), from the polynomial of their number."""
+        counts = functools.reduce(np.convolve, [(1 - p, p) for p in probabilities], [1.0])
+        return counts[count:].sum()
+    faces = data.Faces("drawn faces (seed 1)", np.zeros((1000, 1)), np.arange(1000), np.array(
+        [toyfaces.sample_attributes(random_stream("face", 1, i)) for i in range(1000)]))
+    facts = grammar.facts_of(faces.attributes)                                  # (1000, 43)
+    expected = np.zeros(facts.shape)        # P(stated | face), of which at least MIN_FACTS facts are stated
+    for i, own in enumerate(map(np.flatnonzero, facts)):
+        assert len(own) >= grammar.MIN_FACTS
+        p = grammar.PROBABILITIES[own]
+        for j, fact in enumerate(own):
+            others = at_least(grammar.MIN_FACTS - 1, np.delete(p, j))
+            expected[i, fact] = p[j] * others / at_least(grammar.MIN_FACTS, p)
+    texts = [text.lower() for text in evaluation.EvaluationSet.from_faces(faces).texts]
+    for fact, pattern in enumerate(fact_patterns()):
+        stated = np.array([bool(pattern.search(text)) for text in texts])
+        for given in (facts[:, fact], *(facts[:, fact] & faces.attributes.T)):
+            p = expected[given, fact]
+            deviation = (p * (1 - p)).sum() ** 0.5
+            assert abs(stated[given].sum() - p.sum()) < max(4 * deviation, 5), FACTS[fact]
+
+
+def test_streams_of_other_purposes_or_numbers_have_nothing_in_common():
+    streams = [random_stream(*key).random(9).tolist() for key in (
+        ("face", 1, 0), ("face", 1), ("face", 10), ("face", 1, 1), ("order", 1, 0), ("face", 0, 1))]
+    assert len({number for numbers in streams for number in numbers}) == 6 * 9
+    assert streams[0] == random_stream("face", np.int64(1), np.int64(0)).random(9).tolist()
+    assert derive_seed("face", 1) == int(hashlib.sha256(b"face/1").hexdigest()[:16], 16) >> 1
+
+
 def test_captions_and_recipes_are_those_that_all_figures_were_measured_with():
     """Whatever changes them changes these hashes: measure all figures anew, then update them."""
     texts = [*evaluation.EvaluationSet.from_faces(noise_faces()).texts]
@@ -1021,7 +1055,7 @@ def test_captions_and_recipes_are_those_that_all_figures_were_measured_with():
     recipes = [train_config.TINY, train_config.RECIPES["tiny"], finetune.RECIPES, finetune.DRAWN,
                grammar.PROBABILITIES.tolist()]
     hashes = [hashlib.sha256(text.encode()).hexdigest()[:12] for text in ("\n".join(texts), repr(recipes))]
-    assert hashes == ["49409452ec8a", "41b5b71067ab"]
+    assert hashes == ["fdf2d561621c", "41b5b71067ab"]
 
 
 @pytest.mark.parametrize("names", ["Male Young", "Male Smiling Bald", "Bangs Blond_Hair Young"])
@@ -2344,7 +2378,7 @@ def test_bench_prints_its_tables(monkeypatch, capsys):
 
 
 # ---- layout, scripts and README: against import statements, and the commands in README.md --------
-ORDER = """kernels/__init__ kernels/attention kernels/contrastive common/script common/images
+ORDER = """kernels/__init__ kernels/attention kernels/contrastive common/seeds common/script common/images
     common/plots common/weights common/words common/distributed common/optim attention vit bert losses flip
     captions drawing/portrait drawing/sketch toyfaces readers/index readers/layouts data config evaluation
     train finetune search report bench test_all""".split()

@@ -28,6 +28,7 @@ from tqdm import tqdm
 from captions import ATTRIBUTES
 from common.distributed import parallel_map
 from common.script import atomic_write, run_script
+from common.seeds import random_stream
 from drawing.portrait import build_shapes, render
 from drawing.sketch import rasterize_strokes, stroke_points
 
@@ -119,7 +120,7 @@ def draw(attributes: np.ndarray, rng: np.random.Generator, size=64) -> Image.Ima
 
 def face(index: int, seed=0, size=64) -> tuple[Image.Image, np.ndarray]:
     """(image, attributes) of face `index` of data set `seed`, the same in any process, order and size."""
-    rng = np.random.default_rng((seed, index))
+    rng = random_stream("face", seed, index)
     attributes = sample_attributes(rng)
     return draw(attributes, rng, size), attributes
 
@@ -127,7 +128,7 @@ def face(index: int, seed=0, size=64) -> tuple[Image.Image, np.ndarray]:
 def sketch(index: int, seed=0, size=64, steps=70) -> np.ndarray:
     """Stages of the sketch of face `index` of data set `seed`, white on black, uint8 (steps, size, size).
     Every step adds the same stroke length; the last stage is the complete sketch."""
-    rng = np.random.default_rng((seed, index))
+    rng = random_stream("face", seed, index)            # the same face as that of `face`
     points, lengths = stroke_points(*build_shapes(names_of(sample_attributes(rng)), rng))
     drawn = np.cumsum(lengths)
     step = np.ceil(drawn / drawn[-1] * steps).astype(int) - 1

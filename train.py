@@ -11,9 +11,9 @@
 Flags, the paper's values and the tiny model's recipe are in config.py. Everything that changes
 during a run (learning rate, momentum, hardness of the negatives, ...) is a schedule, a pure function
 of the step. So are the data and all random numbers; hence a resumed run computes exactly what an
-uninterrupted one does. A step uses these random numbers, seeded by
+uninterrupted one does. A step uses these random numbers, seeded by their name here and
 
-    order of the faces                  (seed, epoch)           BatchLoader.batch_indices
+    order                               (seed, epoch)           BatchLoader.batch_indices
     caption and augmentation            (seed, epoch, index)    BatchLoader.__getitem__
     dropout                             (seed, step, rank)      compute_gradients
     negatives, sampled on rank 0        (seed, step)            compute_gradients
@@ -46,6 +46,7 @@ from common.distributed import (
 from common.optim import build_optimizers, load_optimizers, set_learning_rate
 from common.plots import plot_curves, plot_retrieval
 from common.script import Log, run_script
+from common.seeds import derive_seed, random_stream
 from common.weights import load_bert, load_clip, load_weights, read_checkpoint, write_checkpoint
 from common.words import known_and_unknown_words
 from config import MODELS, TINY, Config, parse_arguments
@@ -113,8 +114,8 @@ def compute_gradients(run: TrainState, micro_batches: list[Batch], step: int):
     all processes, a tensor (2,), where ITM is 0 in steps that skip it, and the outputs of `FLIP.forward`."""
     config, device, (rank, world_size) = run.config, run.model.device, rank_and_world_size()
     params = schedule(step, config)
-    torch.manual_seed(derive_seed(config.seed, step, rank))                     # dropout
-    generator = torch.Generator().manual_seed(derive_seed(config.seed, step))   # negatives, for all ranks
+    torch.manual_seed(derive_seed("dropout", config.seed, step, rank))
+    generator = torch.Generator().manual_seed(derive_seed("negatives", config.seed, step))     # of all ranks
     losses, outputs = torch.zeros(2, device=device), []
     for number, batch in enumerate(micro_batches, start=1):
         # DistributedDataParallel averages gradients in the last backward pass only
@@ -232,11 +233,6 @@ def validate(run: TrainState):
         plot_retrieval(run.validation, text_to_image, Path(run.config.out) / "retrieval.png")
 
 
-def derive_seed(*numbers: int) -> int:
-    """One seed from several numbers and their count (SeedSequence alone ignores trailing zeros)."""
-    return int(np.random.SeedSequence((len(numbers), *numbers)).generate_state(1)[0])
-
-
 # ---- saving, stopping and resuming ---------------------------------------------------------------
 # A checkpoint has what `FLIP.checkpoint` returns (weights, momentum encoder, queues, vocabulary) and, under
 # "training", optimiser states, step, configuration, log and the losses that it does not contain yet. It needs
@@ -327,7 +323,7 @@ def new_model(config: Config) -> tuple[FLIP, Faces, Faces]:
     faces, validation = load_data(config, vit.image_size)
     tokenizer = tokenizer or Tokenizer.train(sample_captions(faces))
     bert = replace(bert, vocab_size=tokenizer.vocab_size)
-    torch.manual_seed(config.seed)
+    torch.manual_seed(derive_seed("initial weights", config.seed))
     model = init_model(FLIPConfig(vit, bert, embed_dim, config.queue_size,
                                   config.hardness if posterior else None), tokenizer)
     if initial:                     # all learned weights; queue and momentum encoder start anew
@@ -393,7 +389,7 @@ def init_model(flip_config: FLIPConfig, tokenizer: Tokenizer) -> FLIP:
 
 def sample_captions(faces: Faces, count: int = 3000) -> list[str]:
     """Two captions of each of the first `count` faces, the same in every call."""
-    return [faces.caption(i, np.random.default_rng((i, k)))
+    return [faces.caption(i, random_stream("captions for the vocabulary", i, k))
             for i in range(min(count, len(faces))) for k in range(2)]
 
 
