@@ -2,22 +2,26 @@
 the tiny model, with reasons. A field with a comment on its line is a command-line flag, and the comment its
 help text (`parse_flags` reads this file)."""
 import argparse
+import math
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from bert import BertConfig
-from common.script import parse_flags
+from common.script import naming, parse_flags
 from common.weights import read_checkpoint
+from readers.index import COLUMNS
 from vit import ViTConfig
 
 # image encoder, text encoder (vocab_size is set later; the last position is unused), feature size
 TINY = (ViTConfig(image_size=48, patch_size=8, width=128, depth=3, heads=4),
         BertConfig(vocab_size=1, width=128, depth=2, heads=4, positions=66, dropout=0.0), 128)
-MODELS = {"tiny": TINY, "base": (ViTConfig(), BertConfig(), 256),
-          "large": (ViTConfig(width=1024, depth=24, heads=16), BertConfig(), 256)}
-CHANGEABLE_ON_RESUME = "data cache outside device workers log_every eval_every save_every".split()
+MODELS = {"tiny": TINY, "base": (ViTConfig(), BertConfig(), 256)}
+AT_LEAST_ONE = ("faces validation epochs batch_size accumulate queue_size itm_every log_every eval_every "
+                "k_test").split()
+AT_MOST_ONE = "alpha momentum hardness".split()
+CHANGEABLE_ON_RESUME = "data cache device workers log_every eval_every save_every".split()
 
 
 @dataclass(frozen=True)
@@ -25,26 +29,34 @@ class SharedFlags:
     """Flags of both train.py and finetune.py."""
     data: str = ""              # folder or json list of faces; default: drawn faces, cached in --cache
     cache: str = "cache"        # folder for drawn faces and for the index of --data
-    outside: bool = False       # accept images outside --data, which its lists may name by absolute paths
+    columns: tuple[Literal[*COLUMNS], ...] = ("caption", "face_caption")    # caption columns of
+                                # FaceCaption-15M; the first two are names of the same one
     vocabulary: str = ""        # for a checkpoint without one (the official one): file, folder or hub name
     device: str = "auto"        # cpu, cuda, mps (Apple; untried), or auto: CUDA if any, else the CPU
     precision: Literal["auto", "float32", "bf16"] = "auto"  # auto: bf16 on GPUs from A100 on, on CPUs with
                                                             # AVX512-BF16 or AMX; else float32
     k_test: int = 256           # candidates per query to re-rank with the ITM head
 
+    def __post_init__(self):
+        """Raise a ValueError if a number is outside its range: 0 or 1 to 1 or infinity."""
+        for name, value in vars(self).items():
+            lowest = 1 if name in AT_LEAST_ONE else 0
+            highest = 1 if name in AT_MOST_ONE else math.inf
+            is_checked = isinstance(value, (int, float)) and name != "seed"
+            if is_checked and not lowest <= value <= highest:
+                raise ValueError(f"--{name} {value}: expected a number from {lowest} to {highest}")
+
 
 @dataclass(frozen=True)
 class Config(SharedFlags):
     """The default values are the paper's. But `python train.py` trains the tiny model, for which `RECIPES`
     overrides most of them. Fractions refer to the whole run."""
-    model: Literal[*MODELS] = "tiny"    # tiny (for drawn faces, trains on two CPU cores), base (the paper's
-                                        # ViT-B/16 and BERT-base) or large (ViT-L/16)
+    model: Literal[*MODELS] = "tiny"    # tiny (for drawn faces, trains on two CPU cores) or base (the
+                                        # paper's ViT-B/16 and BERT-base)
     out: str = "out"            # folder for checkpoint, log and plots
-    columns: tuple[str, ...] = ("caption", "face_caption")  # caption columns of FaceCaption-15M: these two,
-                                                            # names of one column; pcfg; laion_caption
     faces: int = 20_000         # number of faces to draw for training
     validation: int = 1000      # maximum number of validation faces
-    resume: bool = False        # resume the run in --out, or start it if no checkpoint exists
+    resume: bool = False        # resume the run in --out
     seed: int = 0               # seed of initial weights, data order, captions, dropout and negatives
     init: str = ""              # initialise from this FLIP, ours or the official: file, folder or hub name
     image_size: int = 0         # side of the model's input in pixels; 0: as in --init or --model
@@ -99,13 +111,15 @@ class Config(SharedFlags):
     posterior: bool = False
 
     def __post_init__(self):
-        assert not (self.init and (self.clip or self.bert)), "--init has all weights; omit --clip and --bert"
-        assert self.init or not self.vocabulary, "--vocabulary is for --init; otherwise --bert provides it"
-        assert 0 <= self.alpha <= 1 and 0 <= self.momentum <= 1 and self.lr >= 0 and self.queue_size > 0
+        super().__post_init__()
+        if self.init and (self.clip or self.bert):
+            raise ValueError("--init has all weights; omit --clip and --bert")
+        if self.vocabulary and not self.init:
+            raise ValueError("--vocabulary is for --init; otherwise --bert provides it")
 
 
 # The paper's recipe starts from CLIP and BERT. A short run from random weights needs other values:
-RECIPES = {"base": {}, "large": {}, "tiny": dict(
+RECIPES = {"base": {}, "tiny": dict(
     steps=2130, max_epochs=30, batch_size=128, fit_batch=True, workers=0, log_every=20, eval_every=1065,
     k_test=16, augment=False,       # --data turns augmentation on
     lr=1e-3, lr_start=1e-5, lr_min=0.0, lr_decay="linear", warmup=60, beta2=0.98, grad_clip=1.0,
@@ -126,19 +140,22 @@ def parse_arguments(argv: list[str] | None = None, description: str | None = __d
     tiny = ", ".join(f"{name} {value}" for name, value in RECIPES["tiny"].items())
     parser = argparse.ArgumentParser(
         description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=f"Defaults in brackets are those of base and large. The tiny model, the default, has\n"
+        epilog=f"Defaults in brackets are those of base. The tiny model, the default, has\n"
                f"{textwrap.fill(tiny, 100)}\n(augment True with --data). With --resume, flags come from the "
                f"checkpoint, except\n{', '.join(CHANGEABLE_ON_RESUME)}")
     given = parse_flags(parser, Config, argv)           # only the flags on the command line, no defaults
     path = Path(given.get("out", Config.out)) / "flip.pt"
-    if given.get("resume") and path.exists():
+    if given.get("resume"):
+        if not path.exists():
+            raise ValueError(f"--resume: {path} does not exist; to start a run, omit --resume")
         saved = read_checkpoint(path)["training"]["config"]
         for name, value in given.items():
             if name not in ("resume", "out", *CHANGEABLE_ON_RESUME) and value not in (saved[name], "auto"):
                 raise ValueError(f"--resume: the run in {path} has --{name} {saved[name]}, which cannot "
                                  f"change; omit --{name} {value}, or start another run")
         # not "auto" again, nor the folder of before if it was moved
-        return Config(**saved | given | {"precision": saved["precision"], "out": str(path.parent)})
+        with naming(path):      # of another version, perhaps
+            return Config(**saved | given | {"precision": saved["precision"], "out": str(path.parent)})
     recipe = dict(RECIPES[given.get("model", Config.model)])
     if given.keys() & {"epochs", "steps"}:
         recipe["steps"] = recipe["max_epochs"] = 0      # the flags override the recipe's length

@@ -27,7 +27,7 @@ from captions import sample_caption
 from common.distributed import iterate_with_workers, start_worker
 from common.images import TarImage, load_image, normalize_batch, resize_to_array
 from common.seeds import random_stream
-from readers.index import check_invalid, open_split
+from readers.index import check_invalid, open_split, require_few
 from readers.layouts import LAYOUTS
 
 
@@ -42,6 +42,7 @@ class Faces:
     captions: object = None                 # a list of texts per image; None: the grammar writes them
     sketches: object = None                 # per image the paths of its sketch's steps, or uint8
                                             # (I, steps, S, S), white on black
+    digest: str = ""                        # differs for other images, annotations or captions
 
     def __post_init__(self):
         for values in (self.identity, self.attributes, self.captions, self.sketches):
@@ -86,21 +87,22 @@ class Faces:
     def subset(self, indices) -> "Faces":
         fields = (self.images, self.identity, self.attributes, self.captions, self.sketches)
         chosen = np.asarray(indices, dtype=np.int64)
-        return Faces(self.name, *(None if values is None else values[chosen] for values in fields))
+        return Faces(self.name, *(None if values is None else values[chosen] for values in fields),
+                     digest=self.digest)
 
 
-def open_faces(path: str, split: str, cache: str = "cache", columns: tuple = ("caption", "face_caption"),
-               outside: bool = False) -> Faces:
+def open_faces(path: str, split: str, cache: str = "cache",
+               columns: tuple = ("caption", "face_caption")) -> Faces:
     """A split ("train", "val" or "test") of the data set at `path`, a folder or a JSON list, whose layout is
     recognised by its files (readers/layouts.py). Raises ValueError if over 1 % of the records are invalid."""
-    return Faces(**open_split(path, split, LAYOUTS, cache, columns, outside))
+    return Faces(**open_split(path, split, LAYOUTS, cache, columns))
 
 
 def load_toy_faces(count: int, size: int, seed: int, folder: str, steps: int = 0) -> Faces:
     """`count` drawn faces, size x size pixels, with `steps` steps of a sketch, cached in `folder`."""
-    drawn = toyfaces.draw_cached(count, size, seed, folder, steps)
+    drawn, version = toyfaces.draw_cached(count, size, seed, folder, steps)
     return Faces(f"drawn faces (seed {seed})", drawn["picture"], np.arange(count),
-                 np.array(drawn["attributes"]), sketches=drawn["sketches"] if steps else None)
+                 np.array(drawn["attributes"]), sketches=drawn["sketches"] if steps else None, digest=version)
 
 
 def readable(faces: Faces, size: int) -> Faces:
@@ -155,10 +157,12 @@ class Batch(NamedTuple):
     images: torch.Tensor        # (B, 3, S, S) float32
     captions: object            # bert.Captions, B of them
     identity: torch.Tensor      # (B,) int64
+    damaged: list[str]          # messages about images that are damaged, in whose place others are here
 
     def to(self, device):
-        return Batch(self.images.to(device, non_blocking=True), self.captions.to(device),
-                     self.identity.to(device, non_blocking=True))
+        return self._replace(images=self.images.to(device, non_blocking=True),
+                             captions=self.captions.to(device),
+                             identity=self.identity.to(device, non_blocking=True))
 
 
 class BatchLoader(torch.utils.data.Dataset):
@@ -178,30 +182,35 @@ class BatchLoader(torch.utils.data.Dataset):
                              f"({world_size} processes x {batch_size}); use a smaller --batch_size")
 
     def __getitem__(self, key):
-        """Pixels, caption and identity. If the image is damaged, the next face takes its place."""
+        """Pixels, caption, identity and messages about damaged images, in whose place the next face is used.
+        Raises ValueError after 100 of them."""
         epoch, index = key
         rng = random_stream("caption and augmentation", self.seed, epoch, index)
-        image, num_replaced = None, 0
+        image, damaged = None, []
         while image is None:
             try:
                 image = self.faces.picture(index, self.image_size)
             except ValueError as error:
-                print(f"{error} (replaced by the next face)", flush=True)
-                index, num_replaced = (index + 1) % len(self.faces), num_replaced + 1
-                if num_replaced == 100:
+                damaged.append(str(error))
+                index = (index + 1) % len(self.faces)
+                if len(damaged) == 100:
                     raise ValueError(f"{error}, and 99 images before it") from None
         if self.augmented:
             image = augment(image, rng)
         text = self.faces.caption(index, rng)
         pixels = resize_to_array(image, self.image_size)        # of this size already: only converts
-        return pixels, text, self.faces.identity[index]
+        return pixels, text, self.faces.identity[index], damaged
 
     def collate(self, samples):
-        pixels, texts, identity = zip(*samples)
-        return Batch(normalize_batch(pixels), self.tokenizer(list(texts)), torch.tensor(np.array(identity)))
+        pixels, texts, identity, damaged = zip(*samples)
+        return Batch(normalize_batch(pixels), self.tokenizer(list(texts)), torch.tensor(np.array(identity)),
+                     list(itertools.chain(*damaged)))
 
     def iterate_from(self, number: int):
-        """Yield batches without end, starting with batch `number`, counted from 0 over all epochs."""
+        """Yield batches without end, starting with batch `number`, counted from 0 over all epochs. Damaged
+        images are named once; raises ValueError if they are over 1 % of the images read (but of at least
+        1,000, or of all faces if these are fewer)."""
+        damaged, num_read = set(), 0
         loader = torch.utils.data.DataLoader(
             self, batch_sampler=self.batch_indices(number), collate_fn=self.collate,
             num_workers=self.workers, pin_memory=torch.cuda.is_available(),
@@ -210,7 +219,15 @@ class BatchLoader(torch.utils.data.Dataset):
             generator=torch.Generator(),        # the default would advance the model's random state
             worker_init_fn=start_worker)
         with iterate_with_workers(loader) as batches:
-            yield from batches
+            for batch in batches:
+                num_read += self.batch_size
+                for message in batch.damaged:
+                    if message not in damaged:
+                        damaged.add(message)
+                        print(f"{message} (replaced by the next face)", flush=True)
+                        faces_read = min(len(self.faces), max(1000, num_read))
+                        require_few(len(damaged), faces_read, f"{self.faces.name}: {message}")
+                yield batch
 
     def batch_indices(self, number):
         """Yield for each batch the list of (epoch, index) of this rank."""

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from captions import ideal_contrastive_loss, reference_recall, sample_caption
-from common.distributed import autocast, rank_and_world_size
+from common.distributed import autocast, choose_precision, rank_and_world_size
 from common.images import iterate_images
 from common.script import markdown_table
 from common.seeds import random_stream
@@ -15,12 +15,17 @@ from flip import FLIP, rerank
 
 
 # ---- retrieval metrics ---------------------------------------------------------------------------
-def first_match_rank(scores, is_match):
-    """Rank (0 = first) of the best-ranked match in each row; scores, is_match (rows, gallery) -> (rows,).
+def match_ranks(scores, image_of_row, image_of_column):
+    """Rank (0 = first) of the best-ranked match in each row: scores (rows, columns), the image of each row
+    and of each column -> (rows,).
 
     Ties and NaN count against the match: an item ranks below it only if its score is strictly lower."""
-    best = scores.masked_fill(~is_match, -torch.inf).amax(1, keepdim=True)
-    return (~(scores < best) & ~is_match).sum(1)
+    ranks = []
+    for chunk, image in zip(scores.split(1000), image_of_row.split(1000)):      # saves memory
+        is_match = image[:, None] == image_of_column
+        best = chunk.masked_fill(~is_match, -torch.inf).amax(1, keepdim=True)
+        ranks.append((~(chunk < best) & ~is_match).sum(1))
+    return torch.cat(ranks)
 
 
 def retrieval_metrics(image_to_text, text_to_image, image_of_text):
@@ -31,10 +36,9 @@ def retrieval_metrics(image_to_text, text_to_image, image_of_text):
     caption, its only match (not other images of the same person). For an image with several captions
     the best-ranked one counts."""
     images = torch.arange(len(image_to_text), device=image_of_text.device)
-    is_match = image_of_text[None, :] == images[:, None]                                    # (I, T)
     metrics = {}
-    for way, ranks in (("txt", first_match_rank(image_to_text, is_match)),
-                       ("img", first_match_rank(text_to_image, is_match.T))):
+    for way, ranks in (("txt", match_ranks(image_to_text, images, image_of_text)),
+                       ("img", match_ranks(text_to_image, image_of_text, images))):
         recalls = {f"{way}_r{k}": 100 * (ranks < k).cpu().double().mean().item() for k in (1, 5, 10)}
         metrics |= recalls | {f"{way}_r_mean": sum(recalls.values()) / 3}
     return metrics | {"r_mean": (metrics["txt_r_mean"] + metrics["img_r_mean"]) / 2}
@@ -47,12 +51,12 @@ class EvaluationSet(NamedTuple):
     texts: list[str]                # T captions
     image_of_text: torch.Tensor     # (T,)
     references: dict = {}           # {row of the table: six recalls}, `captions.reference_recall`
-    ideal_itc: float | None = None  # `captions.ideal_contrastive_loss`; both only for generated captions
+    ideal_itc: float | None = None  # `captions.ideal_contrastive_loss`; both only if `training` is given
 
     @staticmethod
     def from_faces(faces, training=None, batch_size: int = 0) -> "EvaluationSet":
-        """The faces with captions. `ideal_itc` is computed for a batch of `batch_size` pairs (all processes)
-        if the captions of `training`, the faces to train on, are generated, too."""
+        """The faces with captions. If these and those of `training`, the faces to train on, are generated,
+        also the references, the ideal loss for batches of `batch_size` pairs (all processes)."""
         images = torch.arange(len(faces))
         if faces.captions is not None:
             counts = torch.tensor([len(captions) for captions in faces.captions])
@@ -62,8 +66,10 @@ class EvaluationSet(NamedTuple):
         purpose = f"captions to evaluate on, {faces.name}"
         texts, stated = zip(*(sample_caption(attributes, random_stream(purpose, i))
                               for i, attributes in enumerate(faces.attributes)))
+        if training is None or training.captions is not None:
+            return EvaluationSet(faces, list(texts), images)
         stated, ideal_itc = np.stack(stated), None
-        if training is not None and training.captions is None and batch_size <= len(faces):
+        if batch_size <= len(faces):
             population = training.attributes[:20_000]
             ideal_itc = ideal_contrastive_loss(stated, faces.attributes, population, batch_size)
         references = reference_recall(stated, faces.attributes)
@@ -75,20 +81,25 @@ def evaluate(model: FLIP, validation: EvaluationSet, config):
     """Every rank encodes the whole validation set; the pairs to re-rank are divided among them. Returns
     `retrieval_metrics` after re-ranking and by cosine alone ("itc_..."), and the re-ranked text-to-image
     scores (T, I). config: precision and k_test. The caller puts the model into evaluation mode."""
-    device, size, faces = model.device, model.config.vit.image_size, validation.faces
-    image_tokens, image_features, show = [], [], rank_and_world_size()[0] == 0
-    captions, image_of_text = model.tokenizer(validation.texts).to(device), validation.image_of_text
+    device, vit, faces = model.device, model.config.vit, validation.faces
+    image_features, show = [], rank_and_world_size()[0] == 0
+    captions = model.tokenizer(validation.texts).to(device)
+    image_of_text = validation.image_of_text.to(device)
+    # cross-attention casts the tokens to bf16 under autocast: stored in it, they take half of the memory
+    dtype = torch.bfloat16 if choose_precision(config.precision, device) == "bf16" else torch.float32
+    image_tokens = torch.empty(len(faces), vit.num_patches + 1, vit.width, dtype=dtype)     # on the CPU
     with autocast(config.precision, device):
-        for _, pixels in iterate_images(faces.picture, len(faces), size, "encoding faces", show=show):
+        for indices, pixels in iterate_images(faces.picture, len(faces), vit.image_size, "encoding faces",
+                                              show=show):
             tokens, features = model.student.image_tokens_and_features(pixels.to(device))
-            image_tokens.append(tokens.cpu())
+            image_tokens[indices.start:indices.stop] = tokens
             image_features.append(features)
         text_features = model.student.text_features(captions)
     similarity = torch.cat(image_features) @ text_features.T                            # (I, T), in float32
+    itc = retrieval_metrics(similarity, similarity.T, image_of_text)
     with autocast(config.precision, device):
-        scores = rerank(model, torch.cat(image_tokens), captions, similarity, config.k_test)
-    itc = retrieval_metrics(similarity, similarity.T, image_of_text.to(device))
-    reranked = retrieval_metrics(*scores, image_of_text.to(device))
+        scores = rerank(model, image_tokens, captions, similarity, config.k_test)
+    reranked = retrieval_metrics(*scores, image_of_text)
     return reranked | {f"itc_{name}": value for name, value in itc.items()}, scores[1].cpu()
 
 
@@ -113,9 +124,6 @@ def recall_table(metrics: dict, validation: EvaluationSet, initial: dict | None 
                                  ("this model, re-ranked", metrics, "")):
         if values:
             rows[name] = [values[f"{prefix}{way}_r{k}"] for way in ("img", "txt") for k in (1, 5, 10)]
-    ours = rows["this model, re-ranked"]
-    for name in validation.references:
-        rows[f"% of {name}"] = [100 * a / b for a, b in zip(ours, validation.references[name])]
     header = ["recall in %", "text to image R@1", "R@5", "R@10", "image to text R@1", "R@5", "R@10"]
     table = markdown_table(header, [[name, *(f"{value:.1f}" for value in row)] for name, row in rows.items()])
     ideal = validation.ideal_itc

@@ -28,7 +28,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from common.distributed import autocast, choose_device
+from common.distributed import autocast, use_device
 from common.images import contact_sheet, iterate_images
 from common.optim import build_optimizers, set_learning_rate
 from common.plots import new_figure, plot_retrieval
@@ -53,7 +53,7 @@ class TaskConfig(SharedFlags):
     out: str = "out"                            # folder for the results, in a subfolder named after the task
     faces: int = 4000                           # number of faces to draw for training
     validation: int = 1000                      # number to draw for validation; with --data the maximum
-    test: int = 1000                            # number of faces to draw for the test split
+    test: int = 5000                            # likewise for the test split; 0: all of --data
     fractions: tuple[float, ...] = (1.0,)       # parts of the training split, each trained on by itself
     seed: int = 0                               # seed of random encoders, new weights, data and negatives
     epochs: int = 50                            # epochs; a smaller fraction has the same number of steps
@@ -65,12 +65,12 @@ class TaskConfig(SharedFlags):
     sketch_steps: int = 70
 
 
-RECIPES = {"retrieval": {}, "sketch": dict(epochs=100, lr=1e-4),
+RECIPES = {"retrieval": {}, "sketch": dict(epochs=100, lr=1e-4, test=0),
            # the official learning rates, 0.3 for CelebA and 0.003 for LFWA, are for SGD
-           "attributes": dict(epochs=100, batch_size=256, lr=1e-3, fractions=(0.01, 0.1, 1.0))}
+           "attributes": dict(epochs=100, batch_size=256, lr=1e-3, fractions=(0.01, 0.1, 1.0), test=0)}
 DRAWN = {"retrieval": dict(epochs=30, batch_size=250, lr=3e-3, itm_every=5, k_test=16, faces=2000,
-                           validation=200, workers=0),
-         "attributes": dict(epochs=60, lr=3e-3, validation=500),
+                           validation=200, test=1000, workers=0),
+         "attributes": dict(epochs=60, lr=3e-3, validation=500, test=1000),
          "sketch": dict(epochs=600, batch_size=128, lr=1e-2, faces=800, validation=100, test=200)}
 
 
@@ -324,13 +324,15 @@ def open_splits(config: TaskConfig, size: int) -> dict[str, Faces]:
     for split, count, seed in (("train", config.faces, 10), ("val", config.validation, 11),
                                ("test", config.test, 12)):
         if config.data:
-            faces = open_faces(config.data, split, config.cache, outside=config.outside)
+            faces = open_faces(config.data, split, config.cache, config.columns)
             available = {"retrieval": faces.has_text, "attributes": faces.attributes is not None,
                          "sketch": faces.sketches is not None}
             if not available[config.task]:
                 raise ValueError(f"{faces.name}: has nothing to train {config.task} on")
-            faces = faces.subset(range(min(count, len(faces)))) if split == "val" else faces
-            faces = readable(faces, size)
+            if split != "train" and count:
+                faces = faces.subset(range(min(count, len(faces))))
+            if split != "train" or config.task != "retrieval":      # whose batches replace damaged images
+                faces = readable(faces, size)
         else:
             steps = config.sketch_steps if config.task == "sketch" else 0
             faces = load_toy_faces(count, size, seed, config.cache, steps)
@@ -343,7 +345,7 @@ def open_splits(config: TaskConfig, size: int) -> dict[str, Faces]:
 
 def finetune(config: TaskConfig) -> list[tuple[str, dict]]:
     """Train and test on --checkpoint, then on random weights; returns the table's rows (name, metrics)."""
-    device, folder = choose_device(config.device), Path(config.out) / config.task
+    device, folder = use_device(config.device), Path(config.out) / config.task
     if (folder / "table.md").exists():
         raise ValueError(f"{folder} already contains results; remove it, or choose another --out")
     model = FLIP.from_pretrained(config.checkpoint, vocabulary=config.vocabulary)
@@ -377,7 +379,7 @@ def finetune(config: TaskConfig) -> list[tuple[str, dict]]:
             task.draw(details, folder / f"{config.task}.png")
             weights = model.checkpoint() if task.trained is model else {"model": task.trained.state_dict()}
             write_checkpoint(weights, folder / ("flip.pt" if task.trained is model else "head.pt"))
-        (folder / "table.md").write_text(table(rows, config.task) + "\n", encoding="utf-8")
+    (folder / "table.md").write_text(table(rows, config.task) + "\n", encoding="utf-8")
     print(f"\n{table(rows, config.task)}\n{task.note}\n{folder}: log.jsonl, table.md, weights and a picture")
     return rows
 

@@ -35,7 +35,7 @@ import losses
 from bert import Bert, BertConfig, Captions, Tokenizer
 from common.distributed import all_gather, all_gather_objects, choose_device, rank_and_world_size
 from common.images import pixel_batches
-from common.script import run_script
+from common.script import naming, run_script
 from common.weights import load_flip, official_name, official_state, read_checkpoint, write_folder  # noqa
 from common.words import check_words
 from vit import ViT, ViTConfig
@@ -65,6 +65,7 @@ class FLIPOutput(NamedTuple):
     image_keys: torch.Tensor            # momentum features of all processes (A, E), for `enqueue`
     text_keys: torch.Tensor
     identity: torch.Tensor              # (A,)
+    has_itm: bool                       # False if ITM was skipped; it is 0 then
 
 
 # ---- the model -----------------------------------------------------------------------------------
@@ -189,28 +190,33 @@ class FLIP(nn.Module):
         image_to_text = losses.contrastive_loss(image_features, image_momentum, text_keys_and_queue, *shared)
         text_to_image = losses.contrastive_loss(text_features, text_momentum, image_keys_and_queue, *shared)
         itc = (image_to_text + text_to_image) / 2
-        itm = itc.new_zeros(())
+        itm, has_itm = itc.new_zeros(()), params.with_itm
         if params.with_itm:
             negatives = self.sample_negatives(all_gather(image_features), all_gather(text_features),
                                               all_identity, params.hardness, generator)
-            itm = self.itm_loss(image_tokens, captions, *negatives)
-        return FLIPOutput(itc, itm, image_keys, text_keys, all_identity)
+            has_itm = negatives is not None
+            if not has_itm:     # a loss of 0 that still depends on all weights, for DistributedDataParallel
+                negatives = 2 * [torch.arange(len(all_identity))]
+            itm = has_itm * self.itm_loss(image_tokens, captions, *negatives)
+        return FLIPOutput(itc, itm, image_keys, text_keys, all_identity, has_itm)
 
     @torch.no_grad()
     def sample_negatives(self, image_features, text_features, identity, hardness=1.0, generator=None):
         """Sample a negative image for every caption and a negative caption for every image: two CPU
-        tensors (A,). Raises ValueError if there is only one identity or a feature is not finite.
+        tensors (A,), or None if all pairs show one person. Raises ValueError if features are not finite.
 
         Rank 0 samples for all ranks, because rounding differs between ranks. The CPU must wait here, since
         the sampled captions determine the number of tokens."""
+        if (identity == identity[0]).all():
+            return None
         with torch.autocast(image_features.device.type, enabled=False):
             similarity = text_features @ image_features.T                           # (A texts, A images)
             both_ways = (losses.hard_negative_probabilities(x, identity, self.temperature, hardness)
                          for x in (similarity, similarity.T))
             probabilities = torch.cat([*both_ways]).cpu()                           # (2 A, A)
         if not probabilities.isfinite().all():
-            raise ValueError("a batch has no negatives: all its pairs show the same person, or training has "
-                             "diverged and its features are not finite")
+            raise ValueError("the features of a batch are NaN or infinite: training has diverged; start a "
+                             "new run with a smaller --lr, or with --grad_clip")
         sampled = torch.multinomial(probabilities, 1, generator=generator)
         if dist.is_initialized():
             sampled = sampled.to(identity.device)
@@ -294,10 +300,6 @@ class FLIP(nn.Module):
         """What `tokenize` takes -> features (T, E), float32, of unit norm."""
         return self.student.text_features(self.tokenize(texts))
 
-    def similarity(self, images, texts):
-        """Cosines (I, T)."""
-        return self.encode_image(images) @ self.encode_text(texts).T
-
     @torch.no_grad()
     def match(self, images, texts):
         """ITM logits (I, T, 2) and cosines (I, T). Every pair costs a pass of the text encoder."""
@@ -337,13 +339,16 @@ class FLIP(nn.Module):
         image size, to which the position embeddings are resized. vocabulary (file, folder or hub name): for
         checkpoints without one, such as the official. saved: from `read_checkpoint`, if already read."""
         saved = saved or read_checkpoint(path)
-        if config is None and (sizes := saved.get("flip")):
-            parts = {"vit": ViTConfig(**sizes["vit"]), "bert": BertConfig(**sizes["bert"])}
-            config = FLIPConfig(**sizes | parts)
-        tokenizer = Tokenizer.from_json(saved["tokenizer"]) if saved.get("tokenizer") else None
-        if vocabulary and not tokenizer:
-            tokenizer = Tokenizer.load(vocabulary)
-        model = FLIP(config or FLIPConfig(), tokenizer)
+        with naming(path):
+            if config is None and (sizes := saved.get("flip")):
+                parts = {"vit": ViTConfig(**sizes["vit"]), "bert": BertConfig(**sizes["bert"])}
+                config = FLIPConfig(**sizes | parts)
+            tokenizer = Tokenizer.from_json(saved["tokenizer"]) if saved.get("tokenizer") else None
+            if vocabulary and tokenizer:
+                raise ValueError(f"the checkpoint has a vocabulary of its own; omit {vocabulary}")
+            if vocabulary:
+                tokenizer = Tokenizer.load(vocabulary)
+            model = FLIP(config or FLIPConfig(), tokenizer)
         load_flip(model, saved, path)
         return model.to(choose_device(device), dtype).eval()
 
@@ -358,26 +363,33 @@ def rerank(model: FLIP, image_tokens, captions: Captions, similarity, k: int):
     them by cosine. A pair needed in both directions is scored once; processes divide up the pairs."""
     rank, world_size = rank_and_world_size()
     if world_size > 1:
+        similarity = similarity.clone()
         dist.broadcast(similarity, src=0)               # rounding differs between ranks
     for_image = torch.zeros_like(similarity, dtype=torch.bool)
     for_text = for_image.clone()
     for_image.scatter_(1, similarity.topk(min(k, similarity.shape[1]), dim=1).indices, True)
     for_text.scatter_(0, similarity.topk(min(k, similarity.shape[0]), dim=0).indices, True)
-    pairs = (for_image | for_text).nonzero().cpu().tensor_split(world_size)[rank]   # (P, 2), image by image
+    pairs = (for_image | for_text).nonzero()                                        # (P, 2), image by image
     image_index, text_index = pairs.T
-    scores = torch.zeros_like(similarity)
-    logits = model.score_pairs(image_tokens, captions, pairs).to(scores)
-    scores[image_index, text_index] = model.rerank_score(logits, similarity[image_index, text_index])
+    own = torch.arange(len(pairs)).tensor_split(world_size)[rank]                   # those of this process
+    logits = model.score_pairs(image_tokens, captions, pairs[own].cpu()).to(similarity)
+    scores = similarity.new_zeros(len(pairs))
+    scores[own] = model.rerank_score(logits, similarity[image_index[own], text_index[own]])
     if world_size > 1:
         dist.all_reduce(scores)
-    others = similarity.double() + scores.min() - 2     # below the worst candidate, ordered by cosine
-    return torch.where(for_image, scores, others), torch.where(for_text, scores, others).T
+    image_to_text = similarity + (scores.min() - 2)     # below the worst candidate, ordered by cosine
+    text_to_image = image_to_text.clone()
+    for ranking, candidates in ((image_to_text, for_image), (text_to_image, for_text)):
+        chosen = candidates[image_index, text_index]                                # (P,)
+        ranking[image_index[chosen], text_index[chosen]] = scores[chosen]
+    return image_to_text, text_to_image.T
 
 
 def main():
-    """Trace a batch of four pairs through a training step: shapes, values, and the function of each line."""
-    def show(function, text, values=None):
-        print(f"{function:36}{text}" + ("" if values is None else f"\n{values.detach().numpy().round(2)}\n"))
+    """Trace a batch of four pairs through a training step: shapes, values, and the function of each line.
+    losses.py shows the losses themselves."""
+    def show(function, text):
+        print(f"{function:36}{text}")
 
     torch.manual_seed(0)
     texts = ["a smiling woman with blond hair", "a bald man", "she has blond hair", "an old man with a hat"]
@@ -397,25 +409,15 @@ def main():
          f"{tuple(tokens.shape)}, features {tuple(image.shape)}, norm {image[0].norm():.2f}")
     text = student.text_features(captions)
     show("Encoders.text_features", f"captions -> features {tuple(text.shape)}")
-    with torch.no_grad():
-        image_momentum = momentum.image_features(images)
-        keys = torch.cat([momentum.text_features(captions), model.text_queue])
-    key_identity = torch.cat([identity, model.queue_identity])
-    inputs = image_momentum, keys, identity, key_identity, model.temperature, 0.4
-    show("losses.soft_targets", "0.6 spread over keys of the image's identity + 0.4 x softmax; images x keys."
-         f"\nIdentities of the 4 + 6 keys: {key_identity.tolist()}", losses.soft_targets(*inputs))
-    itc = losses.contrastive_loss_reference(image, *inputs)
-    show("losses.contrastive_loss_reference", f"image to text {itc:.4f}")
-    probabilities = losses.hard_negative_probabilities(text @ image.T, identity, model.temperature)
-    show("losses.hard_negative_probabilities", "captions x images, 0 for the same person", probabilities)
     negatives = model.sample_negatives(image, text, identity, generator=torch.Generator().manual_seed(0))
     show("FLIP.sample_negatives", f"images {negatives[0].tolist()}, captions {negatives[1].tolist()}")
     itm = model.itm_loss(tokens, captions, *negatives)
     show("FLIP.itm_loss", f"4 true and 8 wrong pairs: {itm:.4f} (0.6365: always P(match) = 1/3)")
     out = model(images, captions, identity, generator=torch.Generator().manual_seed(0))
     show("FLIP.forward", f"all of this: ITC {out.itc:.4f}, the mean of both directions; ITM {out.itm:.4f}")
+    queued = model.queue_identity.tolist()
     model.enqueue(out.image_keys, out.text_keys, out.identity)
-    show("FLIP.enqueue", f"queue identities {key_identity[4:].tolist()} -> {model.queue_identity.tolist()}")
+    show("FLIP.enqueue", f"queue identities {queued} -> {model.queue_identity.tolist()}")
     (out.itc + out.itm).backward()
     torch.optim.SGD(student.parameters(), lr=0.1).step()
     distance = lambda: (momentum.image_projection.weight - student.image_projection.weight).norm()

@@ -144,31 +144,29 @@ def matching_loss(logits, is_match, denominator: int):
 
 # ---- a numerical example -------------------------------------------------------------------------
 def main():
-    identity, temperature, alpha = torch.tensor([7, 8, 7]), torch.tensor(0.07), 0.4
+    """Print both losses of three images and their captions. Images 1 and 3 show the same person."""
+    torch.set_printoptions(precision=3)
+    identity = torch.tensor([7, 8, 7])
+    temperature, alpha = torch.tensor(0.07), 0.4
     student = torch.tensor([[0.50, 0.30, 0.40], [0.20, 0.60, 0.25], [0.45, 0.10, 0.50]])
     momentum = torch.tensor([[0.48, 0.35, 0.38], [0.20, 0.55, 0.30], [0.40, 0.12, 0.52]])
     keys = torch.eye(3)         # one-hot: with the rows above as features, these products are the cosines
+    print("Cosines of the student, images x captions:", student, sep="\n")
+    print("\nCosines of the momentum encoder:", momentum, sep="\n")
+
     targets = soft_targets(momentum, keys, identity, identity, temperature, alpha)
+    print("\nITC targets: 0.6 spread over the person's captions, 0.4 x the momentum encoder's softmax:",
+          targets, sep="\n")
     itc = contrastive_loss_reference(student, momentum, keys, identity, identity, temperature, alpha)
+    print("\nITC loss, their cross-entropy with the student's softmax:", itc)
+
     negatives = hard_negative_probabilities(student, identity, temperature)
-    logits = torch.tensor([[-1.0, 1.5], [-2.0, 1.0], [0.2, 0.1],            # of the three pairs
-                           [1.0, -1.0], [2.0, -1.5], [0.5, 0.3],            # captions with a negative image
-                           [0.8, -0.9], [1.1, -1.0], [0.1, 0.6]])           # images with a negative caption
-    is_match = torch.tensor([1, 1, 1, 0, 0, 0, 0, 0, 0])
-    for title, shown in (
-            ("Three images (rows) and their captions (columns); images 1 and 3 show the same person.\n"
-             "Cosines of the student:", student), ("Cosines of the momentum encoder:", momentum),
-            (f"ITC targets (`soft_targets`): {1 - alpha:g} x uniform over the same person's captions + "
-             f"{alpha:g} x\nsoftmax(momentum encoder's cosines / temperature):", targets),
-            ("ITC loss: cross-entropy between these targets and softmax(student's cosines / temperature):",
-             itc),
-            ("ITM: probability of sampling each caption as the row's negative, never the same person's:",
-             negatives),
-            ("P(match) that a matching head might output for the pairs, for captions with a negative image\n"
-             "and for images with a negative caption:", logits.softmax(1)[:, 1].unflatten(0, (3, 3))),
-            ("ITM loss: cross-entropy of these predictions (0.6365 for always predicting P(match) = 1/3):",
-             matching_loss(logits, is_match, 9))):
-        print(f"{title}\n{shown.numpy().round(3) if shown.ndim else round(shown.item(), 3)}\n")
+    print("\nITM: probability of sampling a caption as an image's negative, never the same person's:",
+          negatives, sep="\n")
+    logits = torch.tensor([[-1.0, 1.5], [2.0, -1.5], [0.1, 0.6]])       # of a true pair and two wrong ones
+    print("\nITM: P(match) of a true pair and two wrong ones:", logits.softmax(1)[:, 1], sep="\n")
+    itm = matching_loss(logits, torch.tensor([1, 0, 0]), denominator=3)
+    print("\nITM loss, their cross-entropy (0.6365 for always predicting P(match) = 1/3):", itm)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from common.script import markdown_table, run_script
 from common.seeds import derive_seed, random_stream
 from data import augment, load_toy_faces, open_faces
 from flip import FLIP
+from readers.index import COLUMNS
 from toyfaces import draw, sample_attributes
 
 
@@ -111,15 +112,13 @@ def main():
     parser.add_argument("--vocabulary", help="for the official checkpoint: bert-base-uncased, or its folder")
     parser.add_argument("--out", default="report.png", help="output image (%(default)s)")
     parser.add_argument("--cache", default="cache", help="folder for drawn faces or the index (%(default)s)")
-    parser.add_argument("--columns", nargs="+", default=("caption", "face_caption"),
+    parser.add_argument("--columns", nargs="+", choices=COLUMNS, default=("caption", "face_caption"),
                         help="caption columns of FaceCaption-15M (caption, face_caption)")
-    parser.add_argument("--outside", action="store_true", help="accept images outside --data")
     args, splits = parser.parse_args(), {}
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     for split in ("train", "val", "test") if args.data else ():
         try:
-            splits[split] = open_faces(args.data, split, args.cache, tuple(args.columns),
-                                       outside=args.outside)
+            splits[split] = open_faces(args.data, split, args.cache, tuple(args.columns))
         except ValueError as error:             # an empty split, for example
             print(f"left out: {error}")
     if args.checkpoint:

@@ -40,6 +40,17 @@ def find_images(folder):
             yield f"{entry.path} {entry.stat().st_mtime_ns}"
 
 
+def read_features(cache) -> dict:
+    """The folders in a file of features: {} if there is no such file, or if it is damaged."""
+    try:
+        return read_file(Path(cache))["folders"]
+    except FileNotFoundError:
+        return {}
+    except (ValueError, KeyError, TypeError):
+        warnings.warn(f"{cache} is damaged: encoding all images again")
+        return {}
+
+
 @torch.no_grad()
 def encode_folder(model: FLIP, folder: str | Path, cache: str | Path) -> dict[str, torch.Tensor]:
     """{path: feature (E,)} of every image in `folder` and its subfolders. The file `cache` keeps the features
@@ -49,7 +60,7 @@ def encode_folder(model: FLIP, folder: str | Path, cache: str | Path) -> dict[st
     content = b"".join(p.detach().cpu().view(torch.uint8).numpy() for p in weights)
     encoder, root = hashlib.sha256(content).hexdigest(), os.path.join(os.path.realpath(folder), "")
     images, features = sorted(find_images(root)), {}
-    folders = read_file(Path(cache))["folders"] if os.path.exists(cache) else {}
+    folders = read_features(cache)
     saved = folders.get(root, {"encoder": None})
     if saved["encoder"] == encoder:
         features = dict(zip(saved["images"].split("\0"), saved["features"].unbind()))

@@ -135,24 +135,30 @@ def sketch(index: int, seed=0, size=64, steps=70) -> np.ndarray:
     return rasterize_strokes(points, step, steps, size)
 
 
-def draw_cached(count: int, size: int, seed: int, folder: str, steps: int) -> np.ndarray:
+def draw_cached(count: int, size: int, seed: int, folder: str, steps: int):
     """The first `count` faces of data set `seed`, drawn on all cores or read from `folder`: a memory-mapped
-    structured array with attributes (40,), picture (size, size, 3) and sketches (steps, size, size)."""
+    structured array with attributes (40,), picture (size, size, 3) and sketches (steps, size, size); and the
+    name of its file, which differs for other faces."""
     # the file name contains a hash of the drawing code, so that an old cache is never used for new code
     here = Path(__file__).parent
-    code = [Path(__file__), here / "captions.py", *sorted(here.glob("drawing/*.py"))]
+    code = [Path(__file__), here / "captions.py", here / "common/seeds.py",
+            *sorted(here.glob("drawing/*.py"))]
     version = hashlib.sha256(b"".join(path.read_bytes() for path in code)).hexdigest()[:8]
     path = Path(folder) / f"faces-{count}x{size}-{steps}steps-seed{seed}-{version}.npy"
-    if not path.exists():
-        dtype = [("attributes", bool, len(ATTRIBUTES)), ("picture", np.uint8, (size, size, 3)),
-                 ("sketches", np.uint8, (steps, size, size))]
-        draw_one = functools.partial(face_and_sketch, seed=seed, size=size, steps=steps)
-        with (atomic_write(path) as partial,
-              parallel_map(draw_one, range(count), "drawing faces", chunk_size=16) as rows):
-            drawn = np.lib.format.open_memmap(partial, "w+", dtype, (count,))
-            for i, row in enumerate(rows):
-                drawn[i] = row
-    return np.load(path, mmap_mode="r")
+    if path.exists():
+        try:
+            return np.load(path, mmap_mode="r"), path.name
+        except (ValueError, EOFError):
+            print(f"{path} is damaged: drawing the faces again")
+    dtype = [("attributes", bool, len(ATTRIBUTES)), ("picture", np.uint8, (size, size, 3)),
+             ("sketches", np.uint8, (steps, size, size))]
+    draw_one = functools.partial(face_and_sketch, seed=seed, size=size, steps=steps)
+    with (atomic_write(path) as partial,
+          parallel_map(draw_one, range(count), "drawing faces", chunk_size=16) as rows):
+        drawn = np.lib.format.open_memmap(partial, "w+", dtype, (count,))
+        for i, row in enumerate(rows):
+            drawn[i] = row
+    return np.load(path, mmap_mode="r"), path.name
 
 
 def face_and_sketch(index, seed, size, steps):

@@ -19,14 +19,12 @@ uninterrupted one does. A step uses these random numbers, seeded by their name h
     negatives, sampled on rank 0        (seed, step)            compute_gradients
 """
 import contextlib
-import hashlib
 import itertools
 import math
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -71,10 +69,11 @@ def warmup_decay(step, steps, warmup, lr, lr_start=0.0, lr_min=0.0, decay="cosin
 
 
 def learning_rate(step: int, config: Config, steps_per_epoch: int) -> float:
-    """`warmup_decay` or, as in the paper, decay by 0.9 per epoch (from step 0) once the warm-up is over."""
+    """`warmup_decay` or, as in the paper, decay by 0.9 per epoch, which begins where the warm-up ends."""
     warmup = min(config.warmup, config.steps // 5)
     if config.lr_decay == "epoch" and step >= warmup:
-        return max(config.lr_min, config.lr * 0.9 ** (step // steps_per_epoch))
+        epochs = step // steps_per_epoch - warmup // steps_per_epoch
+        return max(config.lr_min, config.lr * 0.9 ** epochs)
     return warmup_decay(step, config.steps, warmup, config.lr, config.lr_start, config.lr_min,
                         config.lr_decay)
 
@@ -110,13 +109,14 @@ class TrainState:
 
 
 def compute_gradients(run: TrainState, micro_batches: list[Batch], step: int):
-    """Compute the gradients of one step on `accumulate` micro-batches. Returns the mean (ITC, ITM) loss of
-    all processes, a tensor (2,), where ITM is 0 in steps that skip it, and the outputs of `FLIP.forward`."""
+    """Compute the gradients of one step on `accumulate` micro-batches. Returns a tensor (3,), the mean
+    (ITC, ITM) loss of all processes and the number of micro-batches that have an ITM, which is 0 for others,
+    and the outputs of `FLIP.forward`."""
     config, device, (rank, world_size) = run.config, run.model.device, rank_and_world_size()
     params = schedule(step, config)
     torch.manual_seed(derive_seed("dropout", config.seed, step, rank))
     generator = torch.Generator().manual_seed(derive_seed("negatives", config.seed, step))     # of all ranks
-    losses, outputs = torch.zeros(2, device=device), []
+    losses, outputs = torch.zeros(3, device=device), []
     for number, batch in enumerate(micro_batches, start=1):
         # DistributedDataParallel averages gradients in the last backward pass only
         run.ddp_model.require_backward_grad_sync = number == len(micro_batches)
@@ -125,7 +125,8 @@ def compute_gradients(run: TrainState, micro_batches: list[Batch], step: int):
             out = run.ddp_model(batch.images, batch.captions, batch.identity, params, generator)
             ((out.itc + out.itm) / len(micro_batches)).backward()
         outputs.append(out)
-        losses += torch.stack([out.itc, out.itm]).detach() / len(micro_batches)
+        losses[:2] += torch.stack([out.itc, out.itm]).detach() / len(micro_batches)
+        losses[2] += out.has_itm
     if world_size > 1:
         dist.all_reduce(losses)
         losses /= world_size
@@ -160,7 +161,10 @@ def train(config: Config):
             except Exception as error:
                 if not run.updating:
                     save(run)
-                    error.add_note(f"saved after step {run.done}; continue with --resume")
+                    # a ValueError would be raised again
+                    advice = "" if isinstance(error, ValueError) else "; continue with --resume"
+                    if rank == 0:
+                        error.add_note(f"saved after step {run.done}{advice}")
                 raise
     metrics = [line for line in log.lines if "r_mean" in line]
     if rank == 0:
@@ -174,10 +178,10 @@ def training_loop(run: TrainState, stopped: list):
     """Train until the last step, or until `stopped` has a signal."""
     config, log, rank = run.config, run.log, rank_and_world_size()[0]
     is_due = lambda done: done % config.eval_every == 0 or done == config.steps
-    # a run may have ended after its last checkpoint, before the evaluation of that step
-    missing = is_due(run.done) and not any(line["step"] == run.done for line in log.lines if "r_mean" in line)
-    if missing and (run.done > 0 or config.init):       # the model of --init has a row in the table
-        validate(run)
+    if run.done == 0:
+        save(run)           # so that --resume finds the configuration
+    if run.done == 0 and config.init:
+        validate(run)       # for the table
     timed_from, waited, begin, last_save = run.done, 0.0, time.time(), time.time()
     bar = tqdm(range(run.done, config.steps), "training", initial=run.done, total=config.steps,
                disable=rank > 0)
@@ -199,25 +203,28 @@ def training_loop(run: TrainState, stopped: list):
                 bar.set_postfix({name: line[name] for name in ("itc", "itm", "seconds", "data_seconds")})
                 run.recent, timed_from, waited, begin = [], run.done, 0.0, time.time()
             stop = any(all_gather_objects(bool(stopped)))       # all ranks stop after the same step
+            if is_due(run.done):
+                validate(run)
+                timed_from, waited, begin = run.done, 0.0, time.time()
             if is_due(run.done) or stop or time.time() - last_save > 60 * config.save_every:
                 save(run)
                 last_save = time.time()
             if stop:
                 raise SystemExit(f"stopped after step {run.done}; continue with --resume")
-            if is_due(run.done):
-                validate(run)
-                timed_from, waited, begin = run.done, 0.0, time.time()
 
 
 def mean_losses(run: TrainState):
-    """Mean losses since the last line of the log; ITM is None if no step trained it. Raises ValueError if
-    they are not finite."""
+    """Mean losses since the last line of the log; ITM is None if no step trained it. "itm_skipped" is the
+    number of micro-batches without ITM because they show one person. Raises ValueError if the losses are not
+    finite."""
     losses, steps = run.recent, range(run.done - len(run.recent), run.done)
-    itc, itm = torch.stack(losses).sum(0).tolist()                              # of (steps, 2)
+    itc, itm, num_with_itm = torch.stack(losses).sum(0).tolist()                # of (steps, 3)
     if not math.isfinite(itc + itm):
         raise ValueError(f"the loss of steps {steps[0] + 1} to {steps[-1] + 1} is NaN or infinite")
-    matched = sum(schedule(step, run.config).with_itm for step in steps)
-    return {"itc": itc / len(losses), "itm": itm / matched if matched else None,
+    accumulate = run.config.accumulate
+    scheduled = accumulate * sum(schedule(step, run.config).with_itm for step in steps)
+    return {"itc": itc / len(losses), "itm": accumulate * itm / num_with_itm if num_with_itm else None,
+            "itm_skipped": scheduled - int(num_with_itm),
             "temperature": run.model.temperature.item(),
             "lr": learning_rate(steps[-1], run.config, run.steps_per_epoch)}
 
@@ -245,15 +252,11 @@ def save(run: TrainState):
                          "and is not saved; start a new run with a smaller --lr, or with --grad_clip")
     rank, world_size = rank_and_world_size()
     if rank == 0:
-        state = {"config": asdict(run.config), "processes": world_size, "faces": digest(run.loader.faces),
+        digests = [run.loader.faces.digest, run.validation.faces.digest]
+        state = {"config": asdict(run.config), "processes": world_size, "digests": digests,
                  "step": run.done, "log": run.log.lines, "recent": run.recent,
                  "optimizers": [optimizer.state_dict() for optimizer in run.optimizers]}
         write_checkpoint(run.model.checkpoint() | {"training": state}, Path(run.config.out) / "flip.pt")
-
-
-def digest(faces: Faces) -> str:
-    """Hash of the faces' identities: a resumed run must have the same faces, perhaps in another folder."""
-    return hashlib.sha256(np.ascontiguousarray(faces.identity)).hexdigest()
 
 
 # ---- what a run starts from ----------------------------------------------------------------------
@@ -262,9 +265,7 @@ def setup(config: Config, device: torch.device, log: Log) -> TrainState:
     (rank, world_size), path = rank_and_world_size(), Path(config.out) / "flip.pt"
     if path.exists() and not config.resume:         # looked up once the folder is locked
         raise ValueError(f"{path} already exists; use --resume, or choose another --out")
-    saved = read_checkpoint(path) if path.exists() else None
-    if config.resume and not saved and rank == 0:
-        print(f"no checkpoint in {config.out} yet: starting a new run")
+    saved = read_checkpoint(path) if config.resume else None
     with rank_zero_first():     # it draws or indexes the data and downloads the weights, for all
         if saved:
             model = FLIP.from_pretrained(path, saved=saved)
@@ -277,7 +278,9 @@ def setup(config: Config, device: torch.device, log: Log) -> TrainState:
     loader = BatchLoader(faces, model.tokenizer, model.config.vit.image_size, config.batch_size,
                          config.seed, config.augment, rank, world_size, config.workers)
     steps_per_epoch = loader.batches_per_epoch // config.accumulate
-    assert steps_per_epoch > 0, "--accumulate needs more batches than an epoch has"
+    if steps_per_epoch == 0:
+        raise ValueError(f"--accumulate {config.accumulate} needs as many batches in an epoch, found "
+                         f"{loader.batches_per_epoch}; use a smaller value, or a smaller --batch_size")
     steps = config.steps or config.epochs * steps_per_epoch
     config = replace(config, steps=min(steps, config.max_epochs * steps_per_epoch or steps),
                      precision=choose_precision(config.precision, device))      # resolved, for the checkpoint
@@ -285,9 +288,12 @@ def setup(config: Config, device: torch.device, log: Log) -> TrainState:
                                   config.muon_lr_image, config.muon_lr_text, config.muon_momentum)
     if saved:
         saved = saved["training"]
-        if (saved["processes"], saved["faces"]) != (world_size, digest(faces)):
+        if saved["processes"] != world_size:
             raise ValueError(f"--resume: the run in {path} had {saved['processes']} processes, found "
-                             f"{world_size}, or it had other faces than these; use the same")
+                             f"{world_size}; use as many")
+        if saved["digests"] != [faces.digest, validation.digest]:
+            raise ValueError(f"--resume: the run in {path} had other faces than {config.data or faces.name}: "
+                             "their images, captions or annotations differ; use the same, in any folder")
         load_optimizers(optimizers, saved["optimizers"], path)
         log.restart(saved["log"])
         done, recent = saved["step"], [losses.to(device) for losses in saved["recent"]]
@@ -342,7 +348,7 @@ def new_model(config: Config) -> tuple[FLIP, Faces, Faces]:
 def load_data(config: Config, size: int) -> tuple[Faces, Faces]:
     """Training and validation faces, for a model with an input of size x size pixels."""
     if config.data:
-        train, validation = (open_faces(config.data, split, config.cache, config.columns, config.outside)
+        train, validation = (open_faces(config.data, split, config.cache, config.columns)
                              for split in ("train", "val"))
         if not train.has_text:
             raise ValueError(f"{train.name}: expected captions, or attributes to write them from, found none")
@@ -354,9 +360,9 @@ def load_data(config: Config, size: int) -> tuple[Faces, Faces]:
 def print_plan(config: Config, faces: Faces, validation: Faces, world_size: int, tokenizer: Tokenizer):
     """Print the length of the run, and warnings about few faces or unknown words."""
     epochs = config.steps * config.accumulate * config.batch_size * world_size / len(faces)
-    print(f"{len(faces):,} training faces, {len(validation):,} validation faces; {config.steps:,} steps of "
-          f"{config.batch_size * config.accumulate * world_size} pairs are {epochs:.1f} epochs, in "
-          f"{config.precision}")
+    print(f"{faces.name}: {len(faces):,} faces; {validation.name}: {len(validation):,} faces\n"
+          f"{config.steps:,} steps of {config.batch_size * config.accumulate * world_size} pairs are "
+          f"{epochs:.1f} epochs, in {config.precision}")
     if epochs > 60:
         print(f"this will overfit: try --steps {round(30 * config.steps / epochs)}, or more faces")
     if len(validation) < 250:

@@ -92,7 +92,9 @@ class ViT(nn.Module):
         """images (B, 3, S, S), normalised -> tokens (B, L, D), the class token first.
 
         first_token_only: return the class tokens (B, D) and skip all others in the last block.
-        return_hidden: also return the list of all tokens after each block, before the final LayerNorm."""
+        return_hidden: also return the list of all tokens after each block, before the final LayerNorm. The
+        two exclude each other."""
+        assert not (first_token_only and return_hidden), "the last block either computes all tokens or not"
         size = self.config.image_size
         if images.shape[1:] != (3, size, size):
             raise ValueError(f"ViT: expected images (B, 3, {size}, {size}), found {tuple(images.shape)}")

@@ -77,8 +77,23 @@ def iterate_with_workers(loader):
 
 # ---- devices and precision -----------------------------------------------------------------------
 def choose_device(name: str) -> torch.device:
-    """The device of --device; "auto" is CUDA if there is any, else the CPU."""
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    """The device of --device; "auto" is CUDA if there is any, else the CPU. Raises ValueError if it cannot be
+    used."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:         # torch without CUDA fails with an assertion
+        raise ValueError(f"device {name!r}: {str(error).splitlines()[0]}") from None
+
+
+def use_device(name: str) -> torch.device:
+    """`choose_device`, which becomes the current device."""
+    device = choose_device(name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")      # TF32 is several times as fast as full float32
+    return device
 
 
 def choose_precision(name: str, device: torch.device) -> str:
@@ -101,11 +116,12 @@ def autocast(precision: str, device: torch.device):
 # ---- ranks ---------------------------------------------------------------------------------------
 def init_distributed(device_name: str) -> torch.device:
     """Join the process group if torchrun started this process; return the device of this process."""
-    device = choose_device(device_name)
-    cuda = device.type == "cuda"
-    if cuda:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    if "RANK" in os.environ and not dist.is_initialized():
+    is_launched = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+    cuda = choose_device(device_name).type == "cuda"
+    if cuda and is_launched:
+        device_name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    device = use_device(device_name)
+    if is_launched and not dist.is_initialized():
         end_with_parent(number=signal.SIGTERM)      # if torchrun is killed, stop and save
         # a long timeout: the other ranks wait while rank 0 draws faces or validates the data set
         dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=2))

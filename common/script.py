@@ -27,18 +27,24 @@ def tune_cpu():
 
 
 def run_script(main):
-    """Run `main`. A ValueError or OSError, which the user can usually fix, is printed in one sentence with
-    the place that raised it; any other error, usually a programmer's mistake, keeps its traceback."""
+    """Run `main`. A ValueError or OSError, which the user can usually fix, and an error with the name of a
+    file (`naming`) are printed in one line with the place that raised them; any other error, usually a
+    programmer's mistake, keeps its traceback."""
     tune_cpu()
     warnings.formatwarning = lambda message, *_: f"{message}\n"
     try:
         main()
-    except (ValueError, OSError) as error:
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        message = "; ".join([str(error), *getattr(error, "__notes__", ())])
-        raise SystemExit(f"error: {message} ({Path(place.filename).name}, line {place.lineno})")
     except KeyboardInterrupt:
         raise SystemExit("interrupted")
+    except Exception as error:
+        notes, lines = getattr(error, "__notes__", []), str(error).strip().splitlines() or [""]
+        message = "; ".join([lines[-1], *notes])
+        if not isinstance(error, (ValueError, OSError)):
+            if not any(note.startswith("in ") for note in notes):
+                raise
+            message = f"{type(error).__name__}: {message}"
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        raise SystemExit(f"error: {message} ({Path(place.filename).name}, line {place.lineno})")
 
 
 @contextlib.contextmanager

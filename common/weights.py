@@ -36,16 +36,23 @@ def resolve_file(source: str | Path, filenames: tuple[str, ...]) -> Path:
 
 def read_file(path: Path):
     """Contents of a .safetensors file, or of one that torch.save wrote; torch ignores its checksums, so they
-    are checked here. No code in a file is run."""
-    with naming(path):
+    are checked here. No code in a file is run. Raises ValueError if it is damaged or another kind of file."""
+    try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
             return load_file(path)
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 if damaged := archive.testzip():
-                    raise ValueError(f"damaged file: wrong checksum of {damaged}")
+                    raise ValueError(f"wrong checksum of {damaged}")
         return torch.load(path, map_location="cpu", weights_only=True)
+    except (FileNotFoundError, PermissionError):
+        raise
+    except Exception as error:      # of many types, with texts that are empty or advise to trust the file
+        with open(path, "rb") as file:
+            beginning = file.read(40)
+        raise ValueError(f"{path} is damaged or contains no weights: {path.stat().st_size:,} bytes that "
+                         f"begin with {beginning!r}") from error
 
 
 def read_pretrained(source: str | Path, section: str, **expected):
@@ -75,13 +82,13 @@ def read_checkpoint(source: str | Path) -> dict:
         with naming(config):
             sizes = json.loads(config.read_text(encoding="utf-8"))
         saved = sizes | {"model": saved, "tokenizer": tokenizer.read_text(encoding="utf-8")}
-    if "model" not in saved:
-        raise ValueError(f"{path}: expected a checkpoint of FLIP, found {[*saved][:3]}")
+    if not isinstance(saved, dict) or not isinstance(saved.get("model"), dict):
+        raise ValueError(f"{path}: expected a checkpoint of FLIP, found {str(saved)!r:.100}")
     return saved
 
 
 def write_checkpoint(contents: dict, path: str | Path):
-    with atomic_write(path) as partial:
+    with naming(path), atomic_write(path) as partial:
         torch.save(contents, partial)
 
 
@@ -99,8 +106,10 @@ def write_folder(checkpoint: dict, folder: str | Path):
 def check_tensors(found: dict, expected: dict, where: str | Path):
     """Raise a ValueError that names the first key which is missing, unknown, or whose tensor has another
     shape or dtype than the expected one or numbers that are not finite."""
-    for key in sorted(expected.keys() ^ found.keys()):
-        raise ValueError(f"{where}: {key} is {'missing' if key in expected else 'unknown'}")
+    differing = sorted(expected.keys() ^ found.keys())
+    for key in differing:
+        raise ValueError(f"{where}: {key} is {'missing' if key in expected else 'unknown'} ({len(differing)} "
+                         f"names differ, {len(expected)} are expected)")
     for key, tensor in expected.items():
         wanted, has = (f"{tuple(x.shape)} {x.dtype}" for x in (tensor, found[key]))
         if has != wanted or not found[key].isfinite().all():
@@ -186,9 +195,9 @@ def load_bert(bert, source: str | Path):
                if not key.startswith(("cls.", "pooler.", "bert.pooler."))}
     words, positions, types = (f"embeddings.{name}_embeddings.weight"
                                for name in ("word", "position", "token_type"))
-    if len(weights[words]) == bert.config.vocab_size - 2:
+    if words in weights and len(weights[words]) == bert.config.vocab_size - 2:
         weights[words] = torch.cat([weights[words], bert.words.weight[-2:].detach()])
-    if types in weights:
+    if types in weights and positions in weights:
         weights[positions] = weights[positions] + weights.pop(types)[0]
     initial = {key: x for key, x in bert.state_dict().items() if "cross_attention" in key}
     load_weights(bert, initial | weights, path, lambda key: map_key(key, BERT_KEYS))
@@ -228,7 +237,8 @@ def load_flip(model, saved: dict, where: str | Path):
     """Load the weights of a `read_checkpoint`, one of ours or the official one, into `model`."""
     weights, rename = saved["model"], lambda key: key
     if "flip" not in saved:             # only ours has the model's sizes
-        queues = {name: weights[name].T for name in ("image_queue", "text_queue")}
-        weights, rename = weights | queues | {"idx_queue": weights["idx_queue"][0]}, official_name
+        weights, rename = dict(weights), official_name
+        for name in {"image_queue", "text_queue", "idx_queue"} & weights.keys():
+            weights[name] = weights[name].flatten() if name == "idx_queue" else weights[name].T
     load_weights(model, weights, where, rename,
                  image_positions=("student.image.positions", "momentum_encoder.image.positions"))

@@ -256,9 +256,10 @@ class TritonAttention(torch.autograd.Function):
         out, lse = torch.empty_like(query), query.new_empty(query.shape[:2], dtype=torch.float32)
         # sampled on the GPU and read by the kernels, so that the CPU never waits for it
         seed = torch.randint(2 ** 62, (1,), device=query.device) if dropout > 0 else None
-        fwd_kernel[grid(query_offsets, max_query_length, H)](
-            query, key, value, out, lse, query_offsets, key_offsets, seed,
-            dropout=dropout, **launch_config("fwd", d, query.element_size()))
+        with torch.cuda.device_of(query):       # Triton launches on the current device
+            fwd_kernel[grid(query_offsets, max_query_length, H)](
+                query, key, value, out, lse, query_offsets, key_offsets, seed,
+                dropout=dropout, **launch_config("fwd", d, query.element_size()))
         ctx.save_for_backward(query, key, value, out, lse, query_offsets, key_offsets, seed)
         ctx.max_query_length, ctx.max_key_length, ctx.dropout = max_query_length, max_key_length, dropout
         return out
@@ -269,10 +270,11 @@ class TritonAttention(torch.autograd.Function):
         _, H, d = query.shape
         dq, dk, dv, delta = map(torch.empty_like, (query, key, value, lse))
         grad = grad.contiguous()
-        bwd_dq_kernel[grid(query_offsets, ctx.max_query_length, H)](
-            grad, query, key, value, out, lse, dq, delta, query_offsets, key_offsets, seed,
-            dropout=ctx.dropout, **launch_config("bwd_dq", d, query.element_size()))
-        bwd_dkdv_kernel[grid(key_offsets, ctx.max_key_length, H)](
-            grad, query, key, value, lse, delta, dk, dv, query_offsets, key_offsets, seed,
-            dropout=ctx.dropout, **launch_config("bwd_dkdv", d, query.element_size()))
+        with torch.cuda.device_of(query):
+            bwd_dq_kernel[grid(query_offsets, ctx.max_query_length, H)](
+                grad, query, key, value, out, lse, dq, delta, query_offsets, key_offsets, seed,
+                dropout=ctx.dropout, **launch_config("bwd_dq", d, query.element_size()))
+            bwd_dkdv_kernel[grid(key_offsets, ctx.max_key_length, H)](
+                grad, query, key, value, lse, delta, dk, dv, query_offsets, key_offsets, seed,
+                dropout=ctx.dropout, **launch_config("bwd_dkdv", d, query.element_size()))
         return dq, dk, dv, None, None, None, None, None

@@ -81,10 +81,11 @@ def triton_average_keys(feature, momentum_feature, keys, identity, key_identity,
     num_splits = triton.cdiv(K, keys_per_program)
     max_logits = queries.new_empty(num_splits, 3, B)
     weight_sums, key_sums = torch.empty_like(max_logits), queries.new_empty(num_splits, 3, B, E)
-    sums_kernel[row_blocks, num_splits](
-        queries, keys.contiguous(), identity.contiguous(), key_identity.contiguous(), temperature, max_logits,
-        weight_sums, key_sums, B, K, keys_per_program, E=E, BLOCK_E=max(32, triton.next_power_of_2(E)),
-        **LAUNCH_CONFIG)
+    with torch.cuda.device_of(queries):         # Triton launches on the current device
+        sums_kernel[row_blocks, num_splits](
+            queries, keys.contiguous(), identity.contiguous(), key_identity.contiguous(), temperature,
+            max_logits, weight_sums, key_sums, B, K, keys_per_program, E=E,
+            BLOCK_E=max(32, triton.next_power_of_2(E)), **LAUNCH_CONFIG)
     max_logit = max_logits.amax(0)                                                  # (3, B)
     rescale = (max_logits - max_logit).exp()                                        # (num_splits, 3, B)
     weight_sum = (rescale * weight_sums).sum(0)                                     # (3, B)

@@ -29,10 +29,10 @@ SPLITS = ("train", "val", "test")
 COLUMNS = ("caption", "face_caption", "pcfg", "laion_caption")      # text columns of FaceCaption-15M
 PRESENT = {"1": 1, "0": 0, "-1": 0}         # by the value of an attribute in an annotation file
 NONE = -1                                   # in a row: the face has no attributes
-# group: number of the split or, for an invalid record, of which the JSON line is {"invalid": message}, that
-# number plus 3; person: its hash; start, length: place of the line in bytes
-ROW = np.dtype([("group", "i4"), ("attributes", "i1", 40), ("length", "i4"), ("person", "i8"),
-                ("start", "i8")])
+# split: its number; start, length: place of the JSON line in bytes; person: hash of the person's id; content:
+# hash of the line and of the size of the image's file
+ROW = np.dtype([("split", "i4"), ("attributes", "i1", 40), ("length", "i4"), ("start", "i8"),
+                ("person", "i8"), ("content", "i8")])
 
 
 class Record(NamedTuple):
@@ -53,51 +53,89 @@ def files_of(folder: Path, patterns: str):
             for name in glob.glob(pattern, root_dir=folder, recursive=True)]
 
 
-def open_split(path: str | Path, split: str, layouts, cache: str | Path, columns: tuple, outside: bool):
+def open_split(path: str | Path, split: str, layouts, cache: str | Path, columns: tuple):
     """Fields of `data.Faces` for one split of a data set, given as a folder or a JSON annotation file. The
-    first call writes an index of all splits to `cache`, which is written anew if a file or folder it was made
-    from has changed. Captions come from all `columns` of a record. Images outside the folder are invalid,
-    unless `outside`. Raises ValueError if no layout matches, annotations are inconsistent, over 1 % of the
-    split's records are invalid, or the split is empty."""
-    assert {*columns} <= {*COLUMNS}, f"columns {columns}: expected some of {COLUMNS}"
+    first call writes an index of all splits to `cache`, which is written anew if it is damaged or if a file
+    or folder that it was made from has changed. Captions come from all `columns` of a record. Raises
+    ValueError if no layout matches or several do, annotations are inconsistent, over 1 % of a split's records
+    are invalid, or the split is empty."""
     path = Path(os.path.abspath(path))
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such folder or file")
     folder = path if path.is_dir() else path.parent
-    layout = next((layout for layout in layouts if files_of(path, layout.reads.split()[0])),
-                  layouts[-1] if path.suffix == ".json" else None)
-    if not layout:
-        known = ", ".join(layout.reads.split()[0] for layout in layouts)
-        raise ValueError(f"{path}: expected one of {known} (not compressed; FaceCaption-15M's .parquet files "
-                         f"hold only URLs, which img2dataset downloads)")
-    index = Path(cache) / f"index-{stable_hash(repr((str(path), columns, outside))):014x}.npy"
+    layout = find_layout(path, layouts)
+    index = Path(cache).absolute() / f"index-{stable_hash(repr((str(path), columns))):014x}.npy"
     index.parent.mkdir(parents=True, exist_ok=True)         # first: `folder` may be the one that changes
     files = files_of(folder, layout.reads)
     sources = {folder, *files, *(file.parent for file in files), *Path(__file__).parent.glob("*.py")}
     # st_ctime: a copy may keep the time of modification
-    changed = max(max(status.st_mtime, status.st_ctime) for status in map(os.stat, sources))
-    if not index.exists() or index.stat().st_mtime <= changed:
+    statuses = map(os.stat, sources - {index.parent})
+    changed = max(max(status.st_mtime, status.st_ctime) for status in statuses)
+    contents = None
+    if index.exists() and index.stat().st_mtime > changed:
+        contents = read_index(index)
+    if contents is None:
         write_index(index, layout, path, functools.partial(
-            index_records, layout.reader, layout.image_folders, folder, columns, outside))
+            index_records, layout.reader, layout.image_folders, folder, columns))
+        contents = read_index(index)
 
-    rows = np.asarray(np.load(index, mmap_mode="r"))
-    text = np.asarray(np.memmap(index.with_suffix(".jsonl"), mode="r"))
-    groups = np.split(rows, [bisect.bisect_left(rows["group"], group) for group in range(1, 2 * len(SPLITS))])
-    (valid, invalid), name = groups[SPLITS.index(split)::len(SPLITS)], f"{layout.title} {split}"
-    check_invalid(Column(text, invalid, "invalid", folder), len(valid) + len(invalid), name)
-    if not len(valid):
+    rows, text = contents
+    number, name = SPLITS.index(split), f"{layout.title} {split}"
+    first, end = (bisect.bisect_left(rows["split"], each) for each in (number, number + 1))
+    rows = rows[first:end]
+    if not len(rows):
         raise ValueError(f"{name}: expected at least one face in this split of {path}, found none")
-    fields = {field: Column(text, valid, field, folder) for field in Column(text, valid, None, folder)[0]}
-    if valid["attributes"][0, 0] != NONE:
-        fields["attributes"] = valid["attributes"].view(bool)
-    return {"name": name, "identity": valid["person"]} | fields
+    fields = {field: Column(text, rows, field, folder) for field in Column(text, rows, None, folder)[0]}
+    if rows["attributes"][0, 0] != NONE:
+        fields["attributes"] = rows["attributes"].view(bool)
+    digest = hashlib.sha256(rows.view(np.uint8)).hexdigest()
+    return {"name": name, "identity": rows["person"], "digest": digest} | fields
+
+
+def find_layout(path: Path, layouts):
+    """The layout of a data set, recognised by its files. Raises ValueError if no layout matches, or if there
+    are files of another one that this one does not read."""
+    matching = [layout for layout in layouts if files_of(path, layout.reads.split()[0])]
+    if path.suffix == ".json":
+        matching = matching or [layouts[-1]]
+    if not matching:
+        known = ", ".join(layout.reads.split()[0] for layout in layouts)
+        raise ValueError(f"{path}: expected one of {known} (not compressed; FaceCaption-15M's .parquet files "
+                         f"hold only URLs, which img2dataset downloads)")
+    layout, *others = matching
+    for other in others:
+        unread = {*files_of(path, other.reads.split()[0])} - {*files_of(path, layout.reads)}
+        if unread and not other.may_be_beside:
+            raise ValueError(f"{path}: found files of both {layout.title} and {other.title} "
+                             f"({min(unread).name}); leave only those of one in this folder")
+    return layout
+
+
+def read_index(index: Path):
+    """Rows and text of an index, both memory-mapped, or None if it is damaged."""
+    try:
+        rows = np.asarray(np.load(index, mmap_mode="r"))
+        text = np.asarray(np.memmap(index.with_suffix(".jsonl"), mode="r"))
+        if rows.dtype == ROW and rows["length"].sum() == len(text):
+            return rows, text
+    except (ValueError, OSError, EOFError):
+        pass
+    print(f"{index} is damaged: indexing the data set again")
+    return None
+
+
+def require_few(num_invalid: int, count: int, example: str):
+    """Raise a ValueError with an example if over 1 % of `count` are invalid."""
+    if num_invalid > count / 100:
+        raise ValueError(f"{example} ({num_invalid:,} of {count:,} are invalid, more than 1 %)")
 
 
 def check_invalid(messages, count: int, name: str, shown: int | None = 1):
     """Print the first messages about invalid ones of `count` records. Raises ValueError if over 1 % are."""
-    if len(messages) > count / 100:
-        raise ValueError(f"{name}: {messages[0]} ({len(messages):,} of {count:,} are invalid, more than 1 %)")
-    if len(messages) and rank_and_world_size()[0] == 0:
+    if not messages:
+        return
+    require_few(len(messages), count, f"{name}: {messages[0]}")
+    if rank_and_world_size()[0] == 0:
         print(f"{name}: {len(messages):,} of {count:,} are invalid and left out:")
         print(*itertools.islice(messages, shown), sep="\n")
 
@@ -123,44 +161,55 @@ class Column:
 
 
 def write_index(index: Path, layout, path: Path, index_records):
-    """Write a row and a JSON line for every record of a data set, the rows in the order of their groups."""
-    begin, parts, size = time.time(), [], 0
+    """Write a row and a JSON line for every valid record of a data set, the rows sorted by split. Prints the
+    number of invalid records. Raises ValueError if these are over 1 % of a split."""
+    begin, parts, invalid, size = time.time(), [], [], 0
     with (atomic_write(index.with_suffix(".jsonl")) as partial, open(partial, "wb") as text,
           parallel_map(index_records, layout.jobs(path), "indexing files") as results):
-        for rows, lines in results:
+        for rows, lines, errors in results:
             rows["start"] = size + rows["length"].cumsum() - rows["length"]
             size += text.write(lines)
             parts.append(rows)
+            invalid += errors
+        rows = np.concatenate(parts)
+        for number, split in enumerate(SPLITS):
+            messages = [message for of_split, message in invalid if of_split == number]
+            count = len(messages) + int((rows["split"] == number).sum())
+            check_invalid(messages, count, f"{layout.title} {split}")
         if not size:
             raise ValueError(f"{path}: expected records of {layout.title}, found none")
-    rows = np.concatenate(parts)
+    largest = np.unique(rows["person"], return_counts=True)[1].max()
+    if largest > max(1, len(rows) / 2):
+        print(f"{layout.title}: {largest:,} of {len(rows):,} faces have the same image_id, which means the "
+              "same person; leave out the ids if they do not identify persons")
     with atomic_write(index) as partial:
         with open(partial, "wb") as file:
-            np.save(file, rows[rows["group"].argsort(kind="stable")])
+            np.save(file, rows[rows["split"].argsort(kind="stable")])
         os.utime(partial, (begin, begin))       # what changed while it was read is newer
 
 
-def index_records(reader, image_folders: tuple, folder: Path, columns: tuple, outside: bool, job):
-    """Validate the records that `reader(job)` yields -> their rows (of `ROW`) and JSON lines (bytes)."""
-    rows, lines, split_of, inside = [], [], {}, os.path.join(folder, "")
+def index_records(reader, image_folders: tuple, folder: Path, columns: tuple, job):
+    """Validate the records that `reader(job)` yields -> rows (of `ROW`) and JSON lines (bytes) of the valid
+    ones, and (number of the split, message) of each invalid one."""
+    rows, lines, invalid, split_of, inside = [], [], [], {}, os.path.join(folder, "")
     to_json = json.JSONEncoder(separators=(",", ":")).encode
     relative = lambda path: os.path.normpath(path).removeprefix(inside)
     for record in reader(job):
-        group, person, attributes = 0, 0, (NONE,) * 40
+        number, attributes = 0, (NONE,) * 40
         try:
             if isinstance(record, ValueError):
                 raise record
             where, image, split, person_id, values, captions, sketches = record
-            group = SPLITS.index(split)
+            number = SPLITS.index(split)
             if isinstance(image, TarImage):
+                size = image.length
                 image = image._replace(tar=relative(image.tar))
             else:
                 paths = [os.path.join(folder, base, image) for base in image_folders if image]
                 image = next(map(relative, filter(os.path.isfile, paths)), None)
                 if image is None:
                     raise ValueError(f"{where}: the image {record.image!r} does not exist")
-                if not outside and image.startswith(("/", "../")):
-                    raise ValueError(f"{where}: {image!r} is outside the data set; --outside accepts this")
+                size = os.path.getsize(os.path.join(folder, image))
                 # only captions may be a reason to list an image again
                 if image in split_of and (split_of[image] != split or captions is None):
                     raise ValueError(f"{where}: {image!r} is already in split {split_of[image]}")
@@ -174,13 +223,14 @@ def index_records(reader, image_folders: tuple, folder: Path, columns: tuple, ou
                 line["captions"] = valid_captions(captions, columns, where)
             if sketches is not None:
                 line["sketches"] = [*map(relative, sketches)]
-            person = stable_hash(person_id or str(image))
         except ValueError as error:
             message = str(error).encode(errors="backslashreplace").decode()         # can be printed
-            group, line = group + len(SPLITS), {"invalid": message}
+            invalid.append((number, message))
+            continue
         lines.append(to_json(line).encode() + b"\n")
-        rows.append((group, attributes, len(lines[-1]), person, 0))
-    return np.array(rows, ROW), b"".join(lines)
+        person, content = stable_hash(person_id or str(image)), stable_hash(f"{line} {size}")
+        rows.append((number, attributes, len(lines[-1]), 0, person, content))
+    return np.array(rows, ROW), b"".join(lines), invalid
 
 
 def valid_captions(captions: dict, columns: tuple, where: str):

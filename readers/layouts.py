@@ -16,9 +16,13 @@ from common.script import naming
 from readers.index import COLUMNS, SPLITS, Record, files_of, split_by_hash, stable_hash
 
 
-def load_json(path: Path):
+def load_json(path: Path, kind):
+    """Contents of a JSON file, which must be of a kind: list or dict."""
     with naming(path):
-        return json.loads(path.read_bytes())
+        contents = json.loads(path.read_bytes())
+        if not isinstance(contents, kind):
+            raise ValueError(f"expected a JSON {kind.__name__}, found {contents!r:.100}")
+        return contents
 
 
 def hold_out_validation(records: list, fraction: float):
@@ -94,15 +98,16 @@ def read_lfwa(folder: Path):
 # ---- faces with captions -------------------------------------------------------------------------
 def read_caption_lists(path: Path):
     """JSON lists in the format of BLIP and the official code: train.json, val.json and test.json of a folder,
-    or its only list, or a given one, which is split by person. Equal ids mean the same person; an image
-    without an id is a person of its own."""
+    or its only list, or a given one, which is split by person, with at least one in the validation split.
+    Equal ids mean the same person; an image without an id is a person of its own."""
     files = [path / f"{split}.json" for split in SPLITS]
     if not files[0].is_file():
         files = [path] if path.is_file() else sorted(path.glob("*.json"))
         if len(files) > 1:
             raise ValueError(f"{path}: expected train.json or one list, found {len(files)}; give one by name")
+    records = []
     for file in filter(Path.is_file, files):
-        for number, item in enumerate(load_json(file)):
+        for number, item in enumerate(load_json(file, list)):
             item = item if isinstance(item, dict) else {}
             image, person_id = item.get("image", item.get("photo")), item.get("image_id")
             image = os.path.normpath(image) if isinstance(image, str) else None
@@ -110,7 +115,12 @@ def read_caption_lists(path: Path):
             person_id = str(image if is_missing else person_id)
             split = split_by_hash(person_id) if len(files) == 1 else file.stem
             where = f"{file.name} record {number} (counted from 0)"
-            yield Record(where, image, split, person_id, captions=item)
+            records.append(Record(where, image, split, person_id, captions=item))
+    if len(files) == 1 and records and "val" not in {record.split for record in records}:
+        held_out = records[-1].person_id
+        records = [record._replace(split="val") if record.person_id == held_out else record
+                   for record in records]
+    return records
 
 
 class NamesOnly(pickle.Unpickler):
@@ -121,13 +131,17 @@ class NamesOnly(pickle.Unpickler):
 
 
 def assign_celeba_hq_splits(folder: Path, captions: dict):
-    """Records of {image number: texts}. Splits come from train/ and test/filenames.pickle or, if neither
-    exists, from the image number; the last 5 % of the training split become "val"."""
+    """Records of {image number: texts}. Splits come from train/ and test/filenames.pickle or, if
+    neither exists, from the image number; the last 5 % of the training split become "val"."""
     pickles = [folder / split / "filenames.pickle" for split in ("train", "test")]
     numbered = [(number, "train" if number < 24_000 else "test") for number in captions]
-    if any(map(Path.exists, pickles)):      # of names such as "1.jpg", b"1.jpg" or 1
-        numbered = [(int(re.sub("[^0-9]", "", str(name))), path.parent.name) for path in pickles
-                    for name in NamesOnly(io.BytesIO(path.read_bytes())).load()]
+    if any(map(Path.exists, pickles)):
+        numbered = []
+        for path in pickles:
+            with naming(path):
+                names = NamesOnly(io.BytesIO(path.read_bytes())).load()
+            for name in names:              # "1.jpg", b"1.jpg" or 1; of others, image -1 does not exist
+                numbered.append((int(re.sub("[^0-9]", "", str(name)) or -1), path.parent.name))
     return hold_out_validation([
         Record(f"face {number}", f"{number}.jpg", split, captions={"caption": captions.get(number)})
         for number, split in sorted(numbered)], 0.05)
@@ -147,11 +161,14 @@ def read_celeba_dialog(folder: Path):
     """CelebA-Dialog: captions_hq.json and N.jpg in images/, image/ or the folder itself. The caption is the
     overall one or, if that is empty, the attribute-wise ones joined."""
     captions = {}
-    for name, entry in load_json(folder / "captions_hq.json").items():
-        phrases = " ".join(entry.get("attribute_wise_captions", {}).values())
-        captions[int(Path(name).stem)] = entry["overall_caption"].strip() or phrases.strip()
+    for name, entry in load_json(folder / "captions_hq.json", dict).items():
+        try:
+            phrases = " ".join(entry.get("attribute_wise_captions", {}).values())
+            captions[int(Path(name).stem)] = entry["overall_caption"].strip() or phrases.strip()
+        except (ValueError, TypeError, AttributeError, KeyError) as error:
+            yield ValueError(f"captions_hq.json: {name!r:.100}: {error!r}")
     captions.pop(5380, None)                # its image was never distributed
-    return assign_celeba_hq_splits(folder, captions)
+    yield from assign_celeba_hq_splits(folder, captions)
 
 
 # ---- photos with sketches ------------------------------------------------------------------------
@@ -171,13 +188,14 @@ def read_fs2k(folder: Path):
     anno_train.json and anno_test.json."""
     photos, sketches, records = images_by_name(folder / "photo"), images_by_name(folder / "sketch"), []
     for split in ("train", "test"):
-        for item in load_json(folder / f"anno_{split}.json"):
-            name = item["image_name"].replace("/", "_")
+        for item in load_json(folder / f"anno_{split}.json", list):
+            image_name = item.get("image_name") if isinstance(item, dict) else item
+            name = str(image_name).replace("/", "_")
             sketch = sketches.get(name.replace("photo", "sketch").replace("image", "sketch"))
             if sketch and name in photos:
                 records.append(Record(f"anno_{split}.json", photos[name], split, sketches=[sketch]))
             else:
-                yield ValueError(f"anno_{split}.json: no photo or no sketch is named {item['image_name']!r}")
+                yield ValueError(f"anno_{split}.json: no photo or no sketch is named {image_name!r:.100}")
     yield from with_captions(records, folder, photos)
 
 
@@ -254,7 +272,7 @@ def read_tar(path: Path):
             num_faces += 1
         except (ValueError, TypeError, AttributeError) as error:
             yield ValueError(f"{path}: {key!r}: {error}")
-    counted = load_json(stats).get("successes") if stats.is_file() else None
+    counted = load_json(stats, dict).get("successes") if stats.is_file() else None
     lost = (max(1, len(samples)) if counted is None else counted) - len(samples)
     if lost or not is_whole:
         message = (f"{path} is damaged, cut off, compressed or missing: found {num_faces} faces, "
@@ -330,18 +348,18 @@ class Layout(NamedTuple):
     reader: object          # function: path -> iterator of `Record`s, and of ValueErrors for invalid ones
     image_folders: tuple = ("",)            # that may hold the images
     jobs: object = lambda path: [path]      # function: data set -> paths, which are read in parallel
+    may_be_beside: bool = False             # its files may be beside those of an earlier row, which applies
 
 
 LAYOUTS = (             # the first match applies; a JSON file given by name: the last row
-    Layout("sketch/train sketch/test photo photo/*/ t*.json captions.json", "FS2K-SDE", read_fs2k_sde),
+    Layout("sketch/train sketch/test photo photo/*/ *.json", "FS2K-SDE", read_fs2k_sde),
     Layout("anno_*.json sketch sketch/*/ photo photo/*/ t*.json captions.json", "FS2K", read_fs2k),
     Layout("list_attr_celeba.* list_eval_partition.* img_align_celeba img_align_celeba/*/", "CelebA",
            read_celeba, ("img_align_celeba", "img_align_celeba/img_align_celeba")),          # Kaggle nests it
     Layout("list_attr_lfwa.csv list_attr_lfwa_test.csv lfw/*/", "LFWA", read_lfwa, ("lfw", "")),
     Layout("captions_hq.json images image", "CelebA-Dialog", read_celeba_dialog, ("images", "image", "")),
     Layout("text/celeba-caption/*.txt t*/*.pickle images", "MM-CelebA-HQ", read_mm_celeba, ("images",)),
-    Layout("train.json val.json test.json images images/*/", "JSON annotations", read_caption_lists,
-           ("", "images")),
-    Layout(TARS, "webdataset", read_tar, jobs=find_tars),
-    Layout("*.json images images/*/", "JSON annotations", read_caption_lists, ("", "images")),
+    Layout("train.json val.json test.json **/", "JSON annotations", read_caption_lists, ("", "images")),
+    Layout(TARS, "webdataset", read_tar, jobs=find_tars, may_be_beside=True),
+    Layout("*.json **/", "JSON annotations", read_caption_lists, ("", "images"), may_be_beside=True),
 )
