@@ -1,6 +1,7 @@
 """Reading and writing weights: CLIP's, BERT's, and checkpoints of the official FLIP and ours."""
 import json
 import re
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -88,8 +89,12 @@ def read_checkpoint(source: str | Path) -> dict:
 
 
 def write_checkpoint(contents: dict, path: str | Path):
-    with naming(path), atomic_write(path) as partial:
-        torch.save(contents, partial)
+    with atomic_write(path) as partial:
+        try:
+            torch.save(contents, partial)
+        except RuntimeError as error:       # does not say that the disk is full
+            free = shutil.disk_usage(partial.parent).free
+            raise OSError(f"{path} cannot be written; {free:,} bytes of its disk are free") from error
 
 
 def write_folder(checkpoint: dict, folder: str | Path):
