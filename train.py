@@ -365,8 +365,9 @@ def print_plan(config: Config, faces: Faces, validation: Faces, world_size: int,
           f"{epochs:.1f} epochs, in {config.precision}")
     if epochs > 60:
         print(f"this will overfit: try --steps {round(30 * config.steps / epochs)}, or more faces")
-    if len(validation) < 250:
-        print(f"with {len(validation)} validation faces, R@10 is {min(100, 1000 / len(validation)):.0f} % by chance")
+    chance = min(100, 1000 / len(validation))
+    if chance > 4:
+        print(f"with {len(validation)} validation faces, R@10 is {chance:.0f} % by chance")
     texts = sample_captions(faces, 500) if config.init else []
     if unknown := {word for text in texts for word in known_and_unknown_words(text, tokenizer)[1]}:
         print(f"{len(unknown)} words of the captions are not in the vocabulary: {min(unknown)}, ...")
