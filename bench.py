@@ -17,10 +17,10 @@ from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from attention import Sequences, attention, pad, unpad
-from bert import MAX_TOKENS, Captions
 from common.script import markdown_table, run_script
 from flip import FLIP, FLIPConfig, StepParams
 from losses import contrastive_loss, contrastive_loss_reference
+from tokenizer import MAX_TOKENS, Captions
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -10,7 +10,7 @@ from typing import Literal
 
 from bert import BertConfig
 from common.script import naming, parse_flags
-from common.weights import read_checkpoint
+from pretrained import read_checkpoint
 from readers.index import COLUMNS
 from vit import ViTConfig
 

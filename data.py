@@ -25,9 +25,9 @@ import toyfaces
 from captions import ATTRIBUTES as ATTRIBUTES
 from captions import sample_caption
 from common.distributed import iterate_with_workers, start_worker
-from common.images import TarImage, load_image, normalize_batch, resize_to_array
+from common.images import load_image, normalize_batch, resize_to_array
 from common.seeds import random_stream
-from readers.index import check_invalid, open_split, require_few
+from readers.index import TarImage, check_invalid, open_split, require_few
 from readers.layouts import LAYOUTS
 
 
@@ -155,7 +155,7 @@ def augment(image: Image.Image, rng: np.random.Generator) -> Image.Image:
 # ---- batches -------------------------------------------------------------------------------------
 class Batch(NamedTuple):
     images: torch.Tensor        # (B, 3, S, S) float32
-    captions: object            # bert.Captions, B of them
+    captions: object            # tokenizer.Captions, B of them
     identity: torch.Tensor      # (B,) int64
     damaged: list[str]          # messages about images that are damaged, in whose place others are here
 

@@ -1,17 +1,18 @@
 """Evaluation by retrieval (FLIP paper, section 5.1): recall by ITC alone and after re-ranking with the
-matching head, and the final table with its reference rows (captions.py)."""
+matching head, and the final table with its reference rows (optimum.py)."""
 import math
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from captions import ideal_contrastive_loss, reference_recall, sample_caption
+from captions import sample_caption
 from common.distributed import autocast, choose_precision, rank_and_world_size
 from common.images import iterate_images
 from common.script import markdown_table
 from common.seeds import random_stream
 from flip import FLIP, rerank
+from optimum import ideal_contrastive_loss, reference_recall
 
 
 # ---- retrieval metrics ---------------------------------------------------------------------------

@@ -29,18 +29,18 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from common.distributed import autocast, use_device
-from common.images import contact_sheet, iterate_images
-from common.optim import build_optimizers, set_learning_rate
-from common.plots import new_figure, plot_retrieval
+from common.images import iterate_images
+from common.pictures import contact_sheet, new_figure, plot_retrieval
 from common.script import Log, markdown_table, parse_flags, run_script
 from common.seeds import derive_seed, random_stream
-from common.weights import write_checkpoint
 from config import SharedFlags
 from data import ATTRIBUTES, BatchLoader, Faces, load_toy_faces, open_faces, readable
 from evaluation import EvaluationSet, chance_recalls, evaluate
 from flip import FLIP, StepParams, project
 from losses import contrastive_loss
-from train import init_model, warmup_decay
+from optim import build_optimizers, set_learning_rate, warmup_decay
+from pretrained import write_checkpoint
+from train import init_model
 
 
 # ---- configuration -------------------------------------------------------------------------------

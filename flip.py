@@ -32,12 +32,13 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import losses
-from bert import Bert, BertConfig, Captions, Tokenizer
+from bert import Bert, BertConfig
 from common.distributed import all_gather, all_gather_objects, choose_device, rank_and_world_size
 from common.images import pixel_batches
 from common.script import naming, run_script
-from common.weights import load_flip, official_name, official_state, read_checkpoint, write_folder  # noqa
 from common.words import check_words
+from pretrained import load_flip, read_checkpoint, write_folder
+from tokenizer import Captions, Tokenizer
 from vit import ViT, ViTConfig
 
 
@@ -402,7 +403,7 @@ def main():
     model.enqueue(*F.normalize(torch.randn(2, 2, 16), dim=-1), torch.tensor([5, 7]))        # an earlier batch
 
     pieces = " ".join(map(tokenizer.wordpiece.id_to_token, captions.ids[:9].tolist()))
-    show("bert.Tokenizer", f"captions of {captions.sequences.lengths.tolist()} tokens -> packed ids "
+    show("tokenizer.Tokenizer", f"captions of {captions.sequences.lengths.tolist()} tokens -> packed ids "
                            f"{tuple(captions.ids.shape)}: {pieces} ...")
     tokens, image = student.image_tokens_and_features(images)
     show("Encoders.image_tokens_and_features", f"images {tuple(images.shape)} -> tokens "

@@ -15,8 +15,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from captions import ATTRIBUTES, verbalize
-from common.images import contact_sheet
-from common.plots import new_figure
+from common.pictures import contact_sheet, new_figure
 from common.script import markdown_table, run_script
 from common.seeds import derive_seed, random_stream
 from data import augment, load_toy_faces, open_faces

@@ -18,11 +18,12 @@ import torch.nn.functional as F
 from PIL import Image
 
 from common.distributed import autocast, stop_signals
-from common.images import IMAGE_SUFFIXES, contact_sheet, iterate_images, load_image, pixel_batches
+from common.images import IMAGE_SUFFIXES, iterate_images, load_image, pixel_batches
+from common.pictures import contact_sheet
 from common.script import atomic_write, run_script
-from common.weights import read_file
 from common.words import known_and_unknown_words, vocabulary
 from flip import FLIP
+from pretrained import read_file
 
 
 def fast_autocast(model: FLIP):

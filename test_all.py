@@ -44,31 +44,29 @@ if DEVICE == "cpu":
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import bench
-import bert
 import captions as grammar
 import common.distributed
 import common.images
-import common.plots
+import common.pictures
 import common.script
-import common.weights
 import config as train_config
 import data
 import evaluation
 import finetune
 import losses
+import optimum
+import pretrained
 import report
 import search
 import toyfaces
 import train
 import vit
 from attention import Attention, Sequences, attention
-from bert import Bert, BertConfig, Captions, Tokenizer, clean_caption
+from bert import Bert, BertConfig, BertLayer
 from captions import ATTRIBUTES, FACTS
-from common.images import TarImage, load_image, normalize_batch, resize_to_array
-from common.optim import Muon, build_optimizers, set_learning_rate
+from common.images import load_image, normalize_batch, resize_to_array
 from common.script import Log
 from common.seeds import derive_seed, random_stream
-from common.weights import load_bert, load_clip, map_key, official_name, official_state
 from common.words import known_and_unknown_words
 from drawing import portrait
 from flip import FLIP, FLIPConfig, StepParams, rerank
@@ -76,7 +74,11 @@ from kernels import attention as attention_kernels
 from kernels import contrastive as contrastive_kernels
 from kernels import triton
 from losses import contrastive_loss
+from optim import Muon, build_optimizers, set_learning_rate, warmup_decay
+from pretrained import load_bert, load_clip, map_key, official_name, official_state
 from readers import index, layouts
+from readers.index import TarImage
+from tokenizer import SPECIAL, Captions, Tokenizer, clean_caption
 from vit import ViT, ViTConfig
 
 torch.backends.cudnn.allow_tf32 = False
@@ -440,7 +442,7 @@ def test_pixels_are_normalised_by_clips_published_mean_and_deviation_in_rgb_orde
 # ---- common/weights.py: against the official names, shapes and values in golden.npz --------------
 def clip_weights(encoder):
     """Weights with Hugging Face's names for CLIP, with some of its text encoder."""
-    state, keys = encoder.state_dict(), common.weights.CLIP_KEYS
+    state, keys = encoder.state_dict(), pretrained.CLIP_KEYS
     weights = {"vision_model." + map_key(name, keys): x for name, x in state.items()}
     expected = recorded("checkpoint.visual_encoder.").keys() - {"vision_model.embeddings.position_ids"}
     assert weights.keys() == {name.replace("post_layrnorm", "post_layernorm") for name in expected}
@@ -601,9 +603,9 @@ def test_full_disk_is_named_and_keeps_the_previous_checkpoint(tmp_path, monkeypa
     def save(contents, path):
         path.write_bytes(b"the first part")
         raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
-    common.weights.write_checkpoint({"a": 1}, tmp_path / "flip.pt")
+    pretrained.write_checkpoint({"a": 1}, tmp_path / "flip.pt")
     monkeypatch.setattr(torch, "save", save)
-    error = error_of(common.weights.write_checkpoint, {"a": 2}, tmp_path / "flip.pt")
+    error = error_of(pretrained.write_checkpoint, {"a": 2}, tmp_path / "flip.pt")
     assert re.search(r"flip.pt cannot be written; [0-9,]+ bytes of its disk are free", error)
     assert torch.load(tmp_path / "flip.pt") == {"a": 1} and len([*tmp_path.iterdir()]) == 1
 
@@ -617,7 +619,7 @@ def test_bert_weights_load_with_token_type_0_added_and_cross_attention_unchanged
     encoder, source = (Bert(GOLDEN_CONFIG.bert, image_width=24) for _ in range(2))
     initial, theirs = copy.deepcopy(encoder.state_dict()), source.state_dict()
     own = [name for name in theirs if "cross_attention" not in name]
-    weights = {map_key(name, common.weights.BERT_KEYS): theirs[name] for name in own}
+    weights = {map_key(name, pretrained.BERT_KEYS): theirs[name] for name in own}
     names = {name for name in recorded("checkpoint.text_encoder.") if "crossattention" not in name}
     assert weights.keys() | {"embeddings.position_ids"} == names
     types = torch.randn(2, 20)
@@ -729,7 +731,7 @@ def test_encoders_are_vit_b_16_and_bert_base_and_the_vit_is_initialised_like_cli
 
 # ---- bert.py: against torch.nn.TransformerDecoderLayer and official token ids --------------------
 def test_bert_layer_matches_torchs_decoder_layer_or_without_images_its_encoder_layer():
-    layer = bert.BertLayer(BertConfig(width=32, heads=4, dropout=0.0), image_width=32)
+    layer = BertLayer(BertConfig(width=32, heads=4, dropout=0.0), image_width=32)
     options = 32, 4, 128, 0.0, F.gelu, 1e-12, True
     encoder = with_our_weights(nn.TransformerEncoderLayer(*options), layer, norm2=layer.norm_mlp)
     decoder = with_our_weights(
@@ -787,10 +789,10 @@ def test_vocabulary_knows_exactly_its_words_and_is_the_same_trained_again_or_loa
     assert unknown_words("A bald man with red glasses.") == ["bald", "red"]
     assert unknown_words("man/xyz Ω ?") == ["xyz", "ω"] and unknown_words("???, o'clock") == []
     assert unknown_words("a man without glasses") == ["without"], "with ##o ##u ##t"
-    pieces = [*bert.SPECIAL, "man", "\x85", "\u2028", "x\x0cy"]              # splitlines() would split these
+    pieces = [*SPECIAL, "man", "\x85", "\u2028", "x\x0cy"]              # splitlines() would split these
     write_files(tmp_path, {"vocab.txt": "\n".join(pieces)})
     assert Tokenizer.load(tmp_path).to_json() == Tokenizer.from_vocabulary(pieces).to_json()
-    assert "missing: some of its ids" in error_of(Tokenizer.from_vocabulary, [*bert.SPECIAL, "man", "man"])
+    assert "missing: some of its ids" in error_of(Tokenizer.from_vocabulary, [*SPECIAL, "man", "man"])
     assert "missing: [CLS]" in error_of(Tokenizer.from_vocabulary, ["[PAD]", "[UNK]", "[SEP]", "woman"])
     words = map("".join, itertools.islice(itertools.product("abcdefghi", repeat=4), 5001))
     large = Tokenizer.train([*words, "zebra zebra"])            # the 5,000 most frequent words
@@ -1081,8 +1083,8 @@ def test_captions_state_the_facts_they_report_and_no_others():
         stated.append(values)
     stated, faces = np.stack(stated[-300:]), np.stack(faces[-300:])
     fits = ((stated[:, None] == 0) | ((stated[:, None] > 0) == faces)).all(2)       # value by value
-    assert fits.diagonal().all() and (grammar.satisfies(stated, faces) == fits).all()
-    assert (np.isfinite(grammar.log_likelihood(stated, faces)) == fits).all()
+    assert fits.diagonal().all() and (optimum.satisfies(stated, faces) == fits).all()
+    assert (np.isfinite(optimum.log_likelihood(stated, faces)) == fits).all()
 
 
 def test_captions_to_evaluate_on_state_each_fact_as_often_as_the_grammar_says():
@@ -1136,7 +1138,7 @@ def test_log_likelihood_matches_simulated_frequencies(names):
     attributes, count, rng = np.isin(ATTRIBUTES, names.split()), 20_000, np.random.default_rng(0)
     counts = Counter(grammar.sample_caption(attributes, rng)[1].tobytes() for _ in range(count))
     stated = np.array([np.frombuffer(key, dtype=np.int8) for key in counts])
-    expected = np.exp(grammar.log_likelihood(stated, attributes[None]))[:, 0]
+    expected = np.exp(optimum.log_likelihood(stated, attributes[None]))[:, 0]
     observed = np.array(list(counts.values())) / count
     assert abs(expected.sum() - 1) < 1e-3
     assert (abs(observed - expected) < 4.5 * np.sqrt(expected / count)).all()
@@ -1146,11 +1148,11 @@ def test_expected_and_reference_recall_match_cases_worked_by_hand():
     """Ties are broken at random. Of two men, "a bald young man" fits one, "a young man" both, but does not
     mention baldness."""
     scores = np.array([[0., 0, 0, 0], [2, 1, 1, 0], [3, 2, 1, 3], [0, 0, 0, 1]])
-    recall = grammar.expected_recall(scores, k=(1, 2, 3))
+    recall = optimum.expected_recall(scores, k=(1, 2, 3))
     by_hand = (1/4 + 0 + 0 + 1) / 4, (2/4 + 1/2 + 0 + 1) / 4, (3/4 + 1 + 0 + 1) / 4
     assert recall == pytest.approx([100 * x for x in by_hand])
     attributes = np.stack([np.isin(ATTRIBUTES, men.split()) for men in ("Male Young Bald", "Male Young")])
-    references = grammar.reference_recall(attributes.astype(np.int8), attributes)
+    references = optimum.reference_recall(attributes.astype(np.int8), attributes)
     assert references == {"attribute match": [100 * (1 + 1 / 2) / 2, 100, 100, 100 * 3 / 4, 100, 100],
                           "Bayes optimum": [100] * 6}
 
@@ -1159,8 +1161,8 @@ def test_no_critic_of_pairs_has_a_lower_contrastive_loss_than_the_ideal():
     """Against torch's cross-entropy of the log-likelihood ratio, scaled, without prior and with noise."""
     faces, population = random_faces(256, seed=1), random_faces(3000, seed=2)
     stated = np.stack([grammar.sample_caption(a, np.random.default_rng(i))[1] for i, a in enumerate(faces)])
-    ideal = grammar.ideal_contrastive_loss(stated, faces, population, batch_size=64)
-    log_p = torch.from_numpy(grammar.log_likelihood(stated, np.concatenate([faces, population])))
+    ideal = optimum.ideal_contrastive_loss(stated, faces, population, batch_size=64)
+    log_p = torch.from_numpy(optimum.log_likelihood(stated, np.concatenate([faces, population])))
     noise = torch.randn(256, 256, generator=torch.Generator().manual_seed(0))
 
     def loss(scale=1.0, of_prior=1.0, of_noise=0.0):
@@ -1170,7 +1172,7 @@ def test_no_critic_of_pairs_has_a_lower_contrastive_loss_than_the_ideal():
     assert ideal == pytest.approx(loss(), rel=0.02)     # its P(stated) is over one batch, not over four
     others = loss(scale=0.5), loss(scale=2.0), loss(of_prior=0.0), loss(of_noise=0.5)
     assert min(others) > max(ideal, loss()) * 1.01, others
-    alike = grammar.ideal_contrastive_loss(stated[[0] * 64], faces[[0] * 64], population, 64)
+    alike = optimum.ideal_contrastive_loss(stated[[0] * 64], faces[[0] * 64], population, 64)
     assert alike == pytest.approx(np.log(64))           # chance
     known = lambda *training: evaluation.EvaluationSet.from_faces(noise_faces(80), *training).ideal_itc
     assert evaluation.EvaluationSet.from_faces(noise_faces(80)).references == {}, "of no use in finetune.py"
@@ -1886,7 +1888,7 @@ def test_schedule_of_tiny_starts_with_itc_alone_and_ends_with_the_final_values()
 
 @pytest.mark.parametrize("decay, quarter", [("cosine", 0.6 + 0.4 * 0.5 ** 0.5), ("linear", 0.8)])
 def test_learning_rate_warms_up_and_decays_by_a_cosine_or_linearly(decay, quarter):
-    rate = lambda step: train.warmup_decay(step, 1000, 20, 1.0, lr_start=0.1, lr_min=0.2, decay=decay)
+    rate = lambda step: warmup_decay(step, 1000, 20, 1.0, lr_start=0.1, lr_min=0.2, decay=decay)
     for step, expected in ((0, 0.1), (10, 0.55), (20, 1), (265, quarter), (510, 0.6), (1000, 0.2)):
         assert rate(step) == pytest.approx(expected)
 
@@ -2146,7 +2148,7 @@ def test_init_loads_our_or_the_official_flip_also_at_another_image_size(
     for change in (ours, official | dict(vocabulary=f"{tmp_path}/tokenizer.json")):
         model, _, _ = train.new_model(quick(tmp_path / "out", cache, image_size=64, queue_size=7, **change))
         student, expected = model.student.state_dict(), before.student.state_dict()
-        resized = common.weights.resize_position_embedding(expected.pop("image.positions"), 64)
+        resized = pretrained.resize_position_embedding(expected.pop("image.positions"), 64)
         close(model.student.image.positions, resized, 0)
         for part, other in ((student, expected), (model.momentum_encoder.state_dict(), student),
                             (model.matching_head.state_dict(), before.matching_head.state_dict())):
@@ -2331,9 +2333,9 @@ def test_retrieval_is_trained_and_evaluated_on_images_with_several_captions(tune
     assert metrics == rows[f"{config.checkpoint}, tuned"]
     own = torch.arange(12).repeat_interleave(2)                                 # (T,)
     assert torch.equal(evaluation_set.image_of_text, own) and evaluation_set.texts[2:4] == test.captions[1]
-    monkeypatch.setattr(common.plots, "contact_sheet", MagicMock())
-    common.plots.plot_retrieval(evaluation_set, scores, "x.png", queries=24, top=12)
-    shown = common.plots.contact_sheet.call_args.args[0]
+    monkeypatch.setattr(common.pictures, "contact_sheet", MagicMock())
+    common.pictures.plot_retrieval(evaluation_set, scores, "x.png", queries=24, top=12)
+    shown = common.pictures.contact_sheet.call_args.args[0]
     framed = [label for _, tiles in shown for _, label, is_own in tiles if is_own]
     assert framed == [f"score {score:.1f}" for score in scores[torch.arange(24), own]]
     better = (scores > scores[torch.arange(24), own][:, None]).sum(1)
@@ -2642,9 +2644,9 @@ def test_bench_prints_its_tables(monkeypatch, capsys):
 
 # ---- layout, scripts and README: against import statements, and the commands in README.md --------
 ORDER = """kernels/__init__ kernels/attention kernels/contrastive common/seeds common/script common/images
-    common/plots common/weights common/words common/distributed common/optim attention vit bert losses flip
-    captions drawing/portrait drawing/sketch toyfaces readers/index readers/layouts data config evaluation
-    train finetune search report bench test_all""".split()
+    common/pictures common/words common/distributed pretrained optim attention vit tokenizer bert losses flip
+    captions optimum drawing/portrait drawing/sketch toyfaces readers/index readers/layouts data config
+    evaluation train finetune search report bench test_all""".split()
 
 
 def test_imports_run_down_only():

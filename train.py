@@ -31,7 +31,6 @@ import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from bert import Tokenizer
 from common.distributed import (
     all_gather_objects,
     autocast,
@@ -41,33 +40,20 @@ from common.distributed import (
     rank_zero_first,
     stop_signals,
 )
-from common.optim import build_optimizers, load_optimizers, set_learning_rate
-from common.plots import plot_curves, plot_retrieval
+from common.pictures import plot_curves, plot_retrieval
 from common.script import Log, run_script
 from common.seeds import derive_seed, random_stream
-from common.weights import load_bert, load_clip, load_weights, read_checkpoint, write_checkpoint
 from common.words import known_and_unknown_words
 from config import MODELS, TINY, Config, parse_arguments
 from data import Batch, BatchLoader, Faces, load_toy_faces, open_faces, readable
 from evaluation import EvaluationSet, evaluate, recall_table
 from flip import FLIP, FLIPConfig, StepParams
+from optim import build_optimizers, load_optimizers, ramp, set_learning_rate, warmup_decay
+from pretrained import load_bert, load_clip, load_weights, read_checkpoint, write_checkpoint
+from tokenizer import Tokenizer
 
 
 # ---- schedules: pure functions of the step -------------------------------------------------------
-def ramp(x: float, start: float, end: float) -> float:
-    """0 up to start, 1 from end on, linear in between."""
-    return float(x >= end) if end <= start else min(1.0, max(0.0, (x - start) / (end - start)))
-
-
-def warmup_decay(step, steps, warmup, lr, lr_start=0.0, lr_min=0.0, decay="cosine"):
-    """Linear warm-up from lr_start to lr, then cosine or linear decay to lr_min at step `steps`."""
-    if step < warmup:
-        return lr_start + (lr - lr_start) * step / warmup
-    done = ramp(step, warmup, steps)
-    left = 1 - done if decay == "linear" else (1 + math.cos(math.pi * done)) / 2
-    return lr_min + (lr - lr_min) * left
-
-
 def learning_rate(step: int, config: Config, steps_per_epoch: int) -> float:
     """`warmup_decay` or, as in the paper, decay by 0.9 per epoch, which begins where the warm-up ends."""
     warmup = min(config.warmup, config.steps // 5)

@@ -1,14 +1,11 @@
-"""Images: decode, crop, load in batches, arrange on a contact sheet."""
+"""Images: decode, crop, load in batches."""
 import contextlib
-import io
-import textwrap
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 # CLIP's statistics of an RGB image in [0, 1]
@@ -86,27 +83,6 @@ def load_image(file, name=None, box=None, size=None) -> Image.Image:
     return image.crop([round(edge) for edge in box]) if box else image
 
 
-class TarImage(NamedTuple):
-    """A face in an image in a tar, read and cropped each time it is opened."""
-    tar: Path
-    name: str           # of the image in the tar
-    offset: int         # of its content in the tar, in bytes
-    length: int         # of its content, in bytes
-    box: tuple = ()     # x1, y1, x2, y2 in stored pixels; (): the whole image
-
-    def __str__(self):
-        return f"{self.tar}: {self.name}"
-
-    def content(self) -> io.BytesIO:
-        with open(self.tar, "rb") as file:
-            file.seek(self.offset)
-            return io.BytesIO(file.read(self.length))
-
-    def open(self, size=None) -> Image.Image:
-        """The face as a PIL RGB image, size x size if given. Raises ValueError if the image is damaged."""
-        return load_image(self.content(), self, self.box, size)
-
-
 def iterate_images(read, count, size, title, batch_size=128, show=True):
     """Yield (indices, pixels (B, 3, S, S)) of the images read(0, size), ..., read(count - 1, size). Threads
     on all cores load the next batch while the caller uses this one."""
@@ -119,30 +95,3 @@ def iterate_images(read, count, size, title, batch_size=128, show=True):
             pixels = pending.pop().get()
             pending.append(load(next_indices))
             yield indices, normalize_batch(pixels)
-
-
-def contact_sheet(rows, tile=128, legend="") -> Image.Image:
-    """An image of rows (title, [(image, label, framed)]): the title above its row, a label below each image,
-    shortened to fit, green frames around the framed images, and the legend at the bottom."""
-    margin, font = 8, ImageFont.load_default(max(11, tile // 9))
-    line_height, width = font.size + 4, margin + max(len(tiles) for _, tiles in rows) * (tile + margin)
-    chars = int((width - 2 * margin) / font.getlength("n"))                     # characters per line of text
-    titles, legend = [textwrap.wrap(title, chars) for title, _ in rows], textwrap.wrap(legend, chars)
-    heights = [len(lines) * line_height + tile + line_height + 2 * margin for lines in titles]
-    sheet = Image.new("RGB", (width, sum(heights) + margin + line_height * len(legend)), "white")
-    draw, bottom = ImageDraw.Draw(sheet), 0
-    for lines, height, (_, tiles) in zip(titles, heights, rows):
-        draw.text((margin, bottom + margin), "\n".join(lines), fill="black", font=font, spacing=4)
-        bottom += height
-        y = bottom - tile - line_height                         # top edge of this row's images
-        for column, (image, label, framed) in enumerate(tiles):
-            x = margin + column * (tile + margin)
-            if framed:
-                draw.rectangle((x - 4, y - 4, x + tile + 3, y + tile + 3), fill=(40, 160, 70))
-            image = image.convert("RGB")
-            sheet.paste(ImageOps.pad(image, (tile, tile), Image.Resampling.LANCZOS, color="white"), (x, y))
-            while font.getlength(label) > tile + margin:
-                label = label[:-2] + "…"
-            draw.text((x, y + tile + 4), label, fill=(90, 90, 90), font=font)
-    draw.text((margin, bottom), "\n".join(legend), fill=(40, 160, 70), font=font, spacing=4)
-    return sheet

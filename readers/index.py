@@ -11,6 +11,7 @@ import bisect
 import functools
 import glob
 import hashlib
+import io
 import itertools
 import json
 import os
@@ -20,9 +21,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from PIL import Image
 
 from common.distributed import parallel_map, rank_and_world_size
-from common.images import TarImage
+from common.images import load_image
 from common.script import atomic_write
 
 SPLITS = ("train", "val", "test")
@@ -33,6 +35,27 @@ NONE = -1                                   # in a row: the face has no attribut
 # hash of the line and of the size of the image's file
 ROW = np.dtype([("split", "i4"), ("attributes", "i1", 40), ("length", "i4"), ("start", "i8"),
                 ("person", "i8"), ("content", "i8")])
+
+
+class TarImage(NamedTuple):
+    """A face in an image in a tar, read and cropped each time it is opened."""
+    tar: Path
+    name: str           # of the image in the tar
+    offset: int         # of its content in the tar, in bytes
+    length: int         # of its content, in bytes
+    box: tuple = ()     # x1, y1, x2, y2 in stored pixels; (): the whole image
+
+    def __str__(self):
+        return f"{self.tar}: {self.name}"
+
+    def content(self) -> io.BytesIO:
+        with open(self.tar, "rb") as file:
+            file.seek(self.offset)
+            return io.BytesIO(file.read(self.length))
+
+    def open(self, size=None) -> Image.Image:
+        """The face as a PIL RGB image, size x size if given. Raises ValueError if the image is damaged."""
+        return load_image(self.content(), self, self.box, size)
 
 
 class Record(NamedTuple):

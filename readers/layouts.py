@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from captions import ATTRIBUTES
-from common.images import IMAGE_SUFFIXES, TarImage, open_image
+from common.images import IMAGE_SUFFIXES, open_image
 from common.script import naming
-from readers.index import COLUMNS, SPLITS, Record, files_of, split_by_hash, stable_hash
+from readers.index import COLUMNS, SPLITS, Record, TarImage, files_of, split_by_hash, stable_hash
 
 
 def load_json(path: Path, kind):

@@ -1,9 +1,10 @@
-"""Optimisers: Muon, AdamW, their parameter groups, learning rates and states."""
+"""Optimisers: Muon, AdamW, their parameter groups and states; how a learning rate rises and decays."""
 import itertools
+import math
 
 import torch
 
-from common.weights import check_tensors
+from pretrained import check_tensors
 
 
 class Muon(torch.optim.Optimizer):
@@ -83,3 +84,18 @@ def load_optimizers(optimizers, saved: list[dict], where):
 def set_learning_rate(optimizers, lr):
     for group in itertools.chain.from_iterable(optimizer.param_groups for optimizer in optimizers):
         group["lr"] = lr * group["scale"]
+
+
+# ---- schedules -----------------------------------------------------------------------------------
+def ramp(x: float, start: float, end: float) -> float:
+    """0 up to start, 1 from end on, linear in between."""
+    return float(x >= end) if end <= start else min(1.0, max(0.0, (x - start) / (end - start)))
+
+
+def warmup_decay(step, steps, warmup, lr, lr_start=0.0, lr_min=0.0, decay="cosine"):
+    """Linear warm-up from lr_start to lr, then cosine or linear decay to lr_min at step `steps`."""
+    if step < warmup:
+        return lr_start + (lr - lr_start) * step / warmup
+    done = ramp(step, warmup, steps)
+    left = 1 - done if decay == "linear" else (1 + math.cos(math.pi * done)) / 2
+    return lr_min + (lr - lr_min) * left

@@ -1,9 +1,36 @@
-"""Pictures of a run: its losses and recalls, and the top-ranked faces for some captions."""
+"""Pictures: rows of images on a contact sheet, the losses and recalls of a run, the top-ranked faces."""
+import textwrap
 from pathlib import Path
 
 import numpy as np
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from common.images import contact_sheet
+
+def contact_sheet(rows, tile=128, legend="") -> Image.Image:
+    """An image of rows (title, [(image, label, framed)]): the title above its row, a label below each image,
+    shortened to fit, green frames around the framed images, and the legend at the bottom."""
+    margin, font = 8, ImageFont.load_default(max(11, tile // 9))
+    line_height, width = font.size + 4, margin + max(len(tiles) for _, tiles in rows) * (tile + margin)
+    chars = int((width - 2 * margin) / font.getlength("n"))                     # characters per line of text
+    titles, legend = [textwrap.wrap(title, chars) for title, _ in rows], textwrap.wrap(legend, chars)
+    heights = [len(lines) * line_height + tile + line_height + 2 * margin for lines in titles]
+    sheet = Image.new("RGB", (width, sum(heights) + margin + line_height * len(legend)), "white")
+    draw, bottom = ImageDraw.Draw(sheet), 0
+    for lines, height, (_, tiles) in zip(titles, heights, rows):
+        draw.text((margin, bottom + margin), "\n".join(lines), fill="black", font=font, spacing=4)
+        bottom += height
+        y = bottom - tile - line_height                         # top edge of this row's images
+        for column, (image, label, framed) in enumerate(tiles):
+            x = margin + column * (tile + margin)
+            if framed:
+                draw.rectangle((x - 4, y - 4, x + tile + 3, y + tile + 3), fill=(40, 160, 70))
+            image = image.convert("RGB")
+            sheet.paste(ImageOps.pad(image, (tile, tile), Image.Resampling.LANCZOS, color="white"), (x, y))
+            while font.getlength(label) > tile + margin:
+                label = label[:-2] + "…"
+            draw.text((x, y + tile + 4), label, fill=(90, 90, 90), font=font)
+    draw.text((margin, bottom), "\n".join(legend), fill=(40, 160, 70), font=font, spacing=4)
+    return sheet
 
 
 def new_figure(width, height, columns=1):
