@@ -85,6 +85,8 @@ class Config(SharedFlags):
     # the fields below are set by a recipe only; having no comment beside them, they are not flags
     # limit on the steps of a recipe, in epochs; 0: none. And on its batches: a quarter of the faces
     max_epochs: int = 0
+    # number of processes, which the run sets
+    processes: int = 1
     fit_batch: bool = False
     # learning rate at step 0, and at the end of its decay
     lr_start: float = 1e-6

@@ -31,7 +31,7 @@ from tqdm import tqdm
 from common.distributed import autocast, use_device
 from common.images import iterate_images
 from common.pictures import contact_sheet, new_figure, plot_retrieval
-from common.script import Log, markdown_table, parse_flags, run_script
+from common.script import markdown_table, parse_flags, run_script
 from common.seeds import derive_seed, random_stream
 from config import SharedFlags
 from data import ATTRIBUTES, BatchLoader, Faces, load_toy_faces, open_faces, readable
@@ -40,7 +40,7 @@ from flip import FLIP, StepParams, project
 from losses import contrastive_loss
 from optim import build_optimizers, set_learning_rate, warmup_decay
 from pretrained import write_checkpoint
-from train import init_model
+from runs import Log, init_model
 
 
 # ---- configuration -------------------------------------------------------------------------------

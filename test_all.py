@@ -57,6 +57,7 @@ import losses
 import optimum
 import pretrained
 import report
+import runs
 import search
 import toyfaces
 import train
@@ -65,7 +66,6 @@ from attention import Attention, Sequences, attention
 from bert import Bert, BertConfig, BertLayer
 from captions import ATTRIBUTES, FACTS
 from common.images import load_image, normalize_batch, resize_to_array
-from common.script import Log
 from common.seeds import derive_seed, random_stream
 from common.words import known_and_unknown_words
 from drawing import portrait
@@ -78,6 +78,7 @@ from optim import Muon, build_optimizers, set_learning_rate, warmup_decay
 from pretrained import load_bert, load_clip, map_key, official_name, official_state
 from readers import index, layouts
 from readers.index import TarImage
+from runs import Log
 from tokenizer import SPECIAL, Captions, Tokenizer, clean_caption
 from vit import ViT, ViTConfig
 
@@ -225,7 +226,7 @@ def quick(out, cache, **changes):
 def setup(config):
     """What a run starts from; its log stays open, so that no other run can use the folder."""
     device = common.distributed.init_distributed(config.device)
-    return train.setup(config, device, Log(Path(config.out) / "log.jsonl"))
+    return runs.start_run(config, device, Log(Path(config.out) / "log.jsonl"))
 
 
 @pytest.fixture(scope="session")
@@ -1053,7 +1054,7 @@ def test_auto_precision_is_bf16_on_fast_cpus_and_stays_the_same(tmp_path, cache,
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {flag if config else "amx_bf16": True})
         run = setup(config or train_config.parse_arguments(["--resume", "--out", str(tmp_path)]))
         assert run.config.precision == run.log.lines[0]["config"]["precision"] == expected
-        train.save(run)
+        runs.save(run)
         run.log.close()
 
 
@@ -1837,7 +1838,7 @@ def test_recall_counts_an_images_best_caption_and_counts_ties_as_misses():
 
 
 def test_recall_table_contains_chance_and_both_references(uninterrupted, cache):
-    training, held_out = train.load_data(quick(uninterrupted, cache), 48)
+    training, held_out = runs.open_data(quick(uninterrupted, cache), 48)
     validation = evaluation.EvaluationSet.from_faces(held_out, training, batch_size=8)
     metrics = {f"{way}_r{k}": 10.0 for way in ("img", "txt", "itc_img", "itc_txt") for k in (1, 5, 10)}
     ours, initial = dict(metrics, itc_img_r1=8.0), dict(metrics, img_r1=7.0)
@@ -1899,7 +1900,7 @@ def test_run_leaves_log_plots_and_a_checkpoint_with_the_logged_metrics(uninterru
     for name in plots:
         Image.open(uninterrupted / name).load()
     config, model = quick(uninterrupted, cache), FLIP.from_pretrained(uninterrupted)
-    faces, held_out = train.load_data(config, 48)
+    faces, held_out = runs.open_data(config, 48)
     assert not any((image == held_out.images[0]).all() for image in faces.images)
     validation = evaluation.EvaluationSet.from_faces(held_out)
     metrics, _ = evaluation.evaluate(model, validation, config)
@@ -1922,7 +1923,7 @@ import atexit, os, signal
 threads = lambda: {{open(f"/proc/self/task/{{n}}/comm").read()[:4] for n in os.listdir("/proc/self/task")}}
 atexit.register(lambda: {ending == "pass"} and "gloo" in threads() and os._exit(9))     # called last
 from multiprocessing import active_children
-import config, flip, train
+import config, flip, runs, train
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):       # nohup would have it ignored
     signal.signal(number, signal.SIG_DFL)
 kill = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
@@ -1973,12 +1974,12 @@ def test_two_processes_have_the_losses_of_one_with_the_same_global_batch(whole_r
 @pytest.mark.parametrize("world, workers, ending, codes, step", [
     (1, 0, "kill()", (-9,), 0),
     (1, 0, "raise ValueError('damaged')", (1,), 4),
-    (2, 0, "signal.raise_signal(signal.SIGTERM)", (1, 1), 5),
+    (2, 0, "signal.raise_signal(signal.SIGTERM)", (1, 1), 6),
     (1, 0, "signal.raise_signal(signal.SIGHUP)", (1,), 5),
     (1, 2, "os.killpg(0, signal.SIGTERM); os.killpg(0, signal.SIGINT)", (1,), 5),
     (1, 0, "raise RuntimeError('memory ran out')", (1,), 4),
     (1, 2, "active_children()[0].kill()", (1,), None), (1, 2, "kill()", (-9,), 4),
-    (2, 0, "train.write_checkpoint = kill", (-9, 1), 4)])
+    (2, 0, "runs.write_checkpoint = kill", (-9, 1), 4)])
 def test_run_is_saved_after_its_last_whole_step_or_was_before_a_kill_and_resumes_exactly(
         tmp_path, cache, whole_runs, world, workers, ending, codes, step):
     """A run that is killed itself was saved after every step; its workers and other ranks end, too (or `end`
@@ -2004,7 +2005,7 @@ def test_run_goes_on_alone_with_resume_and_with_the_same_faces_in_whichever_fold
     config = quick(tmp_path / "out", str(tmp_path / "cache"), data=str(tmp_path / "a"), batch_size=4, steps=2)
     first = setup(config)
     assert "log.jsonl is in use by another run" in error_of(train.train, config)
-    train.save(first)
+    runs.save(first)
     first.log.close()
     assert "flip.pt already exists; use --resume" in error_of(train.train, config)
     (tmp_path / "a").rename(tmp_path / "b")
@@ -2033,7 +2034,7 @@ def test_resumed_run_has_the_same_faces_also_if_only_their_contents_differ(tmp_p
     resumed = dataclasses.replace(config, resume=True, data=str(other))
     for each in (config, resumed):
         with contextlib.closing((run := setup(each)).log):
-            train.save(run)
+            runs.save(run)
     shutil.rmtree(other)
     shutil.copytree(folder, other)
     change(other / name)
@@ -2050,13 +2051,14 @@ def shift_captions(path):
 def test_resumed_run_has_the_same_drawn_faces_and_number_of_processes(tmp_path, cache, monkeypatch):
     config = quick(tmp_path, cache, steps=2)
     with contextlib.closing((run := setup(config)).log):
-        train.save(run)
+        runs.save(run)
     resumed, real = dataclasses.replace(config, resume=True), data.load_toy_faces
-    monkeypatch.setattr(train, "load_toy_faces", lambda *args, seed, **kwargs: real(
+    monkeypatch.setattr(runs, "load_toy_faces", lambda *args, seed, **kwargs: real(
         *args, seed=seed + 5, **kwargs))
     assert "had other faces than drawn faces (seed 5)" in error_of(train.train, resumed)
-    monkeypatch.setattr(train, "load_toy_faces", real)
-    monkeypatch.setattr(train, "rank_and_world_size", lambda: (0, 2))
+    monkeypatch.setattr(runs, "load_toy_faces", real)
+    monkeypatch.setattr(runs, "rank_and_world_size", lambda: (0, 2))
+    monkeypatch.setattr(runs, "DistributedDataParallel", lambda model, **_: model)
     assert "had 1 processes, found 2; use as many" in error_of(train.train, resumed)
 
 
@@ -2066,11 +2068,11 @@ def test_nan_loss_stops_the_run_and_nan_weights_never_replace_a_checkpoint(tmp_p
     error = error_of(train.train, quick(tmp_path / "a", cache, **diverging))
     assert re.match("the loss of steps . to . is NaN|after step .: some weights are NaN or infinite", error)
     run = setup(quick(tmp_path, cache))
-    train.save(run)
+    runs.save(run)
     good = (tmp_path / "flip.pt").read_bytes()
     run.model.student.text.words.weight.data[3, 4] = torch.nan
     run.done = 2
-    assert "after step 2: some weights are NaN or infinite" in error_of(train.save, run)
+    assert "after step 2: some weights are NaN or infinite" in error_of(runs.save, run)
     assert (tmp_path / "flip.pt").read_bytes() == good
 
 
@@ -2095,7 +2097,7 @@ def test_a_step_clips_gradients_and_temperature_and_draws_its_own_dropout_mask_a
         tmp_path, cache, monkeypatch):
     """Evaluation is without dropout, and training goes on with it."""
     vit, bert, size = train_config.TINY
-    monkeypatch.setitem(train.MODELS, "tiny", (vit, dataclasses.replace(bert, dropout=0.5), size))
+    monkeypatch.setitem(runs.MODELS, "tiny", (vit, dataclasses.replace(bert, dropout=0.5), size))
     seeds, real = [], FLIP.sample_negatives
     monkeypatch.setattr(FLIP, "sample_negatives", lambda model, *args: (
         seeds.append(args[-1].initial_seed()), real(model, *args))[1])
@@ -2146,7 +2148,8 @@ def test_init_loads_our_or_the_official_flip_also_at_another_image_size(
     write_files(tmp_path, {"tokenizer.json": before.tokenizer.to_json()})
     ours, official = (dict(init=str(path)) for path in (uninterrupted, tmp_path / "official.pth"))
     for change in (ours, official | dict(vocabulary=f"{tmp_path}/tokenizer.json")):
-        model, _, _ = train.new_model(quick(tmp_path / "out", cache, image_size=64, queue_size=7, **change))
+        config = quick(tmp_path / "out", cache, image_size=64, queue_size=7, **change)
+        model, _, _ = runs.model_of_init(config)
         student, expected = model.student.state_dict(), before.student.state_dict()
         resized = pretrained.resize_position_embedding(expected.pop("image.positions"), 64)
         close(model.student.image.positions, resized, 0)
@@ -2166,7 +2169,10 @@ def test_init_loads_our_or_the_official_flip_also_at_another_image_size(
 
 def test_plan_warns_of_many_epochs_few_faces_and_unknown_words(capsys):
     config = train_config.parse_arguments("--init x --batch_size 8 --steps 300".split())
-    train.print_plan(config, noise_faces(), noise_faces(), 1, Tokenizer.train(["a face"]))
+    faces = noise_faces()
+    run = MagicMock(config=config, model=MagicMock(tokenizer=Tokenizer.train(["a face"])))
+    run.loader.faces = run.validation.faces = faces
+    runs.print_plan(run)
     printed = capsys.readouterr().out
     for shown in ("300 steps of 8 pairs are 120.0 epochs", "will overfit: try --steps 75, or",
                   "with 20 validation faces, R@10 is 50 % by chance", "captions are not in the vocabulary: "):
@@ -2181,7 +2187,7 @@ def test_tiny_recipe_fits_small_sets(tmp_path):
         with contextlib.closing((run := setup(train_config.parse_arguments(flags + more))).log):
             assert run.loader.batch_size == run.config.batch_size == batch_size
             assert len(run.loader.faces) == 39 and run.config.steps == steps
-    train.save(run)
+    runs.save(run)
     resume = lambda *flags: train_config.parse_arguments([*flags, "--resume"])
     assert resume(*flags, *more) == dataclasses.replace(run.config, resume=True), "by the same command"
     (tmp_path / "out").rename(moved := tmp_path / "moved")
@@ -2201,7 +2207,7 @@ def default_run(tmp_path_factory):
 def test_default_run_finds_faces_more_often_than_matching_all_attributes(default_run):
     """Text to image; the recalls of RESULTS.md, less three points."""
     config, metrics = default_run
-    references = evaluation.EvaluationSet.from_faces(train.load_data(config, 48)[1]).references
+    references = evaluation.EvaluationSet.from_faces(runs.open_data(config, 48)[1]).references
     assert 60 <= references["attribute match"][1] <= 80 and references["Bayes optimum"][0] > 65
     assert all(metrics[name] >= least for name, least in (("img_r1", 48), ("img_r5", 78), ("img_r10", 86)))
 
@@ -2287,7 +2293,7 @@ def test_finetuning_changes_only_heads_without_dropout(tuned, uninterrupted, tmp
     if task == "sketch":        # random weights, as those of a short run hardly distinguish sketches
         trained = FLIP.from_pretrained(uninterrupted)
         torch.manual_seed(0)
-        saved, epochs = train.init_model(trained.config, trained.tokenizer).checkpoint(), 50
+        saved, epochs = runs.init_model(trained.config, trained.tokenizer).checkpoint(), 50
     torch.save(saved, tmp_path / "flip.pt")
     rows = finetune.finetune(tuned(task, checkpoint=f"{tmp_path}/flip.pt", epochs=epochs))
     table = (tmp_path / task / "table.md").read_text()
@@ -2646,7 +2652,7 @@ def test_bench_prints_its_tables(monkeypatch, capsys):
 ORDER = """kernels/__init__ kernels/attention kernels/contrastive common/seeds common/script common/images
     common/pictures common/words common/distributed pretrained optim attention vit tokenizer bert losses flip
     captions optimum drawing/portrait drawing/sketch toyfaces readers/index readers/layouts data config
-    evaluation train finetune search report bench test_all""".split()
+    evaluation runs train finetune search report bench test_all""".split()
 
 
 def test_imports_run_down_only():

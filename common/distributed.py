@@ -155,6 +155,15 @@ def all_gather(x: torch.Tensor) -> torch.Tensor:
     return torch.cat(chunks)
 
 
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether the flag of any process is True."""
+    if rank_and_world_size()[1] == 1:
+        return flag
+    flags = torch.tensor(float(flag), device=device)
+    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+    return bool(flags)
+
+
 def all_gather_objects(obj) -> list:
     """The `obj` of every process (any object that can be pickled), in rank order."""
     objects = [obj] * rank_and_world_size()[1]

@@ -3,7 +3,6 @@ import argparse
 import contextlib
 import ctypes
 import inspect
-import json
 import os
 import re
 import traceback
@@ -55,39 +54,6 @@ def naming(path):
     except Exception as error:
         error.add_note(f"in {path}")
         raise
-
-
-class Log:
-    """log.jsonl: the configuration, then a line every few steps. It is locked while a run uses its folder;
-    raises ValueError if another run does. A resumed run rewrites it from the copy in its checkpoint."""
-
-    def __init__(self, path: Path, writes: bool = True):
-        self.lines, self.file = [], None
-        if writes:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self.file = open(path, "a")
-            try:
-                import fcntl
-                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)       # until it is closed
-            except BlockingIOError:
-                raise ValueError(f"{path} is in use by another run; choose another --out") from None
-            except (OSError, ImportError):
-                pass                        # a network disk without locks; Windows
-
-    def restart(self, lines: list[dict]):
-        if self.file:
-            self.file.truncate(0)
-        for line in lines:
-            self.write(**line)
-
-    def write(self, **line):
-        self.lines.append(line)
-        if self.file:
-            print(json.dumps(line), file=self.file, flush=True)
-
-    def close(self):
-        if self.file:
-            self.file.close()
 
 
 @contextlib.contextmanager
