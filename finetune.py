@@ -5,11 +5,12 @@ split and print the table (FLIP paper, section 5 and figure 2, panels b to d).
     python finetune.py attributes     predict the 40 attributes of a face
     python finetune.py sketch         find the photo for a sketch that is still being drawn
 
-A task is a function that returns what is trained, its loss, its metrics and its picture; `train_heads` is the
-loop. Frozen means evaluation mode (no dropout) and no gradient. For comparison, the same heads are trained on
-encoders with random weights. Without --data, drawn faces take a few minutes on two CPU cores. --out/<task>
-receives log.jsonl, table.md, a picture, and the weights trained on --checkpoint: head.pt for attributes,
-otherwise a complete flip.pt (momentum encoder and queue are still those of pre-training).
+A task is a class with its batches, loss, metrics and picture; `train_heads` is the loop. Frozen means
+evaluation mode (no dropout) and no gradient. For comparison, the same heads are trained on encoders with
+random weights. Without --data, drawn faces take a few minutes on two CPU cores.
+
+--out/<task> receives log.jsonl, table.md, a picture, and the weights trained on --checkpoint: head.pt for
+attributes, otherwise a complete flip.pt (with the momentum encoder and queue left from pre-training).
 
 Departures: the official code selects the best epoch on the test split, trains LFWA's head on the test split,
 leaves dropout on inside the "frozen" encoders, keeps a momentum encoder and a queue for them, trains the
@@ -20,7 +21,6 @@ import contextlib
 import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
@@ -75,25 +75,43 @@ DRAWN = {"retrieval": dict(epochs=30, batch_size=250, lr=3e-3, itm_every=5, k_te
 
 
 # ---- training ------------------------------------------------------------------------------------
-class Task(NamedTuple):
-    """What a task returns, given a model with frozen encoders and the faces of each split."""
-    trained: nn.Module      # the model or a new head; parameters that require gradients are updated
-    batches: Callable       # batches(samples, config): endless, from these faces of the training split
-    loss: Callable          # loss(batch, step) -> a scalar tensor
-    metrics: Callable       # metrics("val" or "test") -> metrics in percent, and what `draw` needs
-    draw: Callable          # draw(second result of metrics("test"), path)
-    selected_by: str        # a metric of the validation split
-    baseline: tuple         # the table's first row, name and metrics; these are its columns
-    note: str = ""          # printed below the table
+class Task:
+    """What the three tasks have in common. A task is made of a model with frozen encoders, on its device, and
+    the faces of each split ("train", "val", "test").
+
+    It sets `trained`, a module whose parameters that require gradients are updated: the model or a new head;
+    and `baseline`, name and metrics of the table's first row, whose metrics are the table's columns. The
+    methods of a task:
+
+        batches(samples)    an endless stream of batches of the given training faces, an index array
+        loss(batch, step)   a scalar tensor
+        metrics(split)      metrics in percent, and details for the picture
+        draw(details, path) the picture, from the details of the test split
+    """
+    selected_by: str        # the metric of the validation split that chooses the weights
+    note = ""               # printed below the table
+
+    def __init__(self, model: FLIP, splits: dict[str, Faces], config: TaskConfig):
+        self.model, self.splits, self.config = model, splits, config
+        self.trained = model
+
+    def trained_weights(self):
+        """Copies of the weights that are trained."""
+        return {name: p.detach().clone() for name, p in self.trained.named_parameters() if p.requires_grad}
+
+    def restore(self, weights):
+        self.trained.load_state_dict(weights, strict=False)
 
 
-def train_heads(task: Task, model: FLIP, samples: np.ndarray, steps: int, config: TaskConfig, log: Log):
+def train_heads(task: Task, samples: np.ndarray, steps: int, log: Log):
     """Train on the faces `samples` of the training split, then restore the weights with the best validation
     metric (possibly the initial ones)."""
+    model, config = task.model, task.config
     [optimizer] = build_optimizers(task.trained, weight_decay=0.05)     # AdamW; skips what is frozen
-    evaluated = {round(steps * n / 5) for n in range(1, 6)}
-    best, best_weights = task.metrics("val")[0][task.selected_by], trained_weights(task)
-    with contextlib.closing(task.batches(samples, config)) as batches:
+    evaluated = {round(steps * n / 5) for n in range(1, 6)}             # after how many steps
+    best = task.metrics("val")[0][task.selected_by]
+    best_weights = task.trained_weights()
+    with contextlib.closing(task.batches(samples)) as batches:
         for step, batch in zip(tqdm(range(steps), "training", leave=False), batches):
             set_learning_rate([optimizer], warmup_decay(step, steps, steps // 10, config.lr))
             with autocast(config.precision, model.device):
@@ -106,18 +124,15 @@ def train_heads(task: Task, model: FLIP, samples: np.ndarray, steps: int, config
                 metrics, _ = task.metrics("val")
                 log.write(step=step + 1, loss=loss.item(), validation=metrics)
                 if metrics[task.selected_by] > best:
-                    best, best_weights = metrics[task.selected_by], trained_weights(task)
-    task.trained.load_state_dict(best_weights, strict=False)
-
-
-def trained_weights(task):
-    """Copies of the weights that are trained."""
-    return {name: p.detach().clone() for name, p in task.trained.named_parameters() if p.requires_grad}
+                    best = metrics[task.selected_by]
+                    best_weights = task.trained_weights()
+    task.restore(best_weights)
 
 
 def shuffled_batches(samples, config):
     """Yield index tensors (B,): each epoch all samples in a new order, in batches of nearly equal size."""
-    rng, count = random_stream("order", config.seed), math.ceil(len(samples) / config.batch_size)
+    rng = random_stream("order", config.seed)
+    count = math.ceil(len(samples) / config.batch_size)
     while True:
         yield from torch.from_numpy(rng.permutation(samples)).tensor_split(count)
 
@@ -134,70 +149,95 @@ def encode(compute, read, count, model, config):
 
 
 # ---- retrieval: find the face for a caption, and the caption for a face --------------------------
-def retrieval(model: FLIP, splits: dict[str, Faces], config: TaskConfig) -> Task:
+class Retrieval(Task):
     """Frozen: both encoders; they run in every step, as the grammar writes new captions in every epoch.
     Trained: projections, matching head, temperature. Loss: ITC + ITM within the batch, that is `FLIP.forward`
     without momentum encoder, queue and soft targets. Metrics: recall after re-ranking."""
-    tokenizer, size = model.require_tokenizer(), model.config.vit.image_size
-    evaluation_sets = {split: EvaluationSet.from_faces(splits[split]) for split in ("val", "test")}
-    hardness = 1.0 if model.config.itm_hardness is None else model.config.itm_hardness
+    selected_by = "r_mean"
 
-    def batches(samples, config):
-        batch_size = min(config.batch_size, len(samples))
-        return BatchLoader(splits["train"].subset(samples), tokenizer, size, batch_size, config.seed,
-                           augmented=False, workers=config.workers).iterate_from(0)
+    def __init__(self, model, splits, config):
+        super().__init__(model, splits, config)
+        self.tokenizer = model.require_tokenizer()
+        self.validation = {split: EvaluationSet.from_faces(splits[split]) for split in ("val", "test")}
+        self.hardness = 1.0             # of the negatives, as in pre-training
+        if model.config.itm_hardness is not None:
+            self.hardness = model.config.itm_hardness
+        self.baseline = "chance", chance_recalls(self.validation["test"].image_of_text)
+        if not config.data:
+            self.note = "The drawn faces are grey here; in colour, the model already knows everything.\n"
 
-    def loss(batch, step):
+    def batches(self, samples):
+        config = self.config
+        dataset = BatchLoader(
+            self.splits["train"].subset(samples), self.tokenizer, self.model.config.vit.image_size,
+            min(config.batch_size, len(samples)), config.seed, augmented=False, workers=config.workers)
+        return dataset.iterate_from(0)
+
+    def loss(self, batch, step):
         # ITM costs a pass of the text encoder and trains the matching head only: skipping it in most steps
         # does not change the gradients of ITC
-        params = StepParams(alpha=0.0, momentum=0.0, queue_length=0, hardness=hardness,
-                            with_itm=step % config.itm_every == 0)
-        batch = batch.to(model.device)
-        out = model(batch.images, batch.captions, batch.identity, params)
+        params = StepParams(alpha=0.0, momentum=0.0, queue_length=0, hardness=self.hardness,
+                            with_itm=step % self.config.itm_every == 0)
+        batch = batch.to(self.model.device)
+        out = self.model(batch.images, batch.captions, batch.identity, params)
         return out.itc + out.itm
 
-    metrics = lambda split: evaluate(model, evaluation_sets[split], config)
-    draw = lambda text_to_image, path: plot_retrieval(evaluation_sets["test"], text_to_image, path)
-    return Task(model, batches, loss, metrics, draw, selected_by="r_mean",
-                baseline=("chance", chance_recalls(evaluation_sets["test"].image_of_text)),
-                note="" if config.data else "Drawn faces are grey here; in colour, all is learned.\n")
+    def metrics(self, split):
+        return evaluate(self.model, self.validation[split], self.config)
+
+    def draw(self, text_to_image, path):
+        plot_retrieval(self.validation["test"], text_to_image, path)
 
 
 # ---- attributes: predict the 40 attributes of a face ---------------------------------------------
-def attributes(model: FLIP, splits: dict[str, Faces], config: TaskConfig) -> Task:
+class Attributes(Task):
     """Frozen: the image encoder; it encodes each image once. Trained: a new `AttributeHead`. Loss: binary
     cross-entropy, mean over faces and labels. Metrics: accuracy and balanced accuracy, means over labels."""
-    pool, device = lambda images: pool_tokens(model.student.image, images), model.device
-    vectors = {split: encode(pool, faces.picture, len(faces), model, config)
-               for split, faces in splits.items()}                                          # (I, V, D)
-    labels = {split: torch.tensor(np.array(faces.attributes)) for split, faces in splits.items()}   # (I, 40)
-    head = AttributeHead(*vectors["train"].shape[1:], len(ATTRIBUTES)).to(device)
+    selected_by = "accuracy"
 
-    def loss(batch, step):
-        logits = head(vectors["train"][batch].to(device).float())
-        return F.binary_cross_entropy_with_logits(logits, labels["train"][batch].to(logits))
+    def __init__(self, model, splits, config):
+        super().__init__(model, splits, config)
+        self.vectors, self.labels = {}, {}
+        for split, faces in splits.items():
+            self.vectors[split] = encode(self.pool, faces.picture, len(faces), model, config)   # (I, V, D)
+            self.labels[split] = torch.tensor(np.array(faces.attributes))                       # (I, 40)
+        _, V, D = self.vectors["train"].shape
+        self.trained = AttributeHead(V, D, len(ATTRIBUTES)).to(model.device)
+        frequency = self.labels["test"].double().mean(0)
+        self.majority = 100 * torch.maximum(frequency, 1 - frequency)                           # (40,)
+        self.baseline = "majority class", {"accuracy": self.majority.mean().item(), "balanced accuracy": 50.0}
+
+    def pool(self, images):
+        return pool_tokens(self.model.student.image, images)
+
+    def batches(self, samples):
+        return shuffled_batches(samples, self.config)
+
+    def logits(self, vectors):
+        return self.trained(vectors.to(self.model.device).float())
+
+    def loss(self, batch, step):
+        logits = self.logits(self.vectors["train"][batch])
+        return F.binary_cross_entropy_with_logits(logits, self.labels["train"][batch].to(logits))
 
     @torch.no_grad()
-    def metrics(split):
-        logits = torch.cat([head(chunk.to(device).float()).cpu() for chunk in vectors[split].split(1024)])
-        accuracy, balanced = accuracies(logits > 0, labels[split])                          # (40,)
+    def metrics(self, split):
+        logits = torch.cat([self.logits(chunk).cpu() for chunk in self.vectors[split].split(1024)])
+        accuracy, balanced = accuracies(logits > 0, self.labels[split])                         # (40,)
         return {"accuracy": accuracy.mean().item(), "balanced accuracy": balanced.nanmean().item()}, accuracy
 
-    def draw(accuracy, path):
+    def draw(self, accuracy, path):
         """The accuracy on the test split for each attribute, beside that of the majority class."""
-        order, ticks = (accuracy - majority).argsort(), np.arange(len(majority))
-        figure, axes = new_figure(9, 1.5 + 0.28 * len(majority))
-        axes.barh(ticks, accuracy[order].numpy(), label=config.checkpoint, color="lightblue")
-        axes.plot(majority[order].numpy(), ticks, "k|", label="majority class")
-        axes.set(yticks=ticks, yticklabels=[ATTRIBUTES[n].replace("_", " ") for n in order], xlim=(50, 100),
-                 ylim=(-1, len(ticks)), xlabel="accuracy on the test split, %")
+        order = (accuracy - self.majority).argsort()
+        ticks = np.arange(len(order))
+        figure, axes = new_figure(9, 1.5 + 0.28 * len(order))
+        axes.barh(ticks, accuracy[order].numpy(), label=self.config.checkpoint, color="lightblue")
+        axes.plot(self.majority[order].numpy(), ticks, "k|", label="majority class")
+        names = [ATTRIBUTES[n].replace("_", " ") for n in order]
+        axes.set(yticks=ticks, yticklabels=names, xlim=(50, 100), ylim=(-1, len(ticks)),
+                 xlabel="accuracy on the test split, %")
         figure.legend(loc="outside upper right", ncols=2)
         figure.savefig(path, dpi=110)
-
-    frequency = labels["test"].double().mean(0)
-    majority = 100 * torch.maximum(frequency, 1 - frequency)
-    return Task(head, shuffled_batches, loss, metrics, draw, selected_by="accuracy",
-                baseline=("majority class", {"accuracy": majority.mean().item(), "balanced accuracy": 50.0}))
 
 
 def pool_tokens(vit, images):
@@ -234,56 +274,85 @@ def accuracies(predicted, truth):
 
 
 # ---- sketch: find the photo for a sketch that is still being drawn -------------------------------
-def sketch(model: FLIP, splits: dict[str, Faces], config: TaskConfig) -> Task:
+class Sketch(Task):
     """Frozen: both encoders; they encode photos, all steps of the sketches and a caption each once. Trained:
     projections and temperature; photos and sketches share theirs. Loss: IIC (image-image contrastive loss)
     between a random step of the sketch and its photo, plus ITC of the photo if it has captions. Metrics:
     `early_retrieval`."""
-    student, train, photos, sketches, caption_tokens = model.student, splits["train"], {}, {}, None
-    class_token = lambda images: student.image(images, first_token_only=True)
-    for split, faces in splits.items():
-        photos[split] = encode(class_token, faces.picture, len(faces), model, config)       # (I, D)
-        read = lambda n, size: faces.sketch(*divmod(n, faces.sketch_steps))
-        encoded = encode(class_token, read, len(faces) * faces.sketch_steps, model, config)
-        sketches[split] = encoded.unflatten(0, (len(faces), -1))                            # (I, steps, D)
-    if train.has_text:
-        texts = [train.caption(i, random_stream("caption", config.seed, i)) for i in range(len(train))]
-        with torch.no_grad(), autocast(config.precision, model.device):
-            caption_tokens = student.cls_tokens(model.require_tokenizer()(texts).to(model.device))  # (I, D)
+    selected_by = "m@B"
+    note = ("m@A: mean rank percentile of the photo, m@B: mean reciprocal rank, over all steps;\n"
+            "w@A, w@B: early steps weighted more; A: the percentile for the finished sketch.\n")
 
-    def loss(batch, step):
-        at_step = torch.randint(train.sketch_steps, batch.shape)
-        photo = project(photos["train"][batch], student.image_projection)                   # (B, E)
-        drawn = project(sketches["train"][batch, at_step], student.image_projection)
-        shared = torch.from_numpy(train.identity[batch.numpy()]).to(photo.device), model.temperature
-        iic = in_batch_contrastive_loss(drawn, photo, *shared)
-        if caption_tokens is None:
-            return iic
-        text = project(caption_tokens[batch], student.text_projection)
-        return iic + in_batch_contrastive_loss(photo, text, *shared)
+    def __init__(self, model, splits, config):
+        super().__init__(model, splits, config)
+        self.photos, self.sketches, self.captions = {}, {}, None
+        for split, faces in splits.items():
+            self.encode_split(split, faces)
+        if splits["train"].has_text:
+            self.captions = self.encode_captions(splits["train"])
+        photos, steps = len(splits["test"]), splits["test"].sketch_steps
+        every_rank = torch.arange(1, photos + 1)[:, None].expand(-1, steps)
+        self.baseline = "chance", early_retrieval(every_rank, photos)
+
+    def encode_split(self, split, faces):
+        """Class tokens of the photos (I, D) and of all steps of the sketches (I, steps, D)."""
+        def class_tokens(images):
+            return self.model.student.image(images, first_token_only=True)
+
+        def read_sketch(n, size):
+            return faces.sketch(*divmod(n, faces.sketch_steps))
+
+        self.photos[split] = encode(class_tokens, faces.picture, len(faces), self.model, self.config)
+        num_sketches = len(faces) * faces.sketch_steps
+        sketches = encode(class_tokens, read_sketch, num_sketches, self.model, self.config)
+        self.sketches[split] = sketches.unflatten(0, (len(faces), -1))
 
     @torch.no_grad()
-    def metrics(split):
-        photo = project(photos[split], student.image_projection)
-        similarity = (project(sketches[split], student.image_projection) @ photo.T).cpu()   # (I, steps, I)
+    def encode_captions(self, faces):
+        """[CLS] tokens of a caption of each face (I, D)."""
+        model, config = self.model, self.config
+        texts = [faces.caption(i, random_stream("caption", config.seed, i)) for i in range(len(faces))]
+        captions = model.require_tokenizer()(texts).to(model.device)
+        with autocast(config.precision, model.device):
+            return model.student.cls_tokens(captions)
+
+    def batches(self, samples):
+        return shuffled_batches(samples, self.config)
+
+    def loss(self, batch, step):
+        student, train = self.model.student, self.splits["train"]
+        at_step = torch.randint(train.sketch_steps, batch.shape)
+        photo = project(self.photos["train"][batch], student.image_projection)                  # (B, E)
+        drawn = project(self.sketches["train"][batch, at_step], student.image_projection)
+        identity = torch.from_numpy(train.identity[batch.numpy()]).to(photo.device)
+        temperature = self.model.temperature
+        iic = in_batch_contrastive_loss(drawn, photo, identity, temperature)
+        if self.captions is None:
+            return iic
+        text = project(self.captions[batch], student.text_projection)
+        return iic + in_batch_contrastive_loss(photo, text, identity, temperature)
+
+    @torch.no_grad()
+    def metrics(self, split):
+        projection = self.model.student.image_projection
+        photo = project(self.photos[split], projection)                                 # (I, E)
+        drawn = project(self.sketches[split], projection)                               # (I, steps, E)
+        similarity = (drawn @ photo.T).cpu()                                            # (I, steps, I)
         return early_retrieval(sketch_ranks(similarity), len(photo)), similarity
 
-    def draw(similarity, path, stages=6, top=5):
+    def draw(self, similarity, path, stages=6, top=5):
         """One sketch, of median difficulty, and its highest-ranked photos at several stages."""
-        faces, ranks, rows = splits["test"], sketch_ranks(similarity), []
-        n, steps = int((1 / ranks.double()).mean(1).argsort()[len(ranks) // 2]), faces.sketch_steps
+        faces, ranks = self.splits["test"], sketch_ranks(similarity)
+        difficulty = (1 / ranks.double()).mean(1)
+        n = int(difficulty.argsort()[len(ranks) // 2])
+        steps = faces.sketch_steps
+        rows = []
         for t in sorted({max(0, steps * stage // stages - 1) for stage in range(1, stages + 1)}):
             best = similarity[n, t].argsort(descending=True)[:top].tolist()
             tiles = [(faces.picture(i), f"{similarity[n, t, i]:.2f}", i == n) for i in best]
-            rows.append((f"step {t + 1} of {steps}: the true photo ranks {ranks[n, t]} of {len(ranks)}",
-                         [(faces.sketch(n, t), "", False), *tiles]))
+            title = f"step {t + 1} of {steps}: the true photo ranks {ranks[n, t]} of {len(ranks)}"
+            rows.append((title, [(faces.sketch(n, t), "", False), *tiles]))
         contact_sheet(rows, tile=112, legend="green frame: the true photo").save(path)
-
-    every_rank = torch.arange(1, len(splits["test"]) + 1)[:, None].expand(-1, splits["test"].sketch_steps)
-    return Task(model, shuffled_batches, loss, metrics, draw, selected_by="m@B",
-                baseline=("chance", early_retrieval(every_rank, len(every_rank))),
-                note="m@A: mean rank percentile of the photo, m@B: mean reciprocal rank, over all steps;\n"
-                     "w@A, w@B: early steps weighted more; A: the percentile for the finished sketch.\n")
 
 
 def in_batch_contrastive_loss(one, other, identity, temperature):
@@ -314,38 +383,44 @@ def early_retrieval(ranks, photos):
 
 
 # ---- the run -------------------------------------------------------------------------------------
-TASKS = {"retrieval": retrieval, "attributes": attributes, "sketch": sketch}
+TASKS = {"retrieval": Retrieval, "attributes": Attributes, "sketch": Sketch}
 
 
 def open_splits(config: TaskConfig, size: int) -> dict[str, Faces]:
-    """The splits of --data, or drawn faces that train.py never uses. Raises ValueError if they lack what the
-    task needs."""
+    """The splits of --data, or drawn faces that train.py never uses."""
+    counts = {"train": config.faces, "val": config.validation, "test": config.test}
+    if config.data:
+        return {split: open_split(config, split, count, size) for split, count in counts.items()}
     splits = {}
-    for split, count, seed in (("train", config.faces, 10), ("val", config.validation, 11),
-                               ("test", config.test, 12)):
-        if config.data:
-            faces = open_faces(config.data, split, config.cache, config.columns)
-            available = {"retrieval": faces.has_text, "attributes": faces.attributes is not None,
-                         "sketch": faces.sketches is not None}
-            if not available[config.task]:
-                raise ValueError(f"{faces.name}: has nothing to train {config.task} on")
-            if split != "train" and count:
-                faces = faces.subset(range(min(count, len(faces))))
-            if split != "train" or config.task != "retrieval":      # whose batches replace damaged images
-                faces = readable(faces, size)
-        else:
-            steps = config.sketch_steps if config.task == "sketch" else 0
-            faces = load_toy_faces(count, size, seed, config.cache, steps)
-        if config.task == "retrieval" and not config.data:      # greyscale: a domain shift from pre-training
+    steps = config.sketch_steps if config.task == "sketch" else 0
+    for seed, (split, count) in enumerate(counts.items(), start=10):
+        faces = load_toy_faces(count, size, seed, config.cache, steps)
+        if config.task == "retrieval":      # greyscale: a domain shift from pre-training
             grey = np.asarray(faces.images) @ np.outer((0.299, 0.587, 0.114), (1, 1, 1))
             faces = replace(faces, images=grey.round().astype(np.uint8))
         splits[split] = faces
     return splits
 
 
+def open_split(config: TaskConfig, split: str, count: int, size: int) -> Faces:
+    """A split of --data; of validation and test at most `count` faces, or all if that is 0. Raises
+    ValueError if it lacks what the task needs."""
+    faces = open_faces(config.data, split, config.cache, config.columns)
+    available = {"retrieval": faces.has_text, "attributes": faces.attributes is not None,
+                 "sketch": faces.sketches is not None}
+    if not available[config.task]:
+        raise ValueError(f"{faces.name}: has nothing to train {config.task} on")
+    if split == "train" and config.task == "retrieval":     # whose batches replace damaged images
+        return faces
+    if split != "train" and count:
+        faces = faces.subset(range(min(count, len(faces))))
+    return readable(faces, size)
+
+
 def finetune(config: TaskConfig) -> list[tuple[str, dict]]:
     """Train and test on --checkpoint, then on random weights; returns the table's rows (name, metrics)."""
-    device, folder = use_device(config.device), Path(config.out) / config.task
+    device = use_device(config.device)
+    folder = Path(config.out) / config.task
     if (folder / "table.md").exists():
         raise ValueError(f"{folder} already contains results; remove it, or choose another --out")
     model = FLIP.from_pretrained(config.checkpoint, vocabulary=config.vocabulary)
@@ -354,42 +429,65 @@ def finetune(config: TaskConfig) -> list[tuple[str, dict]]:
     encoders = {config.checkpoint: model}
     if config.random:
         encoders["random weights"] = init_model(model.config, model.tokenizer)
-    log, rows = Log(folder / "log.jsonl"), []
+
+    log = Log(folder / "log.jsonl")
     log.restart([{"config": asdict(config)}])
-    samples = random_stream("nested fractions", config.seed).permutation(len(splits["train"]))
-    steps = config.epochs * math.ceil(len(samples) / config.batch_size)
+    rows = []
     for name, model in encoders.items():
         model.to(device).eval()
-        for encoder in (model.student.image, model.student.text):
-            encoder.requires_grad_(False)
+        model.student.image.requires_grad_(False)
+        model.student.text.requires_grad_(False)
         torch.manual_seed(derive_seed("new weights, negatives, steps of sketches", config.seed))
         task = TASKS[config.task](model, splits, config)
         rows = rows or [task.baseline]
-        if task.trained is model:
-            rows.append((f"{name}, before tuning", task.metrics("test")[0]))      # for the table only
-        initial = trained_weights(task)
-        for fraction in sorted(config.fractions):
-            task.trained.load_state_dict(initial, strict=False)
-            train_heads(task, model, samples[:max(1, round(fraction * len(samples)))], steps, config, log)
-            metrics, details = task.metrics("test")
-            log.write(encoder=name, fraction=fraction, test=metrics)
-            part = f" on {100 * fraction:g} % of the faces" if config.fractions != (1.0,) else ""
-            rows.append((f"{name}, tuned{part}", metrics))
+        rows += tune(task, name, log)
         if name == config.checkpoint:
-            task.draw(details, folder / f"{config.task}.png")
-            weights = model.checkpoint() if task.trained is model else {"model": task.trained.state_dict()}
-            write_checkpoint(weights, folder / ("flip.pt" if task.trained is model else "head.pt"))
-    (folder / "table.md").write_text(table(rows, config.task) + "\n", encoding="utf-8")
-    print(f"\n{table(rows, config.task)}\n{task.note}\n{folder}: log.jsonl, table.md, weights and a picture")
+            save_task(task, folder)
+    text = table(rows, config.task)
+    # written last, because a folder with a table counts as finished
+    (folder / "table.md").write_text(text + "\n", encoding="utf-8")
+    print(f"\n{text}\n{task.note}\n{folder}: log.jsonl, table.md, weights and a picture")
     return rows
+
+
+def tune(task: Task, name: str, log: Log) -> list[tuple[str, dict]]:
+    """Train on each fraction of the training split, always from the same weights; returns the table's rows.
+    The details of the last one are left in `task.details`."""
+    config, rows = task.config, []
+    if task.trained is task.model:
+        metrics, _ = task.metrics("test")           # for the table only
+        rows.append((f"{name}, before tuning", metrics))
+    samples = random_stream("nested fractions", config.seed).permutation(len(task.splits["train"]))
+    steps = config.epochs * math.ceil(len(samples) / config.batch_size)
+    initial = task.trained_weights()
+    for fraction in sorted(config.fractions):
+        count = max(1, round(fraction * len(samples)))
+        task.restore(initial)
+        train_heads(task, samples[:count], steps, log)
+        metrics, task.details = task.metrics("test")
+        log.write(encoder=name, fraction=fraction, test=metrics)
+        part = f" on {100 * fraction:g} % of the faces" if config.fractions != (1.0,) else ""
+        rows.append((f"{name}, tuned{part}", metrics))
+    return rows
+
+
+def save_task(task: Task, folder: Path):
+    """The picture of the last fraction, and its weights."""
+    task.draw(task.details, folder / f"{task.config.task}.png")
+    if task.trained is task.model:
+        write_checkpoint(task.model.checkpoint(), folder / "flip.pt")
+    else:
+        write_checkpoint({"model": task.trained.state_dict()}, folder / "head.pt")
 
 
 def table(rows, task):
     """A Markdown table with the columns of the first row, the baseline."""
-    columns = rows[0][1]
-    headers = (c.replace("img_r", "text to image R@").replace("txt_r", "image to text R@") for c in columns)
-    return markdown_table([f"{task}, %", *headers], [
-        [name, *(f"{metrics[column]:.1f}" for column in columns)] for name, metrics in rows])
+    _, baseline = rows[0]
+    header = [f"{task}, %"]
+    for column in baseline:
+        header.append(column.replace("img_r", "text to image R@").replace("txt_r", "image to text R@"))
+    cells = [[name, *(f"{metrics[column]:.1f}" for column in baseline)] for name, metrics in rows]
+    return markdown_table(header, cells)
 
 
 def parse_arguments(argv=None):
@@ -398,8 +496,9 @@ def parse_arguments(argv=None):
         epilog=f"Defaults in brackets are for retrieval.\nOther tasks: {RECIPES}\nDrawn faces: {DRAWN}")
     parser.add_argument("task", choices=tuple(TASKS))
     given = parse_flags(parser, TaskConfig, argv)
-    drawn = {} if given.get("data") else DRAWN[given["task"]]
-    return TaskConfig(**RECIPES[given["task"]] | drawn | given)
+    task = given["task"]
+    drawn = {} if given.get("data") else DRAWN[task]
+    return TaskConfig(**RECIPES[task] | drawn | given)
 
 
 if __name__ == "__main__":

@@ -2229,7 +2229,7 @@ def test_attribute_logits_and_loss_are_the_official_ones(official, tuned, monkey
     vectors, theirs = finetune.pool_tokens(official.student.image, GOLDEN["eval.images"]), recorded("attr.")
     monkeypatch.setattr(finetune, "encode", lambda *_: vectors.detach())
     faces = dataclasses.replace(noise_faces(8), attributes=theirs["target"].bool().numpy())
-    task = finetune.attributes(official, dict.fromkeys(("train", "val", "test"), faces), tuned("attributes"))
+    task = finetune.Attributes(official, dict.fromkeys(("train", "val", "test"), faces), tuned("attributes"))
     task.trained.load_state_dict({
         "weights": theirs["layer_weights"].flatten(),
         **{f"norm.{name}": theirs[f"ln.{name}"] for name in ("weight", "bias")},
@@ -2361,7 +2361,7 @@ def test_sketches_are_trained_with_captions_or_without_a_vocabulary(
     torch.save(saved if with_captions else saved | {"tokenizer": None}, tmp_path / "flip.pt")
     config = tuned("sketch", checkpoint=f"{tmp_path}/flip.pt", data=str(tmp_path), random=False)
     model = FLIP.from_pretrained(config.checkpoint)
-    task = finetune.sketch(model, finetune.open_splits(config, 48), config)
+    task = finetune.Sketch(model, finetune.open_splits(config, 48), config)
     task.loss(torch.arange(8), 0).backward()
     assert len(numbers) == len(set(numbers)) == 13 * with_captions
     assert model.student.image_projection.weight.grad is not None and model.matching_head.weight.grad is None
@@ -2376,8 +2376,8 @@ def test_retrieval_samples_negatives_as_hard_as_in_pre_training(tuned, uninterru
     model.config = dataclasses.replace(model.config, itm_hardness=hardness)
     sampled, sample = [], model.sample_negatives
     model.sample_negatives = lambda *args: sampled.append(args[3]) or sample(*args)
-    task = finetune.retrieval(model, finetune.open_splits(config, 48), config)
-    task.loss(next(task.batches(np.arange(24), config)), 0)
+    task = finetune.Retrieval(model, finetune.open_splits(config, 48), config)
+    task.loss(next(task.batches(np.arange(24))), 0)
     assert sampled == [expected]
 
 
@@ -2397,7 +2397,7 @@ def test_interrupted_finetuning_leaves_no_table_and_can_be_started_again(tuned, 
     encoders, real = [], finetune.train_heads
 
     def interrupted(*args):
-        encoders.append(args[1])
+        encoders.append(args[0].model)
         if len(set(encoders)) == 2:
             raise KeyboardInterrupt
         real(*args)
@@ -2411,7 +2411,7 @@ def test_interrupted_finetuning_leaves_no_table_and_can_be_started_again(tuned, 
 
 def test_fractions_are_nested_samples_chosen_by_the_seed_and_get_equal_steps(tuned, tmp_path, monkeypatch):
     chosen, settings = [], dict(random=False, faces=20, fractions=(0.1, 1.0, 0.01, 0.5))
-    monkeypatch.setattr(finetune, "train_heads", lambda task, model, samples, steps, *_: chosen.append(
+    monkeypatch.setattr(finetune, "train_heads", lambda task, samples, steps, _: chosen.append(
         (set(samples.tolist()), steps)))
     for seed in (3, 4):
         finetune.finetune(tuned("attributes", out=str(tmp_path / str(seed)), seed=seed, **settings))
@@ -2422,15 +2422,20 @@ def test_fractions_are_nested_samples_chosen_by_the_seed_and_get_equal_steps(tun
 
 @pytest.mark.parametrize("values, best", [("543210", 0), ("179892", 2), ("123456", 5)])
 def test_weights_with_the_best_validation_metric_are_kept_even_if_initial(tuned, tmp_path, values, best):
-    head, weights, model = nn.Linear(2, 1), [], small_flip()
+    head, weights = nn.Linear(2, 1), []
 
-    def metrics(split):
-        assert split == "val"
-        weights.append(head.weight.detach().clone())
-        return {"accuracy": float(values[len(weights) - 1])}, None
-    task = finetune.Task(head, finetune.shuffled_batches, lambda *_: head(torch.ones(2)).sum(), metrics, None,
-                         "accuracy", None)
-    finetune.train_heads(task, model, np.arange(4), 9, tuned("attributes"), Log(tmp_path / "log.jsonl"))
+    class Counting(finetune.Attributes):
+        def __init__(self):
+            self.model, self.trained, self.config = small_flip(), head, tuned("attributes")
+
+        def loss(self, batch, step):
+            return head(torch.ones(2)).sum()
+
+        def metrics(self, split):
+            assert split == "val"
+            weights.append(head.weight.detach().clone())
+            return {"accuracy": float(values[len(weights) - 1])}, None
+    finetune.train_heads(Counting(), np.arange(4), 9, Log(tmp_path / "log.jsonl"))
     assert len(weights) == 6 and not torch.equal(weights[0], weights[1])
     assert torch.equal(head.weight, weights[best])
 
