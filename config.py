@@ -4,12 +4,12 @@ help text (`parse_flags` reads this file)."""
 import argparse
 import math
 import textwrap
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
 from bert import BertConfig
-from common.script import naming, parse_flags
+from common.script import parse_flags
 from pretrained import read_checkpoint
 from readers.index import COLUMNS
 from vit import ViTConfig
@@ -20,7 +20,7 @@ TINY = (ViTConfig(image_size=48, patch_size=8, width=128, depth=3, heads=4),
 MODELS = {"tiny": TINY, "base": (ViTConfig(), BertConfig(), 256)}
 AT_LEAST_ONE = ("faces validation epochs batch_size accumulate queue_size itm_every log_every eval_every "
                 "k_test").split()
-AT_MOST_ONE = "alpha momentum hardness".split()
+AT_MOST_ONE = "alpha momentum hardness fractions".split()
 CHANGEABLE_ON_RESUME = "data cache device workers log_every eval_every save_every".split()
 
 
@@ -42,9 +42,10 @@ class SharedFlags:
         for name, value in vars(self).items():
             lowest = 1 if name in AT_LEAST_ONE else 0
             highest = 1 if name in AT_MOST_ONE else math.inf
-            is_checked = isinstance(value, (int, float)) and name != "seed"
-            if is_checked and not lowest <= value <= highest:
-                raise ValueError(f"--{name} {value}: expected a number from {lowest} to {highest}")
+            for number in value if isinstance(value, tuple) else [value]:
+                is_checked = isinstance(number, (int, float)) and name != "seed"
+                if is_checked and not lowest <= number <= highest:
+                    raise ValueError(f"--{name} {number}: expected a number from {lowest} to {highest}")
 
 
 @dataclass(frozen=True)
@@ -150,14 +151,20 @@ def parse_arguments(argv: list[str] | None = None, description: str | None = __d
     if given.get("resume"):
         if not path.exists():
             raise ValueError(f"--resume: {path} does not exist; to start a run, omit --resume")
-        saved = read_checkpoint(path)["training"]["config"]
+        training = read_checkpoint(path).get("training")
+        if not training:
+            raise ValueError(f"--resume: {path} is a model without the state of a run; use it with --init")
+        saved = training["config"]
+        differing = saved.keys() ^ {field.name for field in fields(Config)}
+        if differing:
+            raise ValueError(f"--resume: {path} is of another version of this program, which differs in "
+                             f"{', '.join(sorted(differing))}")
         for name, value in given.items():
             if name not in ("resume", "out", *CHANGEABLE_ON_RESUME) and value not in (saved[name], "auto"):
                 raise ValueError(f"--resume: the run in {path} has --{name} {saved[name]}, which cannot "
                                  f"change; omit --{name} {value}, or start another run")
         # not "auto" again, nor the folder of before if it was moved
-        with naming(path):      # of another version, perhaps
-            return Config(**saved | given | {"precision": saved["precision"], "out": str(path.parent)})
+        return Config(**saved | given | {"precision": saved["precision"], "out": str(path.parent)})
     recipe = dict(RECIPES[given.get("model", Config.model)])
     if given.keys() & {"epochs", "steps"}:
         recipe["steps"] = recipe["max_epochs"] = 0      # the flags override the recipe's length

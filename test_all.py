@@ -533,7 +533,9 @@ optimizer = lambda saved, i: saved["training"]["optimizers"][i]["state"]
     (lambda saved: saved["model"]["image_queue"].fill_(np.inf), "image_queue: expected (20, 128)"),
     (lambda saved: saved["flip"]["bert"].update(vocab_size=7), "but the model has 7; use"),
     (lambda saved: saved.pop("model"), "flip.pt: expected a checkpoint of FLIP, found "),
-    (lambda saved: saved["training"]["config"].update(new=1), "unexpected keyword argument 'new'"),
+    (lambda saved: saved["training"]["config"].update(new=1), "is of another version of this program, "),
+    (lambda saved: saved["training"]["config"].pop("lr"), "version of this program, which differs in lr"),
+    (lambda saved: saved.pop("training"), "is a model without the state of a run; use it with --init"),
     (lambda saved: saved["flip"].update(new=1), "unexpected keyword argument 'new'"),
     (lambda saved: saved.pop("flip") and saved["model"].pop("image_queue"), "but the model has 30524"),
     (lambda saved: saved.pop("flip"), "entries with [DEC] and [ENC], but the model has 30524"),
@@ -1808,6 +1810,8 @@ def test_values_of_flags_are_checked_before_the_run(flags, message):
         assert message in error_of(finetune.parse_arguments, ["sketch", *flags.split()])
         assert message.replace("batch_size", "k_test") in error_of(
             finetune.parse_arguments, "retrieval --k_test 0".split())
+        assert "--fractions 2.0: expected a number from 0 to 1" in error_of(
+            finetune.parse_arguments, "attributes --fractions 0.5 2".split())
 
 
 def test_unknown_columns_and_devices_are_rejected(capsys):
