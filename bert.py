@@ -56,15 +56,16 @@ class BertLayer(nn.Module):
         self.norm_mlp = nn.LayerNorm(D, eps=1e-12)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, text, sequences, image_context=None, first_token_only=False):
-        """text (N, D) packed -> (N, D); with first_token_only -> (P, D): computes only first tokens; they
+    def forward(self, tokens, sequences, image_context=None, first_token_only=False):
+        """tokens (N, D) packed -> (N, D); with first_token_only -> (P, D): computes only first tokens; they
         still attend to their whole caption. image_context: (packed image tokens, their Sequences,
         captions_per_image)."""
-        x, x_sequences = text, sequences
+        x, x_sequences = tokens, sequences
         if first_token_only:
-            x = text.index_select(0, sequences.first_token_index)                           # (P, D)
+            x = tokens.index_select(0, sequences.first_token_index)                         # (P, D)
             x_sequences = Sequences.uniform(len(x), 1, x.device)
-        x = self.norm_attention(x + self.dropout(self.attention(x, x_sequences, text, sequences)))
+        mixed = self.attention(x, x_sequences, tokens, sequences)
+        x = self.norm_attention(x + self.dropout(mixed))
         if image_context is not None:
             image_tokens, image_sequences, captions_per_image = image_context
             grouped = x_sequences       # the captions that attend to one image form one query sequence
@@ -72,7 +73,8 @@ class BertLayer(nn.Module):
                 grouped = x_sequences.merge_groups(captions_per_image)
             cross = self.cross_attention(x, grouped, image_tokens, image_sequences)
             x = self.norm_cross_attention(x + self.dropout(cross))
-        return self.norm_mlp(x + self.dropout(self.down(F.gelu(self.up(x)))))
+        hidden = self.down(F.gelu(self.up(x)))
+        return self.norm_mlp(x + self.dropout(hidden))
 
 
 class Bert(nn.Module):
@@ -94,10 +96,11 @@ class Bert(nn.Module):
         image_tokens (I, L, image_width) select image-grounded mode: the first captions_per_image[0]
         captions attend to image 0, the next captions_per_image[1] to image 1, and so on;
         captions_per_image (I,) is a CPU tensor; None means one caption per image."""
-        sequences, image_context = captions.sequences, None
+        sequences = captions.sequences
         if sequences.max_length > self.config.positions:
             raise ValueError(f"BERT: a caption has {sequences.max_length} tokens, but there are "
                              f"{self.config.positions} positions")
+        image_context = None
         if image_tokens is not None:
             I, L, _ = image_tokens.shape
             image_sequences = Sequences.uniform(I, L, image_tokens.device)

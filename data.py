@@ -2,7 +2,7 @@
 
     Faces          the images of one split of a data set, with captions, attributes or sketches
     augment        FLIP's random augmentation of an image
-    BatchLoader    samples of image, caption and identity, in an endless stream of batches
+    FaceDataset    samples of image, caption and identity, in an endless stream of batches
 
 `open_faces` opens a data set on disk (readers/index.py says how), `load_toy_faces` the drawn faces.
 
@@ -165,7 +165,7 @@ class Batch(NamedTuple):
                              identity=self.identity.to(device, non_blocking=True))
 
 
-class BatchLoader(torch.utils.data.Dataset):
+class FaceDataset(torch.utils.data.Dataset):
     """An endless stream of batches for one process; an epoch has `batches_per_epoch` of them. Batch
     n of an epoch is the n-th slice of world_size * batch_size faces of the epoch's permutation; rank r takes
     the r-th part of it, so that together the ranks see the batch of a single process. An item is the sample

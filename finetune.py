@@ -34,7 +34,7 @@ from common.pictures import contact_sheet, new_figure, plot_retrieval
 from common.script import markdown_table, parse_flags, run_script
 from common.seeds import derive_seed, random_stream
 from config import SharedFlags
-from data import ATTRIBUTES, BatchLoader, Faces, load_toy_faces, open_faces, readable
+from data import ATTRIBUTES, FaceDataset, Faces, load_toy_faces, open_faces, readable
 from evaluation import EvaluationSet, chance_recalls, evaluate
 from flip import FLIP, StepParams, project
 from losses import contrastive_loss
@@ -168,7 +168,7 @@ class Retrieval(Task):
 
     def batches(self, samples):
         config = self.config
-        dataset = BatchLoader(
+        dataset = FaceDataset(
             self.splits["train"].subset(samples), self.tokenizer, self.model.config.vit.image_size,
             min(config.batch_size, len(samples)), config.seed, augmented=False, workers=config.workers)
         return dataset.iterate_from(0)

@@ -177,21 +177,27 @@ class FLIP(nn.Module):
         else:
             image_features = self.student.image_features(images)
         text_features = self.student.text_features(captions)
-        image_momentum, text_momentum = image_features.detach(), text_features.detach()
+
+        # ITC: keys are the momentum features of all processes, and those in the queue
+        momentum_image, momentum_text = image_features.detach(), text_features.detach()
         if params.momentum > 0:         # else the student's features are the keys
             with torch.no_grad():
-                image_momentum = self.momentum_encoder.image_features(images)
-                text_momentum = self.momentum_encoder.text_features(captions)
-        # all_gather passes no gradients
-        image_keys, text_keys, all_identity = map(all_gather, (image_momentum, text_momentum, identity))
+                momentum_image = self.momentum_encoder.image_features(images)
+                momentum_text = self.momentum_encoder.text_features(captions)
+        image_keys = all_gather(momentum_image)                 # passes no gradients
+        text_keys = all_gather(momentum_text)
+        all_identity = all_gather(identity)
         image_keys_and_queue = torch.cat([image_keys, self.image_queue[:params.queue_length]])
         text_keys_and_queue = torch.cat([text_keys, self.text_queue[:params.queue_length]])
         key_identity = torch.cat([all_identity, self.queue_identity[:params.queue_length]])
         shared = identity, key_identity, self.temperature, params.alpha
-        image_to_text = losses.contrastive_loss(image_features, image_momentum, text_keys_and_queue, *shared)
-        text_to_image = losses.contrastive_loss(text_features, text_momentum, image_keys_and_queue, *shared)
+        image_to_text = losses.contrastive_loss(image_features, momentum_image, text_keys_and_queue, *shared)
+        text_to_image = losses.contrastive_loss(text_features, momentum_text, image_keys_and_queue, *shared)
         itc = (image_to_text + text_to_image) / 2
-        itm, has_itm = itc.new_zeros(()), params.with_itm
+
+        # ITM: the true pairs, and two wrong ones for each
+        itm = itc.new_zeros(())
+        has_itm = params.with_itm
         if params.with_itm:
             negatives = self.sample_negatives(all_gather(image_features), all_gather(text_features),
                                               all_identity, params.hardness, generator)
@@ -212,9 +218,9 @@ class FLIP(nn.Module):
             return None
         with torch.autocast(image_features.device.type, enabled=False):
             similarity = text_features @ image_features.T                           # (A texts, A images)
-            both_ways = (losses.hard_negative_probabilities(x, identity, self.temperature, hardness)
-                         for x in (similarity, similarity.T))
-            probabilities = torch.cat([*both_ways]).cpu()                           # (2 A, A)
+            images = losses.hard_negative_probabilities(similarity, identity, self.temperature, hardness)
+            texts = losses.hard_negative_probabilities(similarity.T, identity, self.temperature, hardness)
+        probabilities = torch.cat([images, texts]).cpu()                            # (2 A, A)
         if not probabilities.isfinite().all():
             raise ValueError("the features of a batch are NaN or infinite: training has diverged; start a "
                              "new run with a smaller --lr, or with --grad_clip")

@@ -1,5 +1,4 @@
 """Optimisers: Muon, AdamW, their parameter groups and states; how a learning rate rises and decays."""
-import itertools
 import math
 
 import torch
@@ -15,13 +14,14 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, groups, momentum):
         super().__init__(groups, dict(momentum=momentum))
-        for p in itertools.chain.from_iterable(group["params"] for group in self.param_groups):
-            self.state[p]["momentum"] = torch.zeros_like(p)
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p]["momentum"] = torch.zeros_like(p)
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            same_shape = {}                     # {shape: [(parameter, momentum)]}: one batched product each
+            same_shape = {}             # {shape: [(parameter, direction)]}: one batched product each
             for p in group["params"]:
                 if p.grad is not None:
                     momentum = self.state[p]["momentum"]
@@ -29,10 +29,12 @@ class Muon(torch.optim.Optimizer):
                     nesterov = p.grad.lerp(momentum, group["momentum"])
                     same_shape.setdefault(p.shape, []).append((p, nesterov))
             for shape, members in same_shape.items():
-                for (p, _), update in zip(
-                        members, newton_schulz(torch.stack([nesterov for _, nesterov in members]))):
+                parameters, directions = zip(*members)
+                updates = newton_schulz(torch.stack(directions))
+                scale = 0.2 * max(shape) ** 0.5
+                for p, update in zip(parameters, updates):
                     p.mul_(1 - group["lr"] * group["weight_decay"])
-                    p.add_(update, alpha=-0.2 * max(shape) ** 0.5 * group["lr"])
+                    p.add_(update, alpha=-scale * group["lr"])
 
 
 def newton_schulz(X: torch.Tensor, steps=5) -> torch.Tensor:
@@ -55,41 +57,65 @@ def build_optimizers(module: torch.nn.Module, weight_decay, beta2=0.999, tempera
     Weight decay applies to all parameters with more than one dimension (position embeddings and the patch
     convolution, too). The rates are multiples of the learning rate; Muon's are for the matrices inside the
     image encoder's blocks and the text encoder's layers (0: AdamW updates these, too)."""
-    groups = {"adamw": {}, "muon": {}}          # {optimiser: {(scale, weight decay): parameters}}
+    adamw_groups, muon_groups = {}, {}          # {(scale, weight decay): parameters}
     for name, p in module.named_parameters():
-        muon_lr = muon_lr_image if ".blocks." in name else muon_lr_text if ".layers." in name else 0.0
-        optimizer, scale = ("muon", muon_lr) if muon_lr and p.ndim == 2 else ("adamw", 1.0)
-        scale, decay = temperature_lr if name == "temperature" else scale, (p.ndim > 1) * weight_decay
-        if p.requires_grad:
-            groups[optimizer].setdefault((scale, decay), []).append(p)
-    adamw, muon = ([{"params": params, "scale": scale, "weight_decay": decay}
-                    for (scale, decay), params in by_setting.items()] for by_setting in groups.values())
-    optimizers = [torch.optim.AdamW(adamw, betas=(0.9, beta2), eps=1e-8, fused=True)]
-    for p in itertools.chain.from_iterable(group["params"] for group in adamw):     # else AdamW's first step
-        optimizers[0].state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p),
-                                  "exp_avg_sq": torch.zeros_like(p)}
-    return optimizers + [Muon(muon, muon_momentum)] if muon else optimizers
+        if not p.requires_grad:
+            continue
+        decay = weight_decay if p.ndim > 1 else 0.0
+        muon_lr = 0.0
+        if p.ndim == 2 and ".blocks." in name:
+            muon_lr = muon_lr_image
+        if p.ndim == 2 and ".layers." in name:
+            muon_lr = muon_lr_text
+        if muon_lr:
+            muon_groups.setdefault((muon_lr, decay), []).append(p)
+        else:
+            scale = temperature_lr if name == "temperature" else 1.0
+            adamw_groups.setdefault((scale, decay), []).append(p)
+
+    adamw = torch.optim.AdamW(as_groups(adamw_groups), betas=(0.9, beta2), eps=1e-8, fused=True)
+    for group in adamw.param_groups:
+        for p in group["params"]:               # else AdamW's first step creates the state
+            adamw.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p),
+                              "exp_avg_sq": torch.zeros_like(p)}
+    if not muon_groups:
+        return [adamw]
+    return [adamw, Muon(as_groups(muon_groups), muon_momentum)]
+
+
+def as_groups(by_setting: dict) -> list[dict]:
+    """{(scale, weight decay): parameters} -> parameter groups of a torch optimiser."""
+    return [{"params": params, "scale": scale, "weight_decay": decay}
+            for (scale, decay), params in by_setting.items()]
 
 
 def load_optimizers(optimizers, saved: list[dict], where):
     """Load one state dict per optimiser. Raises ValueError unless their tensors are complete, fit the
     parameters and are finite: torch checks nothing."""
     def tensors(state):
-        return {f"state {i} {name}": x for i, own in state["state"].items() for name, x in own.items()}
+        found = {}
+        for i, own in state["state"].items():
+            for name, x in own.items():
+                found[f"state {i} {name}"] = x
+        return found
+
     for optimizer, state in zip(optimizers, saved, strict=True):
         check_tensors(tensors(state), tensors(optimizer.state_dict()), where)
         optimizer.load_state_dict(state)
 
 
 def set_learning_rate(optimizers, lr):
-    for group in itertools.chain.from_iterable(optimizer.param_groups for optimizer in optimizers):
-        group["lr"] = lr * group["scale"]
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["scale"]
 
 
 # ---- schedules -----------------------------------------------------------------------------------
 def ramp(x: float, start: float, end: float) -> float:
     """0 up to start, 1 from end on, linear in between."""
-    return float(x >= end) if end <= start else min(1.0, max(0.0, (x - start) / (end - start)))
+    if end <= start:
+        return float(x >= end)
+    return min(1.0, max(0.0, (x - start) / (end - start)))
 
 
 def warmup_decay(step, steps, warmup, lr, lr_start=0.0, lr_min=0.0, decay="cosine"):
@@ -97,5 +123,8 @@ def warmup_decay(step, steps, warmup, lr, lr_start=0.0, lr_min=0.0, decay="cosin
     if step < warmup:
         return lr_start + (lr - lr_start) * step / warmup
     done = ramp(step, warmup, steps)
-    left = 1 - done if decay == "linear" else (1 + math.cos(math.pi * done)) / 2
+    if decay == "linear":
+        left = 1 - done
+    else:
+        left = (1 + math.cos(math.pi * done)) / 2
     return lr_min + (lr - lr_min) * left

@@ -21,7 +21,7 @@ from common.distributed import any_rank, choose_precision, rank_and_world_size, 
 from common.seeds import derive_seed, random_stream
 from common.words import known_and_unknown_words
 from config import MODELS, TINY, Config
-from data import BatchLoader, Faces, load_toy_faces, open_faces, readable
+from data import FaceDataset, Faces, load_toy_faces, open_faces, readable
 from evaluation import EvaluationSet
 from flip import FLIP, FLIPConfig
 from optim import build_optimizers, load_optimizers
@@ -93,7 +93,7 @@ class Run:
     model: FLIP
     ddp_model: nn.Module            # DistributedDataParallel(model), or with one process the model
     optimizers: list[torch.optim.Optimizer]
-    loader: BatchLoader
+    dataset: FaceDataset
     validation: EvaluationSet
     log: Log
     done: int = 0                   # steps done, more than 0 at the start of a resumed run
@@ -109,7 +109,7 @@ class Run:
 
     @property
     def steps_per_epoch(self):
-        return self.loader.batches_per_epoch // self.config.accumulate
+        return self.dataset.batches_per_epoch // self.config.accumulate
 
     def must_stop(self):
         """Whether a signal asks the run to stop. Several processes agree on this every `log_every` steps, so
@@ -156,7 +156,7 @@ def start_run(config: Config, device: torch.device, log: Log) -> Run:
         else:
             model, faces, validation = new_model(config)
     model.to(device).train()
-    loader, config = plan_steps(config, model, faces)
+    dataset, config = plan_steps(config, model, faces)
     config = replace(config, precision=choose_precision(config.precision, device))
     optimizers = build_optimizers(model, config.weight_decay, config.beta2, config.temperature_lr,
                                   config.muon_lr_image, config.muon_lr_text, config.muon_momentum)
@@ -166,7 +166,7 @@ def start_run(config: Config, device: torch.device, log: Log) -> Run:
         ddp_model = DistributedDataParallel(model, broadcast_buffers=False, find_unused_parameters=skips_itm)
     global_batch_size = config.batch_size * config.processes
     evaluation_set = EvaluationSet.from_faces(validation, faces, global_batch_size)
-    run = Run(config, model, ddp_model, optimizers, loader, evaluation_set, log)
+    run = Run(config, model, ddp_model, optimizers, dataset, evaluation_set, log)
     if saved:
         resume(run, saved["training"], path)
     else:
@@ -234,7 +234,7 @@ def resume(run: Run, saved: dict, path: Path):
         raise ValueError(f"--resume: the run in {path} had {saved['config']['processes']} processes, found "
                          f"{config.processes}; use as many")
     if saved["digests"] != digests(run):
-        name = config.data or run.loader.faces.name
+        name = config.data or run.dataset.faces.name
         raise ValueError(f"--resume: the run in {path} had other faces than {name}: their images, "
                          "captions or annotations differ; use the same, in any folder")
     load_optimizers(run.optimizers, saved["optimizers"], path)
@@ -260,7 +260,7 @@ def save(run: Run):
 
 def digests(run: Run) -> list[str]:
     """A resumed run must have the same training and validation faces, perhaps in another folder."""
-    return [run.loader.faces.digest, run.validation.faces.digest]
+    return [run.dataset.faces.digest, run.validation.faces.digest]
 
 
 # ---- data and plan -------------------------------------------------------------------------------
@@ -277,27 +277,27 @@ def open_data(config: Config, size: int) -> tuple[Faces, Faces]:
     return train, readable(validation, size)
 
 
-def plan_steps(config: Config, model: FLIP, faces: Faces) -> tuple[BatchLoader, Config]:
+def plan_steps(config: Config, model: FLIP, faces: Faces) -> tuple[FaceDataset, Config]:
     """The batches, and the configuration with the run's batch size, steps and processes."""
     rank, world_size = rank_and_world_size()
     batch_size = config.batch_size
     if config.fit_batch:            # at least four steps in an epoch
         batch_size = min(batch_size, max(2, len(faces) // (4 * world_size)))
-    loader = BatchLoader(faces, model.tokenizer, model.config.vit.image_size, batch_size,
+    dataset = FaceDataset(faces, model.tokenizer, model.config.vit.image_size, batch_size,
                          config.seed, config.augment, rank, world_size, config.workers)
-    steps_per_epoch = loader.batches_per_epoch // config.accumulate
+    steps_per_epoch = dataset.batches_per_epoch // config.accumulate
     if steps_per_epoch == 0:
         raise ValueError(f"--accumulate {config.accumulate} needs as many batches in an epoch, found "
-                         f"{loader.batches_per_epoch}; use a smaller value, or a smaller --batch_size")
+                         f"{dataset.batches_per_epoch}; use a smaller value, or a smaller --batch_size")
     steps = config.steps or config.epochs * steps_per_epoch
     if config.max_epochs:
         steps = min(steps, config.max_epochs * steps_per_epoch)
-    return loader, replace(config, batch_size=batch_size, steps=steps, processes=world_size)
+    return dataset, replace(config, batch_size=batch_size, steps=steps, processes=world_size)
 
 
 def print_plan(run: Run):
     """Print the length of the run, and warnings about few faces or unknown words."""
-    config, faces, validation = run.config, run.loader.faces, run.validation.faces
+    config, faces, validation = run.config, run.dataset.faces, run.validation.faces
     pairs = config.batch_size * config.accumulate * config.processes
     epochs = config.steps * pairs / len(faces)
     print(f"{faces.name}: {len(faces):,} faces; {validation.name}: {len(validation):,} faces\n"

@@ -1719,7 +1719,7 @@ def test_augmentation_changes_five_in_nine_images_beyond_mirroring():
 
 
 def test_caption_and_augmentation_of_a_face_differ_from_epoch_to_epoch():
-    dataset = data.BatchLoader(noise_faces(20), TOKENIZER, 16, 4, seed=3)
+    dataset = data.FaceDataset(noise_faces(20), TOKENIZER, 16, 4, seed=3)
     first, again, second = ([dataset[epoch, i] for i in range(20)] for epoch in (0, 0, 1))
     for (pixels, text, *_), (same_pixels, same_text, *_) in zip(first, again):
         assert (pixels == same_pixels).all() and text == same_text
@@ -1738,11 +1738,11 @@ def test_batches_are_the_same_for_any_number_of_workers_and_ranks_and_from_any_s
         for name in "01":
             write_tar(tmp_path, records=100, name=name)
         faces = pickle.loads(pickle.dumps(open_faces(tmp_path)))        # as for a worker that is not forked
-    assert "faces are fewer than a batch of 1000" in error_of(data.BatchLoader, faces, TOKENIZER, 16, 1000)
+    assert "faces are fewer than a batch of 1000" in error_of(data.FaceDataset, faces, TOKENIZER, 16, 1000)
     per_epoch, random_state = len(faces) // 4, torch.get_rng_state()
 
     def batches(start=0, count=2 * per_epoch + 2, seed=7, batch_size=4, **options):
-        return take(data.BatchLoader(faces, TOKENIZER, 16, batch_size, seed, **options), start, count)
+        return take(data.FaceDataset(faces, TOKENIZER, 16, batch_size, seed, **options), start, count)
     whole = batches()
     assert all(equal(whole, batches(workers=workers)) for workers in (1, 2, 4))
     assert all(equal(whole[7:], batches(7, 5, workers=workers)) for workers in (0, 2))
@@ -1760,7 +1760,7 @@ def test_damaged_image_is_named_and_replaced_by_the_next_face(tmp_path, capfd, w
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (218, 178, 3), dtype=np.uint8))
     write_files(images, {"000002.jpg": encoded(noise, "jpeg")[:9000], "000200.jpg": "not an image"})
     faces = open_faces(tmp_path)
-    loader = data.BatchLoader(faces, TOKENIZER, 16, 50, augmented=False, workers=workers)
+    loader = data.FaceDataset(faces, TOKENIZER, 16, 50, augmented=False, workers=workers)
     identity = np.concatenate([batch.identity for batch in take(loader, 0, 12)])
     assert sorted(identity) == sorted([faces.identity[i] for i in (0, 2, *range(2, 199), 0)] * 3)
     printed = capfd.readouterr().out
@@ -2094,7 +2094,7 @@ def constant_run(tmp_path, cache, **changes):
         losses, outputs = train.compute_gradients(run, batches, step)
         train.update(run, outputs, step)
         return losses, gradients[-1]
-    return run, take(run.loader, 0, 2), train_step
+    return run, take(run.dataset, 0, 2), train_step
 
 
 def test_a_step_clips_gradients_and_temperature_and_draws_its_own_dropout_mask_and_negatives(
@@ -2137,7 +2137,7 @@ def test_momentum_is_that_of_the_next_step_and_the_log_has_itm_per_step_that_tra
         run.recent, run.done = [torch.tensor([3.0, 2.0, 1.0]), torch.tensor([5.0, 0.0, 0.0])], 2
         losses = train.mean_losses(run)
         assert (losses["itc"], losses["itm"], losses["itm_skipped"]) == (4, 2, 0)
-        batch = take(run.loader, 0, 1)[0]._replace(identity=torch.zeros(8, dtype=torch.int64))
+        batch = take(run.dataset, 0, 1)[0]._replace(identity=torch.zeros(8, dtype=torch.int64))
         run.recent = [train.compute_gradients(run, [batch], 0)[0] for _ in range(2)]
         losses = train.mean_losses(run)
         assert losses["itc"] > 0 and losses["itm"] is None and losses["itm_skipped"] == 1, "one person"
@@ -2175,7 +2175,7 @@ def test_plan_warns_of_many_epochs_few_faces_and_unknown_words(capsys):
     config = train_config.parse_arguments("--init x --batch_size 8 --steps 300".split())
     faces = noise_faces()
     run = MagicMock(config=config, model=MagicMock(tokenizer=Tokenizer.train(["a face"])))
-    run.loader.faces = run.validation.faces = faces
+    run.dataset.faces = run.validation.faces = faces
     runs.print_plan(run)
     printed = capsys.readouterr().out
     for shown in ("300 steps of 8 pairs are 120.0 epochs", "will overfit: try --steps 75, or",
@@ -2189,8 +2189,8 @@ def test_tiny_recipe_fits_small_sets(tmp_path):
     flags = ["--data", f"{tmp_path}/a", "--cache", f"{tmp_path}/cache", "--out", f"{tmp_path}/out"]
     for more, batch_size, steps in (([], 9, 120), (["--steps", "7"], 9, 7), (["--batch_size", "20"], 20, 30)):
         with contextlib.closing((run := setup(train_config.parse_arguments(flags + more))).log):
-            assert run.loader.batch_size == run.config.batch_size == batch_size
-            assert len(run.loader.faces) == 39 and run.config.steps == steps
+            assert run.dataset.batch_size == run.config.batch_size == batch_size
+            assert len(run.dataset.faces) == 39 and run.config.steps == steps
     runs.save(run)
     resume = lambda *flags: train_config.parse_arguments([*flags, "--resume"])
     assert resume(*flags, *more) == dataclasses.replace(run.config, resume=True), "by the same command"

@@ -14,8 +14,8 @@ negatives, ...) is a schedule, a pure function of the step. So are the data and 
 resumed run computes exactly what an uninterrupted one does. A step uses these random numbers, seeded by their
 name here and
 
-    order                               (seed, epoch)           BatchLoader.batch_indices
-    caption and augmentation            (seed, epoch, index)    BatchLoader.__getitem__
+    order                               (seed, epoch)           FaceDataset.batch_indices
+    caption and augmentation            (seed, epoch, index)    FaceDataset.__getitem__
     dropout                             (seed, step, rank)      compute_gradients
     negatives, sampled on rank 0        (seed, step)            compute_gradients
 """
@@ -140,7 +140,7 @@ def training_loop(run: Run):
     timer = StepTimer()
     bar = tqdm(range(run.done, config.steps), "training", initial=run.done, total=config.steps,
                disable=not run.is_main)
-    with contextlib.closing(run.loader.iterate_from(run.done * config.accumulate)) as stream:
+    with contextlib.closing(run.dataset.iterate_from(run.done * config.accumulate)) as stream:
         for step in bar:
             micro_batches = timer.next_batches(stream, config.accumulate)
             losses, outputs = compute_gradients(run, micro_batches, step)

@@ -4,8 +4,8 @@
     -> valid record of an existing image              `index_records`
     -> row of index-*.npy, line of index-*.jsonl      `write_index`
     -> fields of `Faces`, parsed on access            `open_split`, `Column`
-    -> image, caption and identity                    `BatchLoader.__getitem__`
-    -> row of a `Batch`                               `BatchLoader.collate`
+    -> image, caption and identity                    `FaceDataset.__getitem__`
+    -> row of a `Batch`                               `FaceDataset.collate`
 """
 import bisect
 import functools
