@@ -124,7 +124,7 @@ def padded_attention(query, key, value, query_sequences, key_sequences, dropout=
         logits = query @ key.mT                                                     # (B, H, Lq, Lk)
         if not key_sequences.is_uniform:
             padding = ~key_sequences.token_mask[:, None, None]                      # (B, 1, 1, Lk)
-            # not -inf, of which the softmax is NaN if a key sequence is empty (FLIP has none)
+            # not -inf: a row of -inf has softmax NaN (only for an empty key sequence, which FLIP never has)
             logits = logits.masked_fill_(padding, torch.finfo(logits.dtype).min)
         weights = logits.softmax(-1)
         if dropout > 0:
@@ -140,7 +140,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, query_sequences: Sequen
     the probability of dropping an attention weight. Returns a tensor of query's shape, under autocast in
     autocast's dtype."""
     sizes = query_sequences.num_tokens, key_sequences.num_tokens, len(query_sequences)
-    assert sizes == (len(query), len(key), len(key_sequences)), "sequences of other tokens"
+    assert sizes == (len(query), len(key), len(key_sequences)), "the Sequences do not match the tensors"
     device = query.device.type
     if torch.is_autocast_enabled(device):
         query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
@@ -152,7 +152,8 @@ def attention(query: Tensor, key: Tensor, value: Tensor, query_sequences: Sequen
 
 
 class Attention(nn.Module):
-    """Multi-head attention with its four projections; `key_width`: that of keys and values, if another."""
+    """Multi-head attention with its four projections. key_width: input width of keys and values, if it
+    differs from width."""
 
     def __init__(self, width: int, heads: int, key_width: int | None = None, dropout: float = 0.0):
         super().__init__()

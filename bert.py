@@ -7,7 +7,7 @@ BLIP's).
         MLP
     Each sublayer has a residual connection followed by LayerNorm (post-norm; the ViT is pre-norm).
 
-Image-grounded mode is used if image tokens are passed. Both modes share all weights but those of
+Image-grounded mode is used if image tokens are passed. Both modes share all weights except those of
 cross-attention; the first token tells the model its role. The contrastive loss trains [CLS] to
 summarise the caption, the matching loss [ENC] to tell whether it fits the image. The two inputs differ
 only in the embedding of this first token, and the output at its position is the result.
@@ -15,9 +15,9 @@ only in the embedding of this first token, and the output at its position is the
 Captions are packed (attention.py). In each layer an image's keys and values are projected once; the
 captions that attend to it are stored contiguously and form one long query sequence.
 
-Departures: the official code pads every caption to 65 tokens, projects an image's keys and values
-again for each caption, and drops BERT's token-type embedding. (When loading BERT, the constant type-0
-embedding is added to the positions.)
+Unlike the official code, we do not pad captions to 65 tokens, project an image's keys and values once
+rather than per caption, and keep BERT's token-type embedding, by adding the constant type-0 row to the
+positions.
 
 Shapes: see vit.py; N tokens of P captions, which attend to I images of L tokens.
 """

@@ -14,7 +14,7 @@ from pretrained import read_checkpoint
 from readers.index import COLUMNS
 from vit import ViTConfig
 
-# image encoder, text encoder (vocab_size is set later; the last position is unused), feature size
+# image encoder, text encoder (vocab_size is set later; captions use 65 of the 66 positions), feature size
 TINY = (ViTConfig(image_size=48, patch_size=8, width=128, depth=3, heads=4),
         BertConfig(vocab_size=1, width=128, depth=2, heads=4, positions=66, dropout=0.0), 128)
 MODELS = {"tiny": TINY, "base": (ViTConfig(), BertConfig(), 256)}
@@ -83,8 +83,9 @@ class Config(SharedFlags):
     eval_every: int = 5000      # steps between evaluations; each also saves a checkpoint
     save_every: float = 10.0    # minutes between further checkpoints
 
-    # the fields below are set by a recipe only; having no comment beside them, they are not flags
-    # limit on the steps of a recipe, in epochs; 0: none. And on its batches: a quarter of the faces
+    # set only by recipes; they are not flags, because they have no comment on their line
+    # max_epochs: upper limit on the run's length, in epochs (0: none). fit_batch: limit a batch to a quarter
+    # of the faces
     max_epochs: int = 0
     # number of processes, which the run sets
     processes: int = 1
@@ -163,7 +164,7 @@ def parse_arguments(argv: list[str] | None = None, description: str | None = __d
             if name not in ("resume", "out", *CHANGEABLE_ON_RESUME) and value not in (saved[name], "auto"):
                 raise ValueError(f"--resume: the run in {path} has --{name} {saved[name]}, which cannot "
                                  f"change; omit --{name} {value}, or start another run")
-        # not "auto" again, nor the folder of before if it was moved
+        # keep the precision as resolved then, and use the folder as given now (it may have been moved)
         return Config(**saved | given | {"precision": saved["precision"], "out": str(path.parent)})
     recipe = dict(RECIPES[given.get("model", Config.model)])
     if given.keys() & {"epochs", "steps"}:

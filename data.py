@@ -9,7 +9,8 @@
 Departures from the official code: a face without captions gets a new one from the grammar (captions.py) in
 every epoch, instead of a stored one. The order of the samples is a function of (seed, epoch), and caption and
 augmentation are functions of (seed, epoch, index), so a run resumed at any step, with any number of workers,
-sees the batches of an uninterrupted one. A face whose image is damaged is named and replaced by the next.
+sees the batches of an uninterrupted one. If an image is damaged, its name is printed and the next face is
+used instead.
 """
 import itertools
 import sys
@@ -34,7 +35,7 @@ from readers.layouts import LAYOUTS
 @dataclass
 class Faces:
     """I face images with optional attributes, captions and sketches. For a data set on disk, all fields
-    are views of a memory-mapped index: arrays or `Column`s, which an array can index, too."""
+    are views of a memory-mapped index: arrays, or `Column`s, which also accept an index array."""
     name: str                               # for errors: "CelebA train"
     images: object                          # uint8 (I, S, S, 3), or a sequence of Path or TarImage
     identity: np.ndarray                    # int64 (I,): equal numbers mean the same person
@@ -106,8 +107,8 @@ def load_toy_faces(count: int, size: int, seed: int, folder: str, steps: int = 0
 
 
 def readable(faces: Faces, size: int) -> Faces:
-    """The faces whose images can be read at this size; the others are named. Raises ValueError if these are
-    over 1 %."""
+    """The faces whose images can be read at this size. The others are printed by name; if they exceed 1 %,
+    raises ValueError."""
     valid, errors = [], []
     for i in tqdm(range(len(faces)), "checking images", leave=False):
         try:
@@ -198,7 +199,7 @@ class FaceDataset(torch.utils.data.Dataset):
         if self.augmented:
             image = augment(image, rng)
         text = self.faces.caption(index, rng)
-        pixels = resize_to_array(image, self.image_size)        # of this size already: only converts
+        pixels = resize_to_array(image, self.image_size)        # already this size, so this only converts
         return pixels, text, self.faces.identity[index], damaged
 
     def collate(self, samples):

@@ -47,7 +47,7 @@ def retrieval_metrics(image_to_text, text_to_image, image_of_text):
 
 # ---- evaluating a model --------------------------------------------------------------------------
 class EvaluationSet(NamedTuple):
-    """Faces of a split with fixed captions: those of the data set or, without any, one generated per face."""
+    """Faces of a split with fixed captions: the data set's own or, if it has none, a generated one each."""
     faces: object                   # data.Faces
     texts: list[str]                # T captions
     image_of_text: torch.Tensor     # (T,)
@@ -56,8 +56,9 @@ class EvaluationSet(NamedTuple):
 
     @staticmethod
     def from_faces(faces, training=None, batch_size: int = 0) -> "EvaluationSet":
-        """The faces with captions. If these and those of `training`, the faces to train on, are generated,
-        also the references, the ideal loss for batches of `batch_size` pairs (all processes)."""
+        """The faces with captions. The references, and the ideal loss for batches of `batch_size` pairs (of
+        all processes), are added if these captions and those of `training`, the faces to train on, are
+        generated."""
         images = torch.arange(len(faces))
         if faces.captions is not None:
             counts = torch.tensor([len(captions) for captions in faces.captions])
@@ -106,8 +107,8 @@ def evaluate(model: FLIP, validation: EvaluationSet, config):
 
 # ---- the table -----------------------------------------------------------------------------------
 def chance_recalls(image_of_text):
-    """Expected recalls in percent of a random ranking. If n of the T captions belong to an image, it leaves
-    all of them out of the top k with probability C(T - n, k) / C(T, k)."""
+    """Expected recalls in percent of a random ranking, which misses all n captions of an image in its top k
+    with probability C(T - n, k) / C(T, k)."""
     T, counts = len(image_of_text), image_of_text.bincount().tolist()
     recalls = {f"img_r{k}": 100 * min(1, k / len(counts)) for k in (1, 5, 10)}
     for k in (1, 5, 10):

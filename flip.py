@@ -13,8 +13,9 @@ Why a momentum encoder? Contrastive learning needs more negatives than fit in a 
 of earlier batches are kept in a queue. They were computed with older weights and stay comparable
 only if the encoder changes slowly; so keys come from a moving average of the student. It also
 provides soft targets: another face's caption may be true of this face too, so a fraction alpha of
-the target is the momentum encoder's softmax over all keys; the rest is on the true pairs. (The
-default run uses all of this from 85 % of its steps on, ITM from 25 % on; config.py says why.)
+the target follows the momentum encoder's softmax over all keys, and the rest is placed on the true
+pairs. (The default run trains the tiny model in other ways for most of its steps: ITM in every 8th
+step from 25 % on, momentum encoder and soft targets from 85 %, the queue from 88 %; config.py says why.)
 
 `forward` computes the losses and changes no state. The training loop changes state, with one call
 each: `update_momentum`, `enqueue`, `clamp_temperature`. (The official forward does all of this.)
@@ -118,8 +119,8 @@ class FLIP(nn.Module):
         self.matching_head = nn.Linear(config.bert.width, 2)
         self.temperature = nn.Parameter(torch.tensor(0.07))
         self.momentum_encoder = copy.deepcopy(self.student).requires_grad_(False)
-        # as in the official code, random unit vectors of identity -100: never positives, although the
-        # soft targets do give them some weight
+        # as in the official code, the queue starts with random unit vectors of identity -100. They are
+        # never positives, but soft targets give them some weight
         for name in ("image_queue", "text_queue"):
             features = torch.randn(config.queue_size, config.embed_dim)
             self.register_buffer(name, F.normalize(features, dim=-1))
@@ -134,7 +135,7 @@ class FLIP(nn.Module):
         the first captions_per_image[0] captions with image 0, and so on (on the CPU; None: one each)."""
         captions = captions.with_first_token(self.student.text.enc_id)
         first = self.student.text(captions, image_tokens, captions_per_image, first_token_only=True)  # (P, D)
-        with torch.autocast(first.device.type, enabled=False):      # float32, to rank by later
+        with torch.autocast(first.device.type, enabled=False):      # in float32, for ranking
             return F.linear(first.float(), self.matching_head.weight.float(), self.matching_head.bias.float())
 
     def score_pairs(self, image_tokens, captions: Captions, pairs: torch.Tensor | None = None):
@@ -297,7 +298,7 @@ class FLIP(nn.Module):
 
     @torch.no_grad()
     def encode_image(self, images, batch_size: int = 128):
-        """A tensor (I, 3, S, S) from `preprocess`, a list of paths or PIL images, or one of these -> features
+        """A tensor (I, 3, S, S) from `preprocess`, or a path or PIL image, or a list of them -> features
         (I, E), float32, of unit norm."""
         batches = pixel_batches(images, self.config.vit.image_size, batch_size)
         return torch.cat([self.student.image_features(x.to(self.device, self.dtype)) for x in batches])
@@ -323,7 +324,7 @@ class FLIP(nn.Module):
         return self.match(images, texts)[0].softmax(-1)[..., 1]
 
     def score(self, images, texts):
-        """What re-ranking ranks by (I, T)."""
+        """The scores (I, T) that re-ranking sorts by."""
         return self.rerank_score(*self.match(images, texts)).detach()
 
     # ---- checkpoints ----

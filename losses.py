@@ -8,13 +8,14 @@
          negatives: wrong pairs, sampled with a probability that grows with their cosine
 
 ITC compares features of the *student*, the model that is trained, with *keys*: features of the other
-modality computed by the *momentum encoder*, a moving average of the student (while the momentum is 0,
-by the student itself, without gradient). The keys are those of the batch and those of earlier
+modality computed by the *momentum encoder*, a moving average of the student. While the momentum is 0,
+the student's own detached features are used instead. The keys are those of the batch and those of earlier
 batches, kept in a *queue*. flip.py explains why. ITM uses the student.
 
 Departures from the official code: pairs with the same identity count as positives, in batch and queue
 (the official code has a branch for this but never reaches it); positives are masked out *before* the
-softmax that gives the negatives' probabilities, so rounding cannot leave a row without mass.
+softmax that gives the negatives' probabilities, so rounding can never leave a row with zero probability
+everywhere.
 
 Shapes: see vit.py. Run `python losses.py` for a numerical example.
 """
@@ -115,8 +116,8 @@ class ContrastiveLoss(torch.autograd.Function):
 def contrastive_loss(feature, momentum_feature, keys, identity, key_identity, temperature, alpha):
     """`contrastive_loss_reference` in chunks of keys; gradients flow into feature and temperature only.
 
-    Computed in float32 (or float64), even under autocast: at temperature 0.01 half-precision cosines are too
-    coarse."""
+    Computed in float32 (or float64), even under autocast: half-precision cosines are too coarse to be divided
+    by a temperature of 0.01."""
     dtype = torch.promote_types(feature.dtype, torch.float32)
     return ContrastiveLoss.apply(feature.to(dtype), momentum_feature.to(dtype), keys, identity, key_identity,
                                  temperature.to(dtype), alpha)
@@ -136,9 +137,9 @@ def hard_negative_probabilities(similarity, identity, temperature, hardness=1.0)
 def matching_loss(logits, is_match, denominator: int):
     """ITM: two-way cross-entropy of logits (P, 2), class 1 = match; is_match (P,) of 0 and 1.
 
-    With one process P equals `denominator`, and this is the mean. With several, each scores the pairs of
-    its own images, so P differs: each divides its sum by the average P, `denominator`, so that the
-    average over processes that DistributedDataParallel takes is the mean over all pairs."""
+    With one process, `denominator` is P and the result is the mean. With several, P varies, because each
+    process scores the pairs of its own images; each divides its sum by the average P. So the average over
+    processes that DistributedDataParallel takes is the mean over all pairs."""
     return F.cross_entropy(logits, is_match, reduction="sum") / denominator
 
 

@@ -11,11 +11,12 @@ final LayerNorm: Hugging Face's CLIP applies it only to the pooled class token; 
 this code, apply it to all tokens, because cross-attention reads them. (A misspelt key makes the
 official code drop CLIP's weights for this layer; here they load.)
 
-Capital letters are sizes, the same in every file, except that B in attention.py counts any sequences:
+Capital letters denote sizes and mean the same in every file, except that in attention.py B counts
+sequences of any kind:
     B items of a batch on one process    S pixels on a side         L tokens of an image (1 + patches)
     D width of a token (per encoder)     H heads of d = D / H       N tokens of many packed sequences
     E feature dimension                  Q entries of the queue     K keys of the contrastive loss
-    P captions, in ITM one for each pair of image and caption       I images, T texts of a call or split
+    P captions (in ITM, one per image-caption pair)                 I, T images and texts in one call or split
 A file that adds a letter says so.
 
 The tokens of a batch of images are packed (attention.py): one tensor (B L, D), and a
@@ -49,7 +50,7 @@ class ViTConfig:
 
 
 def quick_gelu(x):
-    """x * sigmoid(1.702 x), by torch's fused silu(y) = y * sigmoid(y)."""
+    """x * sigmoid(1.702 x), using torch's fused silu(y) = y * sigmoid(y)."""
     return F.silu(1.702 * x) / 1.702
 
 
@@ -64,7 +65,7 @@ class ViTBlock(nn.Module):
 
     def forward(self, x, sequences, first_token_only=False):
         """x (B L, D) packed -> (B L, D); with first_token_only -> (B, D): computes only the class tokens;
-        they still attend to the whole image. For the last block, when no other token is needed."""
+        they still attend to the whole image. Used for the last block when no other token is needed."""
         y = self.norm_attention(x)
         query, query_sequences = y, sequences
         if first_token_only:

@@ -7,7 +7,7 @@ import torch
 try:
     import triton
     import triton.language as tl
-except ImportError:         # Triton is for Linux only; elsewhere the kernels are defined but never run
+except ImportError:         # Triton exists only for Linux; elsewhere the kernels are defined but never run
     triton = SimpleNamespace(jit=lambda kernel=None, **_: kernel or (lambda kernel: kernel))
     tl = SimpleNamespace(constexpr=lambda value: value)
 

@@ -9,7 +9,8 @@ weights w, where * multiplies element by element:
 The kernels never store s or w (FlashAttention, arXiv 2205.14135 and 2307.08691). They stream over blocks of
 keys, and each query keeps the largest score so far (row_max), the sum of weights (row_sum) and the weighted
 sum of values (acc). For the backward pass only the inputs, o and lse, the log-sum-exp of each row of s, are
-saved; w is recomputed block by block. With do, the gradient of the loss with respect to o:
+saved; w is recomputed block by block. (In the code, s and lse are in units of log 2, because GPUs have exp2
+but not exp.) With do, the gradient of the loss with respect to o:
 
     dv = (w * r)^T do        dw = r * (do v^T)
     ds = w * (dw - delta)    delta_i = do_i o_i, which equals sum_j w_ij dw_ij
@@ -29,7 +30,7 @@ import torch
 
 from kernels import tl, triton, triton_supports
 
-LOG2_E = tl.constexpr(1.4426950408889634)       # GPUs have exp2, not exp: s and lse include this factor
+LOG2_E = tl.constexpr(1.4426950408889634)       # s and lse include this factor
 TAIL_BLOCK = tl.constexpr(16)                   # the smallest block that tl.dot accepts
 
 

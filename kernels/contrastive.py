@@ -19,7 +19,7 @@ def sums_kernel(queries, keys, identity, key_identity, temperature, max_logits, 
     rows, split = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS), tl.program_id(1)
     columns = tl.arange(0, BLOCK_E)
     is_row, is_column = rows < 3 * B, columns < E
-    compares_all = rows < 2 * B                         # the last B rows include positives only
+    compares_all = rows < 2 * B                         # the last B rows average over positives only
     row_identity = tl.load(identity + rows % B)
     scale = 1.0 / tl.load(temperature)
 
