@@ -24,7 +24,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.attention import TritonAttention, uses_triton
+from kernels.attention import TritonAttention, supports_attention
 
 
 # ---- packed sequences ----------------------------------------------------------------------------
@@ -41,7 +41,8 @@ class Sequences:
     def from_lengths(lengths: Tensor | list[int], device="cpu") -> "Sequences":
         lengths = torch.as_tensor(lengths, dtype=torch.int64)
         offsets = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
-        max_length, tokens = int(lengths.max()), int(lengths.sum())
+        max_length = int(lengths.max())
+        tokens = int(lengths.sum())
         return Sequences(lengths, offsets.to(device, non_blocking=True), max_length, tokens)
 
     @staticmethod
@@ -90,7 +91,8 @@ class Sequences:
 
 def pad(tokens, sequences):
     """Packed (N, H, d) -> padded with zeros (B, H, L_max, d)."""
-    B, L_max = len(sequences), sequences.max_length
+    B = len(sequences)
+    L_max = sequences.max_length
     if sequences.is_uniform:
         return tokens.unflatten(0, (B, L_max)).transpose(1, 2)
     padded = tokens.new_zeros(B, L_max, *tokens.shape[1:])
@@ -128,7 +130,8 @@ def padded_attention(query, key, value, query_sequences, key_sequences, dropout=
             logits = logits.masked_fill_(padding, torch.finfo(logits.dtype).min)
         weights = logits.softmax(-1)
         if dropout > 0:
-            weights, value = weights * dropout_mask(weights, dropout), value / (1 - dropout)
+            weights = weights * dropout_mask(weights, dropout)
+            value = value / (1 - dropout)
         return unpad(weights @ value, query_sequences)                              # (N, H, d)
 
 
@@ -144,7 +147,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, query_sequences: Sequen
     device = query.device.type
     if torch.is_autocast_enabled(device):
         query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
-    if uses_triton(query):
+    if supports_attention(query):
         key_offsets = key_sequences.offsets[:]      # a view: torch.compile accepts no tensor twice
         return TritonAttention.apply(query, key, value, query_sequences.offsets, key_offsets,
                                      query_sequences.max_length, key_sequences.max_length, dropout)
@@ -157,7 +160,8 @@ class Attention(nn.Module):
 
     def __init__(self, width: int, heads: int, key_width: int | None = None, dropout: float = 0.0):
         super().__init__()
-        self.heads, self.dropout = heads, dropout
+        self.heads = heads
+        self.dropout = dropout
         self.query = nn.Linear(width, width)
         self.key = nn.Linear(key_width or width, width)
         self.value = nn.Linear(key_width or width, width)

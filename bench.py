@@ -48,7 +48,9 @@ def print_table(title, inputs, forwards: dict):
 
 def sdpa_padded(query, key, value, query_sequences, key_sequences):
     """PyTorch's scaled_dot_product_attention, which requires sequences of equal length."""
-    query, key, value = pad(query, query_sequences), pad(key, key_sequences), pad(value, key_sequences)
+    query = pad(query, query_sequences)
+    key = pad(key, key_sequences)
+    value = pad(value, key_sequences)
     mask = None if key_sequences.is_uniform else key_sequences.token_mask[:, None, None]
     return unpad(F.scaled_dot_product_attention(query, key, value, mask), query_sequences)
 
@@ -56,7 +58,8 @@ def sdpa_padded(query, key, value, query_sequences, key_sequences):
 def bench_attention(images=80 if DEVICE == "cuda" else 8):
     """The three uses of attention, at base size."""
     lengths = torch.randint(12, 66, (images,), generator=torch.Generator().manual_seed(0))
-    image, caption = Sequences.uniform(images, 197, DEVICE), Sequences.from_lengths(lengths, DEVICE)
+    image = Sequences.uniform(images, 197, DEVICE)
+    caption = Sequences.from_lengths(lengths, DEVICE)
     grouped = Sequences.from_lengths(lengths.repeat(3), DEVICE).merge_groups(torch.full((images,), 3))
     dtype, tolerance = (torch.bfloat16, 2e-2) if DEVICE == "cuda" else (torch.float32, 1e-4)
     for title, sequences in ((f"{images} images of 197 tokens", (image, image)),
@@ -91,7 +94,8 @@ def bench_step(config=FLIPConfig(), B=8, matrix=8192 if DEVICE == "cuda" else 20
     """A training step with both losses and AdamW. Its operations are those of PyTorch's matrix products (not
     those in Triton's kernels); the peak is that of one large product."""
     torch.manual_seed(0)
-    model, lengths = FLIP(config).to(DEVICE), torch.normal(35.0, 12.0, (B,)).clamp(10, MAX_TOKENS).long()
+    model = FLIP(config).to(DEVICE)
+    lengths = torch.normal(35.0, 12.0, (B,)).clamp(10, MAX_TOKENS).long()
     ids = torch.randint(config.bert.vocab_size - 2, (int(lengths.sum()),))
     images = torch.randn(B, 3, config.vit.image_size, config.vit.image_size, device=DEVICE)
     batch = images, Captions(ids, Sequences.from_lengths(lengths)).to(DEVICE), torch.arange(B, device=DEVICE)
@@ -106,12 +110,15 @@ def bench_step(config=FLIPConfig(), B=8, matrix=8192 if DEVICE == "cuda" else 20
         optimizer.step()
         optimizer.zero_grad()
 
-    rows, tokens = [], B * (config.vit.num_patches + 1) + len(ids)
+    rows = []
+    tokens = B * (config.vit.num_patches + 1) + len(ids)
     for dtype in (torch.float32, torch.bfloat16):
         with FlopCounterMode(display=False) as counter:
             step(dtype)
-        square, time = torch.randn(matrix, matrix, device=DEVICE, dtype=dtype), seconds(partial(step, dtype))
-        speed, peak = counter.get_total_flops() / time, 2 * matrix ** 3 / seconds(lambda: square @ square)
+        square = torch.randn(matrix, matrix, device=DEVICE, dtype=dtype)
+        time = seconds(partial(step, dtype))
+        speed = counter.get_total_flops() / time
+        peak = 2 * matrix ** 3 / seconds(lambda: square @ square)
         rows.append([dtype, tokens, f"{time:.2f}", f"{speed / 1e9:.0f}", f"{100 * speed / peak:.0f}"])
     print(f"## A training step: {B} images, {B} captions\n")
     print(markdown_table(["", "tokens", "seconds", "GFLOP/s", "% of peak"], rows))

@@ -60,7 +60,8 @@ class BertLayer(nn.Module):
         """tokens (N, D) packed -> (N, D); with first_token_only -> (P, D): computes only first tokens; they
         still attend to their whole caption. image_context: (packed image tokens, their Sequences,
         captions_per_image)."""
-        x, x_sequences = tokens, sequences
+        x = tokens
+        x_sequences = sequences
         if first_token_only:
             x = tokens.index_select(0, sequences.first_token_index)                         # (P, D)
             x_sequences = Sequences.uniform(len(x), 1, x.device)

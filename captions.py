@@ -70,7 +70,8 @@ FACTS = ATTRIBUTES + ("not Male", "not Young", "not No_Beard")
 PROBABILITIES = np.array([GRAMMAR[fact][0] for fact in FACTS])  # (43,), of being stated
 PHRASES = [[phrase.split(" ", 1) for phrase in GRAMMAR[fact][1].split(" | ")]  # [kind, words]
            for fact in FACTS]
-MAN_FACT, WOMAN_FACT = FACTS.index("Male"), FACTS.index("not Male")
+MAN_FACT = FACTS.index("Male")
+WOMAN_FACT = FACTS.index("not Male")
 NEGATABLE = [ATTRIBUTES.index(fact.removeprefix("not ")) for fact in FACTS[len(ATTRIBUTES):]]
 MIN_FACTS = 3               # minimum number of facts per caption, if the face has that many
 SHORTEST, LONGEST = 10, 75  # words per caption; the tokenizer truncates the longest captions

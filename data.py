@@ -109,7 +109,8 @@ def load_toy_faces(count: int, size: int, seed: int, folder: str, steps: int = 0
 def readable(faces: Faces, size: int) -> Faces:
     """The faces whose images can be read at this size. The others are printed by name; if they exceed 1 %,
     raises ValueError."""
-    valid, errors = [], []
+    valid = []
+    errors = []
     for i in tqdm(range(len(faces)), "checking images", leave=False):
         try:
             faces.picture(i, size)
@@ -174,9 +175,15 @@ class FaceDataset(torch.utils.data.Dataset):
 
     def __init__(self, faces: Faces, tokenizer, image_size: int, batch_size: int, seed: int = 0,
                  augmented: bool = True, rank: int = 0, world_size: int = 1, workers: int = 0):
-        self.faces, self.tokenizer, self.image_size, self.seed = faces, tokenizer, image_size, seed
-        self.augmented, self.workers = augmented, workers
-        self.batch_size, self.rank, self.global_size = batch_size, rank, batch_size * world_size
+        self.faces = faces
+        self.tokenizer = tokenizer
+        self.image_size = image_size
+        self.seed = seed
+        self.augmented = augmented
+        self.workers = workers
+        self.batch_size = batch_size
+        self.rank = rank
+        self.global_size = batch_size * world_size
         self.batches_per_epoch = len(faces) // self.global_size     # the last, incomplete batch is dropped
         if self.batches_per_epoch == 0:
             raise ValueError(f"{faces.name}: {len(faces)} faces are fewer than a batch of {self.global_size} "
@@ -187,7 +194,8 @@ class FaceDataset(torch.utils.data.Dataset):
         Raises ValueError after 100 of them."""
         epoch, index = key
         rng = random_stream("caption and augmentation", self.seed, epoch, index)
-        image, damaged = None, []
+        image = None
+        damaged = []
         while image is None:
             try:
                 image = self.faces.picture(index, self.image_size)
@@ -211,7 +219,8 @@ class FaceDataset(torch.utils.data.Dataset):
         """Yield batches without end, starting with batch `number`, counted from 0 over all epochs. Damaged
         images are named once; raises ValueError if they are over 1 % of the images read (but of at least
         1,000, or of all faces if these are fewer)."""
-        damaged, num_read = set(), 0
+        damaged = set()
+        num_read = 0
         loader = torch.utils.data.DataLoader(
             self, batch_sampler=self.batch_indices(number), collate_fn=self.collate,
             num_workers=self.workers, pin_memory=torch.cuda.is_available(),

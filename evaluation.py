@@ -37,12 +37,16 @@ def retrieval_metrics(image_to_text, text_to_image, image_of_text):
     caption, its only match (not other images of the same person). For an image with several captions
     the best-ranked one counts."""
     images = torch.arange(len(image_to_text), device=image_of_text.device)
+    ranks = {"txt": match_ranks(image_to_text, images, image_of_text),
+             "img": match_ranks(text_to_image, image_of_text, images)}
     metrics = {}
-    for way, ranks in (("txt", match_ranks(image_to_text, images, image_of_text)),
-                       ("img", match_ranks(text_to_image, image_of_text, images))):
-        recalls = {f"{way}_r{k}": 100 * (ranks < k).cpu().double().mean().item() for k in (1, 5, 10)}
-        metrics |= recalls | {f"{way}_r_mean": sum(recalls.values()) / 3}
-    return metrics | {"r_mean": (metrics["txt_r_mean"] + metrics["img_r_mean"]) / 2}
+    for way in ("txt", "img"):
+        for k in (1, 5, 10):
+            is_hit = ranks[way] < k
+            metrics[f"{way}_r{k}"] = 100 * is_hit.cpu().double().mean().item()
+        metrics[f"{way}_r_mean"] = sum(metrics[f"{way}_r{k}"] for k in (1, 5, 10)) / 3
+    metrics["r_mean"] = (metrics["txt_r_mean"] + metrics["img_r_mean"]) / 2
+    return metrics
 
 
 # ---- evaluating a model --------------------------------------------------------------------------
@@ -70,7 +74,8 @@ class EvaluationSet(NamedTuple):
                               for i, attributes in enumerate(faces.attributes)))
         if training is None or training.captions is not None:
             return EvaluationSet(faces, list(texts), images)
-        stated, ideal_itc = np.stack(stated), None
+        stated = np.stack(stated)
+        ideal_itc = None
         if batch_size <= len(faces):
             population = training.attributes[:20_000]
             ideal_itc = ideal_contrastive_loss(stated, faces.attributes, population, batch_size)
@@ -83,8 +88,11 @@ def evaluate(model: FLIP, validation: EvaluationSet, config):
     """Every rank encodes the whole validation set; the pairs to re-rank are divided among them. Returns
     `retrieval_metrics` after re-ranking and by cosine alone ("itc_..."), and the re-ranked text-to-image
     scores (T, I). config: precision and k_test. The caller puts the model into evaluation mode."""
-    device, vit, faces = model.device, model.config.vit, validation.faces
-    image_features, show = [], rank_and_world_size()[0] == 0
+    device = model.device
+    vit = model.config.vit
+    faces = validation.faces
+    image_features = []
+    show = rank_and_world_size()[0] == 0
     captions = model.tokenizer(validation.texts).to(device)
     image_of_text = validation.image_of_text.to(device)
     # cross-attention casts the tokens to bf16 under autocast: stored in it, they take half of the memory
@@ -109,7 +117,8 @@ def evaluate(model: FLIP, validation: EvaluationSet, config):
 def chance_recalls(image_of_text):
     """Expected recalls in percent of a random ranking, which misses all n captions of an image in its top k
     with probability C(T - n, k) / C(T, k)."""
-    T, counts = len(image_of_text), image_of_text.bincount().tolist()
+    T = len(image_of_text)
+    counts = image_of_text.bincount().tolist()
     recalls = {f"img_r{k}": 100 * min(1, k / len(counts)) for k in (1, 5, 10)}
     for k in (1, 5, 10):
         missed = [math.comb(T - n, min(k, T)) / math.comb(T, min(k, T)) for n in counts]
@@ -120,13 +129,20 @@ def chance_recalls(image_of_text):
 def recall_table(metrics: dict, validation: EvaluationSet, initial: dict | None = None) -> str:
     """The final Markdown table: recalls in percent in both directions, beside chance, the references and,
     if given, the metrics of the model of --init."""
-    rows = {"chance": [*chance_recalls(validation.image_of_text).values()]} | validation.references
-    for name, values, prefix in (("model of --init, re-ranked", initial, ""),
-                                 ("this model, ITC alone", metrics, "itc_"),
-                                 ("this model, re-ranked", metrics, "")):
-        if values:
-            rows[name] = [values[f"{prefix}{way}_r{k}"] for way in ("img", "txt") for k in (1, 5, 10)]
+    def recalls(values, prefix=""):
+        names = ("img_r1", "img_r5", "img_r10", "txt_r1", "txt_r5", "txt_r10")
+        return [values[prefix + name] for name in names]
+
+    rows = {"chance": recalls(chance_recalls(validation.image_of_text))}
+    rows |= validation.references
+    if initial:
+        rows["model of --init, re-ranked"] = recalls(initial)
+    rows["this model, ITC alone"] = recalls(metrics, "itc_")
+    rows["this model, re-ranked"] = recalls(metrics)
+
     header = ["recall in %", "text to image R@1", "R@5", "R@10", "image to text R@1", "R@5", "R@10"]
-    table = markdown_table(header, [[name, *(f"{value:.1f}" for value in row)] for name, row in rows.items()])
-    ideal = validation.ideal_itc
-    return table + (f"\nideal ITC loss, without queue and soft targets: {ideal:.2f}" if ideal else "")
+    cells = [[name, *(f"{value:.1f}" for value in row)] for name, row in rows.items()]
+    table = markdown_table(header, cells)
+    if validation.ideal_itc:
+        table += f"\nideal ITC loss, without queue and soft targets: {validation.ideal_itc:.2f}"
+    return table

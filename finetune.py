@@ -92,7 +92,9 @@ class Task:
     note = ""               # printed below the table
 
     def __init__(self, model: FLIP, splits: dict[str, Faces], config: TaskConfig):
-        self.model, self.splits, self.config = model, splits, config
+        self.model = model
+        self.splits = splits
+        self.config = config
         self.trained = model
 
     def trained_weights(self):
@@ -106,7 +108,8 @@ class Task:
 def train_heads(task: Task, samples: np.ndarray, steps: int, log: Log):
     """Train on the faces `samples` of the training split, then restore the weights with the best validation
     metric (possibly the initial ones)."""
-    model, config = task.model, task.config
+    model = task.model
+    config = task.config
     [optimizer] = build_optimizers(task.trained, weight_decay=0.05)     # AdamW; skips what is frozen
     evaluated = {round(steps * n / 5) for n in range(1, 6)}             # after how many steps
     best = task.metrics("val")[0][task.selected_by]
@@ -197,7 +200,8 @@ class Attributes(Task):
 
     def __init__(self, model, splits, config):
         super().__init__(model, splits, config)
-        self.vectors, self.labels = {}, {}
+        self.vectors = {}
+        self.labels = {}
         for split, faces in splits.items():
             self.vectors[split] = encode(self.pool, faces.picture, len(faces), model, config)   # (I, V, D)
             self.labels[split] = torch.tensor(np.array(faces.attributes))                       # (I, 40)
@@ -285,12 +289,15 @@ class Sketch(Task):
 
     def __init__(self, model, splits, config):
         super().__init__(model, splits, config)
-        self.photos, self.sketches, self.captions = {}, {}, None
+        self.photos = {}
+        self.sketches = {}
+        self.captions = None
         for split, faces in splits.items():
             self.encode_split(split, faces)
         if splits["train"].has_text:
             self.captions = self.encode_captions(splits["train"])
-        photos, steps = len(splits["test"]), splits["test"].sketch_steps
+        photos = len(splits["test"])
+        steps = splits["test"].sketch_steps
         every_rank = torch.arange(1, photos + 1)[:, None].expand(-1, steps)
         self.baseline = "chance", early_retrieval(every_rank, photos)
 
@@ -310,7 +317,8 @@ class Sketch(Task):
     @torch.no_grad()
     def encode_captions(self, faces):
         """[CLS] tokens of a caption of each face (I, D)."""
-        model, config = self.model, self.config
+        model = self.model
+        config = self.config
         texts = [faces.caption(i, random_stream("caption", config.seed, i)) for i in range(len(faces))]
         captions = model.require_tokenizer()(texts).to(model.device)
         with autocast(config.precision, model.device):
@@ -320,7 +328,8 @@ class Sketch(Task):
         return shuffled_batches(samples, self.config)
 
     def loss(self, batch, step):
-        student, train = self.model.student, self.splits["train"]
+        student = self.model.student
+        train = self.splits["train"]
         at_step = torch.randint(train.sketch_steps, batch.shape)
         photo = project(self.photos["train"][batch], student.image_projection)                  # (B, E)
         drawn = project(self.sketches["train"][batch, at_step], student.image_projection)
@@ -342,7 +351,8 @@ class Sketch(Task):
 
     def draw(self, similarity, path, stages=6, top=5):
         """One sketch, of median difficulty, and its highest-ranked photos at several stages."""
-        faces, ranks = self.splits["test"], sketch_ranks(similarity)
+        faces = self.splits["test"]
+        ranks = sketch_ranks(similarity)
         difficulty = (1 / ranks.double()).mean(1)
         n = int(difficulty.argsort()[len(ranks) // 2])
         steps = faces.sketch_steps
@@ -375,7 +385,8 @@ def early_retrieval(ranks, photos):
     (mean reciprocal rank) over all steps; w@A and w@B weight step t of n by exp(-t / n), without
     normalisation, so that their maximum is about 63; A, the percentile of the finished sketch."""
     steps = ranks.shape[1]
-    percentile, inverse = 100 * (photos - ranks.double()) / (photos - 1), 100 / ranks.double()
+    percentile = 100 * (photos - ranks.double()) / (photos - 1)
+    inverse = 100 / ranks.double()
     weight = torch.exp(-torch.arange(1, steps + 1, dtype=torch.float64) / steps)
     return {"m@A": percentile.mean().item(), "m@B": inverse.mean().item(),
             "w@A": (weight * percentile).mean().item(), "w@B": (weight * inverse).mean().item(),
@@ -453,7 +464,8 @@ def finetune(config: TaskConfig) -> list[tuple[str, dict]]:
 def tune(task: Task, name: str, log: Log) -> list[tuple[str, dict]]:
     """Train on each fraction of the training split, always from the same weights; returns the table's rows.
     The details of the last one are left in `task.details`."""
-    config, rows = task.config, []
+    config = task.config
+    rows = []
     if task.trained is task.model:
         metrics, _ = task.metrics("test")           # for the table only
         rows.append((f"{name}, before tuning", metrics))

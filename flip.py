@@ -111,7 +111,8 @@ def project(first_tokens, projection: nn.Linear):
 class FLIP(nn.Module):
     def __init__(self, config: FLIPConfig, tokenizer: Tokenizer | None = None):
         super().__init__()
-        self.config, self.tokenizer = config, tokenizer
+        self.config = config
+        self.tokenizer = tokenizer
         if tokenizer and tokenizer.vocab_size != config.bert.vocab_size:
             raise ValueError(f"the vocabulary has {tokenizer.vocab_size} entries with [DEC] and [ENC], but "
                              f"the model has {config.bert.vocab_size}; use the one it was trained with")
@@ -151,7 +152,8 @@ class FLIP(nn.Module):
         chunks = [chunk.T for chunk in pairs.split(chunk_size) if len(chunk)]
         hide_bar = len(chunks) < 10 or rank_and_world_size()[0] > 0
         for image_index, text_index in tqdm(chunks, "re-ranking", disable=hide_bar or None, leave=False):
-            start, stop = int(image_index[0]), int(image_index[-1]) + 1
+            start = int(image_index[0])
+            stop = int(image_index[-1]) + 1
             tokens = image_tokens[start:stop].to(device, self.dtype)
             counts = (image_index - start).bincount()           # captions per image
             logits.append(self.itm_logits(tokens, captions.select(text_index), counts))
@@ -180,7 +182,8 @@ class FLIP(nn.Module):
         text_features = self.student.text_features(captions)
 
         # ITC: keys are the momentum features of all processes, and those in the queue
-        momentum_image, momentum_text = image_features.detach(), text_features.detach()
+        momentum_image = image_features.detach()
+        momentum_text = text_features.detach()
         if params.momentum > 0:         # else the student's features are the keys
             with torch.no_grad():
                 momentum_image = self.momentum_encoder.image_features(images)
@@ -241,7 +244,8 @@ class FLIP(nn.Module):
 
             image  0 1 2 3 | 1 2 0 0 | 0 1 2 3      rank 0 scores the seven columns with image
             text   0 1 2 3 | 0 1 2 3 | 3 0 1 2      0 or 1, rank 1 the five with image 2 or 3"""
-        (rank, world_size), B = rank_and_world_size(), len(captions)
+        rank, world_size = rank_and_world_size()
+        B = len(captions)
         if world_size > 1:
             everyone = all_gather_objects((captions.ids.cpu(), captions.sequences.lengths))
             captions = Captions.concatenate(everyone).to(image_tokens.device)       # (A,)
@@ -259,16 +263,20 @@ class FLIP(nn.Module):
     @torch.no_grad()
     def update_momentum(self, momentum: float):
         """momentum encoder = momentum * itself + (1 - momentum) * student; 0 makes it a copy."""
-        averages, weights = list(self.momentum_encoder.parameters()), list(self.student.parameters())
+        averages = list(self.momentum_encoder.parameters())
+        weights = list(self.student.parameters())
         torch._foreach_lerp_(averages, weights, 1 - momentum)
 
     @torch.no_grad()
     def enqueue(self, image_keys, text_keys, identity):
         """Overwrite the oldest queue entries with momentum features (A, E); the ring buffer wraps."""
         Q = self.config.queue_size
-        image_keys, text_keys, identity = image_keys[-Q:], text_keys[-Q:], identity[-Q:]
+        image_keys = image_keys[-Q:]
+        text_keys = text_keys[-Q:]
+        identity = identity[-Q:]
         slots = (self.queue_pointer + torch.arange(len(identity), device=identity.device)) % Q
-        self.image_queue[slots], self.text_queue[slots] = image_keys, text_keys
+        self.image_queue[slots] = image_keys
+        self.text_queue[slots] = text_keys
         self.queue_identity[slots] = identity
         self.queue_pointer.copy_((self.queue_pointer + len(identity)) % Q)
 
@@ -309,9 +317,11 @@ class FLIP(nn.Module):
         return self.student.text_features(self.tokenize(texts))
 
     @torch.no_grad()
-    def match(self, images, texts):
+    def match_logits(self, images, texts):
         """ITM logits (I, T, 2) and cosines (I, T). Every pair costs a pass of the text encoder."""
-        captions, logits, cosines = self.tokenize(texts), [], []
+        captions = self.tokenize(texts)
+        logits = []
+        cosines = []
         text_features = self.student.text_features(captions)
         for pixels in pixel_batches(images, self.config.vit.image_size):
             tokens, features = self.student.image_tokens_and_features(pixels.to(self.device, self.dtype))
@@ -321,11 +331,11 @@ class FLIP(nn.Module):
 
     def match_probability(self, images, texts):
         """P(match) of each pair (I, T), for a head trained on similar negatives; to rank, use `score`."""
-        return self.match(images, texts)[0].softmax(-1)[..., 1]
+        return self.match_logits(images, texts)[0].softmax(-1)[..., 1]
 
     def score(self, images, texts):
         """The scores (I, T) that re-ranking sorts by."""
-        return self.rerank_score(*self.match(images, texts)).detach()
+        return self.rerank_score(*self.match_logits(images, texts)).detach()
 
     # ---- checkpoints ----
     def checkpoint(self):
@@ -402,16 +412,18 @@ def main():
     torch.manual_seed(0)
     texts = ["a smiling woman with blond hair", "a bald man", "she has blond hair", "an old man with a hat"]
     identity = torch.tensor([7, 8, 7, 9])               # images 0 and 2 show the same person
-    tokenizer, images = Tokenizer.train(texts), torch.randn(4, 3, 32, 32)
+    tokenizer = Tokenizer.train(texts)
+    images = torch.randn(4, 3, 32, 32)
     bert = BertConfig(tokenizer.vocab_size, width=64, depth=2, heads=4, dropout=0.0)
     config = FLIPConfig(ViTConfig(32, 8, width=64, depth=2, heads=4), bert, embed_dim=16, queue_size=6)
-    model, captions = FLIP(config, tokenizer), tokenizer(texts)
-    student, momentum = model.student, model.momentum_encoder
+    model = FLIP(config, tokenizer)
+    student = model.student
     model.enqueue(*F.normalize(torch.randn(2, 2, 16), dim=-1), torch.tensor([5, 7]))        # an earlier batch
 
+    captions = tokenizer(texts)
     pieces = " ".join(map(tokenizer.wordpiece.id_to_token, captions.ids[:9].tolist()))
     show("tokenizer.Tokenizer", f"captions of {captions.sequences.lengths.tolist()} tokens -> packed ids "
-                           f"{tuple(captions.ids.shape)}: {pieces} ...")
+         f"{tuple(captions.ids.shape)}: {pieces} ...")
     tokens, image = student.image_tokens_and_features(images)
     show("Encoders.image_tokens_and_features", f"images {tuple(images.shape)} -> tokens "
          f"{tuple(tokens.shape)}, features {tuple(image.shape)}, norm {image[0].norm():.2f}")
@@ -426,12 +438,12 @@ def main():
     queued = model.queue_identity.tolist()
     model.enqueue(out.image_keys, out.text_keys, out.identity)
     show("FLIP.enqueue", f"queue identities {queued} -> {model.queue_identity.tolist()}")
+    weights = student.image_projection.weight, model.momentum_encoder.image_projection.weight
     (out.itc + out.itm).backward()
     torch.optim.SGD(student.parameters(), lr=0.1).step()
-    distance = lambda: (momentum.image_projection.weight - student.image_projection.weight).norm()
-    before = distance()
+    before = torch.dist(*weights)
     model.update_momentum(0.995)
-    show("FLIP.update_momentum", f"distance to the student {before:.4f} -> {distance():.4f}")
+    show("FLIP.update_momentum", f"distance to the student {before:.4f} -> {torch.dist(*weights):.4f}")
 
 
 if __name__ == "__main__":

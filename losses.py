@@ -22,7 +22,7 @@ Shapes: see vit.py. Run `python losses.py` for a numerical example.
 import torch
 import torch.nn.functional as F
 
-from kernels.contrastive import triton_average_keys, uses_triton
+from kernels.contrastive import supports_contrastive, triton_average_keys
 
 
 # ---- image-text contrastive ----------------------------------------------------------------------
@@ -74,8 +74,10 @@ def average_keys(feature, momentum_feature, keys, identity, key_identity, temper
     """Each row's log-sum-exp of s, (B,), and its average keys under softmax(s), softmax(t) and e, (B, E)."""
     queries = torch.stack([feature, momentum_feature]) / temperature                # (2, B, E)
     max_logit = queries.new_full(queries.shape[:2], -torch.inf)                     # (2, B)
-    weight_sum, key_sum = torch.zeros_like(max_logit), torch.zeros_like(queries)    # (2, B), (2, B, E)
-    num_positives, positive_sum = torch.zeros_like(max_logit[0]), torch.zeros_like(feature)     # (B,), (B, E)
+    weight_sum = torch.zeros_like(max_logit)                                        # (2, B)
+    key_sum = torch.zeros_like(queries)                                             # (2, B, E)
+    num_positives = torch.zeros_like(max_logit[0])                                  # (B,)
+    positive_sum = torch.zeros_like(feature)                                        # (B, E)
     for k, k_identity in zip(keys.to(feature.dtype).split(chunk), key_identity.split(chunk)):
         logits = queries @ k.T                                                      # (2, B, chunk)
         new_max = torch.maximum(max_logit, logits.amax(-1))
@@ -96,7 +98,7 @@ def average_keys(feature, momentum_feature, keys, identity, key_identity, temper
 class ContrastiveLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, feature, momentum_feature, keys, identity, key_identity, temperature, alpha):
-        average = triton_average_keys if uses_triton(feature) else average_keys
+        average = triton_average_keys if supports_contrastive(feature) else average_keys
         with torch.autocast(feature.device.type, enabled=False):
             log_sum_exp, student_key, momentum_key, positive_key = average(
                 feature, momentum_feature, keys, identity, key_identity, temperature)
@@ -148,7 +150,8 @@ def main():
     """Print both losses of three images and their captions. Images 1 and 3 show the same person."""
     torch.set_printoptions(precision=3)
     identity = torch.tensor([7, 8, 7])
-    temperature, alpha = torch.tensor(0.07), 0.4
+    temperature = torch.tensor(0.07)
+    alpha = 0.4
     student = torch.tensor([[0.50, 0.30, 0.40], [0.20, 0.60, 0.25], [0.45, 0.10, 0.50]])
     momentum = torch.tensor([[0.48, 0.35, 0.38], [0.20, 0.55, 0.30], [0.40, 0.12, 0.52]])
     keys = torch.eye(3)         # one-hot: with the rows above as features, these products are the cosines

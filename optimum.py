@@ -19,7 +19,8 @@ def log_likelihood(stated: np.ndarray, attributes: np.ndarray) -> np.ndarray:
             / P(at least min(MIN_FACTS, |facts|) are stated)
     or 0 if `stated` is not a subset of `facts`. Unlike in `satisfies`, unstated facts count against a face.
     """
-    is_stated, facts = stated_facts(stated).astype(float), facts_of(attributes)
+    is_stated = stated_facts(stated).astype(float)
+    facts = facts_of(attributes)
     log_odds = np.log(PROBABILITIES) - np.log1p(-PROBABILITIES)                             # (43,)
     none_stated = facts @ np.log1p(-PROBABILITIES)                                          # (I,)
     log_p = (is_stated @ log_odds)[:, None] + none_stated - np.log(prob_min_facts(facts))   # (T, I)

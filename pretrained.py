@@ -17,7 +17,9 @@ CHECKPOINT_FILES = ("flip.pt", "model.safetensors", "FLIP-base.pth", "ckpt/FLIP-
 def resolve_file(source: str | Path, filenames: tuple[str, ...]) -> Path:
     """Find a file given by its path, by a folder that contains one of `filenames`, or by a hub name such as
     "openai/clip-vit-base-patch16" (downloaded once). Raises FileNotFoundError if there is none."""
-    path, name, expected = Path(source), str(source), " or ".join(filenames)
+    path = Path(source)
+    name = str(source)
+    expected = " or ".join(filenames)
     for candidate in (path, *(path / filename for filename in filenames)):
         if candidate.is_file():
             return candidate
@@ -125,7 +127,8 @@ def check_tensors(found: dict, expected: dict, where: str | Path):
 def resize_position_embedding(embedding: torch.Tensor, num_patches: int) -> torch.Tensor:
     """Resize the position embedding (1 + n, D) of a square grid of n patches to (1 + num_patches, D), with
     bicubic interpolation; the class token's row is unchanged."""
-    old, new = round((len(embedding) - 1) ** 0.5), round(num_patches ** 0.5)
+    old = round((len(embedding) - 1) ** 0.5)
+    new = round(num_patches ** 0.5)
     if old == new:
         return embedding
     grid = embedding[1:].T.reshape(1, -1, old, old)                                     # (1, D, old, old)
@@ -240,9 +243,11 @@ def official_state(model) -> dict[str, torch.Tensor]:
 
 def load_flip(model, saved: dict, where: str | Path):
     """Load the weights of a `read_checkpoint`, one of ours or the official one, into `model`."""
-    weights, rename = saved["model"], lambda key: key
+    weights = saved["model"]
+    rename = lambda key: key
     if "flip" not in saved:             # only ours has the model's sizes
-        weights, rename = dict(weights), official_name
+        weights = dict(weights)
+        rename = official_name
         for name in {"image_queue", "text_queue", "idx_queue"} & weights.keys():
             weights[name] = weights[name].flatten() if name == "idx_queue" else weights[name].T
     load_weights(model, weights, where, rename,

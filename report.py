@@ -28,7 +28,11 @@ from toyfaces import draw, sample_attributes
 def report_data(splits: dict, path):
     """Print statistics of {split: Faces}, with FLIP's (section 3) in brackets, and save a page with these,
     histograms and some faces. All but the numbers of faces describe a sample of the first split."""
-    faces, rng, sizes, hashes, rows = next(iter(splits.values())), random_stream("report"), [], set(), []
+    faces = next(iter(splits.values()))
+    rng = random_stream("report")
+    sizes = []
+    hashes = set()
+    rows = []
     order = rng.permutation(len(faces))
     for i in tqdm(order[:2000].tolist(), "reading images", leave=False):
         try:
@@ -86,11 +90,12 @@ def report_counterfactuals(model: FLIP, path, count=50):
     """Print, for each attribute, in what percentage of `count` pairs (chance: 50) a sentence that states it
     scores higher for the face that has it: by cosine (ITC) and by `FLIP.rerank_score` (ITC and ITM). Save the
     first pair of each attribute to `path`."""
-    percent, tiles = {}, []
+    percent = {}
+    tiles = []
     for attribute, name in enumerate(tqdm(ATTRIBUTES, "comparing", leave=False)):
         pairs = counterfactual_pairs(attribute, count, model.config.vit.image_size)
         sentence = verbalize([attribute], random.Random(derive_seed("sentence", attribute)))
-        logits, cosines = model.match([image for pair in pairs for image in pair], [sentence])
+        logits, cosines = model.match_logits([image for pair in pairs for image in pair], [sentence])
         percent[name] = [100 * (score[1::2] > score[::2]).double().mean().item()
                          for score in (cosines, model.rerank_score(logits, cosines))]
         tiles += [(pairs[0][0], name, False), (pairs[0][1], "{:.0f}, {:.0f} %".format(*percent[name]), True)]
@@ -113,7 +118,8 @@ def main():
     parser.add_argument("--cache", default="cache", help="folder for drawn faces or the index (%(default)s)")
     parser.add_argument("--columns", nargs="+", choices=COLUMNS, default=("caption", "face_caption"),
                         help="caption columns of FaceCaption-15M (caption, face_caption)")
-    args, splits = parser.parse_args(), {}
+    args = parser.parse_args()
+    splits = {}
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     for split in ("train", "val", "test") if args.data else ():
         try:

@@ -34,7 +34,8 @@ class Log:
     raises ValueError if another run does. A resumed run rewrites it from the copy in its checkpoint."""
 
     def __init__(self, path: Path, writes: bool = True):
-        self.lines, self.file = [], None
+        self.lines = []
+        self.file = None
         if writes:
             path.parent.mkdir(parents=True, exist_ok=True)
             self.file = open(path, "a")
@@ -155,6 +156,19 @@ def start_run(config: Config, device: torch.device, log: Log) -> Run:
             model, faces, validation = model_of_init(config)
         else:
             model, faces, validation = new_model(config)
+    run = build_run(config, device, log, model, faces, validation)
+    if saved:
+        resume(run, saved["training"], path)
+    else:
+        log.restart([{"config": asdict(run.config)}])       # an otherwise empty log
+        if run.is_main:
+            print_plan(run)
+    return run
+
+
+def build_run(config: Config, device: torch.device, log: Log, model: FLIP, faces: Faces,
+              validation: Faces) -> Run:
+    """The run of a model, before its first step."""
     model.to(device).train()
     dataset, config = plan_steps(config, model, faces)
     config = replace(config, precision=choose_precision(config.precision, device))
@@ -166,14 +180,7 @@ def start_run(config: Config, device: torch.device, log: Log) -> Run:
         ddp_model = DistributedDataParallel(model, broadcast_buffers=False, find_unused_parameters=skips_itm)
     global_batch_size = config.batch_size * config.processes
     evaluation_set = EvaluationSet.from_faces(validation, faces, global_batch_size)
-    run = Run(config, model, ddp_model, optimizers, dataset, evaluation_set, log)
-    if saved:
-        resume(run, saved["training"], path)
-    else:
-        log.restart([{"config": asdict(config)}])       # an otherwise empty log
-        if run.is_main:
-            print_plan(run)
-    return run
+    return Run(config, model, ddp_model, optimizers, dataset, evaluation_set, log)
 
 
 def new_model(config: Config) -> tuple[FLIP, Faces, Faces]:
@@ -200,7 +207,8 @@ def model_of_init(config: Config) -> tuple[FLIP, Faces, Faces]:
     """A model with the learned weights of --init (its queue and momentum encoder start anew); training and
     validation faces."""
     initial = FLIP.from_pretrained(config.init, vocabulary=config.vocabulary)
-    sizes, width = initial.config, MODELS[config.model][0].width
+    sizes = initial.config
+    width = MODELS[config.model][0].width
     if sizes.vit.width != width:
         raise ValueError(f"--init {config.init}: its image encoder has width {sizes.vit.width}, but "
                          f"--model {config.model} has {width}; choose the --model of that width")
@@ -297,7 +305,9 @@ def plan_steps(config: Config, model: FLIP, faces: Faces) -> tuple[FaceDataset, 
 
 def print_plan(run: Run):
     """Print the length of the run, and warnings about few faces or unknown words."""
-    config, faces, validation = run.config, run.dataset.faces, run.validation.faces
+    config = run.config
+    faces = run.dataset.faces
+    validation = run.validation.faces
     pairs = config.batch_size * config.accumulate * config.processes
     epochs = config.steps * pairs / len(faces)
     print(f"{faces.name}: {len(faces):,} faces; {validation.name}: {len(validation):,} faces\n"

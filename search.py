@@ -59,13 +59,17 @@ def encode_folder(model: FLIP, folder: str | Path, cache: str | Path) -> dict[st
     named in a warning. Raises ValueError if there are no others."""
     weights = *model.student.image.parameters(), *model.student.image_projection.parameters()
     content = b"".join(p.detach().cpu().view(torch.uint8).numpy() for p in weights)
-    encoder, root = hashlib.sha256(content).hexdigest(), os.path.join(os.path.realpath(folder), "")
-    images, features = sorted(find_images(root)), {}
+    encoder = hashlib.sha256(content).hexdigest()
+    root = os.path.join(os.path.realpath(folder), "")
+    images = sorted(find_images(root))
+    features = {}
     folders = read_features(cache)
     saved = folders.get(root, {"encoder": None})
     if saved["encoder"] == encoder:
         features = dict(zip(saved["images"].split("\0"), saved["features"].unbind()))
-    new, unreadable, grey = [image for image in images if image not in features], set(), []
+    new = [image for image in images if image not in features]
+    unreadable = set()
+    grey = []
     path_of = lambda image: image.rpartition(" ")[0]
 
     def read(i, size):
@@ -116,13 +120,15 @@ def search(model: FLIP, features: dict, query: str, without=(), top=8) -> list[S
         raise ValueError("there are no images to search")
     if negation := re.search(r"\b(without|no|not)\b", query, re.I):
         warnings.warn(f"{negation[0]!r} excludes nothing; use --without (in Python: without=[...])")
-    paths, texts = list(features), [query, *([without] if isinstance(without, str) else without)]
+    paths = list(features)
+    texts = [query, *([without] if isinstance(without, str) else without)]
     text_features = model.encode_text(texts).cpu()              # warns about unknown words
     weights = torch.tensor([1.0, *(-1 / len(texts) for _ in texts[1:])])                        # (T,)
     cosines = torch.stack([*features.values()]) @ text_features.T                               # (I, T)
     best = (cosines @ weights).topk(min(max(32, top), len(paths))).indices                      # (k,)
     with fast_autocast(model):
-        logits = model.match([paths[i] for i in best], texts)[0].cpu()                          # (k, T, 2)
+        logits, _ = model.match_logits([paths[i] for i in best], texts)                         # (k, T, 2)
+    logits = logits.cpu()
     scores = model.rerank_score(logits, cosines[best]) @ weights                                # (k,)
     columns = scores, cosines[best] @ weights, logits[:, 0].softmax(-1)[:, 1]
     results = [SearchResult(paths[i], *row) for i, row in zip(best, torch.stack(columns, 1).tolist())]
@@ -142,7 +148,9 @@ def attribute_patches(model: FLIP, images: list, phrase: str, steps=8) -> torch.
 
     Integrated gradients (arXiv 1703.01365): pixels times gradient, averaged along the path from grey, CLIP's
     mean colour, to the image. (At the image itself the gradient vanishes where the head is certain.)"""
-    captions, sizes, attributions = model.tokenize([phrase]), model.config.vit, []
+    captions = model.tokenize([phrase])
+    sizes = model.config.vit
+    attributions = []
     text_feature = model.student.text_features(captions)[0].detach()
     for pixels in pixel_batches(images, sizes.image_size, batch_size=8):
         pixels = pixels.to(model.device, model.dtype)

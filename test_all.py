@@ -265,8 +265,8 @@ def device(request, monkeypatch):
     if request.param == "pytorch":
         return "cpu"
     if DEVICE == "cpu":
-        monkeypatch.setattr("attention.uses_triton", lambda query: True)
-        monkeypatch.setattr(losses, "uses_triton", lambda feature: True)
+        monkeypatch.setattr("attention.supports_attention", lambda query: True)
+        monkeypatch.setattr(losses, "supports_contrastive", lambda feature: True)
         few = functools.partial(losses.triton_average_keys, programs=8)
         monkeypatch.setattr(losses, "triton_average_keys", few)
     return DEVICE
@@ -373,7 +373,7 @@ def test_contrastive_kernel_and_plain_forms_match_float64(monkeypatch, shape, pr
     """Keys in half precision are rounded when stored; the computation with them is exact."""
     feature, momentum, keys, *rest, tau = case = contrastive_case(*shape, temperature, dtype)
     expected = expected_contrastive(*case, alpha)
-    monkeypatch.setattr(losses, "uses_triton", lambda feature: False)
+    monkeypatch.setattr(losses, "supports_contrastive", lambda feature: False)
     for average in (functools.partial(losses.average_keys, chunk=16),
                     functools.partial(losses.triton_average_keys, programs=programs)):
         monkeypatch.setattr(losses, "average_keys", average)
@@ -2635,7 +2635,8 @@ def test_counterfactuals_are_the_same_face_and_right_if_the_score_of_the_one_wit
         assert differs[:40].any() and not differs[60:].any()
     assert all(np.mean(present) > np.mean(absent) for absent, present in pale)
     model, right = FLIP.from_pretrained(uninterrupted), torch.tensor([0.0, 1.0, 0.0, 1.0])
-    model.match = lambda *_: (torch.stack([0 * right, -1.1 * right], -1), right)        # their sum is wrong
+    logits = torch.stack([0 * right, -1.1 * right], -1)
+    model.match_logits = lambda *_: (logits, right)                         # their sum is wrong
     model.config = dataclasses.replace(model.config, itm_hardness=None)
     report.report_counterfactuals(model, f"{tmp_path}/card.png", count=2)
     lines = capsys.readouterr().out.splitlines()
@@ -2683,8 +2684,8 @@ def test_imports_run_down_only():
 
 
 def test_train_imports_without_triton():
-    code = "import sys; sys.modules['triton'] = None; import torch, train; print(train.FLIP.__name__)"
-    assert run_python("-c", code) == "FLIP\n"
+    code = "import sys; sys.modules['triton'] = None; import torch, train; print(train.train.__name__)"
+    assert run_python("-c", code) == "train\n"
 
 
 @pytest.mark.parametrize("arguments, message", [

@@ -65,12 +65,14 @@ class Tokenizer:
     returns packed `Captions`: [CLS] pieces [SEP]."""
 
     def __init__(self, wordpiece: tokenizers.Tokenizer):
-        self.wordpiece, vocabulary = wordpiece, wordpiece.get_vocab()
+        self.wordpiece = wordpiece
+        vocabulary = wordpiece.get_vocab()
         missing = [token for token in ("[UNK]", "[CLS]", "[SEP]") if token not in vocabulary]
         if missing or sorted(vocabulary.values()) != [*range(len(vocabulary))]:
             raise ValueError(f"expected a vocabulary like bert-base-uncased's, without repetitions; missing: "
                              f"{', '.join(missing) or 'some of its ids'}")
-        self.cls_id, self.sep_id = vocabulary["[CLS]"], vocabulary["[SEP]"]
+        self.cls_id = vocabulary["[CLS]"]
+        self.sep_id = vocabulary["[SEP]"]
 
     @property
     def vocab_size(self):
@@ -121,7 +123,8 @@ class Tokenizer:
     def train(captions: list[str]):
         """Build a vocabulary from captions: their 5,000 most frequent words, and all letters to spell
         the others. (Unlike the library's trainer, it is deterministic.)"""
-        empty, words = Tokenizer.from_vocabulary(SPECIAL).wordpiece, Counter()
+        empty = Tokenizer.from_vocabulary(SPECIAL).wordpiece
+        words = Counter()
         for caption in captions:
             text = empty.normalizer.normalize_str(clean_caption(caption))
             words.update(word for word, _ in empty.pre_tokenizer.pre_tokenize_str(text))

@@ -177,7 +177,8 @@ def write_faces(folder: Path, count, size, seed):
     images.mkdir(parents=True)
     held_out = max(count // 10, int(count >= 3))  # faces each of the validation and the test split
     split = np.repeat([0, 1, 2], [count - 2 * held_out, held_out, held_out])  # train, val, test
-    labels, partition = [("image_id", *ATTRIBUTES)], [("image_id", "partition")]
+    labels = [("image_id", *ATTRIBUTES)]
+    partition = [("image_id", "partition")]
     for index in tqdm(range(count), desc="faces"):
         image, attributes = face(index, seed, size)
         name = f"{index + 1:06}.png"

@@ -73,7 +73,8 @@ def compute_gradients(run: Run, micro_batches: list[Batch], step: int):
     """Compute the gradients of one step on `accumulate` micro-batches. Returns a tensor (3,), the mean
     (ITC, ITM) loss of all processes and the number of micro-batches that have an ITM, which is 0 for others,
     and the outputs of `FLIP.forward`."""
-    config, device = run.config, run.model.device
+    config = run.config
+    device = run.model.device
     rank, world_size = rank_and_world_size()
     params = schedule(step, config)
     torch.manual_seed(derive_seed("dropout", config.seed, step, rank))
@@ -100,7 +101,8 @@ def compute_gradients(run: Run, micro_batches: list[Batch], step: int):
 
 def update(run: Run, outputs, step: int):
     """Everything that a step changes: queue, weights, temperature and momentum encoder."""
-    config, model = run.config, run.model
+    config = run.config
+    model = run.model
     if config.grad_clip:
         nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
     set_learning_rate(run.optimizers, learning_rate(step, config, run.steps_per_epoch))

@@ -67,7 +67,8 @@ class ViTBlock(nn.Module):
         """x (B L, D) packed -> (B L, D); with first_token_only -> (B, D): computes only the class tokens;
         they still attend to the whole image. Used for the last block when no other token is needed."""
         y = self.norm_attention(x)
-        query, query_sequences = y, sequences
+        query = y
+        query_sequences = sequences
         if first_token_only:
             first = sequences.first_token_index
             x, query = x.index_select(0, first), y.index_select(0, first)                   # (B, D)
@@ -80,7 +81,8 @@ class ViT(nn.Module):
     def __init__(self, config: ViTConfig):
         super().__init__()
         self.config = config
-        D, patch = config.width, config.patch_size
+        D = config.width
+        patch = config.patch_size
         self.patch_embedding = nn.Conv2d(3, D, patch, stride=patch, bias=False)
         self.class_token = nn.Parameter(torch.empty(D))
         self.positions = nn.Parameter(torch.empty(config.num_patches + 1, D))
@@ -118,7 +120,8 @@ class ViT(nn.Module):
     def init_weights(self):
         """Initialise like Hugging Face's CLIP: each block contributes less the more blocks there are,
         so that the residual stream keeps its scale."""
-        D, depth = self.config.width, self.config.depth
+        D = self.config.width
+        depth = self.config.depth
         nn.init.normal_(self.class_token, std=D ** -0.5)
         nn.init.normal_(self.positions, std=0.02)
         nn.init.normal_(self.patch_embedding.weight, std=0.02)

@@ -9,13 +9,17 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 def contact_sheet(rows, tile=128, legend="") -> Image.Image:
     """An image of rows (title, [(image, label, framed)]): the title above its row, a label below each image,
     shortened to fit, green frames around the framed images, and the legend at the bottom."""
-    margin, font = 8, ImageFont.load_default(max(11, tile // 9))
-    line_height, width = font.size + 4, margin + max(len(tiles) for _, tiles in rows) * (tile + margin)
+    margin = 8
+    font = ImageFont.load_default(max(11, tile // 9))
+    line_height = font.size + 4
+    width = margin + max(len(tiles) for _, tiles in rows) * (tile + margin)
     chars = int((width - 2 * margin) / font.getlength("n"))                     # characters per line of text
-    titles, legend = [textwrap.wrap(title, chars) for title, _ in rows], textwrap.wrap(legend, chars)
+    titles = [textwrap.wrap(title, chars) for title, _ in rows]
+    legend = textwrap.wrap(legend, chars)
     heights = [len(lines) * line_height + tile + line_height + 2 * margin for lines in titles]
     sheet = Image.new("RGB", (width, sum(heights) + margin + line_height * len(legend)), "white")
-    draw, bottom = ImageDraw.Draw(sheet), 0
+    draw = ImageDraw.Draw(sheet)
+    bottom = 0
     for lines, height, (_, tiles) in zip(titles, heights, rows):
         draw.text((margin, bottom + margin), "\n".join(lines), fill="black", font=font, spacing=4)
         bottom += height
@@ -43,7 +47,8 @@ def plot_retrieval(validation, text_to_image, path: Path, queries=6, top=5):
     """Save the top-ranked faces for some captions, with scores; the caption's own face is framed."""
     rows = []
     for t in np.linspace(0, len(validation.texts) - 1, queries).astype(int):
-        own, scores = validation.image_of_text[t], text_to_image[t]
+        own = validation.image_of_text[t]
+        scores = text_to_image[t]
         rows.append((validation.texts[t], [(validation.faces.picture(i), f"score {scores[i]:.1f}", i == own)
                                            for i in scores.argsort(descending=True)[:top].tolist()]))
     contact_sheet(rows, legend="green frame: the face the caption was written for").save(path)

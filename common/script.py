@@ -36,7 +36,8 @@ def run_script(main):
     except KeyboardInterrupt:
         raise SystemExit("interrupted")
     except Exception as error:
-        notes, lines = getattr(error, "__notes__", []), str(error).strip().splitlines() or [""]
+        notes = getattr(error, "__notes__", [])
+        lines = str(error).strip().splitlines() or [""]
         message = "; ".join([lines[-1], *notes])
         if not isinstance(error, (ValueError, OSError)):
             if not any(note.startswith("in ") for note in notes):
@@ -78,12 +79,14 @@ def markdown_table(header, rows):
 
 def flag_helps(config) -> dict[str, str]:
     """{name: help} of the fields of a dataclass that have a comment beside them, which may go on below."""
-    helps, name = {}, None
+    helps = {}
+    name = None
     for line in "".join(inspect.getsource(base) for base in config.__mro__[-2::-1]).splitlines():
         field = re.match(r"    (\w+): [^#]+ = [^#]+  # (.+)", line)
         more = re.match(r"     +# (.+)", line)
         if field:
-            name, helps[field[1]] = field[1], field[2]
+            name = field[1]
+            helps[field[1]] = field[2]
         elif more and name:
             helps[name] += " " + more[1]
         else:
@@ -95,9 +98,11 @@ def parse_flags(parser: argparse.ArgumentParser, config, argv):
     """Add a flag for every field in `flag_helps` of a dataclass; return those in `argv`, {name: value}."""
     helps = flag_helps(config)
     for f in (f for f in fields(config) if f.name in helps):
-        kind, options = f.type, {}
+        kind = f.type
+        options = {}
         if typing.get_origin(kind) is tuple:
-            kind, options["nargs"] = typing.get_args(kind)[0], "+"
+            kind = typing.get_args(kind)[0]
+            options["nargs"] = "+"
         if typing.get_origin(kind) is typing.Literal:
             kind, options["choices"] = str, typing.get_args(kind)
         if kind is bool:

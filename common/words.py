@@ -14,7 +14,8 @@ def only_spells(tokenizer) -> bool:
 def known_and_unknown_words(text: str, tokenizer) -> tuple[list[str], list[str]]:
     """The words of a text that are in the vocabulary, articles aside, and those that are not: they become
     [UNK] or spelled out letter by letter, even if only their ending is ("with ##o ##u ##t")."""
-    known, unknown = [], []
+    known = []
+    unknown = []
     for word in re.findall(r"\w[\w'-]*", text.lower()):
         pieces = tokenizer.wordpiece.encode(word, add_special_tokens=False).tokens
         spelled = len(word) > 1 and all(len(piece.removeprefix("##")) == 1 for piece in pieces)

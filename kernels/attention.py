@@ -233,7 +233,7 @@ LAUNCH_CONFIGS = {("fwd", 2): dict(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stag
                   ("bwd_dkdv", 4): dict(BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=1)}
 
 
-def uses_triton(query):
+def supports_attention(query):
     return triton_supports(query) and query.shape[-1] <= MAX_D and query.element_size() <= 4
 
 

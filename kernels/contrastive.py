@@ -19,7 +19,7 @@ def sums_kernel(queries, keys, identity, key_identity, temperature, max_logits, 
     rows, split = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS), tl.program_id(1)
     columns = tl.arange(0, BLOCK_E)
     is_row, is_column = rows < 3 * B, columns < E
-    compares_all = rows < 2 * B                         # the last B rows average over positives only
+    averages_all = rows < 2 * B                         # the last B rows average over positives only
     row_identity = tl.load(identity + rows % B)
     scale = 1.0 / tl.load(temperature)
 
@@ -30,13 +30,13 @@ def sums_kernel(queries, keys, identity, key_identity, temperature, max_logits, 
         j = start + tl.arange(0, BLOCK_KEYS)
         is_key = j < K
         same = row_identity[:, None] == tl.load(key_identity + j, mask=is_key, other=0)[None, :]
-        included = is_key[None, :] & (same | compares_all[:, None])
+        included = is_key[None, :] & (same | averages_all[:, None])
         if tl.max(tl.max(included.to(tl.int32), 1), 0) > 0:     # most blocks have no positive
             key_start = keys + j.to(tl.int64)[:, None] * E
             # q k_j in blocks of BLOCK_FEATURES features: all E at once need too many registers
             cosines = tl.zeros((BLOCK_ROWS, BLOCK_KEYS), tl.float32)
-            for e in range(0, E, BLOCK_FEATURES):
-                cols = (e + tl.arange(0, BLOCK_FEATURES))[None, :]
+            for first in range(0, E, BLOCK_FEATURES):
+                cols = (first + tl.arange(0, BLOCK_FEATURES))[None, :]
                 q = tl.load(queries + rows[:, None] * E + cols, mask=is_row[:, None] & (cols < E), other=0.0)
                 k = tl.load(key_start + cols, mask=is_key[:, None] & (cols < E), other=0.0)
                 cosines = tl.dot(q, tl.trans(k.to(tl.float32)), cosines, input_precision="tf32x3")
@@ -64,7 +64,7 @@ LAUNCH_CONFIG = dict(BLOCK_ROWS=32, BLOCK_KEYS=32, BLOCK_FEATURES=32, num_warps=
 MAX_E = 256
 
 
-def uses_triton(feature):
+def supports_contrastive(feature):
     return triton_supports(feature) and feature.shape[1] <= MAX_E and feature.dtype == torch.float32
 
 

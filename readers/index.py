@@ -103,7 +103,8 @@ def open_split(path: str | Path, split: str, layouts, cache: str | Path, columns
         contents = read_index(index)
 
     rows, text = contents
-    number, name = SPLITS.index(split), f"{layout.title} {split}"
+    number = SPLITS.index(split)
+    name = f"{layout.title} {split}"
     first, end = (bisect.bisect_left(rows["split"], each) for each in (number, number + 1))
     rows = rows[first:end]
     if not len(rows):
@@ -167,7 +168,10 @@ class Column:
     """A field of the faces in `rows` as a sequence: an item is parsed from its line of `text` on access."""
 
     def __init__(self, text: np.ndarray, rows: np.ndarray, field: str | None, folder: Path):
-        self.text, self.rows, self.field, self.folder = text, rows, field, folder
+        self.text = text
+        self.rows = rows
+        self.field = field
+        self.folder = folder
 
     def __len__(self):
         return len(self.rows)
@@ -175,7 +179,8 @@ class Column:
     def __getitem__(self, i):
         if np.ndim(i):
             return Column(self.text, self.rows[i], self.field, self.folder)
-        start, length = self.rows["start"][i], self.rows["length"][i]
+        start = self.rows["start"][i]
+        length = self.rows["length"][i]
         item = json.loads(self.text[start:start + length].tobytes())
         item = item[self.field] if self.field else item
         if self.field == "images":
@@ -186,7 +191,10 @@ class Column:
 def write_index(index: Path, layout, path: Path, index_records):
     """Write a row and a JSON line for every valid record of a data set, the rows sorted by split. Prints the
     number of invalid records. Raises ValueError if these are over 1 % of a split."""
-    begin, parts, invalid, size = time.time(), [], [], 0
+    begin = time.time()
+    parts = []
+    invalid = []
+    size = 0
     with (atomic_write(index.with_suffix(".jsonl")) as partial, open(partial, "wb") as text,
           parallel_map(index_records, layout.jobs(path), "indexing files") as results):
         for rows, lines, errors in results:
@@ -214,11 +222,16 @@ def write_index(index: Path, layout, path: Path, index_records):
 def index_records(reader, image_folders: tuple, folder: Path, columns: tuple, job):
     """Validate the records that `reader(job)` yields -> rows (of `ROW`) and JSON lines (bytes) of the valid
     ones, and (number of the split, message) of each invalid one."""
-    rows, lines, invalid, split_of, inside = [], [], [], {}, os.path.join(folder, "")
+    rows = []
+    lines = []
+    invalid = []
+    split_of = {}
+    inside = os.path.join(folder, "")
     to_json = json.JSONEncoder(separators=(",", ":")).encode
     relative = lambda path: os.path.normpath(path).removeprefix(inside)
     for record in reader(job):
-        number, attributes = 0, (NONE,) * 40
+        number = 0
+        attributes = (NONE,) * 40
         try:
             if isinstance(record, ValueError):
                 raise record
@@ -251,7 +264,8 @@ def index_records(reader, image_folders: tuple, folder: Path, columns: tuple, jo
             invalid.append((number, message))
             continue
         lines.append(to_json(line).encode() + b"\n")
-        person, content = stable_hash(person_id or str(image)), stable_hash(f"{line} {size}")
+        person = stable_hash(person_id or str(image))
+        content = stable_hash(f"{line} {size}")
         rows.append((number, attributes, len(lines[-1]), 0, person, content))
     return np.array(rows, ROW), b"".join(lines), invalid
 

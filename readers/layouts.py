@@ -109,7 +109,8 @@ def read_caption_lists(path: Path):
     for file in filter(Path.is_file, files):
         for number, item in enumerate(load_json(file, list)):
             item = item if isinstance(item, dict) else {}
-            image, person_id = item.get("image", item.get("photo")), item.get("image_id")
+            image = item.get("image", item.get("photo"))
+            person_id = item.get("image_id")
             image = os.path.normpath(image) if isinstance(image, str) else None
             is_missing = person_id is None or person_id != person_id        # NaN
             person_id = str(image if is_missing else person_id)
@@ -186,7 +187,9 @@ def images_by_name(folder: Path):
 def read_fs2k(folder: Path):
     """FS2K: photo/photo1/image0110.jpg and its finished sketch, sketch/sketch1/sketch0110.*, as listed in
     anno_train.json and anno_test.json."""
-    photos, sketches, records = images_by_name(folder / "photo"), images_by_name(folder / "sketch"), []
+    photos = images_by_name(folder / "photo")
+    sketches = images_by_name(folder / "sketch")
+    records = []
     for split in ("train", "test"):
         for item in load_json(folder / f"anno_{split}.json", list):
             image_name = item.get("image_name") if isinstance(item, dict) else item
@@ -202,7 +205,8 @@ def read_fs2k(folder: Path):
 def read_fs2k_sde(folder: Path):
     """FS2K-SDE: sketches sketch/{train,test}/<photo>_<step>.*, photos anywhere below photo/. <photo> is the
     file name without suffix or, if several folders have it, "photo1_image0110"."""
-    photos, records = images_by_name(folder / "photo"), []
+    photos = images_by_name(folder / "photo")
+    records = []
     for split in ("train", "test"):
         drawn = defaultdict(dict)           # {photo: {step: sketch}}
         for sketch in sorted((folder / "sketch" / split).iterdir()):
@@ -256,7 +260,9 @@ def read_tar(path: Path):
     """Yield the records of the faces in a tar of img2dataset or another webdataset, without unpacking it: the
     caption of key.jpg (or .png, ...) is in key.json or key.txt. Each face is a person of its own. A damaged
     or missing tar is printed, and what it lost is counted as far as img2dataset's *_stats.json tells."""
-    samples, num_faces, stats = defaultdict(dict), 0, path.with_name(f"{path.stem}_stats.json")
+    samples = defaultdict(dict)
+    num_faces = 0
+    stats = path.with_name(f"{path.stem}_stats.json")
     members, is_whole = tar_members(path) if path.is_file() else ([], False)
     for member in members:
         folder, base = os.path.split(member.name)
@@ -285,7 +291,9 @@ def tar_members(path: Path):
     """(`TarImage`s of all files in a tar, images or not; whether it is undamaged). tarfile skips a damaged
     header and ends at a cut without a word. Hence every member must begin where the one before it ends, or
     after empty blocks, and such blocks must follow the last one."""
-    members, end, is_whole = [], 0, True
+    members = []
+    end = 0
+    is_whole = True
     with open(path, "rb") as file:
         def is_empty(start, stop):
             file.seek(start)
@@ -335,7 +343,8 @@ def box_in_stored_image(box, stored, original):
         margin = [int((after - round(before * scale[0])) / 2) for after, before in zip(stored, original)]
     x1, y1, x2, y2 = (edge * factor + shift for edge, factor, shift in zip(box, scale * 2, margin * 2))
     inside = [min(max(edge, 0), limit) for edge, limit in zip((x1, y1, x2, y2), stored * 2)]
-    width, height = inside[2] - inside[0], inside[3] - inside[1]
+    width = inside[2] - inside[0]
+    height = inside[3] - inside[1]
     if not (min(width, height) > 1 and width * height >= (x2 - x1) * (y2 - y1) / 2):
         raise ValueError(f"expected half of the box {box} inside the image of {original}, stored as {stored}")
     return [round(edge, 2) for edge in inside]
