@@ -1977,11 +1977,9 @@ def test_two_processes_have_the_losses_of_one_with_the_same_global_batch(whole_r
 
 @pytest.mark.parametrize("world, workers, ending, codes, step", [
     (1, 0, "kill()", (-9,), 0),
-    (1, 0, "raise ValueError('damaged')", (1,), 4),
     (2, 0, "signal.raise_signal(signal.SIGTERM)", (1, 1), 6),
     (1, 0, "signal.raise_signal(signal.SIGHUP)", (1,), 5),
     (1, 2, "os.killpg(0, signal.SIGTERM); os.killpg(0, signal.SIGINT)", (1,), 5),
-    (1, 0, "raise RuntimeError('memory ran out')", (1,), 4),
     (1, 2, "active_children()[0].kill()", (1,), None), (1, 2, "kill()", (-9,), 4),
     (2, 0, "runs.write_checkpoint = kill", (-9, 1), 4)])
 def test_run_is_saved_after_its_last_whole_step_or_was_before_a_kill_and_resumes_exactly(
@@ -1996,12 +1994,32 @@ def test_run_is_saved_after_its_last_whole_step_or_was_before_a_kill_and_resumes
     saved = torch.load(tmp_path / "flip.pt")["training"]["step"]
     assert saved == step or step is None and saved >= 4
     assert -9 in codes or f"after step {saved}" in errors
-    assert ("continue with --resume" in errors) == (-9 not in codes and "ValueError" not in ending)
-    is_one_line = "signal" in ending or "ValueError" in ending      # all ranks stop together
-    assert not is_one_line or "Traceback" not in errors
+    assert ("continue with --resume" in errors) == (-9 not in codes)
+    assert "signal" not in ending or "Traceback" not in errors      # all ranks stop together
     write_files(tmp_path, {"log.jsonl": "torn"})            # is restored from the checkpoint
     assert end(start(world, tmp_path, cache, "--resume"))[0] == (0,) * world
     assert losses_of(tmp_path) == losses_of(whole_runs[world])
+
+
+@pytest.mark.parametrize("error, advice", [
+    (RuntimeError("memory ran out"), "; continue with --resume"),
+    (ValueError("over 1 % of the images are damaged"), "")])
+def test_run_that_fails_is_saved_and_resuming_is_advised_unless_it_would_fail_again(
+        uninterrupted, cache, tmp_path, monkeypatch, error, advice):
+    steps, real = [], FLIP.forward
+
+    def forward(model, *inputs):
+        steps.append(len(steps))
+        if len(steps) == 5:
+            raise error
+        return real(model, *inputs)
+    monkeypatch.setattr(FLIP, "forward", forward)
+    config = quick(tmp_path, cache)
+    with pytest.raises(type(error)) as caught:
+        train.train(config)
+    assert caught.value.__notes__ == [f"saved after step 4{advice}"]
+    train.train(dataclasses.replace(config, resume=True))
+    assert losses_of(tmp_path) == losses_of(uninterrupted)
 
 
 def test_run_goes_on_alone_with_resume_and_with_the_same_faces_in_whichever_folder(tmp_path):
