@@ -404,8 +404,8 @@ def rerank(model: FLIP, image_tokens, captions: Captions, similarity, k: int):
 
 
 def main():
-    """Trace a batch of four pairs through a training step: shapes, values, and the function of each line.
-    losses.py shows the losses themselves."""
+    """Trace a batch of four pairs through the losses of a step: shapes, values, the function of each line.
+    losses.py shows the losses themselves, train.py what follows."""
     def show(function, text):
         print(f"{function:36}{text}")
 
@@ -438,12 +438,6 @@ def main():
     queued = model.queue_identity.tolist()
     model.enqueue(out.image_keys, out.text_keys, out.identity)
     show("FLIP.enqueue", f"queue identities {queued} -> {model.queue_identity.tolist()}")
-    weights = student.image_projection.weight, model.momentum_encoder.image_projection.weight
-    (out.itc + out.itm).backward()
-    torch.optim.SGD(student.parameters(), lr=0.1).step()
-    before = torch.dist(*weights)
-    model.update_momentum(0.995)
-    show("FLIP.update_momentum", f"distance to the student {before:.4f} -> {torch.dist(*weights):.4f}")
 
 
 if __name__ == "__main__":
