@@ -1648,6 +1648,8 @@ def test_fs2k_sde_has_sketches_sorted_by_step_and_captions_from_a_list_beside_th
 @pytest.mark.parametrize("write, name, change, message", [
     (lambda d: d, "faces.parquet", b"", "*.tar, *.json (not compressed; FaceCaption-15M's .parquet"),
     (write_captions, "train.json", b"[]", "expected records of JSON annotations, found none"),
+    (lambda d: write_captions(d, name="val.json"), "x", b"", "found val.json, but no train.json"),
+    (lambda d: write_tar(d, box=[10 ** 400, 0, 1, 1]), "x", b"", "int too large to convert to float"),
     (write_captions, "images/3.png", None, "the image '3.png' does not exist (1 of 4 are invalid, more"),
     (write_captions, "train.json", b'[{"image": "0.png", "caption": [" . !", ""]}]', "found [[' . !', '']]"),
     (write_captions, "train.json", (b'["face 0"', b'[7'), "expected text in caption or face_caption, "),

@@ -105,6 +105,8 @@ def read_caption_lists(path: Path):
         files = [path] if path.is_file() else sorted(path.glob("*.json"))
         if len(files) > 1:
             raise ValueError(f"{path}: expected train.json or one list, found {len(files)}; give one by name")
+        if path.is_dir() and files[0].stem in SPLITS:       # val.json alone is not to be trained on
+            raise ValueError(f"{path}: found {files[0].name}, but no train.json")
     records = []
     for file in filter(Path.is_file, files):
         for number, item in enumerate(load_json(file, list)):
@@ -276,7 +278,7 @@ def read_tar(path: Path):
         try:
             yield read_sample(key, files, required)
             num_faces += 1
-        except (ValueError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             yield ValueError(f"{path}: {key!r}: {error}")
     counted = load_json(stats, dict).get("successes") if stats.is_file() else None
     lost = (max(1, len(samples)) if counted is None else counted) - len(samples)
