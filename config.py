@@ -38,7 +38,7 @@ class SharedFlags:
     k_test: int = 256           # candidates per query to re-rank with the ITM head
 
     def __post_init__(self):
-        """Raise a ValueError if a number is outside its range: 0 or 1 to 1 or infinity."""
+        """Raise a ValueError if a number is below 0 or 1, or above 1 where that is the maximum."""
         for name, value in vars(self).items():
             lowest = 1 if name in AT_LEAST_ONE else 0
             highest = 1 if name in AT_MOST_ONE else math.inf
@@ -139,8 +139,8 @@ RECIPES = {"base": {}, "tiny": dict(
 
 
 def parse_arguments(argv: list[str] | None = None, description: str | None = __doc__) -> Config:
-    """The configuration of the command line; with --resume that of the checkpoint in --out, if there is
-    one. Raises ValueError if a flag would change a resumed run."""
+    """The configuration of the command line; with --resume, that of the checkpoint in --out. Raises
+    ValueError if there is none, if it is not that of a run, or if a flag would change the run."""
     tiny = ", ".join(f"{name} {value}" for name, value in RECIPES["tiny"].items())
     parser = argparse.ArgumentParser(
         description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -138,7 +138,7 @@ def open_run(config: Config, device: torch.device):
                 save(run)
                 # a ValueError would be raised again
                 advice = "" if isinstance(error, ValueError) else "; continue with --resume"
-                if rank == 0:
+                if run.is_main:
                     error.add_note(f"saved after step {run.done}{advice}")
             raise
 
