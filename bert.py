@@ -1,5 +1,5 @@
-"""The text encoder: BERT, which doubles as an image-grounded encoder (FLIP paper, section 4.1; the design is
-BLIP's).
+"""The text encoder: BERT, which doubles as an image-grounded encoder (FLIP paper, section 4.1; the
+design is BLIP's).
 
     caption -> word pieces -> word + position embeddings -> LayerNorm -> `depth` layers of
         self-attention       each caption attends to itself
@@ -9,17 +9,17 @@ BLIP's).
 
 Image-grounded mode is used if image tokens are passed. Both modes share all weights except those of
 cross-attention; the first token tells the model its role. The contrastive loss trains [CLS] to
-summarise the caption, the matching loss [ENC] to tell whether it fits the image. The two inputs differ
-only in the embedding of this first token, and the output at its position is the result.
+summarise the caption, the matching loss [ENC] to tell whether it fits the image. The two inputs
+differ only in the embedding of this first token, and the output at its position is the result.
 
 Captions are packed (attention.py). In each layer an image's keys and values are projected once; the
 captions that attend to it are stored contiguously and form one long query sequence.
 
-Unlike the official code, we do not pad captions to 65 tokens, project an image's keys and values once
-rather than per caption, and keep BERT's token-type embedding, by adding the constant type-0 row to the
-positions.
+Unlike the official code, we do not pad captions to 65 tokens, project an image's keys and values
+once rather than per caption, and keep BERT's token-type embedding, by adding the constant type-0
+row to the positions.
 
-Shapes: see vit.py; N tokens of P captions, which attend to I images of L tokens.
+Shapes: see attention.py; N tokens of P captions, which attend to I images of L tokens.
 """
 from dataclasses import dataclass
 
@@ -49,7 +49,7 @@ class BertLayer(nn.Module):
         D = config.width
         self.attention = Attention(D, config.heads, dropout=config.dropout)
         self.norm_attention = nn.LayerNorm(D, eps=1e-12)
-        self.cross_attention = Attention(D, config.heads, key_width=image_width, dropout=config.dropout)
+        self.cross_attention = Attention(D, config.heads, image_width, dropout=config.dropout)
         self.norm_cross_attention = nn.LayerNorm(D, eps=1e-12)
         self.up = nn.Linear(D, 4 * D)
         self.down = nn.Linear(4 * D, D)
@@ -57,19 +57,19 @@ class BertLayer(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, tokens, sequences, image_context=None, first_token_only=False):
-        """tokens (N, D) packed -> (N, D); with first_token_only -> (P, D): computes only first tokens; they
-        still attend to their whole caption. image_context: (packed image tokens, their Sequences,
-        captions_per_image)."""
+        """tokens (N, D) packed -> (N, D); with first_token_only -> (P, D): computes only first
+        tokens; they still attend to their whole caption. image_context: (packed image tokens, their
+        Sequences, captions_per_image)."""
         x = tokens
         x_sequences = sequences
         if first_token_only:
-            x = tokens.index_select(0, sequences.first_token_index)                         # (P, D)
+            x = tokens.index_select(0, sequences.first_token_index)     # (P, D)
             x_sequences = Sequences.uniform(len(x), 1, x.device)
         mixed = self.attention(x, x_sequences, tokens, sequences)
         x = self.norm_attention(x + self.dropout(mixed))
         if image_context is not None:
             image_tokens, image_sequences, captions_per_image = image_context
-            grouped = x_sequences       # the captions that attend to one image form one query sequence
+            grouped = x_sequences       # one query sequence: the captions that attend to one image
             if captions_per_image is not None:
                 grouped = x_sequences.merge_groups(captions_per_image)
             cross = self.cross_attention(x, grouped, image_tokens, image_sequences)
@@ -86,11 +86,12 @@ class Bert(nn.Module):
         self.positions = nn.Parameter(torch.empty(config.positions, config.width))
         self.norm = nn.LayerNorm(config.width, eps=1e-12)
         self.dropout = nn.Dropout(config.dropout)
-        self.layers = nn.ModuleList(BertLayer(config, image_width) for _ in range(config.depth))
+        layers = [BertLayer(config, image_width) for _ in range(config.depth)]
+        self.layers = nn.ModuleList(layers)
         self.init_weights()
 
-    def forward(self, captions: Captions, image_tokens: torch.Tensor | None = None,
-                captions_per_image: torch.Tensor | None = None, first_token_only: bool = False):
+    def forward(self, captions: Captions, image_tokens=None, captions_per_image=None,
+                first_token_only=False):
         """Packed captions -> packed tokens (N, D); with first_token_only, the first token of each
         caption (P, D), and the last layer skips all others.
 
@@ -99,14 +100,15 @@ class Bert(nn.Module):
         captions_per_image (I,) is a CPU tensor; None means one caption per image."""
         sequences = captions.sequences
         if sequences.max_length > self.config.positions:
-            raise ValueError(f"BERT: a caption has {sequences.max_length} tokens, but there are "
-                             f"{self.config.positions} positions")
+            raise ValueError(f"BERT: expected captions of at most {self.config.positions} tokens, "
+                             f"found one of {sequences.max_length}")
         image_context = None
         if image_tokens is not None:
             I, L, _ = image_tokens.shape
             image_sequences = Sequences.uniform(I, L, image_tokens.device)
             image_context = image_tokens.flatten(0, 1), image_sequences, captions_per_image
-        x = self.words(captions.ids) + self.positions[sequences.position_ids]               # (N, D)
+
+        x = self.words(captions.ids) + self.positions[sequences.position_ids]  # (N, D)
         x = self.dropout(self.norm(x))
         for layer in self.layers[:-1]:
             x = layer(x, sequences, image_context)
@@ -114,7 +116,8 @@ class Bert(nn.Module):
 
     @property
     def enc_id(self):
-        """Id of [ENC], the last embedding. ([DEC], the one before, is for BLIP's caption decoder.)"""
+        """Id of [ENC], the last embedding. ([DEC], the one before, is for BLIP's caption
+        decoder.)"""
         return self.config.vocab_size - 1
 
     @torch.no_grad()

@@ -1,6 +1,6 @@
-"""The configuration of train.py: the paper's values (FLIP paper, section 4) as defaults, and the recipe of
-the tiny model, with reasons. A field with a comment on its line is a command-line flag, and the comment its
-help text (`parse_flags` reads this file)."""
+"""The configuration of train.py: the paper's values (FLIP paper, section 4) as defaults, and the
+recipe of the tiny model, with reasons. A field with a comment on its line is a command-line flag,
+and the comment its help text (`parse_flags` reads this file)."""
 import argparse
 import math
 import textwrap
@@ -14,12 +14,13 @@ from pretrained import read_checkpoint
 from readers.index import COLUMNS
 from vit import ViTConfig
 
-# image encoder, text encoder (vocab_size is set later; captions use 65 of the 66 positions), feature size
+# image encoder, text encoder (the vocabulary sets vocab_size), dimension of the features
 TINY = (ViTConfig(image_size=48, patch_size=8, width=128, depth=3, heads=4),
-        BertConfig(vocab_size=1, width=128, depth=2, heads=4, positions=66, dropout=0.0), 128)
+        BertConfig(vocab_size=1, width=128, depth=2, heads=4, positions=66, dropout=0.0),
+        128)
 MODELS = {"tiny": TINY, "base": (ViTConfig(), BertConfig(), 256)}
-AT_LEAST_ONE = ("faces validation epochs batch_size accumulate queue_size itm_every log_every eval_every "
-                "k_test").split()
+AT_LEAST_ONE = ("faces validation epochs batch_size accumulate queue_size itm_every log_every "
+                "eval_every k_test").split()
 AT_MOST_ONE = "alpha momentum hardness fractions".split()
 CHANGEABLE_ON_RESUME = "data cache device workers log_every eval_every save_every".split()
 
@@ -27,14 +28,17 @@ CHANGEABLE_ON_RESUME = "data cache device workers log_every eval_every save_ever
 @dataclass(frozen=True)
 class SharedFlags:
     """Flags of both train.py and finetune.py."""
-    data: str = ""              # folder or json list of faces; default: drawn faces, cached in --cache
+    data: str = ""              # folder or JSON list of faces; default: drawn faces, cached in
+                                # --cache
     cache: str = "cache"        # folder for drawn faces and for the index of --data
     columns: tuple[Literal[*COLUMNS], ...] = ("caption", "face_caption")    # caption columns of
                                 # FaceCaption-15M; the first two are names of the same one
-    vocabulary: str = ""        # for a checkpoint without one (the official one): file, folder or hub name
-    device: str = "auto"        # cpu, cuda, mps (Apple; untried), or auto: CUDA if any, else the CPU
-    precision: Literal["auto", "float32", "bf16"] = "auto"  # auto: bf16 on GPUs from A100 on, on CPUs with
-                                                            # AVX512-BF16 or AMX; else float32
+    vocabulary: str = ""        # for a checkpoint without one (the official one): file, folder or
+                                # hub name
+    device: str = "auto"        # cpu, cuda, mps (Apple; untried), or auto: CUDA if available, else
+                                # the CPU
+    precision: Literal["auto", "float32", "bf16"] = "auto"      # auto: bf16 on GPUs from A100 on,
+                                # on CPUs with AVX512-BF16 or AMX; else float32
     k_test: int = 256           # candidates per query to re-rank with the ITM head
 
     def __post_init__(self):
@@ -42,27 +46,30 @@ class SharedFlags:
         for name, value in vars(self).items():
             lowest = 1 if name in AT_LEAST_ONE else 0
             highest = 1 if name in AT_MOST_ONE else math.inf
-            for number in value if isinstance(value, tuple) else [value]:
+            numbers = value if isinstance(value, tuple) else [value]
+            for number in numbers:
                 is_checked = isinstance(number, (int, float)) and name != "seed"
                 if is_checked and not lowest <= number <= highest:
-                    raise ValueError(f"--{name} {number}: expected a number from {lowest} to {highest}")
+                    raise ValueError(f"--{name} {number}: expected a number from {lowest} to "
+                                     f"{highest}")
 
 
 @dataclass(frozen=True)
 class Config(SharedFlags):
-    """The default values are the paper's. But `python train.py` trains the tiny model, for which `RECIPES`
-    overrides most of them. Fractions refer to the whole run."""
-    model: Literal[*MODELS] = "tiny"    # tiny (for drawn faces, trains on two CPU cores) or base (the
-                                        # paper's ViT-B/16 and BERT-base)
+    """The default values are the paper's. But `python train.py` trains the tiny model, for which
+    `RECIPES` overrides most of them. Fractions refer to the whole run."""
+    model: Literal[*MODELS] = "tiny"    # tiny (for drawn faces, trains on two CPU cores) or base
+                                        # (the paper's ViT-B/16 and BERT-base)
     out: str = "out"            # folder for checkpoint, log and plots
     faces: int = 20_000         # number of faces to draw for training
     validation: int = 1000      # maximum number of validation faces
     resume: bool = False        # resume the run in --out
-    seed: int = 0               # seed of initial weights, data order, captions, dropout and negatives
-    init: str = ""              # initialise from this FLIP, ours or the official: file, folder or hub name
+    seed: int = 0               # seed of initial weights, data order, captions, dropout, negatives
+    init: str = ""              # start from a trained FLIP, ours or the official: file, folder or
+                                # hub name
     image_size: int = 0         # side of the model's input in pixels; 0: as in --init or --model
-    clip: str = ""              # initialise the image encoder from CLIP: file, folder or hub name
-    bert: str = ""              # initialise the text encoder from BERT, with its vocabulary, likewise
+    clip: str = ""              # start the image encoder from CLIP: file, folder or hub name
+    bert: str = ""              # start the text encoder from BERT, with its vocabulary: likewise
     epochs: int = 15            # epochs to train, if --steps is 0
     steps: int = 0              # length of the run in steps (overrides --epochs)
     batch_size: int = 80        # pairs per process and micro-batch
@@ -75,8 +82,8 @@ class Config(SharedFlags):
     momentum: float = 0.995     # final momentum of the momentum encoder
     queue_size: int = 61_440    # entries of the queue
     itm_every: int = 1          # train ITM in every n-th step
-    hardness: float = 1.0       # final hardness of the negatives: 1 samples them by similarity, as the paper
-                                # does, 0 uniformly
+    hardness: float = 1.0       # final hardness of the negatives: 1 samples them by similarity, as
+                                # the paper does, 0 uniformly
     augment: bool = True        # augment the images as in the paper
     workers: int = 8            # data loading processes per training process
     log_every: int = 50         # steps between log lines
@@ -84,12 +91,12 @@ class Config(SharedFlags):
     save_every: float = 10.0    # minutes between further checkpoints
 
     # set only by recipes; they are not flags, because they have no comment on their line
-    # max_epochs: upper limit on the run's length, in epochs (0: none). fit_batch: limit a batch to a quarter
-    # of the faces
+    # max_epochs: upper limit on the run's length, in epochs (0: none). fit_batch: limit a batch to
+    # a quarter of the faces
     max_epochs: int = 0
+    fit_batch: bool = False
     # number of processes, which the run sets
     processes: int = 1
-    fit_batch: bool = False
     # learning rate at step 0, and at the end of its decay
     lr_start: float = 1e-6
     lr_min: float = 1e-6
@@ -97,22 +104,24 @@ class Config(SharedFlags):
     lr_decay: str = "epoch"
     # learning rate of the temperature, as a multiple of lr
     temperature_lr: float = 1.0
-    # learning rate of Muon, as a multiple of lr, in the blocks of the image and the text encoder; 0: AdamW.
-    # Muon moves all directions of a matrix at one rate, so that rare attributes are not learned last
+    # learning rate of Muon, as a multiple of lr, in the blocks of the image and the text encoder;
+    # 0: AdamW. Muon moves all directions of a matrix at one rate, so that rare attributes are not
+    # learned last
     muon_lr_image: float = 0.0
     muon_lr_text: float = 0.0
     muon_momentum: float = 0.95
     beta2: float = 0.999
-    # fractions of the run between which alpha and hardness rise from 0 (the paper: 2 of 15 epochs, for alpha)
+    # fractions of the run between which alpha and hardness rise from 0 (the paper: 2 of 15 epochs,
+    # for alpha)
     alpha_ramp: tuple[float, float] = (0.0, 2 / 15)
     hardness_ramp: tuple[float, float] = (0.0, 0.0)
     # fractions of the run from which the momentum encoder, the queue and ITM are used
     momentum_from: float = 0.0
     queue_from: float = 0.0
     itm_from: float = 0.0
-    # re-rank by an estimate of log(p(text | image) / p(text)), see `FLIP.rerank_score`, instead of by the
-    # paper's score; also whenever the model of --init was trained with it
-    posterior: bool = False
+    # re-rank by an estimate of log(p(text | image) / p(text)), see `FLIP.rerank_score`, instead of
+    # by the paper's score; also whenever the model of --init was trained with it
+    rerank_by_pmi: bool = False
 
     def __post_init__(self):
         super().__post_init__()
@@ -124,53 +133,65 @@ class Config(SharedFlags):
 
 # The paper's recipe starts from CLIP and BERT. A short run from random weights needs other values:
 RECIPES = {"base": {}, "tiny": dict(
-    steps=2130, max_epochs=30, batch_size=128, fit_batch=True, workers=0, log_every=20, eval_every=1065,
-    k_test=16, augment=False,       # --data turns augmentation on
+    steps=2130, max_epochs=30, batch_size=128, fit_batch=True, workers=0, log_every=20,
+    eval_every=1065, k_test=16, augment=False,      # --data turns augmentation on
     lr=1e-3, lr_start=1e-5, lr_min=0.0, lr_decay="linear", warmup=60, beta2=0.98, grad_clip=1.0,
     # captions are learned faster than images: a slower text encoder lets the image encoder keep up
     muon_lr_image=4.5, muon_lr_text=1.5, muon_momentum=0.9, weight_decay=0.1,
     # at the full rate the temperature drops before the features are of any use
     temperature_lr=0.3,
-    # with hard negatives from the start, the matching head learns only the base rate: first, uniform ones
-    itm_from=0.25, itm_every=8, hardness_ramp=(0.5, 0.75), posterior=True,
-    # in a short run a slow momentum encoder lags far behind the student: it and alpha come late, and so
-    # does the queue, when the features of its entries change slowly
+    # with hard negatives from the start, the matching head learns only the base rate: first,
+    # uniform ones
+    itm_from=0.25, itm_every=8, hardness_ramp=(0.5, 0.75), rerank_by_pmi=True,
+    # in a short run a slow momentum encoder lags far behind the student: it and alpha come late,
+    # and so does the queue, when the features of its entries change slowly
     momentum=0.95, momentum_from=0.85, alpha_ramp=(0.85, 0.97), queue_size=512, queue_from=0.88)}
 
 
 def parse_arguments(argv: list[str] | None = None, description: str | None = __doc__) -> Config:
-    """The configuration of the command line; with --resume, that of the checkpoint in --out. Raises
-    ValueError if there is none, if it is not that of a run, or if a flag would change the run."""
+    """The configuration of the command line; with --resume, that of the checkpoint in --out."""
     tiny = ", ".join(f"{name} {value}" for name, value in RECIPES["tiny"].items())
     parser = argparse.ArgumentParser(
-        description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=f"Defaults in brackets are those of base. The tiny model, the default, has\n"
-               f"{textwrap.fill(tiny, 100)}\n(augment True with --data). With --resume, flags come from the "
-               f"checkpoint, except\n{', '.join(CHANGEABLE_ON_RESUME)}")
-    given = parse_flags(parser, Config, argv)           # only the flags on the command line, no defaults
-    path = Path(given.get("out", Config.out)) / "flip.pt"
+        description=description, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Defaults in brackets are those of base. The tiny model, the default, has\n"
+               f"{textwrap.fill(tiny, 100)}\n(augment True with --data). With --resume, flags come "
+               f"from the checkpoint, except\n{', '.join(CHANGEABLE_ON_RESUME)}")
+    given = parse_flags(parser, Config, argv)       # only the flags that argv contains
     if given.get("resume"):
-        if not path.exists():
-            raise ValueError(f"--resume: {path} does not exist; to start a run, omit --resume")
-        training = read_checkpoint(path).get("training")
-        if not training:
-            raise ValueError(f"--resume: {path} is a model without the state of a run; use it with --init")
-        saved = training["config"]
-        differing = saved.keys() ^ {field.name for field in fields(Config)}
-        if differing:
-            raise ValueError(f"--resume: {path} is of another version of this program, which differs in "
-                             f"{', '.join(sorted(differing))}")
-        for name, value in given.items():
-            if name not in ("resume", "out", *CHANGEABLE_ON_RESUME) and value not in (saved[name], "auto"):
-                raise ValueError(f"--resume: the run in {path} has --{name} {saved[name]}, which cannot "
-                                 f"change; omit --{name} {value}, or start another run")
-        # keep the precision as resolved then, and use the folder as given now (it may have been moved)
-        return Config(**saved | given | {"precision": saved["precision"], "out": str(path.parent)})
+        return resumed_config(Path(given.get("out", Config.out)), given)
     recipe = dict(RECIPES[given.get("model", Config.model)])
-    if given.keys() & {"epochs", "steps"}:
-        recipe["steps"] = recipe["max_epochs"] = 0      # the flags override the recipe's length
+    if "epochs" in given or "steps" in given:       # instead of the recipe's length
+        recipe["steps"] = 0
+        recipe["max_epochs"] = 0
     if "batch_size" in given:
         recipe["fit_batch"] = False
     if "data" in given:
         recipe["augment"] = True
     return Config(**recipe | given)
+
+
+def resumed_config(folder: Path, given: dict) -> Config:
+    """The configuration of the checkpoint in a folder, with those of the given flags that may
+    change. Raises ValueError if there is none, if it is not that of a run, or if a flag would
+    change the run."""
+    path = folder / "flip.pt"
+    if not path.exists():
+        raise ValueError(f"--resume: {path} does not exist; to start a run, omit --resume")
+    training = read_checkpoint(path).get("training")
+    if not training:
+        raise ValueError(f"--resume: {path} is a model without the state of a run; use it with "
+                         "--init")
+    saved = training["config"]
+    differing = saved.keys() ^ {field.name for field in fields(Config)}
+    if differing:
+        raise ValueError(f"--resume: {path} is of another version of this program, which differs "
+                         f"in {', '.join(sorted(differing))}")
+    changed = {"resume": True, "out": str(folder)}      # the folder may have been moved
+    for name, value in given.items():
+        if name in CHANGEABLE_ON_RESUME:
+            changed[name] = value
+        elif name not in changed and value not in (saved[name], "auto"):
+            raise ValueError(f"--resume: the run in {path} has --{name} {saved[name]}, which "
+                             f"cannot change; omit --{name} {value}, or start another run")
+    return Config(**saved | changed)

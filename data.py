@@ -6,15 +6,16 @@
 
 `open_faces` opens a data set on disk (readers/index.py says how), `load_toy_faces` the drawn faces.
 
-Departures from the official code: a face without captions gets a new one from the grammar (captions.py) in
-every epoch, instead of a stored one. The order of the samples is a function of (seed, epoch), and caption and
-augmentation are functions of (seed, epoch, index), so a run resumed at any step, with any number of workers,
-sees the batches of an uninterrupted one. If an image is damaged, its name is printed and the next face is
-used instead.
+Departures from the official code: a face without captions gets a new one from the grammar
+(captions.py) in every epoch, instead of a stored one. The order of the samples is a function of
+(seed, epoch), and caption and augmentation are functions of (seed, epoch, index), so a run resumed
+at any step, with any number of workers, sees the batches of an uninterrupted one. If an image is
+damaged, its name is printed and the next face is used instead.
 """
 import itertools
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -34,16 +35,17 @@ from readers.layouts import LAYOUTS
 
 @dataclass
 class Faces:
-    """I face images with optional attributes, captions and sketches. For a data set on disk, all fields
-    are views of a memory-mapped index: arrays, or `Column`s, which also accept an index array."""
-    name: str                               # for errors: "CelebA train"
-    images: object                          # uint8 (I, S, S, 3), or a sequence of Path or TarImage
-    identity: np.ndarray                    # int64 (I,): equal numbers mean the same person
-    attributes: np.ndarray | None = None    # bool (I, 40), in the order of ATTRIBUTES
-    captions: object = None                 # a list of texts per image; None: the grammar writes them
-    sketches: object = None                 # per image the paths of its sketch's steps, or uint8
-                                            # (I, steps, S, S), white on black
-    digest: str = ""                        # differs for other images, annotations or captions
+    """I face images with optional attributes, captions and sketches. For a data set on disk, all
+    fields are views of a memory-mapped index: arrays, or `Column`s, which also accept an index
+    array."""
+    name: str                       # for errors: "CelebA train"
+    images: object                  # uint8 (I, S, S, 3), or a sequence of Path or TarImage
+    identity: np.ndarray            # int64 (I,): equal numbers mean the same person
+    attributes: object = None       # bool (I, 40), in the order of ATTRIBUTES
+    captions: object = None         # a list of texts per image; None: the grammar writes them
+    sketches: object = None         # uint8 (I, steps, S, S), white on black, or per image the
+                                    # paths of its sketch after each step
+    digest: str = ""                # differs for other images, annotations or captions
 
     def __post_init__(self):
         for values in (self.identity, self.attributes, self.captions, self.sketches):
@@ -53,15 +55,19 @@ class Faces:
         return len(self.images)
 
     def picture(self, i: int, size: int | None = None) -> Image.Image:
-        """Face i in RGB, resized to size x size if a size is given. Raises ValueError if its file is
-        damaged or not an image."""
+        """Face i in RGB, resized to size x size if a size is given. Raises ValueError if its file
+        is damaged or not an image."""
         return self._load(self.images[i], size)
 
     def _load(self, stored, size=None):
-        if isinstance(stored, np.ndarray):
-            image = Image.fromarray(stored).convert("RGB")
-            return image.resize((size, size), Image.Resampling.BICUBIC) if size else image
-        return stored.open(size) if isinstance(stored, TarImage) else load_image(stored, size=size)
+        if isinstance(stored, TarImage):
+            return stored.open(size)
+        if isinstance(stored, Path):
+            return load_image(stored, size=size)
+        image = Image.fromarray(stored).convert("RGB")
+        if size:
+            image = image.resize((size, size), Image.Resampling.BICUBIC)
+        return image
 
     @property
     def has_text(self):
@@ -76,39 +82,47 @@ class Faces:
 
     @property
     def sketch_steps(self):
-        """Number of steps in which each sketch is drawn; 0 without sketches."""
-        return 0 if self.sketches is None else len(self.sketches[0])
+        """Number of steps in which each sketch is drawn."""
+        return len(self.sketches[0])
 
     def sketch(self, i: int, t: int) -> Image.Image:
-        """The sketch of face i after step t (counted from 0) in RGB, dark on light: encoders trained on
-        photos distinguish such sketches best. FS2K-SDE's are stored white on black."""
+        """The sketch of face i after step t (counted from 0) in RGB, dark on light: encoders
+        trained on photos distinguish such sketches best. FS2K-SDE's are stored white on black."""
         image = self._load(self.sketches[i][t]).convert("L")
-        return (ImageOps.invert(image) if np.asarray(image).mean() < 127 else image).convert("RGB")
+        if np.asarray(image).mean() < 127:
+            image = ImageOps.invert(image)
+        return image.convert("RGB")
 
     def subset(self, indices) -> "Faces":
-        fields = (self.images, self.identity, self.attributes, self.captions, self.sketches)
         chosen = np.asarray(indices, dtype=np.int64)
-        return Faces(self.name, *(None if values is None else values[chosen] for values in fields),
-                     digest=self.digest)
+        parts = {}
+        for name in ("images", "identity", "attributes", "captions", "sketches"):
+            values = getattr(self, name)
+            if values is not None:
+                parts[name] = values[chosen]
+        return replace(self, **parts)
 
 
 def open_faces(path: str, split: str, cache: str = "cache",
                columns: tuple = ("caption", "face_caption")) -> Faces:
-    """A split ("train", "val" or "test") of the data set at `path`, a folder or a JSON list, whose layout is
-    recognised by its files (readers/layouts.py). Raises ValueError if over 1 % of the records are invalid."""
+    """A split ("train", "val" or "test") of the data set at `path`, a folder or a JSON list, whose
+    layout is recognised by its files (readers/layouts.py). Raises ValueError if over 1 % of the
+    records are invalid."""
     return Faces(**open_split(path, split, LAYOUTS, cache, columns))
 
 
 def load_toy_faces(count: int, size: int, seed: int, folder: str, steps: int = 0) -> Faces:
-    """`count` drawn faces, size x size pixels, with `steps` steps of a sketch, cached in `folder`."""
+    """`count` drawn faces, size x size pixels, with `steps` steps of a sketch, cached in
+    `folder`."""
     drawn, version = toyfaces.draw_cached(count, size, seed, folder, steps)
-    return Faces(f"drawn faces (seed {seed})", drawn["picture"], np.arange(count),
-                 np.array(drawn["attributes"]), sketches=drawn["sketches"] if steps else None, digest=version)
+    attributes = np.array(drawn["attributes"])
+    return Faces(f"drawn faces (seed {seed})", drawn["picture"], np.arange(count), attributes,
+                 sketches=drawn["sketches"] if steps else None, digest=version)
 
 
 def readable(faces: Faces, size: int) -> Faces:
-    """The faces whose images can be read at this size. The others are printed by name; if they exceed 1 %,
-    raises ValueError."""
+    """The faces whose images can be read at this size. The others are printed by name; if they
+    exceed 1 %, raises ValueError."""
     valid = []
     errors = []
     for i in tqdm(range(len(faces)), "checking images", leave=False):
@@ -127,30 +141,41 @@ GREY = (128, 128, 128)      # fills the border that a shifted or rotated image l
 
 def affine(image, a, b, c, d, e, f):
     """Map output pixel (x, y) to input pixel (a x + b y + c, d x + e y + f), bilinearly."""
-    return image.transform(image.size, Image.Transform.AFFINE, (a, b, c, d, e, f), Image.Resampling.BILINEAR,
-                           fillcolor=GREY)
+    return image.transform(image.size, Image.Transform.AFFINE, (a, b, c, d, e, f),
+                           Image.Resampling.BILINEAR, fillcolor=GREY)
 
 
-# FLIP's nine operations (BLIP's without AutoContrast) at strength 5 of 10; sign is +1 or -1. Brightness and
-# sharpness are scaled by 0.1 + 1.8 * strength / 10 = 1: they change nothing, just as in the official code.
-AUGMENTATIONS = {
-    **dict.fromkeys(("identity", "brightness", "sharpness"), lambda image, sign: image),
-    "equalize": lambda image, sign: ImageOps.equalize(image),
-    "shear x": lambda image, sign: affine(image, 1, sign * 0.15, 0, 0, 1, 0),
-    "shear y": lambda image, sign: affine(image, 1, 0, 0, sign * 0.15, 1, 0),
-    "translate x": lambda image, sign: affine(image, 1, 0, sign * 5 / 224 * image.width, 0, 1, 0),  # 5 of 224
-    "translate y": lambda image, sign: affine(image, 1, 0, 0, 0, 1, sign * 5 / 224 * image.height),
-    "rotate": lambda image, sign: image.rotate(sign * 15, Image.Resampling.BILINEAR, fillcolor=GREY),
-}
+# FLIP's nine operations, which are BLIP's without AutoContrast
+OPERATIONS = ("identity", "brightness", "sharpness", "equalize", "shear x", "shear y",
+              "translate x", "translate y", "rotate")
+
+
+def apply_operation(name: str, image: Image.Image, sign: int) -> Image.Image:
+    """Apply one of OPERATIONS at strength 5 of 10, in the direction `sign` (1 or -1)."""
+    if name == "equalize":
+        return ImageOps.equalize(image)
+    if name == "shear x":
+        return affine(image, 1, sign * 0.15, 0, 0, 1, 0)
+    if name == "shear y":
+        return affine(image, 1, 0, 0, sign * 0.15, 1, 0)
+    if name == "translate x":
+        return affine(image, 1, 0, sign * 5 / 224 * image.width, 0, 1, 0)
+    if name == "translate y":
+        return affine(image, 1, 0, 0, 0, 1, sign * 5 / 224 * image.height)
+    if name == "rotate":
+        return image.rotate(sign * 15, Image.Resampling.BILINEAR, fillcolor=GREY)
+    # at strength 5, brightness and sharpness are multiplied by 0.1 + 1.8 * 5 / 10 = 1
+    return image
 
 
 def augment(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """Mirror an RGB image with probability 1/2; draw two operations and apply each with probability 1/2."""
+    """Mirror an RGB image with probability 1/2; draw two operations and apply each with probability
+    1/2."""
     if rng.random() < 0.5:
         image = ImageOps.mirror(image)
-    for name in rng.choice(list(AUGMENTATIONS), 2):
+    for name in rng.choice(OPERATIONS, 2):
         if rng.random() < 0.5:
-            image = AUGMENTATIONS[name](image, rng.choice((-1, 1)))
+            image = apply_operation(name, image, rng.choice((-1, 1)))
     return image
 
 
@@ -159,7 +184,7 @@ class Batch(NamedTuple):
     images: torch.Tensor        # (B, 3, S, S) float32
     captions: object            # tokenizer.Captions, B of them
     identity: torch.Tensor      # (B,) int64
-    damaged: list[str]          # messages about images that are damaged, in whose place others are here
+    damaged: list[str]          # a message for each damaged image, which was replaced
 
     def to(self, device):
         return self._replace(images=self.images.to(device, non_blocking=True),
@@ -169,12 +194,12 @@ class Batch(NamedTuple):
 
 class FaceDataset(torch.utils.data.Dataset):
     """An endless stream of batches for one process; an epoch has `batches_per_epoch` of them. Batch
-    n of an epoch is the n-th slice of world_size * batch_size faces of the epoch's permutation; rank r takes
-    the r-th part of it, so that together the ranks see the batch of a single process. An item is the sample
-    of (epoch, index), a pure function of these and the seed."""
+    n of an epoch is the n-th slice of world_size * batch_size faces of the epoch's permutation;
+    rank r takes the r-th part of it, so that together the ranks see the batch of a single process.
+    An item is the sample of (epoch, index), a pure function of these and the seed."""
 
-    def __init__(self, faces: Faces, tokenizer, image_size: int, batch_size: int, seed: int = 0,
-                 augmented: bool = True, rank: int = 0, world_size: int = 1, workers: int = 0):
+    def __init__(self, faces: Faces, tokenizer, image_size, batch_size, seed=0, augmented=True,
+                 rank=0, world_size=1, workers=0):
         self.faces = faces
         self.tokenizer = tokenizer
         self.image_size = image_size
@@ -184,14 +209,15 @@ class FaceDataset(torch.utils.data.Dataset):
         self.batch_size = batch_size
         self.rank = rank
         self.global_size = batch_size * world_size
-        self.batches_per_epoch = len(faces) // self.global_size     # the last, incomplete batch is dropped
+        self.batches_per_epoch = len(faces) // self.global_size     # an incomplete one is dropped
         if self.batches_per_epoch == 0:
-            raise ValueError(f"{faces.name}: {len(faces)} faces are fewer than a batch of {self.global_size} "
-                             f"({world_size} processes x {batch_size}); use a smaller --batch_size")
+            raise ValueError(f"{faces.name}: {len(faces)} faces are fewer than a batch of "
+                             f"{self.global_size} ({world_size} processes x {batch_size}); use a "
+                             "smaller --batch_size")
 
     def __getitem__(self, key):
-        """Pixels, caption, identity and messages about damaged images, in whose place the next face is used.
-        Raises ValueError after 100 of them."""
+        """Pixels, caption, identity and messages about damaged images, in whose place the next face
+        is used. Raises ValueError after 100 of them."""
         epoch, index = key
         rng = random_stream("caption and augmentation", self.seed, epoch, index)
         image = None
@@ -207,27 +233,30 @@ class FaceDataset(torch.utils.data.Dataset):
         if self.augmented:
             image = augment(image, rng)
         text = self.faces.caption(index, rng)
-        pixels = resize_to_array(image, self.image_size)        # already this size, so this only converts
+        pixels = resize_to_array(image, self.image_size)        # has this size: only converts
         return pixels, text, self.faces.identity[index], damaged
 
     def collate(self, samples):
+        """Samples, as `__getitem__` returns them -> `Batch`."""
         pixels, texts, identity, damaged = zip(*samples)
-        return Batch(normalize_batch(pixels), self.tokenizer(list(texts)), torch.tensor(np.array(identity)),
-                     list(itertools.chain(*damaged)))
+        captions = self.tokenizer(list(texts))
+        identity = torch.tensor(np.array(identity))
+        return Batch(normalize_batch(pixels), captions, identity, list(itertools.chain(*damaged)))
 
     def iterate_from(self, number: int):
-        """Yield batches without end, starting with batch `number`, counted from 0 over all epochs. Damaged
-        images are named once; raises ValueError if they are over 1 % of the images read (but of at least
-        1,000, or of all faces if these are fewer)."""
-        damaged = set()
-        num_read = 0
+        """Yield batches without end, starting with batch `number`, counted from 0 over all epochs.
+        Damaged images are named once; raises ValueError if they are over 1 % of the images read
+        (but of at least 1,000, or of all faces if these are fewer)."""
+        context = None
+        if self.workers and sys.platform == "linux":
+            context = "fork"        # forked workers share the memory-mapped index
         loader = torch.utils.data.DataLoader(
             self, batch_sampler=self.batch_indices(number), collate_fn=self.collate,
-            num_workers=self.workers, pin_memory=torch.cuda.is_available(),
-            # forked workers share the memory-mapped index; spawned ones would receive a copy
-            multiprocessing_context="fork" if self.workers and sys.platform == "linux" else None,
-            generator=torch.Generator(),        # the default would advance the model's random state
-            worker_init_fn=start_worker)
+            num_workers=self.workers, multiprocessing_context=context, worker_init_fn=start_worker,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator())        # the default would advance the model's random state
+        damaged = set()
+        num_read = 0
         with iterate_with_workers(loader) as batches:
             for batch in batches:
                 num_read += self.batch_size
@@ -240,10 +269,13 @@ class FaceDataset(torch.utils.data.Dataset):
                 yield batch
 
     def batch_indices(self, number):
-        """Yield for each batch the list of (epoch, index) of this rank."""
-        for epoch in itertools.count(number // self.batches_per_epoch):
+        """Yield for each batch, starting with batch `number`, the list of (epoch, index) of this
+        rank."""
+        first_epoch, first_batch = divmod(number, self.batches_per_epoch)
+        for epoch in itertools.count(first_epoch):
             order = random_stream("order", self.seed, epoch).permutation(len(self.faces))
-            for n in range(number % self.batches_per_epoch, self.batches_per_epoch):
-                own = order[n * self.global_size + self.rank * self.batch_size:][:self.batch_size]
+            for n in range(first_batch, self.batches_per_epoch):
+                start = n * self.global_size + self.rank * self.batch_size
+                own = order[start:start + self.batch_size]
                 yield [(epoch, index) for index in own.tolist()]
-            number = 0                          # later epochs start at their first batch
+            first_batch = 0

@@ -1,20 +1,22 @@
-"""The three tasks: train heads on frozen encoders, choose the best by validation, evaluate them on the test
-split and print the table (FLIP paper, section 5 and figure 2, panels b to d).
+"""The three tasks: train heads on frozen encoders, choose the best by validation, evaluate them on
+the test split and print the table (FLIP paper, section 5 and figure 2, panels b to d).
 
     python finetune.py retrieval      find the face for a caption, and the caption for a face
     python finetune.py attributes     predict the 40 attributes of a face
     python finetune.py sketch         find the photo for a sketch that is still being drawn
 
-A task is a class with its batches, loss, metrics and picture; `train_heads` is the loop. Frozen means
-evaluation mode (no dropout) and no gradient. For comparison, the same heads are trained on encoders with
-random weights. Without --data, drawn faces take a few minutes on two CPU cores.
+A task is a class with its batches, loss, metrics and picture; `train_heads` is the loop. Frozen
+means evaluation mode (no dropout) and no gradient. For comparison, the same heads are trained on
+encoders with random weights. Without --data, drawn faces take a few minutes on two CPU cores.
 
---out/<task> receives log.jsonl, table.md, a picture, and the weights trained on --checkpoint: head.pt for
-attributes, otherwise a complete flip.pt (with the momentum encoder and queue left from pre-training).
+--out/<task> receives log.jsonl, table.md, a picture, and the weights trained on --checkpoint:
+head.pt for attributes, otherwise a complete flip.pt (with the momentum encoder and queue left from
+pre-training).
 
-Departures: the official code selects the best epoch on the test split, trains LFWA's head on the test split,
-leaves dropout on inside the "frozen" encoders, keeps a momentum encoder and a queue for them, trains the
-attribute head with SGD, and for sketches a matching head that no metric uses. None of this is done here.
+Departures: the official code selects the best epoch on the test split, trains LFWA's head on the
+test split, leaves dropout on inside the "frozen" encoders, keeps a momentum encoder and a queue for
+them, trains the attribute head with SGD, and for sketches a matching head that no metric uses. None
+of this is done here.
 """
 import argparse
 import contextlib
@@ -40,7 +42,7 @@ from flip import FLIP, StepParams, project
 from losses import contrastive_loss
 from optim import build_optimizers, set_learning_rate, warmup_decay
 from pretrained import write_checkpoint
-from runs import Log, init_model
+from runs import Log, random_model
 
 
 # ---- configuration -------------------------------------------------------------------------------
@@ -48,40 +50,51 @@ from runs import Log, init_model
 class TaskConfig(SharedFlags):
     """The flags, see config.py. Defaults are the paper's for retrieval."""
     task: str = ""
-    checkpoint: str = "out/flip.pt"             # from train.py, or the official one: file, folder or hub name
-    random: bool = True                         # also train on frozen encoders with random weights
-    out: str = "out"                            # folder for the results, in a subfolder named after the task
-    faces: int = 4000                           # number of faces to draw for training
-    validation: int = 1000                      # number to draw for validation; with --data the maximum
-    test: int = 5000                            # likewise for the test split; 0: all of --data
-    fractions: tuple[float, ...] = (1.0,)       # parts of the training split, each trained on by itself
-    seed: int = 0                               # seed of random encoders, new weights, data and negatives
-    epochs: int = 50                            # epochs; a smaller fraction has the same number of steps
-    batch_size: int = 64                        # samples per step
-    lr: float = 3e-5                            # peak learning rate, after 10 % of the steps; cosine decay
-    workers: int = 8                            # data loading processes of retrieval
-    # fields for a recipe: train the matching head in every n-th step; number of stages of drawn sketches
+    checkpoint: str = "out/flip.pt"     # from train.py, or the official one: file, folder or hub
+                                        # name
+    random: bool = True         # also train on frozen encoders with random weights
+    out: str = "out"            # folder for the results, in a subfolder named after the task
+    faces: int = 4000           # number of faces to draw for training
+    validation: int = 1000      # number of validation faces to draw; with --data the maximum
+    test: int = 5000            # number of test faces to draw; with --data the maximum (0: all)
+    fractions: tuple[float, ...] = (1.0,)       # parts of the training split to train on, each
+                                                # from the same initial weights
+    seed: int = 0               # seed of random encoders, new weights, data and negatives
+    epochs: int = 50            # epochs; a smaller fraction has the same number of steps
+    batch_size: int = 64        # samples per step
+    lr: float = 3e-5            # peak learning rate, after 10 % of the steps; cosine decay
+    workers: int = 8            # data loading processes of retrieval
+
+    # set only by recipes; they are not flags, because they have no comment on their line
+    # train the matching head in every n-th step
     itm_every: int = 1
+    # number of steps in which a sketch is drawn
     sketch_steps: int = 70
 
 
-RECIPES = {"retrieval": {}, "sketch": dict(epochs=100, lr=1e-4, test=0),
-           # the official learning rates, 0.3 for CelebA and 0.003 for LFWA, are for SGD
-           "attributes": dict(epochs=100, batch_size=256, lr=1e-3, fractions=(0.01, 0.1, 1.0), test=0)}
-DRAWN = {"retrieval": dict(epochs=30, batch_size=250, lr=3e-3, itm_every=5, k_test=16, faces=2000,
-                           validation=200, test=1000, workers=0),
-         "attributes": dict(epochs=60, lr=3e-3, validation=500, test=1000),
-         "sketch": dict(epochs=600, batch_size=128, lr=1e-2, faces=800, validation=100, test=200)}
+# values for each task, and others on top of them for the drawn faces
+RECIPES = {
+    "retrieval": {},
+    # the official learning rates, 0.3 for CelebA and 0.003 for LFWA, are for SGD
+    "attributes": dict(epochs=100, batch_size=256, lr=1e-3, fractions=(0.01, 0.1, 1.0), test=0),
+    "sketch": dict(epochs=100, lr=1e-4, test=0),
+}
+DRAWN = {
+    "retrieval": dict(faces=2000, validation=200, test=1000, epochs=30, batch_size=250, lr=3e-3,
+                      itm_every=5, k_test=16, workers=0),
+    "attributes": dict(validation=500, test=1000, epochs=60, lr=3e-3),
+    "sketch": dict(faces=800, validation=100, test=200, epochs=600, batch_size=128, lr=1e-2),
+}
 
 
 # ---- training ------------------------------------------------------------------------------------
 class Task:
-    """What the three tasks have in common. A task is made of a model with frozen encoders, on its device, and
-    the faces of each split ("train", "val", "test").
+    """What the three tasks have in common. A task is made of a model with frozen encoders, on its
+    device, and the faces of each split ("train", "val", "test").
 
-    It sets `trained`, a module whose parameters that require gradients are updated: the model or a new head;
-    and `baseline`, name and metrics of the table's first row, whose metrics are the table's columns. The
-    methods of a task:
+    It sets `trained`, a module whose parameters that require gradients are updated: the model or a
+    new head; and `baseline`, name and metrics of the table's first row, whose metrics are the
+    table's columns. The methods of a task:
 
         batches(samples)    an endless stream of batches of the given training faces, an index array
         loss(batch, step)   a scalar tensor
@@ -97,47 +110,58 @@ class Task:
         self.config = config
         self.trained = model
 
-    def trained_weights(self):
+    def copy_weights(self):
         """Copies of the weights that are trained."""
-        return {name: p.detach().clone() for name, p in self.trained.named_parameters() if p.requires_grad}
+        weights = {}
+        for name, p in self.trained.named_parameters():
+            if p.requires_grad:
+                weights[name] = p.detach().clone()
+        return weights
 
     def restore(self, weights):
+        """Return to what `copy_weights` returned."""
         self.trained.load_state_dict(weights, strict=False)
 
 
 def train_heads(task: Task, samples: np.ndarray, steps: int, log: Log):
-    """Train on the faces `samples` of the training split, then restore the weights with the best validation
-    metric (possibly the initial ones)."""
+    """Train on the faces `samples` (indices) of the training split; validate five times; then
+    restore the weights with the best validation metric, possibly the initial ones."""
     model = task.model
     config = task.config
-    [optimizer] = build_optimizers(task.trained, weight_decay=0.05)     # AdamW; skips what is frozen
-    evaluated = {round(steps * n / 5) for n in range(1, 6)}             # after how many steps
-    best = task.metrics("val")[0][task.selected_by]
-    best_weights = task.trained_weights()
+    optimizers = build_optimizers(task.trained, weight_decay=0.05)      # for what is not frozen
+    [adamw] = optimizers
+    validate_after = [round(steps * n / 5) for n in range(1, 6)]
+    metrics, _ = task.metrics("val")
+    best = metrics[task.selected_by]
+    best_weights = task.copy_weights()
     with contextlib.closing(task.batches(samples)) as batches:
         for step, batch in zip(tqdm(range(steps), "training", leave=False), batches):
-            set_learning_rate([optimizer], warmup_decay(step, steps, steps // 10, config.lr))
+            lr = warmup_decay(step, steps, steps // 10, config.lr)
+            set_learning_rate(optimizers, lr)
             with autocast(config.precision, model.device):
                 loss = task.loss(batch, step)
-            optimizer.zero_grad()
+            adamw.zero_grad()
             loss.backward()
-            optimizer.step()
+            adamw.step()
             model.clamp_temperature()
-            if step + 1 in evaluated:
+
+            if step + 1 in validate_after:
                 metrics, _ = task.metrics("val")
                 log.write(step=step + 1, loss=loss.item(), validation=metrics)
                 if metrics[task.selected_by] > best:
                     best = metrics[task.selected_by]
-                    best_weights = task.trained_weights()
+                    best_weights = task.copy_weights()
     task.restore(best_weights)
 
 
 def shuffled_batches(samples, config):
-    """Yield index tensors (B,): each epoch all samples in a new order, in batches of nearly equal size."""
+    """Yield index tensors (B,): each epoch all samples in a new order, in batches of nearly equal
+    size."""
     rng = random_stream("order", config.seed)
     count = math.ceil(len(samples) / config.batch_size)
     while True:
-        yield from torch.from_numpy(rng.permutation(samples)).tensor_split(count)
+        order = torch.from_numpy(rng.permutation(samples))
+        yield from order.tensor_split(count)
 
 
 @torch.no_grad()
@@ -145,71 +169,81 @@ def encode(compute, read, count, model, config):
     """Apply compute(pixels (B, 3, S, S)) -> (B, ...) once to the images read(0, size), ...,
     read(count - 1, size), resized to size x size; returns (count, ...) in float16 on the CPU."""
     chunks = []
-    for _, pixels in iterate_images(read, count, model.config.vit.image_size, "encoding images"):
+    size = model.config.vit.image_size
+    for _, pixels in iterate_images(read, count, size, "encoding images"):
         with autocast(config.precision, model.device):
-            chunks.append(compute(pixels.to(model.device)).half().cpu())
-    return torch.cat(chunks)            # outside autocast, which cannot concatenate float16 on a CPU
+            encoded = compute(pixels.to(model.device))
+        chunks.append(encoded.half().cpu())
+    return torch.cat(chunks)        # outside autocast, which cannot concatenate float16 on a CPU
 
 
 # ---- retrieval: find the face for a caption, and the caption for a face --------------------------
 class Retrieval(Task):
-    """Frozen: both encoders; they run in every step, as the grammar writes new captions in every epoch.
-    Trained: projections, matching head, temperature. Loss: ITC + ITM within the batch, that is `FLIP.forward`
-    without momentum encoder, queue and soft targets. Metrics: recall after re-ranking."""
+    """Frozen: both encoders; they run in every step, as the grammar writes new captions in every
+    epoch. Trained: projections, matching head, temperature. Loss: ITC + ITM within the batch, that
+    is `FLIP.forward` without momentum encoder, queue and soft targets. Metrics: recall after
+    re-ranking."""
     selected_by = "r_mean"
 
     def __init__(self, model, splits, config):
         super().__init__(model, splits, config)
         self.tokenizer = model.require_tokenizer()
-        self.validation = {split: EvaluationSet.from_faces(splits[split]) for split in ("val", "test")}
+        self.sets = {split: EvaluationSet.from_faces(splits[split]) for split in ("val", "test")}
         self.hardness = 1.0             # of the negatives, as in pre-training
         if model.config.itm_hardness is not None:
             self.hardness = model.config.itm_hardness
-        self.baseline = "chance", chance_recalls(self.validation["test"].image_of_text)
+        self.baseline = "chance", chance_recalls(self.sets["test"].image_of_text)
         if not config.data:
-            self.note = "The drawn faces are grey here; in colour, the model already knows everything.\n"
+            self.note = ("The drawn faces are grey here; in colour, the model already knows "
+                         "everything.\n")
 
     def batches(self, samples):
         config = self.config
-        dataset = FaceDataset(
-            self.splits["train"].subset(samples), self.tokenizer, self.model.config.vit.image_size,
-            min(config.batch_size, len(samples)), config.seed, augmented=False, workers=config.workers)
+        faces = self.splits["train"].subset(samples)
+        batch_size = min(config.batch_size, len(samples))
+        dataset = FaceDataset(faces, self.tokenizer, self.model.config.vit.image_size, batch_size,
+                              config.seed, augmented=False, workers=config.workers)
         return dataset.iterate_from(0)
 
     def loss(self, batch, step):
-        # ITM costs a pass of the text encoder and trains the matching head only: skipping it in most steps
-        # does not change the gradients of ITC
+        # ITM costs a pass of the text encoder and trains the matching head only: skipping it in
+        # most steps does not change the gradients of ITC
+        with_itm = step % self.config.itm_every == 0
         params = StepParams(alpha=0.0, momentum=0.0, queue_length=0, hardness=self.hardness,
-                            with_itm=step % self.config.itm_every == 0)
+                            with_itm=with_itm)
         batch = batch.to(self.model.device)
         out = self.model(batch.images, batch.captions, batch.identity, params)
         return out.itc + out.itm
 
     def metrics(self, split):
-        return evaluate(self.model, self.validation[split], self.config)
+        return evaluate(self.model, self.sets[split], self.config)
 
     def draw(self, text_to_image, path):
-        plot_retrieval(self.validation["test"], text_to_image, path)
+        plot_retrieval(self.sets["test"], text_to_image, path)
 
 
 # ---- attributes: predict the 40 attributes of a face ---------------------------------------------
 class Attributes(Task):
-    """Frozen: the image encoder; it encodes each image once. Trained: a new `AttributeHead`. Loss: binary
-    cross-entropy, mean over faces and labels. Metrics: accuracy and balanced accuracy, means over labels."""
+    """Frozen: the image encoder; it encodes each image once. Trained: a new `AttributeHead`. Loss:
+    binary cross-entropy, mean over faces and labels. Metrics: accuracy and balanced accuracy, means
+    over labels."""
     selected_by = "accuracy"
 
     def __init__(self, model, splits, config):
         super().__init__(model, splits, config)
-        self.vectors = {}
-        self.labels = {}
+        self.vectors = {}       # {split: (I, V, D)}
+        self.labels = {}        # {split: (I, 40)}
         for split, faces in splits.items():
-            self.vectors[split] = encode(self.pool, faces.picture, len(faces), model, config)   # (I, V, D)
-            self.labels[split] = torch.tensor(np.array(faces.attributes))                       # (I, 40)
+            self.vectors[split] = encode(self.pool, faces.picture, len(faces), model, config)
+            self.labels[split] = torch.tensor(np.array(faces.attributes))
         _, V, D = self.vectors["train"].shape
         self.trained = AttributeHead(V, D, len(ATTRIBUTES)).to(model.device)
+
+        # the accuracy of always predicting a label's more frequent value
         frequency = self.labels["test"].double().mean(0)
-        self.majority = 100 * torch.maximum(frequency, 1 - frequency)                           # (40,)
-        self.baseline = "majority class", {"accuracy": self.majority.mean().item(), "balanced accuracy": 50.0}
+        self.majority = 100 * torch.maximum(frequency, 1 - frequency)           # (40,)
+        metrics = {"accuracy": self.majority.mean().item(), "balanced accuracy": 50.0}
+        self.baseline = "majority class", metrics
 
     def pool(self, images):
         return pool_tokens(self.model.student.image, images)
@@ -222,13 +256,19 @@ class Attributes(Task):
 
     def loss(self, batch, step):
         logits = self.logits(self.vectors["train"][batch])
-        return F.binary_cross_entropy_with_logits(logits, self.labels["train"][batch].to(logits))
+        labels = self.labels["train"][batch]
+        return F.binary_cross_entropy_with_logits(logits, labels.to(logits))
 
     @torch.no_grad()
     def metrics(self, split):
-        logits = torch.cat([self.logits(chunk).cpu() for chunk in self.vectors[split].split(1024)])
-        accuracy, balanced = accuracies(logits > 0, self.labels[split])                         # (40,)
-        return {"accuracy": accuracy.mean().item(), "balanced accuracy": balanced.nanmean().item()}, accuracy
+        logits = []
+        for vectors in self.vectors[split].split(1024):
+            logits.append(self.logits(vectors).cpu())
+        predicted = torch.cat(logits) > 0
+        accuracy, balanced = accuracies(predicted, self.labels[split])          # (40,)
+        metrics = {"accuracy": accuracy.mean().item(),
+                   "balanced accuracy": balanced.nanmean().item()}
+        return metrics, accuracy
 
     def draw(self, accuracy, path):
         """The accuracy on the test split for each attribute, beside that of the majority class."""
@@ -245,18 +285,22 @@ class Attributes(Task):
 
 
 def pool_tokens(vit, images):
-    """Images (B, 3, S, S) -> V pooled vectors (B, V, D): class token, mean and maximum of the patch tokens,
-    each after 1/3, 1/2 and 2/3 of the blocks (4, 6 and 8 of 12) and after the final norm."""
-    tokens, hidden = vit(images, return_hidden=True)            # (B, L, D), and that after each block
-    depth = vit.config.depth                                    # a shallow ViT has fewer of these
-    depths = sorted({max(1, depth // 3), math.ceil(depth / 2), math.ceil(2 * depth / 3)})
-    chosen = [hidden[n - 1] for n in depths] + [tokens]
-    vectors = [vector for x in chosen for vector in (x[:, 0], x[:, 1:].mean(1), x[:, 1:].amax(1))]
+    """Images (B, 3, S, S) -> V pooled vectors (B, V, D): class token, mean and maximum of the patch
+    tokens, each after 1/3, 1/2 and 2/3 of the blocks (4, 6 and 8 of 12) and after the final
+    norm."""
+    tokens, hidden = vit(images, return_hidden=True)            # (B, L, D), and a list of the same
+    depth = vit.config.depth
+    depths = {max(1, depth // 3), math.ceil(depth / 2), math.ceil(2 * depth / 3)}
+    vectors = []
+    for x in [hidden[n - 1] for n in sorted(depths)] + [tokens]:
+        patches = x[:, 1:]
+        vectors += [x[:, 0], patches.mean(1), patches.amax(1)]
     return torch.stack(vectors, dim=1)
 
 
 class AttributeHead(nn.Module):
-    """Pooled vectors (B, V, D) -> logits (B, labels): LayerNorm, learned weighted sum over V, linear."""
+    """Pooled vectors (B, V, D) -> logits (B, labels): LayerNorm, learned weighted sum over V,
+    linear."""
 
     def __init__(self, vectors, width, labels):
         super().__init__()
@@ -265,63 +309,71 @@ class AttributeHead(nn.Module):
         self.linear = nn.Linear(width, labels)
 
     def forward(self, x):
-        return self.linear(torch.einsum("v,bvd->bd", self.weights, self.norm(x)))
+        pooled = torch.einsum("v,bvd->bd", self.weights, self.norm(x))
+        return self.linear(pooled)
 
 
 def accuracies(predicted, truth):
-    """Accuracy and balanced accuracy in percent, (labels,) each, from bool (I, labels). For rare attributes,
-    always predicting "absent" has high accuracy; balanced accuracy, the mean of true positive and true
-    negative rate, corrects for that. It is NaN for a label that all faces or none have."""
+    """Accuracy and balanced accuracy in percent, (labels,) each, from bool (I, labels). For rare
+    attributes, always predicting "absent" has high accuracy; balanced accuracy, the mean of true
+    positive and true negative rate, corrects for that. It is NaN for a label that all faces or none
+    have."""
+    accuracy = (predicted == truth).double().mean(0)
     sensitivity = (predicted & truth).sum(0) / truth.sum(0)
     specificity = (~predicted & ~truth).sum(0) / (~truth).sum(0)
-    return 100 * (predicted == truth).double().mean(0), 50 * (sensitivity + specificity)
+    return 100 * accuracy, 50 * (sensitivity + specificity)
 
 
 # ---- sketch: find the photo for a sketch that is still being drawn -------------------------------
 class Sketch(Task):
-    """Frozen: both encoders; they encode photos, all steps of the sketches and a caption each once. Trained:
-    projections and temperature; photos and sketches share theirs. Loss: IIC (image-image contrastive loss)
-    between a random step of the sketch and its photo, plus ITC of the photo if it has captions. Metrics:
-    `early_retrieval`."""
+    """Frozen: both encoders; they encode photos, all steps of the sketches and a caption each once.
+    Trained: projections and temperature; photos and sketches share theirs. Loss: IIC (image-image
+    contrastive loss) between a random step of the sketch and its photo, plus ITC of the photo if it
+    has captions. Metrics: `early_retrieval`."""
     selected_by = "m@B"
     note = ("m@A: mean rank percentile of the photo, m@B: mean reciprocal rank, over all steps;\n"
             "w@A, w@B: early steps weighted more; A: the percentile for the finished sketch.\n")
 
     def __init__(self, model, splits, config):
         super().__init__(model, splits, config)
-        self.photos = {}
-        self.sketches = {}
-        self.captions = None
+        self.photos = {}        # {split: class tokens of the photos (I, D)}
+        self.sketches = {}      # {split: those of the sketches after each step (I, steps, D)}
         for split, faces in splits.items():
-            self.encode_split(split, faces)
+            self.photos[split] = encode(self.class_tokens, faces.picture, len(faces), model, config)
+            self.sketches[split] = self.encode_sketches(faces)
+        self.captions = None
         if splits["train"].has_text:
             self.captions = self.encode_captions(splits["train"])
+
         photos = len(splits["test"])
         steps = splits["test"].sketch_steps
         every_rank = torch.arange(1, photos + 1)[:, None].expand(-1, steps)
         self.baseline = "chance", early_retrieval(every_rank, photos)
 
-    def encode_split(self, split, faces):
-        """Class tokens of the photos (I, D) and of all steps of the sketches (I, steps, D)."""
-        def class_tokens(images):
-            return self.model.student.image(images, first_token_only=True)
+    def class_tokens(self, images):
+        return self.model.student.image(images, first_token_only=True)
 
+    def encode_sketches(self, faces):
+        """Class tokens (I, steps, D) of the sketches after each step."""
         def read_sketch(n, size):
-            return faces.sketch(*divmod(n, faces.sketch_steps))
+            i, t = divmod(n, faces.sketch_steps)
+            return faces.sketch(i, t)
 
-        self.photos[split] = encode(class_tokens, faces.picture, len(faces), self.model, self.config)
-        num_sketches = len(faces) * faces.sketch_steps
-        sketches = encode(class_tokens, read_sketch, num_sketches, self.model, self.config)
-        self.sketches[split] = sketches.unflatten(0, (len(faces), -1))
+        count = len(faces) * faces.sketch_steps
+        sketches = encode(self.class_tokens, read_sketch, count, self.model, self.config)
+        return sketches.unflatten(0, (len(faces), -1))
 
     @torch.no_grad()
     def encode_captions(self, faces):
         """[CLS] tokens of a caption of each face (I, D)."""
         model = self.model
-        config = self.config
-        texts = [faces.caption(i, random_stream("caption", config.seed, i)) for i in range(len(faces))]
-        captions = model.require_tokenizer()(texts).to(model.device)
-        with autocast(config.precision, model.device):
+        texts = []
+        for i in range(len(faces)):
+            rng = random_stream("caption", self.config.seed, i)
+            texts.append(faces.caption(i, rng))
+        tokenizer = model.require_tokenizer()
+        captions = tokenizer(texts).to(model.device)
+        with autocast(self.config.precision, model.device):
             return model.student.cls_tokens(captions)
 
     def batches(self, samples):
@@ -329,13 +381,14 @@ class Sketch(Task):
 
     def loss(self, batch, step):
         student = self.model.student
-        train = self.splits["train"]
-        at_step = torch.randint(train.sketch_steps, batch.shape)
-        photo = project(self.photos["train"][batch], student.image_projection)                  # (B, E)
-        drawn = project(self.sketches["train"][batch, at_step], student.image_projection)
-        identity = torch.from_numpy(train.identity[batch.numpy()]).to(photo.device)
+        faces = self.splits["train"]
+        sketch_step = torch.randint(faces.sketch_steps, batch.shape)
+        sketch_tokens = self.sketches["train"][batch, sketch_step]
+        sketch = project(sketch_tokens, student.image_projection)               # (B, E)
+        photo = project(self.photos["train"][batch], student.image_projection)
+        identity = torch.from_numpy(faces.identity[batch.numpy()]).to(photo.device)
         temperature = self.model.temperature
-        iic = in_batch_contrastive_loss(drawn, photo, identity, temperature)
+        iic = in_batch_contrastive_loss(sketch, photo, identity, temperature)
         if self.captions is None:
             return iic
         text = project(self.captions[batch], student.text_projection)
@@ -344,53 +397,62 @@ class Sketch(Task):
     @torch.no_grad()
     def metrics(self, split):
         projection = self.model.student.image_projection
-        photo = project(self.photos[split], projection)                                 # (I, E)
-        drawn = project(self.sketches[split], projection)                               # (I, steps, E)
-        similarity = (drawn @ photo.T).cpu()                                            # (I, steps, I)
+        photo = project(self.photos[split], projection)                         # (I, E)
+        sketch = project(self.sketches[split], projection)                      # (I, steps, E)
+        similarity = (sketch @ photo.T).cpu()                                   # (I, steps, I)
         return early_retrieval(sketch_ranks(similarity), len(photo)), similarity
 
     def draw(self, similarity, path, stages=6, top=5):
         """One sketch, of median difficulty, and its highest-ranked photos at several stages."""
         faces = self.splits["test"]
         ranks = sketch_ranks(similarity)
-        difficulty = (1 / ranks.double()).mean(1)
-        n = int(difficulty.argsort()[len(ranks) // 2])
+        mean_reciprocal_rank = (1 / ranks.double()).mean(1)
+        n = int(mean_reciprocal_rank.argsort()[len(ranks) // 2])
         steps = faces.sketch_steps
+        shown = {max(0, steps * stage // stages - 1) for stage in range(1, stages + 1)}
         rows = []
-        for t in sorted({max(0, steps * stage // stages - 1) for stage in range(1, stages + 1)}):
-            best = similarity[n, t].argsort(descending=True)[:top].tolist()
-            tiles = [(faces.picture(i), f"{similarity[n, t, i]:.2f}", i == n) for i in best]
+        for t in sorted(shown):
+            tiles = [(faces.sketch(n, t), "", False)]
+            for i in similarity[n, t].argsort(descending=True)[:top].tolist():
+                tiles.append((faces.picture(i), f"{similarity[n, t, i]:.2f}", i == n))
             title = f"step {t + 1} of {steps}: the true photo ranks {ranks[n, t]} of {len(ranks)}"
-            rows.append((title, [(faces.sketch(n, t), "", False), *tiles]))
+            rows.append((title, tiles))
         contact_sheet(rows, tile=112, legend="green frame: the true photo").save(path)
 
 
 def in_batch_contrastive_loss(one, other, identity, temperature):
-    """Symmetric contrastive loss of B pairs, features (B, E) each: ITC and IIC without a queue. As in
-    pre-training, no gradient flows into the keys."""
-    def one_way(feature, keys):
-        return contrastive_loss(feature, feature, keys, identity, identity, temperature, alpha=0.0)
-    return (one_way(one, other) + one_way(other, one)) / 2      # at alpha 0 there are no momentum features
+    """Symmetric contrastive loss of B pairs, features (B, E) each: ITC and IIC without a queue. As
+    in pre-training, no gradient flows into the keys."""
+    shared = identity, identity, temperature
+    # with alpha 0, the momentum features (the second argument) are not used
+    forth = contrastive_loss(one, one, other, *shared, alpha=0.0)
+    back = contrastive_loss(other, other, one, *shared, alpha=0.0)
+    return (forth + back) / 2
 
 
 def sketch_ranks(similarity):
-    """similarity (I sketches, steps, I photos), photo i belonging to sketch i -> ranks (I, steps), 1 is
-    best. Ties and NaN count against the true photo."""
-    true = similarity.diagonal(dim1=0, dim2=2).T                                            # (I, steps)
+    """similarity (I sketches, steps, I photos), photo i belonging to sketch i -> ranks (I, steps),
+    1 is best. Ties and NaN count against the true photo."""
+    true = similarity.diagonal(dim1=0, dim2=2).T                        # (I, steps)
     return (~(similarity < true[..., None])).sum(-1)
 
 
 def early_retrieval(ranks, photos):
-    """Metrics in percent from ranks (I, steps) among `photos` photos: m@A (mean rank percentile) and m@B
-    (mean reciprocal rank) over all steps; w@A and w@B weight step t of n by exp(-t / n), without
-    normalisation, so that their maximum is about 63; A, the percentile of the finished sketch."""
+    """Metrics in percent from ranks (I, steps) among `photos` photos: m@A (mean rank percentile)
+    and m@B (mean reciprocal rank) over all steps; w@A and w@B weight step t of n by exp(-t / n),
+    without normalisation, so that their maximum is about 63; A, the percentile of the finished
+    sketch."""
     steps = ranks.shape[1]
     percentile = 100 * (photos - ranks.double()) / (photos - 1)
     inverse = 100 / ranks.double()
     weight = torch.exp(-torch.arange(1, steps + 1, dtype=torch.float64) / steps)
-    return {"m@A": percentile.mean().item(), "m@B": inverse.mean().item(),
-            "w@A": (weight * percentile).mean().item(), "w@B": (weight * inverse).mean().item(),
-            "A, finished": percentile[:, -1].mean().item()}
+    return {
+        "m@A": percentile.mean().item(),
+        "m@B": inverse.mean().item(),
+        "w@A": (weight * percentile).mean().item(),
+        "w@B": (weight * inverse).mean().item(),
+        "A, finished": percentile[:, -1].mean().item(),
+    }
 
 
 # ---- the run -------------------------------------------------------------------------------------
@@ -399,23 +461,29 @@ TASKS = {"retrieval": Retrieval, "attributes": Attributes, "sketch": Sketch}
 
 def open_splits(config: TaskConfig, size: int) -> dict[str, Faces]:
     """The splits of --data, or drawn faces that train.py never uses."""
-    counts = {"train": config.faces, "val": config.validation, "test": config.test}
     if config.data:
-        return {split: open_split(config, split, count, size) for split, count in counts.items()}
-    splits = {}
+        return {"train": open_split(config, "train", 0, size),
+                "val": open_split(config, "val", config.validation, size),
+                "test": open_split(config, "test", config.test, size)}
+    return {"train": draw_faces(config, 10, config.faces, size),
+            "val": draw_faces(config, 11, config.validation, size),
+            "test": draw_faces(config, 12, config.test, size)}
+
+
+def draw_faces(config: TaskConfig, seed: int, count: int, size: int) -> Faces:
+    """Drawn faces for a task. Those of retrieval are grey: a domain shift from pre-training."""
     steps = config.sketch_steps if config.task == "sketch" else 0
-    for seed, (split, count) in enumerate(counts.items(), start=10):
-        faces = load_toy_faces(count, size, seed, config.cache, steps)
-        if config.task == "retrieval":      # greyscale: a domain shift from pre-training
-            grey = np.asarray(faces.images) @ np.outer((0.299, 0.587, 0.114), (1, 1, 1))
-            faces = replace(faces, images=grey.round().astype(np.uint8))
-        splits[split] = faces
-    return splits
+    faces = load_toy_faces(count, size, seed, config.cache, steps)
+    if config.task != "retrieval":
+        return faces
+    to_grey = np.outer((0.299, 0.587, 0.114), (1, 1, 1))
+    grey = np.asarray(faces.images) @ to_grey
+    return replace(faces, images=grey.round().astype(np.uint8))
 
 
 def open_split(config: TaskConfig, split: str, count: int, size: int) -> Faces:
-    """A split of --data; of validation and test at most `count` faces, or all if that is 0. Raises
-    ValueError if it lacks what the task needs."""
+    """At most `count` faces of a split of --data (0: all). Raises ValueError if it lacks what the
+    task needs."""
     faces = open_faces(config.data, split, config.cache, config.columns)
     available = {"retrieval": faces.has_text, "attributes": faces.attributes is not None,
                  "sketch": faces.sketches is not None}
@@ -423,13 +491,14 @@ def open_split(config: TaskConfig, split: str, count: int, size: int) -> Faces:
         raise ValueError(f"{faces.name}: has nothing to train {config.task} on")
     if split == "train" and config.task == "retrieval":     # whose batches replace damaged images
         return faces
-    if split != "train" and count:
+    if count:
         faces = faces.subset(range(min(count, len(faces))))
     return readable(faces, size)
 
 
 def finetune(config: TaskConfig) -> list[tuple[str, dict]]:
-    """Train and test on --checkpoint, then on random weights; returns the table's rows (name, metrics)."""
+    """Train and test on --checkpoint, then on random weights; returns the table's rows (name,
+    metrics)."""
     device = use_device(config.device)
     folder = Path(config.out) / config.task
     if (folder / "table.md").exists():
@@ -439,7 +508,7 @@ def finetune(config: TaskConfig) -> list[tuple[str, dict]]:
     torch.manual_seed(derive_seed("random encoders", config.seed))
     encoders = {config.checkpoint: model}
     if config.random:
-        encoders["random weights"] = init_model(model.config, model.tokenizer)
+        encoders["random weights"] = random_model(model.config, model.tokenizer)
 
     log = Log(folder / "log.jsonl")
     log.restart([{"config": asdict(config)}])
@@ -450,7 +519,8 @@ def finetune(config: TaskConfig) -> list[tuple[str, dict]]:
         model.student.text.requires_grad_(False)
         torch.manual_seed(derive_seed("new weights, negatives, steps of sketches", config.seed))
         task = TASKS[config.task](model, splits, config)
-        rows = rows or [task.baseline]
+        if not rows:
+            rows.append(task.baseline)
         rows += tune(task, name, log)
         if name == config.checkpoint:
             save_task(task, folder)
@@ -462,24 +532,27 @@ def finetune(config: TaskConfig) -> list[tuple[str, dict]]:
 
 
 def tune(task: Task, name: str, log: Log) -> list[tuple[str, dict]]:
-    """Train on each fraction of the training split, always from the same weights; returns the table's rows.
-    The details of the last one are left in `task.details`."""
+    """Train on each fraction of the training split, always from the same weights; returns the
+    table's rows. The details of the last one are left in `task.details`."""
     config = task.config
     rows = []
     if task.trained is task.model:
         metrics, _ = task.metrics("test")           # for the table only
         rows.append((f"{name}, before tuning", metrics))
-    samples = random_stream("nested fractions", config.seed).permutation(len(task.splits["train"]))
-    steps = config.epochs * math.ceil(len(samples) / config.batch_size)
-    initial = task.trained_weights()
+    num_faces = len(task.splits["train"])
+    order = random_stream("nested fractions", config.seed).permutation(num_faces)
+    steps = config.epochs * math.ceil(num_faces / config.batch_size)
+    initial = task.copy_weights()
     for fraction in sorted(config.fractions):
-        count = max(1, round(fraction * len(samples)))
+        count = max(1, round(fraction * num_faces))
         task.restore(initial)
-        train_heads(task, samples[:count], steps, log)
+        train_heads(task, order[:count], steps, log)
         metrics, task.details = task.metrics("test")
         log.write(encoder=name, fraction=fraction, test=metrics)
-        part = f" on {100 * fraction:g} % of the faces" if config.fractions != (1.0,) else ""
-        rows.append((f"{name}, tuned{part}", metrics))
+        row = f"{name}, tuned"
+        if config.fractions != (1.0,):
+            row += f" on {100 * fraction:g} % of the faces"
+        rows.append((row, metrics))
     return rows
 
 
@@ -497,20 +570,26 @@ def table(rows, task):
     _, baseline = rows[0]
     header = [f"{task}, %"]
     for column in baseline:
-        header.append(column.replace("img_r", "text to image R@").replace("txt_r", "image to text R@"))
-    cells = [[name, *(f"{metrics[column]:.1f}" for column in baseline)] for name, metrics in rows]
+        column = column.replace("img_r", "text to image R@")
+        header.append(column.replace("txt_r", "image to text R@"))
+    cells = []
+    for name, metrics in rows:
+        cells.append([name, *[f"{metrics[column]:.1f}" for column in baseline]])
     return markdown_table(header, cells)
 
 
 def parse_arguments(argv=None):
     parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=f"Defaults in brackets are for retrieval.\nOther tasks: {RECIPES}\nDrawn faces: {DRAWN}")
+        description=__doc__, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Defaults in brackets are for retrieval.\n"
+               f"Other tasks: {RECIPES}\nDrawn faces: {DRAWN}")
     parser.add_argument("task", choices=tuple(TASKS))
     given = parse_flags(parser, TaskConfig, argv)
-    task = given["task"]
-    drawn = {} if given.get("data") else DRAWN[task]
-    return TaskConfig(**RECIPES[task] | drawn | given)
+    values = RECIPES[given["task"]]
+    if not given.get("data"):
+        values = values | DRAWN[given["task"]]
+    return TaskConfig(**values | given)
 
 
 if __name__ == "__main__":

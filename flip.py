@@ -15,12 +15,14 @@ only if the encoder changes slowly; so keys come from a moving average of the st
 provides soft targets: another face's caption may be true of this face too, so a fraction alpha of
 the target follows the momentum encoder's softmax over all keys, and the rest is placed on the true
 pairs. (The default run trains the tiny model in other ways for most of its steps: ITM in every 8th
-step from 25 % on, momentum encoder and soft targets from 85 %, the queue from 88 %; config.py says why.)
+step from 25 % on, momentum encoder and soft targets from 85 %, the queue from 88 %; config.py says
+why.)
 
 `forward` computes the losses and changes no state. The training loop changes state, with one call
 each: `update_momentum`, `enqueue`, `clamp_temperature`. (The official forward does all of this.)
 
-Shapes: see vit.py; A = B x processes, the global batch. Run `python flip.py` to trace a batch.
+Shapes: see attention.py; A = B x processes, the global batch. Run `python flip.py` to trace a
+batch.
 """
 import copy
 from dataclasses import asdict, dataclass
@@ -49,14 +51,15 @@ class FLIPConfig:
     bert: BertConfig = BertConfig()
     embed_dim: int = 256
     queue_size: int = 61440
-    itm_hardness: float | None = None   # for `rerank_score`; None: the paper's score, logit 1 + cosine
+    itm_hardness: float | None = None   # of ITM's negatives, for `rerank_score`; None: the paper's
 
 
 class StepParams(NamedTuple):
-    """What changes from step to step (`train.schedule`); defaults: the final values of the paper."""
+    """What `train.schedule` changes from step to step; the defaults are the final values of the
+    paper."""
     alpha: float = 0.4                  # weight of the soft targets in ITC
     momentum: float = 0.995             # 0: the student's own features serve as keys
-    queue_length: int | None = None     # use only the first slots, those written so far; None: all
+    queue_length: int | None = None     # use only the first slots of the queue; None: all
     hardness: float = 1.0               # for losses.hard_negative_probabilities
     with_itm: bool = True               # False: skip ITM in this step
 
@@ -72,8 +75,8 @@ class FLIPOutput(NamedTuple):
 
 # ---- the model -----------------------------------------------------------------------------------
 class Encoders(nn.Module):
-    """Image encoder, text encoder and their projections. FLIP has two of these: student and momentum
-    encoder."""
+    """Image encoder, text encoder and their projections. FLIP has two of these: student and
+    momentum encoder."""
 
     def __init__(self, config: FLIPConfig):
         super().__init__()
@@ -97,15 +100,18 @@ class Encoders(nn.Module):
 
     def cls_tokens(self, captions: Captions, batch_size: int = 500):
         """Captions -> [CLS] tokens (P, D), computed for at most batch_size captions at a time."""
-        chunks = [captions]
-        if len(captions) > batch_size:
-            chunks = [captions.select(part) for part in torch.arange(len(captions)).split(batch_size)]
-        return torch.cat([self.text(chunk, first_token_only=True) for chunk in chunks])
+        if len(captions) <= batch_size:
+            return self.text(captions, first_token_only=True)
+        first_tokens = []
+        for indices in torch.arange(len(captions)).split(batch_size):
+            first_tokens.append(self.text(captions.select(indices), first_token_only=True))
+        return torch.cat(first_tokens)
 
 
 def project(first_tokens, projection: nn.Linear):
     """First tokens (B, D) -> features (B, E) of unit norm."""
-    return F.normalize(projection(first_tokens.to(projection.weight)).float(), dim=-1)
+    features = projection(first_tokens.to(projection.weight))
+    return F.normalize(features.float(), dim=-1)
 
 
 class FLIP(nn.Module):
@@ -113,90 +119,104 @@ class FLIP(nn.Module):
         super().__init__()
         self.config = config
         self.tokenizer = tokenizer
-        if tokenizer and tokenizer.vocab_size != config.bert.vocab_size:
-            raise ValueError(f"the vocabulary has {tokenizer.vocab_size} entries with [DEC] and [ENC], but "
-                             f"the model has {config.bert.vocab_size}; use the one it was trained with")
+        vocab_size = config.bert.vocab_size
+        if tokenizer and tokenizer.vocab_size != vocab_size:
+            raise ValueError(f"the vocabulary has {tokenizer.vocab_size} entries with [DEC] and "
+                             f"[ENC], but the model has {vocab_size}; use the one it was trained "
+                             "with")
         self.student = Encoders(config)
         self.matching_head = nn.Linear(config.bert.width, 2)
         self.temperature = nn.Parameter(torch.tensor(0.07))
         self.momentum_encoder = copy.deepcopy(self.student).requires_grad_(False)
-        # as in the official code, the queue starts with random unit vectors of identity -100. They are
-        # never positives, but soft targets give them some weight
+
+        # as in the official code, the queue starts with random unit vectors of identity -100. They
+        # are never positives, but soft targets give them some weight
         for name in ("image_queue", "text_queue"):
             features = torch.randn(config.queue_size, config.embed_dim)
             self.register_buffer(name, F.normalize(features, dim=-1))
         self.register_buffer("queue_identity", torch.full((config.queue_size,), -100))
         self.register_buffer("queue_pointer", torch.zeros(1, dtype=torch.int64))
 
-    device = property(lambda self: self.temperature.device)
-    dtype = property(lambda self: self.temperature.dtype)
+    @property
+    def device(self):
+        return self.temperature.device
 
-    def itm_logits(self, image_tokens, captions: Captions, captions_per_image: torch.Tensor | None = None):
-        """ITM logits (P, 2), class 1 = match, of P captions with the images (I, L, D) they attend to:
-        the first captions_per_image[0] captions with image 0, and so on (on the CPU; None: one each)."""
+    @property
+    def dtype(self):
+        return self.temperature.dtype
+
+    def itm_logits(self, image_tokens, captions: Captions, captions_per_image=None):
+        """ITM logits (P, 2), class 1 = match, of P captions with the images (I, L, D) they attend
+        to: the first captions_per_image[0] captions with image 0, and so on (on the CPU; None: one
+        each)."""
         captions = captions.with_first_token(self.student.text.enc_id)
-        first = self.student.text(captions, image_tokens, captions_per_image, first_token_only=True)  # (P, D)
+        first = self.student.text(captions, image_tokens, captions_per_image, first_token_only=True)
+        head = self.matching_head
         with torch.autocast(first.device.type, enabled=False):      # in float32, for ranking
-            return F.linear(first.float(), self.matching_head.weight.float(), self.matching_head.bias.float())
+            return F.linear(first.float(), head.weight.float(), head.bias.float())
 
-    def score_pairs(self, image_tokens, captions: Captions, pairs: torch.Tensor | None = None):
-        """ITM logits (P, 2). pairs (P, 2): indices of image and caption, a CPU tensor sorted by image (None:
-        all combinations); image_tokens may be on any device, in any dtype."""
-        device = self.device
+    def score_pairs(self, image_tokens, captions: Captions, pairs=None):
+        """ITM logits (P, 2) of pairs (P, 2), indices of image and caption, a CPU tensor sorted by
+        image (None: all combinations). image_tokens may be on any device, in any dtype."""
         if pairs is None:
-            pairs = torch.cartesian_prod(torch.arange(len(image_tokens)), torch.arange(len(captions)))
-        # a chunk's activations of BERT's MLP, in float32, fit a CPU's cache (8 MB), or fill a GPU (512 MB)
-        bytes_per_pair = captions.sequences.num_tokens / len(captions) * 4 * self.config.bert.width * 4
-        chunk_size = 1 + int((2 ** 29 if device.type == "cuda" else 2 ** 23) / bytes_per_pair)
-        logits = [torch.empty(0, 2, device=device)]
-        chunks = [chunk.T for chunk in pairs.split(chunk_size) if len(chunk)]
+            images = torch.arange(len(image_tokens))
+            pairs = torch.cartesian_prod(images, torch.arange(len(captions)))
+        # so many pairs that the MLP's activations, in float32, fit a CPU's cache or occupy a GPU
+        tokens_per_caption = captions.sequences.num_tokens / len(captions)
+        bytes_per_pair = tokens_per_caption * 4 * self.config.bert.width * 4
+        chunk_bytes = 2 ** 29 if self.device.type == "cuda" else 2 ** 23
+        chunks = pairs.split(1 + int(chunk_bytes / bytes_per_pair))
+
+        logits = []
         hide_bar = len(chunks) < 10 or rank_and_world_size()[0] > 0
-        for image_index, text_index in tqdm(chunks, "re-ranking", disable=hide_bar or None, leave=False):
+        for chunk in tqdm(chunks, "re-ranking", disable=hide_bar or None, leave=False):
+            image_index, text_index = chunk.T
             start = int(image_index[0])
             stop = int(image_index[-1]) + 1
-            tokens = image_tokens[start:stop].to(device, self.dtype)
-            counts = (image_index - start).bincount()           # captions per image
-            logits.append(self.itm_logits(tokens, captions.select(text_index), counts))
+            tokens = image_tokens[start:stop].to(self.device, self.dtype)
+            captions_per_image = (image_index - start).bincount()
+            logits.append(self.itm_logits(tokens, captions.select(text_index), captions_per_image))
         return torch.cat(logits)
 
     def rerank_score(self, logits, cosine):
         """The score that re-ranks candidates: ITM logits (..., 2) and cosines (...) -> (...).
 
-        The paper uses logit 1 + cosine. A head trained with negatives of hardness h separates true pairs, of
-        density p(i, t), from a density q(i, t) proportional to p(i) p(t) exp(h cosine / tau), so logit 1 -
-        logit 0 estimates log p(i, t) / q(i, t) up to a constant. With h cosine / tau added, that is the
-        pointwise mutual information log p(i, t) / (p(i) p(t))."""
+        The paper uses logit 1 + cosine. A head trained with negatives of hardness h separates true
+        pairs, of density p(i, t), from a density q(i, t) proportional to p(i) p(t) exp(h cosine /
+        tau), so logit 1 - logit 0 estimates log p(i, t) / q(i, t) up to a constant. With h cosine /
+        tau added, that is the pointwise mutual information log p(i, t) / (p(i) p(t))."""
         if self.config.itm_hardness is None:
             return logits[..., 1] + cosine
-        log_density = self.config.itm_hardness * cosine / self.temperature.to(cosine)
-        return logits[..., 1] - logits[..., 0] + log_density
+        log_density_ratio = logits[..., 1] - logits[..., 0]
+        return log_density_ratio + self.config.itm_hardness * cosine / self.temperature.to(cosine)
 
-    def forward(self, images: torch.Tensor, captions: Captions, identity: torch.Tensor,
-                params: StepParams = StepParams(), generator: torch.Generator | None = None):
-        """Both losses for B pairs: images (B, 3, S, S), packed captions, identity (B,), where equal
-        numbers mean the same person. generator: a CPU generator for sampling negatives."""
+    def forward(self, images, captions: Captions, identity, params=StepParams(), generator=None):
+        """Both losses of B pairs, a `FLIPOutput`: images (B, 3, S, S), packed captions, identity
+        (B,), where equal numbers mean the same person. generator: a CPU generator for sampling
+        negatives."""
         if params.with_itm:
             image_tokens, image_features = self.student.image_tokens_and_features(images)
         else:
             image_features = self.student.image_features(images)
         text_features = self.student.text_features(captions)
 
-        # ITC: keys are the momentum features of all processes, and those in the queue
-        momentum_image = image_features.detach()
-        momentum_text = text_features.detach()
-        if params.momentum > 0:         # else the student's features are the keys
-            with torch.no_grad():
-                momentum_image = self.momentum_encoder.image_features(images)
-                momentum_text = self.momentum_encoder.text_features(captions)
-        image_keys = all_gather(momentum_image)                 # passes no gradients
+        # ITC: the keys are the momentum features of all processes and those in the queue
+        if params.momentum > 0:
+            momentum_image, momentum_text = self.momentum_features(images, captions)
+        else:
+            momentum_image = image_features.detach()
+            momentum_text = text_features.detach()
+        image_keys = all_gather(momentum_image)                 # (A, E), without gradient
         text_keys = all_gather(momentum_text)
         all_identity = all_gather(identity)
-        image_keys_and_queue = torch.cat([image_keys, self.image_queue[:params.queue_length]])
-        text_keys_and_queue = torch.cat([text_keys, self.text_queue[:params.queue_length]])
-        key_identity = torch.cat([all_identity, self.queue_identity[:params.queue_length]])
+
+        used = slice(params.queue_length)
+        key_identity = torch.cat([all_identity, self.queue_identity[used]])             # (K,)
         shared = identity, key_identity, self.temperature, params.alpha
-        image_to_text = losses.contrastive_loss(image_features, momentum_image, text_keys_and_queue, *shared)
-        text_to_image = losses.contrastive_loss(text_features, momentum_text, image_keys_and_queue, *shared)
+        keys = torch.cat([text_keys, self.text_queue[used]])                            # (K, E)
+        image_to_text = losses.contrastive_loss(image_features, momentum_image, keys, *shared)
+        keys = torch.cat([image_keys, self.image_queue[used]])
+        text_to_image = losses.contrastive_loss(text_features, momentum_text, keys, *shared)
         itc = (image_to_text + text_to_image) / 2
 
         # ITM: the true pairs, and two wrong ones for each
@@ -206,28 +226,37 @@ class FLIP(nn.Module):
             negatives = self.sample_negatives(all_gather(image_features), all_gather(text_features),
                                               all_identity, params.hardness, generator)
             has_itm = negatives is not None
-            if not has_itm:     # a loss of 0 that still depends on all weights, for DistributedDataParallel
+            if not has_itm:     # a loss of 0 that still depends on all weights, for DDP
                 negatives = 2 * [torch.arange(len(all_identity))]
             itm = has_itm * self.itm_loss(image_tokens, captions, *negatives)
         return FLIPOutput(itc, itm, image_keys, text_keys, all_identity, has_itm)
 
     @torch.no_grad()
-    def sample_negatives(self, image_features, text_features, identity, hardness=1.0, generator=None):
-        """Sample a negative image for every caption and a negative caption for every image: two CPU
-        tensors (A,), or None if all pairs show one person. Raises ValueError if features are not finite.
+    def momentum_features(self, images, captions):
+        """Features (B, E) of images and of captions, from the momentum encoder."""
+        encoder = self.momentum_encoder
+        return encoder.image_features(images), encoder.text_features(captions)
 
-        Rank 0 samples for all ranks, because rounding differs between ranks. The CPU must wait here, since
-        the sampled captions determine the number of tokens."""
+    @torch.no_grad()
+    def sample_negatives(self, image_features, text_features, identity, hardness=1.0,
+                         generator=None):
+        """Sample a negative image for every caption and a negative caption for every image: two CPU
+        tensors (A,), or None if all pairs show one person. Raises ValueError if features are not
+        finite.
+
+        Rank 0 samples for all ranks, because rounding differs between ranks. The CPU must wait
+        here, since the sampled captions determine the number of tokens."""
         if (identity == identity[0]).all():
             return None
         with torch.autocast(image_features.device.type, enabled=False):
-            similarity = text_features @ image_features.T                           # (A texts, A images)
-            images = losses.hard_negative_probabilities(similarity, identity, self.temperature, hardness)
-            texts = losses.hard_negative_probabilities(similarity.T, identity, self.temperature, hardness)
-        probabilities = torch.cat([images, texts]).cpu()                            # (2 A, A)
+            similarity = text_features @ image_features.T               # (A texts, A images)
+        shared = identity, self.temperature, hardness
+        image_probabilities = losses.hard_negative_probabilities(similarity, *shared)
+        text_probabilities = losses.hard_negative_probabilities(similarity.T, *shared)
+        probabilities = torch.cat([image_probabilities, text_probabilities]).cpu()      # (2 A, A)
         if not probabilities.isfinite().all():
-            raise ValueError("the features of a batch are NaN or infinite: training has diverged; start a "
-                             "new run with a smaller --lr, or with --grad_clip")
+            raise ValueError("the features of a batch are NaN or infinite: training has diverged; "
+                             "start a new run with a smaller --lr, or with --grad_clip")
         sampled = torch.multinomial(probabilities, 1, generator=generator)
         if dist.is_initialized():
             sampled = sampled.to(identity.device)
@@ -235,9 +264,9 @@ class FLIP(nn.Module):
         return sampled.cpu().squeeze(1).chunk(2)
 
     def itm_loss(self, image_tokens, captions, negative_image, negative_text):
-        """ITM over 3 A pairs: the true pairs, each caption with its negative image, each image with its
-        negative caption. Each rank scores the pairs whose image it owns: captions are gathered, a few
-        bytes each, while image tokens and their gradients stay on their rank.
+        """ITM over 3 A pairs: the true pairs, each caption with its negative image, each image with
+        its negative caption. Each rank scores the pairs whose image it owns: captions are gathered,
+        a few bytes each, while image tokens and their gradients stay on their rank.
 
         Two processes with B = 2; rank 0 owns the pairs 0 and 1, rank 1 the pairs 2 and 3; with
         negative_image = [1, 2, 0, 0] and negative_text = [3, 0, 1, 2]:
@@ -247,16 +276,18 @@ class FLIP(nn.Module):
         rank, world_size = rank_and_world_size()
         B = len(captions)
         if world_size > 1:
-            everyone = all_gather_objects((captions.ids.cpu(), captions.sequences.lengths))
-            captions = Captions.concatenate(everyone).to(image_tokens.device)       # (A,)
+            everyone = all_gather_objects(captions.to("cpu"))
+            captions = Captions.concatenate(everyone).to(image_tokens.device)           # A of them
         true = torch.arange(world_size * B)
-        image_index = torch.cat([true, negative_image, true])                       # (3 A,)
+        image_index = torch.cat([true, negative_image, true])           # (3 A,)
         text_index = torch.cat([true, true, negative_text])
-        mine = (image_index // B == rank).nonzero().squeeze(1)
-        mine = mine[image_index[mine].argsort(stable=True)]         # sorted by image
-        is_match = (mine < world_size * B).long().to(image_tokens.device, non_blocking=True)
-        logits = self.itm_logits(image_tokens, captions.select(text_index[mine]),
-                                 captions_per_image=(image_index[mine] - rank * B).bincount())
+
+        own = (image_index // B == rank).nonzero().squeeze(1)           # this rank's columns
+        own = own[image_index[own].argsort(stable=True)]                # sorted by image
+        captions_per_image = (image_index[own] - rank * B).bincount()
+        logits = self.itm_logits(image_tokens, captions.select(text_index[own]), captions_per_image)
+        is_match = (own < world_size * B).long()
+        is_match = is_match.to(image_tokens.device, non_blocking=True)
         return losses.matching_loss(logits, is_match, denominator=3 * B)
 
     # ---- state changes, called by the training loop ----
@@ -269,7 +300,8 @@ class FLIP(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, image_keys, text_keys, identity):
-        """Overwrite the oldest queue entries with momentum features (A, E); the ring buffer wraps."""
+        """Overwrite the oldest queue entries with momentum features (A, E); the ring buffer
+        wraps."""
         Q = self.config.queue_size
         image_keys = image_keys[-Q:]
         text_keys = text_keys[-Q:]
@@ -284,20 +316,23 @@ class FLIP(nn.Module):
     def clamp_temperature(self):
         self.temperature.clamp_(0.001, 0.5)
 
-    # ---- use from Python: without gradients; the mode is left unchanged (from_pretrained: evaluation) ----
+    # ---- use from Python: computes no gradients, leaves the mode (train or eval) unchanged ----
     def preprocess(self, image) -> torch.Tensor:
-        """A path or PIL image -> pixels (3, S, S), resized to a square and normalised, for `encode_image`."""
+        """A path or PIL image -> pixels (3, S, S), resized to a square and normalised, for
+        `encode_image`."""
         return next(pixel_batches(image, self.config.vit.image_size))[0]
 
     def require_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
-            raise ValueError("the checkpoint contains no vocabulary; pass --vocabulary bert-base-uncased (in "
-                             "Python: from_pretrained(vocabulary=...)), a vocab.txt or its folder")
+            raise ValueError("the checkpoint contains no vocabulary; pass --vocabulary "
+                             "bert-base-uncased, a vocab.txt or its folder (in Python: "
+                             "from_pretrained(vocabulary=...))")
         return self.tokenizer
 
     def tokenize(self, texts) -> Captions:
-        """A text, a list of texts or `Captions` -> captions on the model's device. Warns about words that are
-        not in the vocabulary; raises ValueError if there is no vocabulary or a text has no known word."""
+        """A text, a list of texts or `Captions` -> captions on the model's device. Warns about
+        words that are not in the vocabulary; raises ValueError if there is no vocabulary or a text
+        has no known word."""
         if isinstance(texts, Captions):
             return texts.to(self.device)
         texts = [texts] if isinstance(texts, str) else list(texts)
@@ -306,10 +341,13 @@ class FLIP(nn.Module):
 
     @torch.no_grad()
     def encode_image(self, images, batch_size: int = 128):
-        """A tensor (I, 3, S, S) from `preprocess`, or a path or PIL image, or a list of them -> features
-        (I, E), float32, of unit norm."""
-        batches = pixel_batches(images, self.config.vit.image_size, batch_size)
-        return torch.cat([self.student.image_features(x.to(self.device, self.dtype)) for x in batches])
+        """A tensor (I, 3, S, S) from `preprocess`, or a path or PIL image, or a list of them ->
+        features (I, E), float32, of unit norm."""
+        features = []
+        for pixels in pixel_batches(images, self.config.vit.image_size, batch_size):
+            pixels = pixels.to(self.device, self.dtype)
+            features.append(self.student.image_features(pixels))
+        return torch.cat(features)
 
     @torch.no_grad()
     def encode_text(self, texts):
@@ -320,55 +358,76 @@ class FLIP(nn.Module):
     def match_logits(self, images, texts):
         """ITM logits (I, T, 2) and cosines (I, T). Every pair costs a pass of the text encoder."""
         captions = self.tokenize(texts)
+        text_features = self.student.text_features(captions)
+        T = len(captions)
         logits = []
         cosines = []
-        text_features = self.student.text_features(captions)
         for pixels in pixel_batches(images, self.config.vit.image_size):
-            tokens, features = self.student.image_tokens_and_features(pixels.to(self.device, self.dtype))
-            logits.append(self.score_pairs(tokens, captions))
+            pixels = pixels.to(self.device, self.dtype)
+            tokens, features = self.student.image_tokens_and_features(pixels)
+            logits.append(self.score_pairs(tokens, captions).unflatten(0, (-1, T)))
             cosines.append(features @ text_features.T)
-        return torch.cat(logits).unflatten(0, (-1, len(captions))), torch.cat(cosines)
+        return torch.cat(logits), torch.cat(cosines)
 
     def match_probability(self, images, texts):
-        """P(match) of each pair (I, T), for a head trained on similar negatives; to rank, use `score`."""
-        return self.match_logits(images, texts)[0].softmax(-1)[..., 1]
+        """P(match) of each pair (I, T), if the wrong pairs are like those of training. To rank, use
+        `score`."""
+        logits, _ = self.match_logits(images, texts)
+        return logits.softmax(-1)[..., 1]
 
     def score(self, images, texts):
         """The scores (I, T) that re-ranking sorts by."""
-        return self.rerank_score(*self.match_logits(images, texts)).detach()
+        logits, cosines = self.match_logits(images, texts)
+        return self.rerank_score(logits, cosines).detach()
 
     # ---- checkpoints ----
     def checkpoint(self):
         """Everything `from_pretrained` needs, as plain tensors, numbers and text."""
-        return {"flip": asdict(self.config), "model": self.state_dict(),
-                "tokenizer": self.tokenizer.to_json() if self.tokenizer else None}
+        tokenizer = self.tokenizer.to_json() if self.tokenizer else None
+        return {"flip": asdict(self.config), "model": self.state_dict(), "tokenizer": tokenizer}
 
     def save_pretrained(self, folder: str):
-        """Write model.safetensors, config.json and tokenizer.json, usable wherever a checkpoint is."""
+        """Write model.safetensors, config.json and tokenizer.json, usable wherever a checkpoint
+        is."""
         self.require_tokenizer()
         write_folder(self.checkpoint(), folder)
 
     @staticmethod
-    def from_pretrained(path: str, config: FLIPConfig | None = None, vocabulary: str | None = None,
-                        device="cpu", dtype=torch.float32, saved: dict | None = None):
-        """Load a model, in evaluation mode, from one of our checkpoints or the official FLIP-base.pth: a
-        file, a folder containing it, or a hub name. Raises ValueError if it is damaged or does not fit.
-        config: the sizes of an official checkpoint, if not those of base (it does not store them), or another
-        image size, to which the position embeddings are resized. vocabulary (file, folder or hub name): for
-        checkpoints without one, such as the official. saved: from `read_checkpoint`, if already read."""
+    def from_pretrained(path, config=None, vocabulary=None, device="cpu", dtype=torch.float32,
+                        saved=None):
+        """Load a model, in evaluation mode, from one of our checkpoints or the official
+        FLIP-base.pth: a file, a folder containing it, or a hub name. Raises ValueError if it is
+        damaged or does not fit.
+
+        config: a FLIPConfig for an official checkpoint (which does not store its sizes; the default
+        is base) or for another image size, to which the position embeddings are resized. vocabulary
+        (file, folder or hub name): for checkpoints without one, such as the official. saved: what
+        `read_checkpoint` has read already."""
         saved = saved or read_checkpoint(path)
         with naming(path):
-            if config is None and (sizes := saved.get("flip")):
-                parts = {"vit": ViTConfig(**sizes["vit"]), "bert": BertConfig(**sizes["bert"])}
-                config = FLIPConfig(**sizes | parts)
-            tokenizer = Tokenizer.from_json(saved["tokenizer"]) if saved.get("tokenizer") else None
+            if config is None:
+                config = saved_config(saved)
+            tokenizer = None
+            if saved.get("tokenizer"):
+                tokenizer = Tokenizer.from_json(saved["tokenizer"])
             if vocabulary and tokenizer:
                 raise ValueError(f"the checkpoint has a vocabulary of its own; omit {vocabulary}")
             if vocabulary:
                 tokenizer = Tokenizer.load(vocabulary)
-            model = FLIP(config or FLIPConfig(), tokenizer)
+            model = FLIP(config, tokenizer)
         load_flip(model, saved, path)
         return model.to(choose_device(device), dtype).eval()
+
+
+def saved_config(saved: dict) -> FLIPConfig:
+    """The configuration in the contents of a checkpoint; base for an official one, which has
+    none."""
+    sizes = saved.get("flip")
+    if not sizes:
+        return FLIPConfig()
+    vit = ViTConfig(**sizes["vit"])
+    bert = BertConfig(**sizes["bert"])
+    return FLIPConfig(**{**sizes, "vit": vit, "bert": bert})
 
 
 @torch.no_grad()
@@ -376,68 +435,69 @@ def rerank(model: FLIP, image_tokens, captions: Captions, similarity, k: int):
     """Re-rank each query's k most similar candidates with the matching head (BLIP's evaluation; the
     official FLIP uses [CLS] here although it trains [ENC]).
 
-    image_tokens (I, L, D), T packed captions, similarity (I, T): cosines. Returns image_to_text (I, T)
-    and text_to_image (T, I): `rerank_score` for the k candidates of a query; all others rank below
-    them by cosine. A pair needed in both directions is scored once; processes divide up the pairs."""
+    image_tokens (I, L, D), T packed captions, similarity (I, T): cosines. Returns image_to_text (I,
+    T) and text_to_image (T, I): `rerank_score` for the k candidates of a query; all others rank
+    below them by cosine. A pair needed in both directions is scored once; processes divide up the
+    pairs."""
     rank, world_size = rank_and_world_size()
     if world_size > 1:
         similarity = similarity.clone()
         dist.broadcast(similarity, src=0)               # rounding differs between ranks
+    I, T = similarity.shape
     for_image = torch.zeros_like(similarity, dtype=torch.bool)
-    for_text = for_image.clone()
-    for_image.scatter_(1, similarity.topk(min(k, similarity.shape[1]), dim=1).indices, True)
-    for_text.scatter_(0, similarity.topk(min(k, similarity.shape[0]), dim=0).indices, True)
-    pairs = (for_image | for_text).nonzero()                                        # (P, 2), image by image
+    for_image.scatter_(1, similarity.topk(min(k, T), dim=1).indices, True)
+    for_text = torch.zeros_like(for_image)
+    for_text.scatter_(0, similarity.topk(min(k, I), dim=0).indices, True)
+    pairs = (for_image | for_text).nonzero()                            # (P, 2), image by image
     image_index, text_index = pairs.T
-    own = torch.arange(len(pairs)).tensor_split(world_size)[rank]                   # those of this process
-    logits = model.score_pairs(image_tokens, captions, pairs[own].cpu()).to(similarity)
+
+    own = torch.arange(len(pairs)).tensor_split(world_size)[rank]       # those of this process
     scores = similarity.new_zeros(len(pairs))
-    scores[own] = model.rerank_score(logits, similarity[image_index[own], text_index[own]])
+    if len(own):
+        logits = model.score_pairs(image_tokens, captions, pairs[own].cpu()).to(similarity)
+        scores[own] = model.rerank_score(logits, similarity[image_index[own], text_index[own]])
     if world_size > 1:
         dist.all_reduce(scores)
-    image_to_text = similarity + (scores.min() - 2)     # below the worst candidate, ordered by cosine
+
+    # all others get scores below the worst candidate's, ordered by cosine
+    image_to_text = similarity + (scores.min() - 2)
     text_to_image = image_to_text.clone()
     for ranking, candidates in ((image_to_text, for_image), (text_to_image, for_text)):
-        chosen = candidates[image_index, text_index]                                # (P,)
-        ranking[image_index[chosen], text_index[chosen]] = scores[chosen]
+        is_candidate = candidates[image_index, text_index]              # (P,)
+        ranking[image_index[is_candidate], text_index[is_candidate]] = scores[is_candidate]
     return image_to_text, text_to_image.T
 
 
+@torch.no_grad()
 def main():
-    """Trace a batch of four pairs through the losses of a step: shapes, values, the function of each line.
-    losses.py shows the losses themselves, train.py what follows."""
-    def show(function, text):
-        print(f"{function:36}{text}")
-
+    """Trace a batch of four pairs through one step: shapes and values."""
     torch.manual_seed(0)
-    texts = ["a smiling woman with blond hair", "a bald man", "she has blond hair", "an old man with a hat"]
+    texts = ["a smiling woman with blond hair", "a bald man", "she has blond hair", "a man in a hat"]
     identity = torch.tensor([7, 8, 7, 9])               # images 0 and 2 show the same person
-    tokenizer = Tokenizer.train(texts)
     images = torch.randn(4, 3, 32, 32)
+    tokenizer = Tokenizer.train(texts)
+    vit = ViTConfig(image_size=32, patch_size=8, width=64, depth=2, heads=4)
     bert = BertConfig(tokenizer.vocab_size, width=64, depth=2, heads=4, dropout=0.0)
-    config = FLIPConfig(ViTConfig(32, 8, width=64, depth=2, heads=4), bert, embed_dim=16, queue_size=6)
-    model = FLIP(config, tokenizer)
-    student = model.student
-    model.enqueue(*F.normalize(torch.randn(2, 2, 16), dim=-1), torch.tensor([5, 7]))        # an earlier batch
+    model = FLIP(FLIPConfig(vit, bert, embed_dim=16, queue_size=6), tokenizer)
 
     captions = tokenizer(texts)
-    pieces = " ".join(map(tokenizer.wordpiece.id_to_token, captions.ids[:9].tolist()))
-    show("tokenizer.Tokenizer", f"captions of {captions.sequences.lengths.tolist()} tokens -> packed ids "
-         f"{tuple(captions.ids.shape)}: {pieces} ...")
-    tokens, image = student.image_tokens_and_features(images)
-    show("Encoders.image_tokens_and_features", f"images {tuple(images.shape)} -> tokens "
-         f"{tuple(tokens.shape)}, features {tuple(image.shape)}, norm {image[0].norm():.2f}")
-    text = student.text_features(captions)
-    show("Encoders.text_features", f"captions -> features {tuple(text.shape)}")
-    negatives = model.sample_negatives(image, text, identity, generator=torch.Generator().manual_seed(0))
-    show("FLIP.sample_negatives", f"images {negatives[0].tolist()}, captions {negatives[1].tolist()}")
-    itm = model.itm_loss(tokens, captions, *negatives)
-    show("FLIP.itm_loss", f"4 true and 8 wrong pairs: {itm:.4f} (0.6365: always P(match) = 1/3)")
-    out = model(images, captions, identity, generator=torch.Generator().manual_seed(0))
-    show("FLIP.forward", f"all of this: ITC {out.itc:.4f}, the mean of both directions; ITM {out.itm:.4f}")
-    queued = model.queue_identity.tolist()
+    pieces = [tokenizer.wordpiece.id_to_token(i) for i in captions.ids.tolist()]
+    print(f"captions of {captions.sequences.lengths.tolist()} tokens, packed:", *pieces)
+    tokens, image = model.student.image_tokens_and_features(images)
+    print(f"images {list(images.shape)} -> tokens {list(tokens.shape)}")
+    print(f"the first tokens -> features {list(image.shape)}")
+    text = model.student.text_features(captions)
+    print(f"captions -> features {list(text.shape)}")
+    print("cosines, images x captions:", image @ text.T, sep="\n")
+
+    wrong_images, wrong_texts = model.sample_negatives(image, text, identity)
+    print(f"ITM pairs the captions with images {wrong_images.tolist()}, too,")
+    print(f"and the images with captions {wrong_texts.tolist()}")
+    out = model(images, captions, identity)
+    print(f"ITC {out.itc:.4f}, ITM {out.itm:.4f} (0.6365 if P(match) is always 1/3)")
+    before = model.queue_identity.tolist()
     model.enqueue(out.image_keys, out.text_keys, out.identity)
-    show("FLIP.enqueue", f"queue identities {queued} -> {model.queue_identity.tolist()}")
+    print(f"identities in the queue: {before} -> {model.queue_identity.tolist()}")
 
 
 if __name__ == "__main__":

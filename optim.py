@@ -1,4 +1,5 @@
-"""Optimisers: Muon, AdamW, their parameter groups and states; how a learning rate rises and decays."""
+"""Optimisers: Muon, AdamW, their parameter groups and states; how a learning rate rises and
+decays."""
 import math
 
 import torch
@@ -7,10 +8,11 @@ from pretrained import check_tensors
 
 
 class Muon(torch.optim.Optimizer):
-    """Orthogonalised momentum (kellerjordan.github.io/posts/muon) for hidden-to-hidden matrices: the momentum
-    U S V^T is replaced by U V^T, scaled to the size of an AdamW update (arXiv 2502.16982). When training from
-    scratch, gradients have nearly low rank: Adam, which scales per entry, follows the few large directions
-    (what most captions say), and the many small ones (rare attributes) lag. Muon moves all at one rate."""
+    """Orthogonalised momentum (kellerjordan.github.io/posts/muon) for hidden-to-hidden matrices:
+    the momentum U S V^T is replaced by U V^T, scaled to the size of an AdamW update (arXiv
+    2502.16982). When training from scratch, gradients have nearly low rank: Adam, which scales per
+    entry, follows the few large directions (what most captions say), and the many small ones (rare
+    attributes) lag. Muon moves all at one rate."""
 
     def __init__(self, groups, momentum):
         super().__init__(groups, dict(momentum=momentum))
@@ -21,26 +23,30 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            same_shape = {}             # {shape: [(parameter, direction)]}: one batched product each
+            by_shape = {}           # one batched product for all matrices of a shape
             for p in group["params"]:
                 if p.grad is not None:
-                    momentum = self.state[p]["momentum"]
-                    momentum.lerp_(p.grad, 1 - group["momentum"])
-                    nesterov = p.grad.lerp(momentum, group["momentum"])
-                    same_shape.setdefault(p.shape, []).append((p, nesterov))
-            for shape, members in same_shape.items():
-                parameters, directions = zip(*members)
+                    by_shape.setdefault(p.shape, []).append(p)
+            for shape, parameters in by_shape.items():
+                directions = [self.direction(p, group["momentum"]) for p in parameters]
                 updates = newton_schulz(torch.stack(directions))
                 scale = 0.2 * max(shape) ** 0.5
                 for p, update in zip(parameters, updates):
                     p.mul_(1 - group["lr"] * group["weight_decay"])
                     p.add_(update, alpha=-scale * group["lr"])
 
+    def direction(self, p, momentum):
+        """Update the moving average of the gradient; return Nesterov's look-ahead from it."""
+        average = self.state[p]["momentum"]
+        average.lerp_(p.grad, 1 - momentum)
+        return p.grad.lerp(average, momentum)
+
 
 def newton_schulz(X: torch.Tensor, steps=5) -> torch.Tensor:
-    """Matrices U S V^T (n, rows, columns) -> approximately U V^T, by Newton-Schulz iteration. Each step maps
-    a singular value s to a s + b s^3 + c s^5; five steps bring all above 0.0016 times the Frobenius norm to
-    between 0.68 and 1.21. (In --precision; torch.optim.Muon always uses bfloat16.)"""
+    """Matrices U S V^T (n, rows, columns) -> approximately U V^T, by Newton-Schulz iteration. Each
+    step maps a singular value s to a s + b s^3 + c s^5; five steps bring all above 0.0016 times the
+    Frobenius norm to between 0.68 and 1.21. (In --precision; torch.optim.Muon always uses
+    bfloat16.)"""
     if X.shape[1] > X.shape[2]:                 # X X^T is smaller for wide matrices
         return newton_schulz(X.mT, steps).mT
     a, b, c = 3.4445, -4.7750, 2.0315           # Keller Jordan's coefficients
@@ -51,13 +57,15 @@ def newton_schulz(X: torch.Tensor, steps=5) -> torch.Tensor:
     return X
 
 
-def build_optimizers(module: torch.nn.Module, weight_decay, beta2=0.999, temperature_lr=1.0,
-                     muon_lr_image=0.0, muon_lr_text=0.0, muon_momentum=0.95) -> list[torch.optim.Optimizer]:
-    """[AdamW], or [AdamW, Muon] if a Muon rate is not 0; each trained parameter is in exactly one group.
-    Weight decay applies to all parameters with more than one dimension (position embeddings and the patch
-    convolution, too). The rates are multiples of the learning rate; Muon's are for the matrices inside the
-    image encoder's blocks and the text encoder's layers (0: AdamW updates these, too)."""
-    adamw_groups, muon_groups = {}, {}          # {(scale, weight decay): parameters}
+def build_optimizers(module, weight_decay, beta2=0.999, temperature_lr=1.0, muon_lr_image=0.0,
+                     muon_lr_text=0.0, muon_momentum=0.95) -> list[torch.optim.Optimizer]:
+    """[AdamW], or [AdamW, Muon] if a Muon rate is not 0; each trained parameter is in exactly one
+    group. Weight decay applies to all parameters with more than one dimension (position embeddings
+    and the patch convolution, too). The rates are multiples of the learning rate; Muon's are for
+    the matrices inside the image encoder's blocks and the text encoder's layers (0: AdamW updates
+    these, too)."""
+    adamw_groups = {}           # {(scale, weight decay): parameters}
+    muon_groups = {}
     for name, p in module.named_parameters():
         if not p.requires_grad:
             continue
@@ -76,8 +84,10 @@ def build_optimizers(module: torch.nn.Module, weight_decay, beta2=0.999, tempera
     adamw = torch.optim.AdamW(as_groups(adamw_groups), betas=(0.9, beta2), eps=1e-8, fused=True)
     for group in adamw.param_groups:
         for p in group["params"]:               # else AdamW's first step creates the state
-            adamw.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p),
-                              "exp_avg_sq": torch.zeros_like(p)}
+            state = adamw.state[p]
+            state["step"] = torch.zeros((), device=p.device)
+            state["exp_avg"] = torch.zeros_like(p)
+            state["exp_avg_sq"] = torch.zeros_like(p)
     if not muon_groups:
         return [adamw]
     return [adamw, Muon(as_groups(muon_groups), muon_momentum)]
@@ -85,23 +95,27 @@ def build_optimizers(module: torch.nn.Module, weight_decay, beta2=0.999, tempera
 
 def as_groups(by_setting: dict) -> list[dict]:
     """{(scale, weight decay): parameters} -> parameter groups of a torch optimiser."""
-    return [{"params": params, "scale": scale, "weight_decay": decay}
-            for (scale, decay), params in by_setting.items()]
+    groups = []
+    for (scale, decay), parameters in by_setting.items():
+        groups.append({"params": parameters, "scale": scale, "weight_decay": decay})
+    return groups
 
 
 def load_optimizers(optimizers, saved: list[dict], where):
-    """Load one state dict per optimiser. Raises ValueError unless their tensors are complete, fit the
-    parameters and are finite: torch checks nothing."""
-    def tensors(state):
-        found = {}
-        for i, own in state["state"].items():
-            for name, x in own.items():
-                found[f"state {i} {name}"] = x
-        return found
-
+    """Load one state dict per optimiser. Raises ValueError unless their tensors are complete, fit
+    the parameters and are finite: torch checks nothing."""
     for optimizer, state in zip(optimizers, saved, strict=True):
-        check_tensors(tensors(state), tensors(optimizer.state_dict()), where)
+        check_tensors(state_tensors(state), state_tensors(optimizer.state_dict()), where)
         optimizer.load_state_dict(state)
+
+
+def state_tensors(state_dict: dict) -> dict[str, torch.Tensor]:
+    """The tensors in an optimiser's state dict, with names for errors."""
+    tensors = {}
+    for i, state in state_dict["state"].items():
+        for name, x in state.items():
+            tensors[f"state {i} {name}"] = x
+    return tensors
 
 
 def set_learning_rate(optimizers, lr):

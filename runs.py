@@ -1,11 +1,12 @@
 """A training run: what it starts from, how it is saved and resumed, its log. train.py trains it.
 
-A run starts from random weights, CLIP and BERT (`new_model`), from the weights of another FLIP
-(`model_of_init`), or from its own checkpoint (`resumed_model`).
+A run starts from random weights, or those of CLIP and BERT (`new_model`), from the weights of
+another FLIP (`model_of_init`), or from its own checkpoint (`resumed_model`).
 
-A checkpoint has what `FLIP.checkpoint` returns (weights, momentum encoder, queues, vocabulary) and, under
-"training", optimiser states, step, configuration, log and the losses that are not in the log yet. It needs
-no state of random numbers and no position in the data: both are pure functions of (seed, step).
+A checkpoint contains what `FLIP.checkpoint` returns (weights, momentum encoder, queues, vocabulary)
+and, under "training", the states of the optimisers, the step, the configuration, the log, and the
+losses that are not in the log yet. It contains no state of random numbers and no position in the
+data: both are pure functions of (seed, step).
 """
 import contextlib
 import json
@@ -17,21 +18,27 @@ import torch
 import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 
-from common.distributed import any_rank, choose_precision, rank_and_world_size, rank_zero_first, stop_signals
+from common.distributed import (
+    any_rank,
+    choose_precision,
+    rank_and_world_size,
+    rank_zero_first,
+    stop_signals,
+)
 from common.seeds import derive_seed, random_stream
 from common.words import known_and_unknown_words
 from config import MODELS, TINY, Config
 from data import FaceDataset, Faces, load_toy_faces, open_faces, readable
 from evaluation import EvaluationSet
-from flip import FLIP, FLIPConfig
+from flip import FLIP, FLIPConfig, saved_config
 from optim import build_optimizers, load_optimizers
-from pretrained import load_bert, load_clip, load_weights, read_checkpoint, write_checkpoint
+from pretrained import load_bert, load_clip, read_checkpoint, write_checkpoint
 from tokenizer import Tokenizer
 
 
 class Log:
-    """log.jsonl: the configuration, then a line every few steps. It is locked while a run uses its folder;
-    raises ValueError if another run does. A resumed run rewrites it from the copy in its checkpoint."""
+    """log.jsonl: the configuration, then a line every few steps. The file is locked until it is
+    closed, so that no two runs use one folder. Raises ValueError if another run has locked it."""
 
     def __init__(self, path: Path, writes: bool = True):
         self.lines = []
@@ -41,13 +48,14 @@ class Log:
             self.file = open(path, "a")
             try:
                 import fcntl
-                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)       # until it is closed
+                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise ValueError(f"{path} is in use by another run; choose another --out") from None
             except (OSError, ImportError):
                 pass                        # a network disk without locks; Windows
 
     def restart(self, lines: list[dict]):
+        """Replace all lines. A resumed run does this with the copy in its checkpoint."""
         if self.file:
             self.file.truncate(0)
         for line in lines:
@@ -89,18 +97,19 @@ class StepTimer:
 
 @dataclass
 class Run:
-    """A training run. Model, optimisers and log change in place, the fields from `done` on by assignment."""
-    config: Config                  # with the number of steps, the batch size and the precision of this run
+    """A training run. Model, optimisers and log change in place, the fields from `steps_done` on by
+    assignment."""
+    config: Config                  # as `plan_steps` has completed it
     model: FLIP
-    ddp_model: nn.Module            # DistributedDataParallel(model), or with one process the model
+    ddp_model: nn.Module            # DistributedDataParallel(model); the model, with one process
     optimizers: list[torch.optim.Optimizer]
     dataset: FaceDataset
     validation: EvaluationSet
     log: Log
-    done: int = 0                   # steps done, more than 0 at the start of a resumed run
-    recent: list[torch.Tensor] = field(default_factory=list)    # their losses not yet written to the log
+    steps_done: int = 0
+    unlogged_losses: list = field(default_factory=list)     # one tensor (3,) per step
     updating: bool = False          # True while an update is half applied
-    signals: list = field(default_factory=list)                 # received, see `stop_signals`
+    signals: list = field(default_factory=list)             # received so far, see `stop_signals`
     last_save: float = field(default_factory=time.time)
 
     @property
@@ -113,9 +122,9 @@ class Run:
         return self.dataset.batches_per_epoch // self.config.accumulate
 
     def must_stop(self):
-        """Whether a signal asks the run to stop. Several processes agree on this every `log_every` steps, so
-        that all stop after the same one."""
-        if self.config.processes > 1 and self.done % self.config.log_every:
+        """Whether a signal asks the run to stop. Several processes agree on this every `log_every`
+        steps, so that all stop after the same one."""
+        if self.config.processes > 1 and self.steps_done % self.config.log_every:
             return False
         return any_rank(bool(self.signals), self.model.device)
 
@@ -125,42 +134,43 @@ class Run:
 def open_run(config: Config, device: torch.device):
     """Yield the `Run`. If the block fails between two updates, the run is saved."""
     rank, _ = rank_and_world_size()
-    log = Log(Path(config.out) / "log.jsonl", writes=rank == 0)         # locked until it is closed
+    log = Log(Path(config.out) / "log.jsonl", writes=rank == 0)
     with contextlib.closing(log), stop_signals() as signals:
         run = start_run(config, device, log)
         run.signals = signals
-        if run.done == 0:
+        if run.steps_done == 0:
             save(run)           # so that --resume finds the configuration
         try:
             yield run
         except Exception as error:
             if not run.updating:
                 save(run)
-                # a ValueError would be raised again
-                advice = "" if isinstance(error, ValueError) else "; continue with --resume"
+                note = f"saved after step {run.steps_done}"
+                if not isinstance(error, ValueError):       # which would be raised again
+                    note += "; continue with --resume"
                 if run.is_main:
-                    error.add_note(f"saved after step {run.done}{advice}")
+                    error.add_note(note)
             raise
 
 
 def start_run(config: Config, device: torch.device, log: Log) -> Run:
     """A run with its data, model and optimisers, new or from the checkpoint in --out."""
     path = Path(config.out) / "flip.pt"
-    if path.exists() and not config.resume:             # checked only after the folder is locked
+    if path.exists() and not config.resume:
         raise ValueError(f"{path} already exists; use --resume, or choose another --out")
-    saved = read_checkpoint(path) if config.resume else None
-    with rank_zero_first():     # rank 0 draws or indexes the data and downloads the weights for everyone
-        if saved:
+    with rank_zero_first():     # it draws or indexes the data and downloads weights for all ranks
+        if config.resume:
+            saved = read_checkpoint(path)
             model, faces, validation = resumed_model(config, saved)
         elif config.init:
             model, faces, validation = model_of_init(config)
         else:
             model, faces, validation = new_model(config)
     run = build_run(config, device, log, model, faces, validation)
-    if saved:
+    if config.resume:
         resume(run, saved["training"], path)
     else:
-        log.restart([{"config": asdict(run.config)}])       # an otherwise empty log
+        log.restart([{"config": asdict(run.config)}])
         if run.is_main:
             print_plan(run)
     return run
@@ -170,30 +180,34 @@ def build_run(config: Config, device: torch.device, log: Log, model: FLIP, faces
               validation: Faces) -> Run:
     """The run of a model, before its first step."""
     model.to(device).train()
-    dataset, config = plan_steps(config, model, faces)
     config = replace(config, precision=choose_precision(config.precision, device))
+    dataset, config = plan_steps(config, model, faces)
     optimizers = build_optimizers(model, config.weight_decay, config.beta2, config.temperature_lr,
                                   config.muon_lr_image, config.muon_lr_text, config.muon_momentum)
     ddp_model = model
     if config.processes > 1:
         skips_itm = config.itm_from > 0 or config.itm_every > 1
-        ddp_model = DistributedDataParallel(model, broadcast_buffers=False, find_unused_parameters=skips_itm)
+        ddp_model = DistributedDataParallel(model, broadcast_buffers=False,
+                                            find_unused_parameters=skips_itm)
     global_batch_size = config.batch_size * config.processes
     evaluation_set = EvaluationSet.from_faces(validation, faces, global_batch_size)
     return Run(config, model, ddp_model, optimizers, dataset, evaluation_set, log)
 
 
 def new_model(config: Config) -> tuple[FLIP, Faces, Faces]:
-    """A model with random weights or, if given, those of --clip and --bert; training and validation faces.
-    Without --bert, the vocabulary is built from captions."""
+    """A model with random weights or, if given, those of --clip and --bert; training and validation
+    faces. Without --bert, the vocabulary is built from captions."""
     vit, bert, embed_dim = MODELS[config.model]
     vit = replace(vit, image_size=config.image_size or vit.image_size)
     faces, validation = open_data(config, vit.image_size)
-    tokenizer = Tokenizer.load(config.bert) if config.bert else Tokenizer.train(sample_captions(faces))
+    if config.bert:
+        tokenizer = Tokenizer.load(config.bert)
+    else:
+        tokenizer = Tokenizer.train(sample_captions(faces))
     bert = replace(bert, vocab_size=tokenizer.vocab_size)
-    hardness = config.hardness if config.posterior else None
+    hardness = config.hardness if config.rerank_by_pmi else None
     torch.manual_seed(derive_seed("initial weights", config.seed))
-    model = init_model(FLIPConfig(vit, bert, embed_dim, config.queue_size, hardness), tokenizer)
+    model = random_model(FLIPConfig(vit, bert, embed_dim, config.queue_size, hardness), tokenizer)
     if config.clip:
         load_clip(model.student.image, config.clip)
     if config.bert:
@@ -204,24 +218,27 @@ def new_model(config: Config) -> tuple[FLIP, Faces, Faces]:
 
 @torch.no_grad()
 def model_of_init(config: Config) -> tuple[FLIP, Faces, Faces]:
-    """A model with the learned weights of --init (its queue and momentum encoder start anew); training and
-    validation faces."""
-    initial = FLIP.from_pretrained(config.init, vocabulary=config.vocabulary)
-    sizes = initial.config
+    """A model with the learned weights of --init (its queue and momentum encoder start anew);
+    training and validation faces."""
+    saved = read_checkpoint(config.init)
+    sizes = saved_config(saved)
     width = MODELS[config.model][0].width
     if sizes.vit.width != width:
-        raise ValueError(f"--init {config.init}: its image encoder has width {sizes.vit.width}, but "
-                         f"--model {config.model} has {width}; choose the --model of that width")
-    vit = replace(sizes.vit, image_size=config.image_size or sizes.vit.image_size)
-    faces, validation = open_data(config, vit.image_size)
+        raise ValueError(f"--init {config.init}: its image encoder has width {sizes.vit.width}, "
+                         f"but --model {config.model} has {width}; choose the --model of that "
+                         "width")
+    if config.image_size:
+        sizes = replace(sizes, vit=replace(sizes.vit, image_size=config.image_size))
+    initial = FLIP.from_pretrained(config.init, sizes, config.vocabulary, saved=saved)
+    faces, validation = open_data(config, sizes.vit.image_size)
+
     hardness = None
-    if config.posterior or sizes.itm_hardness is not None:
+    if config.rerank_by_pmi or sizes.itm_hardness is not None:
         hardness = config.hardness
+    sizes = replace(sizes, queue_size=config.queue_size, itm_hardness=hardness)
     torch.manual_seed(derive_seed("initial weights", config.seed))
-    model = FLIP(replace(sizes, vit=vit, queue_size=config.queue_size, itm_hardness=hardness),
-                 initial.require_tokenizer())
-    load_weights(model.student, initial.student.state_dict(), config.init,
-                 image_positions=("image.positions",))      # resized if --image_size differs
+    model = FLIP(sizes, initial.require_tokenizer())
+    model.student.load_state_dict(initial.student.state_dict())
     model.matching_head.load_state_dict(initial.matching_head.state_dict())
     model.temperature.copy_(initial.temperature)
     model.update_momentum(0)        # the momentum encoder starts as a copy of the student
@@ -235,11 +252,12 @@ def resumed_model(config: Config, saved: dict) -> tuple[FLIP, Faces, Faces]:
 
 
 def resume(run: Run, saved: dict, path: Path):
-    """Restore the state that a checkpoint has under "training". Raises ValueError if the run had other faces
-    or another number of processes."""
+    """Restore the state that a checkpoint has under "training". Raises ValueError if the run had
+    other faces or another number of processes."""
     config = run.config
-    if saved["config"]["processes"] != config.processes:
-        raise ValueError(f"--resume: the run in {path} had {saved['config']['processes']} processes, found "
+    processes = saved["config"]["processes"]
+    if processes != config.processes:
+        raise ValueError(f"--resume: the run in {path} had {processes} processes, found "
                          f"{config.processes}; use as many")
     if saved["digests"] != digests(run):
         name = config.data or run.dataset.faces.name
@@ -247,27 +265,34 @@ def resume(run: Run, saved: dict, path: Path):
                          "captions or annotations differ; use the same, in any folder")
     load_optimizers(run.optimizers, saved["optimizers"], path)
     run.log.restart(saved["log"])
-    run.done = saved["step"]
-    run.recent = [losses.to(run.model.device) for losses in saved["recent"]]
+    run.steps_done = saved["step"]
+    run.unlogged_losses = [losses.to(run.model.device) for losses in saved["unlogged_losses"]]
 
 
 # ---- saving --------------------------------------------------------------------------------------
 def save(run: Run):
-    """Save the run, on rank 0. Raises ValueError, and keeps the previous checkpoint, if weights are NaN or
-    infinite."""
+    """Save the run, on rank 0. Raises ValueError, and keeps the previous checkpoint, if weights are
+    NaN or infinite."""
     if not all(p.isfinite().all() for p in run.model.parameters()):
-        raise ValueError(f"after step {run.done}: some weights are NaN or infinite: training has diverged "
-                         "and is not saved; start a new run with a smaller --lr, or with --grad_clip")
+        raise ValueError(f"after step {run.steps_done}: some weights are NaN or infinite: training "
+                         "has diverged and is not saved; start a new run with a smaller --lr, or "
+                         "with --grad_clip")
     run.last_save = time.time()
     if run.is_main:
-        state = {"config": asdict(run.config), "digests": digests(run), "step": run.done,
-                 "log": run.log.lines, "recent": run.recent,
-                 "optimizers": [optimizer.state_dict() for optimizer in run.optimizers]}
-        write_checkpoint(run.model.checkpoint() | {"training": state}, Path(run.config.out) / "flip.pt")
+        checkpoint = run.model.checkpoint()
+        checkpoint["training"] = {
+            "config": asdict(run.config),
+            "digests": digests(run),
+            "step": run.steps_done,
+            "log": run.log.lines,
+            "unlogged_losses": run.unlogged_losses,
+            "optimizers": [optimizer.state_dict() for optimizer in run.optimizers],
+        }
+        write_checkpoint(checkpoint, Path(run.config.out) / "flip.pt")
 
 
 def digests(run: Run) -> list[str]:
-    """A resumed run must have the same training and validation faces, perhaps in another folder."""
+    """What a resumed run must have in common: its training and validation faces."""
     return [run.dataset.faces.digest, run.validation.faces.digest]
 
 
@@ -275,28 +300,31 @@ def digests(run: Run) -> list[str]:
 def open_data(config: Config, size: int) -> tuple[Faces, Faces]:
     """Training and validation faces, for a model with an input of size x size pixels."""
     if not config.data:
-        return (load_toy_faces(config.faces, size, seed=0, folder=config.cache),
-                load_toy_faces(config.validation, size, seed=1, folder=config.cache))
-    train, validation = (open_faces(config.data, split, config.cache, config.columns)
-                         for split in ("train", "val"))
+        train = load_toy_faces(config.faces, size, seed=0, folder=config.cache)
+        validation = load_toy_faces(config.validation, size, seed=1, folder=config.cache)
+        return train, validation
+    train = open_faces(config.data, "train", config.cache, config.columns)
+    validation = open_faces(config.data, "val", config.cache, config.columns)
     if not train.has_text:
-        raise ValueError(f"{train.name}: expected captions, or attributes to write them from, found none")
+        raise ValueError(f"{train.name}: expected captions, or attributes to write them from")
     validation = validation.subset(range(min(config.validation, len(validation))))
     return train, readable(validation, size)
 
 
 def plan_steps(config: Config, model: FLIP, faces: Faces) -> tuple[FaceDataset, Config]:
-    """The batches, and the configuration with the run's batch size, steps and processes."""
+    """The data set, and the configuration completed by the run's batch size, steps and
+    processes."""
     rank, world_size = rank_and_world_size()
     batch_size = config.batch_size
-    if config.fit_batch:            # at least four steps in an epoch
+    if config.fit_batch:            # to at least four steps per epoch
         batch_size = min(batch_size, max(2, len(faces) // (4 * world_size)))
     dataset = FaceDataset(faces, model.tokenizer, model.config.vit.image_size, batch_size,
-                         config.seed, config.augment, rank, world_size, config.workers)
+                          config.seed, config.augment, rank, world_size, config.workers)
     steps_per_epoch = dataset.batches_per_epoch // config.accumulate
     if steps_per_epoch == 0:
-        raise ValueError(f"--accumulate {config.accumulate} needs as many batches in an epoch, found "
-                         f"{dataset.batches_per_epoch}; use a smaller value, or a smaller --batch_size")
+        raise ValueError(f"--accumulate {config.accumulate} needs as many batches in an epoch, "
+                         f"found {dataset.batches_per_epoch}; use a smaller value, or a smaller "
+                         "--batch_size")
     steps = config.steps or config.epochs * steps_per_epoch
     if config.max_epochs:
         steps = min(steps, config.max_epochs * steps_per_epoch)
@@ -310,18 +338,20 @@ def print_plan(run: Run):
     validation = run.validation.faces
     pairs = config.batch_size * config.accumulate * config.processes
     epochs = config.steps * pairs / len(faces)
-    print(f"{faces.name}: {len(faces):,} faces; {validation.name}: {len(validation):,} faces\n"
-          f"{config.steps:,} steps of {pairs} pairs are {epochs:.1f} epochs, in {config.precision}")
+    print(f"{faces.name}: {len(faces):,} faces; {validation.name}: {len(validation):,} faces")
+    print(f"{config.steps:,} steps of {pairs} pairs are {epochs:.1f} epochs, in {config.precision}")
     if epochs > 60:
         print(f"this will overfit: try --steps {round(30 * config.steps / epochs)}, or more faces")
     chance = min(100, 1000 / len(validation))
     if chance > 4:
         print(f"with {len(validation)} validation faces, R@10 is {chance:.0f} % by chance")
-    unknown = set()
-    for text in sample_captions(faces, 500) if config.init else []:
-        unknown.update(known_and_unknown_words(text, run.model.tokenizer)[1])
-    if unknown:
-        print(f"{len(unknown)} words of the captions are not in the vocabulary: {min(unknown)}, ...")
+    if config.init:         # otherwise the vocabulary is made of these captions, or BERT's
+        unknown = set()
+        for text in sample_captions(faces, 500):
+            unknown.update(known_and_unknown_words(text, run.model.tokenizer)[1])
+        if unknown:
+            print(f"{len(unknown)} words of the captions are not in the vocabulary: "
+                  f"{min(unknown)}, ...")
 
 
 def sample_captions(faces: Faces, count: int = 3000) -> list[str]:
@@ -329,20 +359,21 @@ def sample_captions(faces: Faces, count: int = 3000) -> list[str]:
     texts = []
     for i in range(min(count, len(faces))):
         for k in range(2):
-            texts.append(faces.caption(i, random_stream("captions for the vocabulary", i, k)))
+            rng = random_stream("captions for the vocabulary", i, k)
+            texts.append(faces.caption(i, rng))
     return texts
 
 
 # ---- initial weights -----------------------------------------------------------------------------
 @torch.no_grad()
-def init_model(flip_config: FLIPConfig, tokenizer: Tokenizer) -> FLIP:
+def random_model(flip_config: FLIPConfig, tokenizer: Tokenizer) -> FLIP:
     """A FLIP with random weights, initialised like CLIP and BERT.
 
-    The tiny model, trained from scratch, needs larger values: Xavier for all linear layers, and even larger
-    values for the value and output layers of text self-attention: with BERT's 0.02 and width 128, [CLS]
-    would barely depend on the caption. Word embeddings are larger than positions, so that captions differ
-    from step one; image positions are on the scale of the patch embeddings, so that an eyebrow can be told
-    from a moustache."""
+    The tiny model, trained from scratch, needs larger values: Xavier for all linear layers, and
+    even larger values for the value and output layers of text self-attention: with BERT's 0.02 and
+    width 128, [CLS] would barely depend on the caption. Word embeddings are larger than positions,
+    so that captions differ from step one; image positions are on the scale of the patch embeddings,
+    so that an eyebrow can be told from a moustache."""
     model = FLIP(flip_config, tokenizer)
     if flip_config.vit.width != TINY[0].width:
         return model

@@ -3,9 +3,9 @@ import os
 import re
 from collections import Counter
 from dataclasses import dataclass
-from itertools import chain
 
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")    # its threads do not survive a fork
+# the library's threads do not survive the fork of a data loading process
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import tokenizers
 import torch
@@ -20,9 +20,10 @@ SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
 def clean_caption(text: str) -> str:
-    """Lower-case a caption, replace the punctuation . ! " ( ) * # : ; ~ by spaces and keep the first
-    MAX_WORDS words, as BLIP does."""
-    return " ".join(re.sub(r'[.!"()*#:;~]', " ", text.lower()).split()[:MAX_WORDS])
+    """Lower-case a caption, replace the punctuation . ! " ( ) * # : ; ~ by spaces and keep the
+    first MAX_WORDS words, as BLIP does."""
+    words = re.sub(r'[.!"()*#:;~]', " ", text.lower()).split()
+    return " ".join(words[:MAX_WORDS])
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,8 @@ class Captions:
     ids: torch.Tensor       # (N,) int64
     sequences: Sequences    # where each caption starts and ends
 
-    def pin_memory(self):   # called by the DataLoader, so that the copy to a GPU is asynchronous
+    def pin_memory(self):
+        """Called by the DataLoader, so that the copy to a GPU is asynchronous."""
         return Captions(self.ids.pin_memory(), self.sequences)
 
     def to(self, device):
@@ -48,10 +50,10 @@ class Captions:
         return Captions(self.ids[starts[chosen.sequence_ids] + chosen.position_ids], chosen)
 
     @staticmethod
-    def concatenate(parts) -> "Captions":
-        """From pairs of ids and lengths, on the CPU."""
-        ids, lengths = map(torch.cat, zip(*parts))
-        return Captions(ids, Sequences.from_lengths(lengths))
+    def concatenate(parts: list["Captions"]) -> "Captions":
+        """Join captions that are on the CPU."""
+        lengths = torch.cat([part.sequences.lengths for part in parts])
+        return Captions(torch.cat([part.ids for part in parts]), Sequences.from_lengths(lengths))
 
     def with_first_token(self, token: int) -> "Captions":
         """The same captions with their first token replaced by the id `token`."""
@@ -67,10 +69,12 @@ class Tokenizer:
     def __init__(self, wordpiece: tokenizers.Tokenizer):
         self.wordpiece = wordpiece
         vocabulary = wordpiece.get_vocab()
-        missing = [token for token in ("[UNK]", "[CLS]", "[SEP]") if token not in vocabulary]
-        if missing or sorted(vocabulary.values()) != [*range(len(vocabulary))]:
-            raise ValueError(f"expected a vocabulary like bert-base-uncased's, without repetitions; missing: "
-                             f"{', '.join(missing) or 'some of its ids'}")
+        missing = [piece for piece in ("[UNK]", "[CLS]", "[SEP]") if piece not in vocabulary]
+        if sorted(vocabulary.values()) != list(range(len(vocabulary))):
+            missing.append("some of its ids")
+        if missing:
+            raise ValueError("expected a vocabulary like bert-base-uncased's, without repetitions; "
+                             f"missing: {', '.join(missing)}")
         self.cls_id = vocabulary["[CLS]"]
         self.sep_id = vocabulary["[SEP]"]
 
@@ -82,18 +86,21 @@ class Tokenizer:
     def __call__(self, texts: list[str]) -> Captions:
         assert not isinstance(texts, str), "expected a list of captions"
         cleaned = [clean_caption(text) for text in texts]
-        encoded = self.wordpiece.encode_batch_fast(cleaned, add_special_tokens=False)
-        ids = [[self.cls_id, *pieces.ids[:MAX_TOKENS - 2], self.sep_id] for pieces in encoded]
-        packed = torch.tensor(list(chain.from_iterable(ids)))
-        return Captions(packed, Sequences.from_lengths([*map(len, ids)]))
+        ids = []
+        lengths = []
+        for pieces in self.wordpiece.encode_batch_fast(cleaned, add_special_tokens=False):
+            caption = [self.cls_id, *pieces.ids[:MAX_TOKENS - 2], self.sep_id]
+            ids.extend(caption)
+            lengths.append(len(caption))
+        return Captions(torch.tensor(ids), Sequences.from_lengths(lengths))
 
     def to_json(self):
         return self.wordpiece.to_str()
 
     @staticmethod
     def from_json(text: str):
-        """From the contents of a tokenizer.json. Its padding and truncation are not used: captions are
-        packed, and truncated in `__call__`."""
+        """From the contents of a tokenizer.json. Its padding and truncation are not used: captions
+        are packed, and truncated in `__call__`."""
         wordpiece = tokenizers.Tokenizer.from_str(text)
         wordpiece.no_padding()
         wordpiece.no_truncation()
@@ -102,8 +109,8 @@ class Tokenizer:
     @staticmethod
     def from_vocabulary(pieces: list[str]):
         """From the list of word pieces; the index of a piece is its id."""
-        model = tokenizers.models.WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]",
-                                            max_input_chars_per_word=100)
+        ids = {piece: i for i, piece in enumerate(pieces)}
+        model = tokenizers.models.WordPiece(ids, unk_token="[UNK]", max_input_chars_per_word=100)
         wordpiece = tokenizers.Tokenizer(model)
         wordpiece.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=True)
         wordpiece.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
@@ -121,14 +128,16 @@ class Tokenizer:
 
     @staticmethod
     def train(captions: list[str]):
-        """Build a vocabulary from captions: their 5,000 most frequent words, and all letters to spell
-        the others. (Unlike the library's trainer, it is deterministic.)"""
+        """Build a vocabulary from captions: their 5,000 most frequent words, and all letters to
+        spell the others. (Unlike the library's trainer, it is deterministic.)"""
         empty = Tokenizer.from_vocabulary(SPECIAL).wordpiece
-        words = Counter()
+        counts = Counter()
         for caption in captions:
             text = empty.normalizer.normalize_str(clean_caption(caption))
-            words.update(word for word, _ in empty.pre_tokenizer.pre_tokenize_str(text))
-        letters = sorted({letter for word in words for letter in word})
-        frequent = sorted(words, key=lambda word: (-words[word], word))[:5000]
-        pieces = [*SPECIAL, *letters, *("##" + letter for letter in letters)]
-        return Tokenizer.from_vocabulary(pieces + sorted(set(frequent) - set(letters)))
+            for word, _ in empty.pre_tokenizer.pre_tokenize_str(text):
+                counts[word] += 1
+        letters = sorted(set("".join(counts)))
+        inside_words = ["##" + letter for letter in letters]
+        by_frequency = sorted(sorted(counts), key=counts.get, reverse=True)
+        words = set(by_frequency[:5000]) - set(letters)
+        return Tokenizer.from_vocabulary([*SPECIAL, *letters, *inside_words, *sorted(words)])

@@ -2,19 +2,19 @@
 
     python train.py                         drawn faces, the tiny model, minutes on two CPU cores
     python train.py --data DIR              your own faces (layouts: readers/layouts.py)
-    python train.py --data DIR --init FILE  the same, starting from a trained FLIP, ours or the official
+    python train.py --data DIR --init FILE  the same, from a trained FLIP, ours or the official
     python train.py --resume                resume the run in --out
     torchrun --nproc_per_node 8 train.py --model base --data DIR \\
         --clip openai/clip-vit-base-patch16 --bert bert-base-uncased
                                             the paper's recipe: 8 processes with 80 pairs each
 
-Flags, the paper's values and the tiny model's recipe are in config.py; what a run starts from, and how it is
-saved and resumed, in runs.py. Everything that changes during a run (learning rate, momentum, hardness of the
-negatives, ...) is a schedule, a pure function of the step. So are the data and all random numbers; hence a
-resumed run computes exactly what an uninterrupted one does. A step uses these random numbers, seeded by their
-name here and
+Flags, the paper's values and the tiny model's recipe are in config.py; what a run starts from, and
+how it is saved and resumed, is in runs.py. Everything that changes during a run (learning rate,
+momentum, hardness of the negatives, ...) is a schedule, a pure function of the step. So are the
+data and all random numbers; hence a resumed run computes exactly what an uninterrupted one does.
+The random numbers of a step are seeded by their purpose and these numbers:
 
-    order                               (seed, epoch)           FaceDataset.batch_indices
+    order of the faces                  (seed, epoch)           FaceDataset.batch_indices
     caption and augmentation            (seed, epoch, index)    FaceDataset.__getitem__
     dropout                             (seed, step, rank)      compute_gradients
     negatives, sampled on rank 0        (seed, step)            compute_gradients
@@ -43,7 +43,8 @@ from runs import Run, StepTimer, open_run, save
 
 # ---- schedules: pure functions of the step -------------------------------------------------------
 def learning_rate(step: int, config: Config, steps_per_epoch: int) -> float:
-    """`warmup_decay` or, as in the paper, decay by 0.9 per epoch, which begins where the warm-up ends."""
+    """`warmup_decay` or, as in the paper, decay by 0.9 per epoch, which begins where the warm-up
+    ends."""
     warmup = min(config.warmup, config.steps // 5)
     if config.lr_decay == "epoch" and step >= warmup:
         epochs = step // steps_per_epoch - warmup // steps_per_epoch
@@ -60,8 +61,8 @@ def schedule(step: int, config: Config) -> StepParams:
     momentum = config.momentum if step >= config.momentum_from * config.steps else 0.0
     with_itm = step >= config.itm_from * config.steps and step % config.itm_every == 0
 
-    queue_length = config.queue_size        # the paper's queue is full of random negatives at step 0
-    if config.queue_from > 0:               # a queue that is used later has only the entries written so far
+    queue_length = config.queue_size    # the paper's queue is full of random negatives at step 0
+    if config.queue_from > 0:           # a queue that is used later has only what is written so far
         pairs_seen = step * config.accumulate * config.batch_size * config.processes
         is_used = step >= config.queue_from * config.steps
         queue_length = min(config.queue_size, pairs_seen) if is_used else 0
@@ -70,17 +71,17 @@ def schedule(step: int, config: Config) -> StepParams:
 
 # ---- one step ------------------------------------------------------------------------------------
 def compute_gradients(run: Run, micro_batches: list[Batch], step: int):
-    """Compute the gradients of one step on `accumulate` micro-batches. Returns a tensor (3,), the mean
-    (ITC, ITM) loss of all processes and the number of micro-batches that have an ITM, which is 0 for others,
-    and the outputs of `FLIP.forward`."""
+    """Compute the gradients of one step on `accumulate` micro-batches. Returns a tensor (3,), which
+    has ITC and ITM, means of all processes, and the number of micro-batches with ITM (without, it
+    is 0), and the outputs of `FLIP.forward`."""
     config = run.config
     device = run.model.device
     rank, world_size = rank_and_world_size()
     params = schedule(step, config)
     torch.manual_seed(derive_seed("dropout", config.seed, step, rank))
-    generator = torch.Generator().manual_seed(derive_seed("negatives", config.seed, step))     # of all ranks
+    generator = torch.Generator().manual_seed(derive_seed("negatives", config.seed, step))
 
-    losses = torch.zeros(3, device=device)
+    step_losses = torch.zeros(3, device=device)
     outputs = []
     for number, batch in enumerate(micro_batches, start=1):
         # DistributedDataParallel averages gradients in the last backward pass only
@@ -88,26 +89,29 @@ def compute_gradients(run: Run, micro_batches: list[Batch], step: int):
         batch = batch.to(device)
         with autocast(config.precision, device):
             out = run.ddp_model(batch.images, batch.captions, batch.identity, params, generator)
-            ((out.itc + out.itm) / len(micro_batches)).backward()
+            loss = (out.itc + out.itm) / len(micro_batches)
+            loss.backward()
         outputs.append(out)
-        losses[:2] += torch.stack([out.itc, out.itm]).detach() / len(micro_batches)
-        losses[2] += out.has_itm
+        step_losses[0] += out.itc.detach() / len(micro_batches)
+        step_losses[1] += out.itm.detach() / len(micro_batches)
+        step_losses[2] += out.has_itm
 
     if world_size > 1:
-        dist.all_reduce(losses)
-        losses /= world_size
-    return losses, outputs
+        dist.all_reduce(step_losses)
+        step_losses /= world_size
+    return step_losses, outputs
 
 
 def update(run: Run, outputs, step: int):
-    """Everything that a step changes: queue, weights, temperature and momentum encoder."""
+    """Change everything that a step changes: queue, weights, temperature and momentum encoder."""
     config = run.config
     model = run.model
+    for out in outputs:
+        model.enqueue(out.image_keys, out.text_keys, out.identity)
+
     if config.grad_clip:
         nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
     set_learning_rate(run.optimizers, learning_rate(step, config, run.steps_per_epoch))
-    for out in outputs:
-        model.enqueue(out.image_keys, out.text_keys, out.identity)
     for optimizer in run.optimizers:
         with autocast(config.precision, model.device):      # for Muon's matrix products
             optimizer.step()
@@ -126,41 +130,44 @@ def train(config: Config):
     device = init_distributed(config.device)
     with open_run(config, device) as run:
         training_loop(run)
-    metrics = [line for line in run.log.lines if "r_mean" in line]
+    validations = [line for line in run.log.lines if "r_mean" in line]
+    first = validations[0]
+    last = validations[-1]
     if run.is_main:
-        initial = metrics[0] if metrics[0]["step"] == 0 else None
-        print(recall_table(metrics[-1], run.validation, initial))
+        initial = first if first["step"] == 0 else None
+        print(recall_table(last, run.validation, initial))
         print(f"{config.out}: flip.pt, log.jsonl, curves.png, retrieval.png")
-    return run.model, metrics[-1]
+    return run.model, last
 
 
 def training_loop(run: Run):
     """Train until the last step, or until a signal asks to stop."""
     config = run.config
-    if run.done == 0 and config.init:
-        validate(run)       # for the table
+    first = run.steps_done
+    if first == 0 and config.init:
+        validate(run)       # a row of the table
     timer = StepTimer()
-    bar = tqdm(range(run.done, config.steps), "training", initial=run.done, total=config.steps,
+    bar = tqdm(range(first, config.steps), "training", initial=first, total=config.steps,
                disable=not run.is_main)
-    with contextlib.closing(run.dataset.iterate_from(run.done * config.accumulate)) as stream:
+    with contextlib.closing(run.dataset.iterate_from(first * config.accumulate)) as stream:
         for step in bar:
             micro_batches = timer.next_batches(stream, config.accumulate)
-            losses, outputs = compute_gradients(run, micro_batches, step)
+            step_losses, outputs = compute_gradients(run, micro_batches, step)
             run.updating = True
             update(run, outputs, step)
-            run.recent.append(losses)
-            run.done = step + 1
+            run.unlogged_losses.append(step_losses)
+            run.steps_done = step + 1
             run.updating = False
 
-            is_last = run.done == config.steps
-            if run.done % config.log_every == 0 or is_last:
+            is_last = run.steps_done == config.steps
+            if run.steps_done % config.log_every == 0 or is_last:
                 line = mean_losses(run) | timer.means()
-                run.log.write(step=run.done, **line)
-                bar.set_postfix({name: line[name] for name in ("itc", "itm", "seconds", "data_seconds")})
-                run.recent = []
+                run.log.write(step=run.steps_done, **line)
+                bar.set_postfix(itc=line["itc"], itm=line["itm"], seconds=line["seconds"])
+                run.unlogged_losses = []
                 timer.restart()
 
-            is_due = run.done % config.eval_every == 0 or is_last
+            is_due = run.steps_done % config.eval_every == 0 or is_last
             if is_due:
                 validate(run)
                 timer.restart()
@@ -168,25 +175,29 @@ def training_loop(run: Run):
             if is_due or must_stop or time.time() - run.last_save > 60 * config.save_every:
                 save(run)
             if must_stop:
-                raise SystemExit(f"stopped after step {run.done}; continue with --resume")
+                raise SystemExit(f"stopped after step {run.steps_done}; continue with --resume")
 
 
 def mean_losses(run: Run):
-    """Mean losses since the last line of the log; ITM is None if no step trained it. "itm_skipped" is the
-    number of micro-batches without ITM because they show one person. Raises ValueError if the losses are not
-    finite."""
+    """Mean losses since the last line of the log; ITM is None if no step trained it. "itm_skipped"
+    is the number of micro-batches without ITM because they show one person. Raises ValueError if
+    the losses are not finite."""
     config = run.config
-    steps = range(run.done - len(run.recent), run.done)
-    itc, itm, num_with_itm = torch.stack(run.recent).sum(0).tolist()            # of (steps, 3)
+    steps = range(run.steps_done - len(run.unlogged_losses), run.steps_done)
+    itc, itm, num_with_itm = torch.stack(run.unlogged_losses).sum(0).tolist()
     if not math.isfinite(itc + itm):
         raise ValueError(f"the loss of steps {steps[0] + 1} to {steps[-1] + 1} is NaN or infinite")
     num_scheduled = config.accumulate * sum(schedule(step, config).with_itm for step in steps)
     mean_itm = None
     if num_with_itm:
         mean_itm = config.accumulate * itm / num_with_itm
-    return {"itc": itc / len(steps), "itm": mean_itm, "itm_skipped": num_scheduled - int(num_with_itm),
-            "temperature": run.model.temperature.item(),
-            "lr": learning_rate(steps[-1], config, run.steps_per_epoch)}
+    return {
+        "itc": itc / len(steps),
+        "itm": mean_itm,
+        "itm_skipped": num_scheduled - int(num_with_itm),
+        "temperature": run.model.temperature.item(),
+        "lr": learning_rate(steps[-1], config, run.steps_per_epoch),
+    }
 
 
 def validate(run: Run):
@@ -194,10 +205,11 @@ def validate(run: Run):
     run.model.eval()
     metrics, text_to_image = evaluate(run.model, run.validation, run.config)
     run.model.train()
-    run.log.write(step=run.done, **metrics)
+    run.log.write(step=run.steps_done, **metrics)
     if run.is_main:
-        plot_curves(run.log.lines, run.validation, Path(run.config.out) / "curves.png")
-        plot_retrieval(run.validation, text_to_image, Path(run.config.out) / "retrieval.png")
+        folder = Path(run.config.out)
+        plot_curves(run.log.lines, run.validation, folder / "curves.png")
+        plot_retrieval(run.validation, text_to_image, folder / "retrieval.png")
 
 
 if __name__ == "__main__":

@@ -7,20 +7,12 @@
 The contrastive loss uses the class token; in image-grounded mode the text encoder attends to all
 tokens. Three details follow CLIP, so that its weights load: a LayerNorm before the first block, the
 activation x * sigmoid(1.702 x), a patch convolution without bias. Implementations differ in the
-final LayerNorm: Hugging Face's CLIP applies it only to the pooled class token; the official FLIP, and
-this code, apply it to all tokens, because cross-attention reads them. (A misspelt key makes the
+final LayerNorm: Hugging Face's CLIP applies it only to the pooled class token; the official FLIP,
+and this code, apply it to all tokens, because cross-attention reads them. (A misspelt key makes the
 official code drop CLIP's weights for this layer; here they load.)
 
-Capital letters denote sizes and mean the same in every file, except that in attention.py B counts
-sequences of any kind:
-    B items of a batch on one process    S pixels on a side         L tokens of an image (1 + patches)
-    D width of a token (per encoder)     H heads of d = D / H       N tokens of many packed sequences
-    E feature dimension                  Q entries of the queue     K keys of the contrastive loss
-    P captions (in ITM, one per image-caption pair)                 I, T images and texts in one call or split
-A file that adds a letter says so.
-
-The tokens of a batch of images are packed (attention.py): one tensor (B L, D), and a
-`Sequences` with the offset of each image.
+The tokens of a batch of images are packed: one tensor (B L, D), and a `Sequences` with the offset
+of each image. The letters of the shapes are listed in attention.py.
 """
 from dataclasses import dataclass
 
@@ -41,8 +33,8 @@ class ViTConfig:
 
     def __post_init__(self):
         if self.image_size % self.patch_size:
-            raise ValueError(f"ViT: image size {self.image_size} is not a multiple of the patch size "
-                             f"{self.patch_size}")
+            raise ValueError(f"ViT: image size {self.image_size} is not a multiple of the patch "
+                             f"size {self.patch_size}")
 
     @property
     def num_patches(self):
@@ -64,14 +56,16 @@ class ViTBlock(nn.Module):
         self.down = nn.Linear(4 * config.width, config.width)
 
     def forward(self, x, sequences, first_token_only=False):
-        """x (B L, D) packed -> (B L, D); with first_token_only -> (B, D): computes only the class tokens;
-        they still attend to the whole image. Used for the last block when no other token is needed."""
+        """x (B L, D) packed -> (B L, D); with first_token_only -> (B, D): computes only the class
+        tokens; they still attend to the whole image. Used for the last block when no other token is
+        needed."""
         y = self.norm_attention(x)
         query = y
         query_sequences = sequences
         if first_token_only:
-            first = sequences.first_token_index
-            x, query = x.index_select(0, first), y.index_select(0, first)                   # (B, D)
+            first = sequences.first_token_index                         # (B,)
+            x = x.index_select(0, first)                                # (B, D)
+            query = y.index_select(0, first)
             query_sequences = Sequences.uniform(len(x), 1, x.device)
         x = x + self.attention(query, query_sequences, y, sequences)
         return x + self.down(quick_gelu(self.up(self.norm_mlp(x))))
@@ -91,44 +85,54 @@ class ViT(nn.Module):
         self.norm_after = nn.LayerNorm(D)
         self.init_weights()
 
-    def forward(self, images: torch.Tensor, first_token_only: bool = False, return_hidden: bool = False):
+    def forward(self, images, first_token_only=False, return_hidden=False):
         """images (B, 3, S, S), normalised -> tokens (B, L, D), the class token first.
 
         first_token_only: return the class tokens (B, D) and skip all others in the last block.
-        return_hidden: also return the list of all tokens after each block, before the final LayerNorm. The
-        two exclude each other."""
-        assert not (first_token_only and return_hidden), "the last block either computes all tokens or not"
+        return_hidden: also return the list of all tokens after each block, before the final
+        LayerNorm. The two exclude each other."""
+        assert not (first_token_only and return_hidden), "the hidden tokens would be incomplete"
         size = self.config.image_size
         if images.shape[1:] != (3, size, size):
-            raise ValueError(f"ViT: expected images (B, 3, {size}, {size}), found {tuple(images.shape)}")
-        x = self.patch_embedding(images).flatten(2).transpose(1, 2)                         # (B, L - 1, D)
-        x = torch.cat([self.class_token.to(x.dtype).expand(len(x), 1, -1), x], dim=1)       # (B, L, D)
+            raise ValueError(f"ViT: expected images (B, 3, {size}, {size}), found "
+                             f"{tuple(images.shape)}")
+        patches = self.patch_embedding(images).flatten(2).transpose(1, 2)       # (B, L - 1, D)
+        B = len(patches)
+        class_token = self.class_token.to(patches.dtype).expand(B, 1, -1)
+        x = torch.cat([class_token, patches], dim=1)                            # (B, L, D)
         x = self.norm_before(x + self.positions)
-        B, L, _ = x.shape
-        sequences, x = Sequences.uniform(B, L, x.device), x.flatten(0, 1)                   # (B L, D)
+
+        L = x.shape[1]
+        sequences = Sequences.uniform(B, L, x.device)
+        x = x.flatten(0, 1)                                                     # (B L, D)
         hidden = []
         for block in self.blocks:
-            x = block(x, sequences, first_token_only and block is self.blocks[-1])
+            is_last = block is self.blocks[-1]
+            x = block(x, sequences, first_token_only and is_last)
             if return_hidden:
                 hidden.append(x.unflatten(0, (B, L)))
+
         if first_token_only:
-            return self.norm_after(x)                                                       # (B, D)
-        tokens = self.norm_after(x.unflatten(0, (B, L)))                                    # (B, L, D)
-        return (tokens, hidden) if return_hidden else tokens
+            return self.norm_after(x)                                           # (B, D)
+        tokens = self.norm_after(x.unflatten(0, (B, L)))                        # (B, L, D)
+        if return_hidden:
+            return tokens, hidden
+        return tokens
 
     @torch.no_grad()
     def init_weights(self):
-        """Initialise like Hugging Face's CLIP: each block contributes less the more blocks there are,
-        so that the residual stream keeps its scale."""
+        """Initialise like Hugging Face's CLIP: each block contributes less the more blocks there
+        are, so that the residual stream keeps its scale."""
         D = self.config.width
         depth = self.config.depth
         nn.init.normal_(self.class_token, std=D ** -0.5)
         nn.init.normal_(self.positions, std=0.02)
         nn.init.normal_(self.patch_embedding.weight, std=0.02)
         for block in self.blocks:
-            for linear in (block.attention.query, block.attention.key, block.attention.value, block.down):
+            attention = block.attention
+            for linear in (attention.query, attention.key, attention.value, block.down):
                 nn.init.normal_(linear.weight, std=D ** -0.5 * (2 * depth) ** -0.5)
-            nn.init.normal_(block.attention.out.weight, std=D ** -0.5)
+            nn.init.normal_(attention.out.weight, std=D ** -0.5)
             nn.init.normal_(block.up.weight, std=(2 * D) ** -0.5)
         for module in self.modules():
             if isinstance(module, nn.Linear):
