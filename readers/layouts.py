@@ -281,10 +281,9 @@ def with_captions(records: list, folder: Path, photos: dict):
     the lists train.json, test.json and captions.json beside photo/. If a photo of a split has
     captions, all its photos need them."""
     captions = defaultdict(lambda: defaultdict(list))       # {photo: {column: texts}}
-    for name in ("train.json", "test.json", "captions.json"):
-        path = folder / name
-        listed = read_caption_list(path) if path.is_file() else []
-        for record in listed:
+    lists = [folder / name for name in ("train.json", "test.json", "captions.json")]
+    for path in lists:
+        for record in read_caption_list(path) if path.is_file() else ():
             name = re.sub("^(.*/)?photo/", "", str(record.image)).replace("/", "_")
             photo = photos.get(name.rpartition(".")[0])     # None: of another split or data set
             for column in COLUMNS:
