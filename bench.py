@@ -146,7 +146,8 @@ def bench_step(config=FLIPConfig(), B=8, matrix=8192 if DEVICE == "cuda" else 20
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("which", nargs="?", choices=["attention", "contrastive", "step"])
     which = parser.parse_args().which
     device = f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"

@@ -66,7 +66,7 @@ def read_file(path: Path):
         return torch.load(path, map_location="cpu", weights_only=True)
     except (FileNotFoundError, PermissionError):
         raise
-    except Exception as error:      # many types, whose text may be empty or advise to trust the file
+    except Exception as error:      # of any type; its text may be empty or advise to trust the file
         with open(path, "rb") as file:
             beginning = file.read(40)
         raise ValueError(f"{path} is damaged or contains no weights: {path.stat().st_size:,} bytes "
