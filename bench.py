@@ -4,7 +4,8 @@
     python bench.py attention         or: contrastive, step (the base model; minutes on a CPU)
 
 "Ours" is the Triton kernel on a CUDA GPU and the PyTorch path elsewhere. Times are medians and
-include launch overhead. Compare times only within a table, which is measured in one run. """
+include launch overhead. Compare times only within a table, which is measured in one run.
+"""
 import argparse
 import datetime
 import platform

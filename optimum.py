@@ -74,7 +74,7 @@ def reference_recall(stated: np.ndarray, attributes: np.ndarray) -> dict:
     in the gallery, P(stated | face) / sum over faces of P(stated | face). So a long caption that
     fits only this face, with a tiny likelihood, ranks above a short one that fits all faces. (Each
     pair is scored on its own, as by a model: the rankings do not use that each face has exactly one
-    caption.) """
+    caption.)"""
     fits = np.where(satisfies(stated, attributes), 0.0, -np.inf)
     log_p = log_likelihood(stated, attributes)
     posterior = log_p - np.logaddexp.reduce(log_p, axis=1, keepdims=True)
