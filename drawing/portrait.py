@@ -303,8 +303,11 @@ def eyes(has, look):
     w, h = look.eye_width, look.eye_height
     for side in (-1, 1):
         x, y = side * look.eye_x, look.eye_y + side * look.skew
-        # points of the eye: x from the inner (-1) to the outer corner (1), y in eye heights
-        place = lambda *points: [(x + side * w * px, y + h * py) for px, py in points]
+
+        def place(*points):
+            """Points of the eye: x from the inner (-1) to the outer corner (1), y in eye heights."""
+            return [(x + side * w * px, y + h * py) for px, py in points]
+
         if makeup:
             above = y - h - 0.12
             shadow = [*place((-1, 0)), (x - side * w / 2, above), (x + side * w / 2, above),

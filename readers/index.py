@@ -124,7 +124,7 @@ def find_layout(path: Path, layouts):
         unread = {*files_of(path, other.reads.split()[0])} - {*files_of(path, layout.reads)}
         if unread and not other.may_be_beside:
             raise ValueError(f"{path}: found files of both {layout.title} and {other.title} "
-                             f"({min(unread).name}); leave only those of one in this folder")
+                             f"({min(unread).name}); leave only the files of one of them")
     return layout
 
 

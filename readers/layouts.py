@@ -118,9 +118,9 @@ def read_lfwa(folder: Path):
 # ---- faces with captions -------------------------------------------------------------------------
 def read_caption_lists(path: Path):
     """JSON lists in the format of BLIP and the official code: train.json, val.json and test.json of
-    a folder, its only list, or a list given by name. A single list is split by person, with at
-    least one person in the validation split. Equal ids mean the same person; an image without an id
-    is a person of its own. Raises ValueError if it is unclear what to train on."""
+    a folder, the folder's only list, or a list given by name. A single list is split by person,
+    with at least one person in the validation split. Equal ids mean the same person; an image
+    without an id is a person of its own. Raises ValueError if it is unclear which list to use."""
     if (path / "train.json").is_file():
         records = []
         for split in SPLITS:
@@ -322,7 +322,10 @@ def read_tar(path: Path):
     unpacking it: the caption of key.jpg (or .png, ...) is in key.json or key.txt. Each face is a
     person of its own. A damaged or missing tar is named, and a ValueError is yielded for each face
     that it lost: those that img2dataset's *_stats.json counts, or at least one."""
-    members, is_whole = tar_members(path) if path.is_file() else ([], False)
+    members = []
+    is_whole = False
+    if path.is_file():
+        members, is_whole = tar_members(path)
     samples = defaultdict(dict)                             # {key: {suffix: `TarImage`}}
     for member in members:
         folder, base = os.path.split(member.name)
