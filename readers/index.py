@@ -17,6 +17,7 @@ import json
 import os
 import re
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -181,14 +182,13 @@ def parse_line(text: np.ndarray, row):
     return json.loads(text[start:start + row["length"]].tobytes())
 
 
+@dataclass(eq=False)
 class Column:
     """A field of the faces in `rows` as a sequence. An item is parsed from its line on access."""
-
-    def __init__(self, text: np.ndarray, rows: np.ndarray, field: str, folder: Path):
-        self.text = text
-        self.rows = rows
-        self.field = field
-        self.folder = folder
+    text: np.ndarray
+    rows: np.ndarray
+    field: str
+    folder: Path
 
     def __len__(self):
         return len(self.rows)

@@ -331,9 +331,13 @@ def read_tar(path: Path):
         folder, base = os.path.split(member.name)
         key, _, suffix = base.partition(".")                # webdataset's rule
         suffix = f".{suffix.lower()}"
-        if key and suffix.endswith((*IMAGE_SUFFIXES, ".json", ".txt")):
-            if samples[os.path.join(folder, key)].setdefault(suffix, member) is not member:
-                yield ValueError(f"{path}: {member.name!r} occurs again")
+        if not key or not suffix.endswith((*IMAGE_SUFFIXES, ".json", ".txt")):
+            continue
+        files = samples[os.path.join(folder, key)]
+        if suffix in files:
+            yield ValueError(f"{path}: {member.name!r} occurs again")
+        else:
+            files[suffix] = member
 
     has_json = any(".json" in files for files in samples.values())
     required = ".json" if has_json else ".txt"
