@@ -248,8 +248,8 @@ def bwd_dkdv_kernel(grad, query, key, value, lse, delta, dk_out, dv_out, query_o
 # ---- launching -----------------------------------------------------------------------------------
 MAX_D = 64
 # For each kernel and number of bytes per element; not tuned on a GPU yet. No kernel spills
-# registers on compute capability 8.0 or 9.0, with Triton 3.6, 3.7 and 3.9 (`pytest -k
-# shipped_kernel`).
+# registers on compute capability 8.0 or 9.0, with Triton 3.6, 3.7 and 3.9
+# (`pytest -k shipped_kernel`).
 LAUNCH_CONFIGS = {
     ("fwd", 2): dict(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=2),
     ("fwd", 4): dict(BLOCK_M=32, BLOCK_N=32, num_warps=8, num_stages=1),

@@ -201,7 +201,7 @@ class Column:
             return item
         if self.field == "sketches":
             return [self.folder / path for path in item]
-        if isinstance(item, str):
+        if isinstance(item, str):           # an image in a file
             return self.folder / item
         tar, *place = item
         return TarImage(self.folder / tar, *place)
