@@ -326,18 +326,9 @@ def read_tar(path: Path):
     is_whole = False
     if path.is_file():
         members, is_whole = tar_members(path)
-    samples = defaultdict(dict)                             # {key: {suffix: `TarImage`}}
-    for member in members:
-        folder, base = os.path.split(member.name)
-        key, _, suffix = base.partition(".")                # webdataset's rule
-        suffix = f".{suffix.lower()}"
-        if not key or not suffix.endswith((*IMAGE_SUFFIXES, ".json", ".txt")):
-            continue
-        files = samples[os.path.join(folder, key)]
-        if suffix in files:
-            yield ValueError(f"{path}: {member.name!r} occurs again")
-        else:
-            files[suffix] = member
+    samples, repeated = group_by_key(members)
+    for member in repeated:
+        yield ValueError(f"{path}: {member.name!r} occurs again")
 
     has_json = any(".json" in files for files in samples.values())
     required = ".json" if has_json else ".txt"
@@ -358,6 +349,25 @@ def read_tar(path: Path):
                    f"{stats.name} counts {counted}")
         print(message, flush=True)
         yield from [ValueError(message)] * max(1, lost)
+
+
+def group_by_key(members: list[TarImage]):
+    """The files of each sample, {key: {suffix: `TarImage`}}, and the files whose name occurs again.
+    Files of other types are ignored."""
+    samples = defaultdict(dict)
+    repeated = []
+    for member in members:
+        folder, base = os.path.split(member.name)
+        key, _, suffix = base.partition(".")                # webdataset's rule
+        suffix = f".{suffix.lower()}"
+        if not key or not suffix.endswith((*IMAGE_SUFFIXES, ".json", ".txt")):
+            continue
+        files = samples[os.path.join(folder, key)]
+        if suffix in files:
+            repeated.append(member)
+        else:
+            files[suffix] = member
+    return samples, repeated
 
 
 def tar_members(path: Path):
