@@ -1,26 +1,28 @@
-"""Generate captions from CelebA's 40 attributes with a probabilistic grammar (arXiv 2407.08515, section 3).
-For a smiling young woman with black hair, glasses and arched eyebrows, `sample_caption` returns texts such as
+"""Generate captions from CelebA's 40 attributes with a probabilistic grammar (arXiv 2407.08515,
+section 3). For a smiling young woman with black hair, glasses and arched eyebrows, `sample_caption`
+returns texts such as
 
     With curved eyebrows and a smile, she is wearing a pair of glasses. Her hair is black.
 """
 import random
+from collections import defaultdict
 
 import numpy as np
 
 ATTRIBUTES = tuple("""
-5_o_Clock_Shadow Arched_Eyebrows Attractive Bags_Under_Eyes Bald Bangs Big_Lips Big_Nose Black_Hair Blond_Hair
-Blurry Brown_Hair Bushy_Eyebrows Chubby Double_Chin Eyeglasses Goatee Gray_Hair Heavy_Makeup High_Cheekbones
-Male Mouth_Slightly_Open Mustache Narrow_Eyes No_Beard Oval_Face Pale_Skin Pointy_Nose Receding_Hairline
-Rosy_Cheeks Sideburns Smiling Straight_Hair Wavy_Hair Wearing_Earrings Wearing_Hat Wearing_Lipstick
-Wearing_Necklace Wearing_Necktie Young
+5_o_Clock_Shadow Arched_Eyebrows Attractive Bags_Under_Eyes Bald Bangs Big_Lips Big_Nose
+Black_Hair Blond_Hair Blurry Brown_Hair Bushy_Eyebrows Chubby Double_Chin Eyeglasses Goatee
+Gray_Hair Heavy_Makeup High_Cheekbones Male Mouth_Slightly_Open Mustache Narrow_Eyes No_Beard
+Oval_Face Pale_Skin Pointy_Nose Receding_Hairline Rosy_Cheeks Sideburns Smiling Straight_Hair
+Wavy_Hair Wearing_Earrings Wearing_Hat Wearing_Lipstick Wearing_Necklace Wearing_Necktie Young
 """.split())
 
 
 # ---- the grammar ---------------------------------------------------------------------------------
-# A fact is an attribute that is true, or one of three that are false ("not Male" and so on). Its row holds
-# the probability of stating it, and its phrases. Each phrase begins with its kind: the verb `is`, `has` or
-# `wears`, `noun` for the person, `photo`, or the part of the face that the adjective describes. {his}
-# becomes his, her or their.
+# A fact is an attribute that is true, or one of three that are false ("not Male" and so on). Its
+# row contains the probability of stating it, and its phrases. Each phrase begins with its kind: the
+# verb `is`, `has` or `wears`, `noun` for the person, `photo`, or the part of the face that the
+# adjective describes. {his} becomes his, her or their.
 GRAMMAR = {
     "5_o_Clock_Shadow": (.70, "has a 5 o'clock shadow | has stubble | has some stubble on {his} chin"),
     "Arched_Eyebrows": (.55, "eyebrows arched | eyebrows curved"),
@@ -67,9 +69,15 @@ GRAMMAR = {
     "not No_Beard": (.60, "has a beard | has a full beard | is bearded"),
 }
 FACTS = ATTRIBUTES + ("not Male", "not Young", "not No_Beard")
-PROBABILITIES = np.array([GRAMMAR[fact][0] for fact in FACTS])  # (43,), of being stated
-PHRASES = [[phrase.split(" ", 1) for phrase in GRAMMAR[fact][1].split(" | ")]  # [kind, words]
-           for fact in FACTS]
+PROBABILITIES = np.array([GRAMMAR[fact][0] for fact in FACTS])      # (43,), of being stated
+
+
+def split_row(phrases: str) -> list:
+    """The phrases of a row of GRAMMAR as [kind, words]."""
+    return [phrase.split(" ", 1) for phrase in phrases.split(" | ")]
+
+
+PHRASES = [split_row(GRAMMAR[fact][1]) for fact in FACTS]
 MAN_FACT = FACTS.index("Male")
 WOMAN_FACT = FACTS.index("not Male")
 NEGATABLE = [ATTRIBUTES.index(fact.removeprefix("not ")) for fact in FACTS[len(ATTRIBUTES):]]
@@ -88,12 +96,17 @@ PREDICATES = {
     "has": ("{has} {x}", "{has} {x}", "{has} {x}", "can be seen with {x}", "{is} shown with {x}"),
     "wears": ("{is} wearing {x}", "{wears} {x}", "{is} seen wearing {x}"),
 }
-OPENING_TEMPLATES = ("This is a {photo} of {x}.", "The {photo} shows {x}.", "Here is a {photo} of {x}.",
-                     "In this {photo} there is {x}.", "The {photo} shows the face of {x}.",
-                     "{x} looks out of this {photo}.")
-CONNECTIVES = (("In this picture, ", "In the photo, ", "Here, ", "As can be seen, "), ("",),
-               ("In addition, ", "Also, ", "Moreover, ", "Besides, "))  # of sentence 1, 2, 3 and later
-NEUTRAL = ("Only the face can be seen.", "The face fills most of the picture.", "Nothing else is shown here.")
+OPENING_TEMPLATES = (
+    "This is a {photo} of {x}.", "The {photo} shows {x}.", "Here is a {photo} of {x}.",
+    "In this {photo} there is {x}.", "The {photo} shows the face of {x}.",
+    "{x} looks out of this {photo}.")
+CONNECTIVES = (
+    ("In this picture, ", "In the photo, ", "Here, ", "As can be seen, "),  # of the first sentence
+    ("",),                                                                  # of the second
+    ("In addition, ", "Also, ", "Moreover, ", "Besides, "))                 # of later sentences
+NEUTRAL = ("Only the face can be seen.", "The face fills most of the picture.",
+           "Nothing else is shown here.")
+SENTENCE_KINDS = ("is", "has", "wears", "part")     # kinds of phrases that can form a sentence
 
 
 def facts_of(attributes: np.ndarray) -> np.ndarray:
@@ -102,10 +115,12 @@ def facts_of(attributes: np.ndarray) -> np.ndarray:
 
 
 def sample_caption(attributes: np.ndarray, rng: np.random.Generator) -> tuple[str, np.ndarray]:
-    """Sample a caption of a face with attributes bool (40,); return (text, stated int8 (40,)). `stated` is
-    +1 if the text states that the attribute is true, -1 that it is false (NEGATABLE only), 0 if it is
-    not mentioned. Facts are sampled independently with PROBABILITIES, and resampled until at least
-    MIN_FACTS (or all, if fewer) are stated. optimum.py relies on exactly this."""
+    """Sample a caption of a face with attributes bool (40,); return (text, stated int8 (40,)).
+
+    `stated` is 1 if the text states that the attribute is true, -1 if it states that the attribute
+    is false (NEGATABLE only) and 0 if it does not mention it. Facts are sampled independently with
+    PROBABILITIES, and resampled until at least MIN_FACTS (or all, if fewer) are stated; optimum.py
+    assumes exactly this."""
     facts = np.flatnonzero(facts_of(attributes))
     chosen = facts[:0]
     while len(chosen) < min(MIN_FACTS, len(facts)):
@@ -114,13 +129,14 @@ def sample_caption(attributes: np.ndarray, rng: np.random.Generator) -> tuple[st
     by_fact[chosen] = 1
     stated = by_fact[:len(ATTRIBUTES)]
     stated[NEGATABLE] -= by_fact[len(ATTRIBUTES):]
-    return verbalize(chosen.tolist(), random.Random(int(rng.integers(2**62)))), stated
+    text = verbalize(chosen.tolist(), random.Random(int(rng.integers(2**62))))
+    return text, stated
 
 
 def verbalize(facts: list[int], rng: random.Random) -> str:
-    """A text of SHORTEST to LONGEST words that states exactly these facts (indices into FACTS). Longer
-    texts are regenerated, not truncated; the retries suffice for every realistic face."""
-    for _ in range(20):
+    """A text of SHORTEST to LONGEST words that states exactly these facts (indices into FACTS).
+    Longer texts are generated again, not truncated."""
+    for _ in range(20):         # enough for every realistic face
         sentences = compose_sentences(facts, rng)
         while sum(text.count(" ") + 1 for text in sentences) < SHORTEST:
             sentences.append(rng.choice([text for text in NEUTRAL if text not in sentences]))
@@ -132,37 +148,45 @@ def verbalize(facts: list[int], rng: random.Random) -> str:
 
 def compose_sentences(facts, rng):
     """List of sentences that state these facts."""
-    # 0: few sentences with long lists; 1: a sentence per phrase. Skewed towards 0, as in FLIP's captions
+    # 0: few sentences with long lists; 1: a sentence per phrase. Skewed towards 0, as in FLIP's
+    # captions
     verbosity = rng.random()**1.5 * min(1, 10 / len(facts))
     phrases = choose_phrases(facts, verbosity, rng)
-    he, his = (("he", "his") if MAN_FACT in facts else
-               ("she", "her") if WOMAN_FACT in facts else ("they", "their"))
+    if MAN_FACT in facts:
+        he, his = "he", "his"
+    elif WOMAN_FACT in facts:
+        he, his = "she", "her"
+    else:
+        he, his = "they", "their"
     noun = rng.choice(phrases["noun"] or NEUTRAL_NOUNS)
 
     sentences = []
-    needs_opening = not any(phrases[kind] for kind in ("is", "has", "wears", "part"))
+    needs_opening = not any(phrases[kind] for kind in SENTENCE_KINDS)
     if needs_opening or rng.random() < 0.4 + 0.4 * verbosity:
         sentences.append(opening_sentence(phrases, noun, rng))
-    units = [(kind, chunk) for kind in ("is", "has", "wears", "part")
-             for chunk in chunks(phrases[kind], verbosity, rng)]
+    units = []
+    for kind in SENTENCE_KINDS:
+        units += [(kind, chunk) for chunk in chunks(phrases[kind], verbosity, rng)]
     rng.shuffle(units)
     while units:
         sentences.append(next_sentence(units, noun, he, verbosity, len(sentences), rng))
     if phrases["photo"]:
-        sentences.append(f"The {rng.choice(('photo', 'picture', 'image'))} is {phrases['photo'][0]}.")
+        photo = rng.choice(("photo", "picture", "image"))
+        sentences.append(f"The {photo} is {phrases['photo'][0]}.")
     sentences = [text.replace("{his}", his) for text in sentences]
     return [text[0].upper() + text[1:] for text in sentences]
 
 
 def choose_phrases(facts, verbosity, rng):
-    """Phrases that state the facts, {kind: [phrase]}, in random order. All adjectives of one part of the
-    face form one phrase, either of kind "has" ("arched, thick eyebrows") or a clause of kind "part" ("{his}
-    eyebrows are arched and thick")."""
-    phrases = {kind: [] for kind in ("noun", "photo", "is", "has", "wears", "part")}
-    adjectives = {}
+    """Phrases that state the facts, {kind: [phrase]}, in random order. All adjectives of one part
+    of the face form one phrase, either of kind "has" ("arched, thick eyebrows") or a clause of kind
+    "part" ("{his} eyebrows are arched and thick")."""
+    phrases = defaultdict(list)
+    adjectives = defaultdict(list)          # {part of the face: [adjective]}
     for fact in rng.sample(facts, len(facts)):
         kind, words = rng.choice(PHRASES[fact])
-        (adjectives if kind in FACE_PARTS else phrases).setdefault(kind, []).append(words)
+        group = adjectives if kind in FACE_PARTS else phrases
+        group[kind].append(words)
     for part, words in adjectives.items():
         article, verb = FACE_PARTS[part]
         if rng.random() < 0.15 + 0.5 * verbosity:
@@ -175,11 +199,12 @@ def choose_phrases(facts, verbosity, rng):
 
 
 def opening_sentence(phrases, noun, rng):
-    """First sentence, with up to two adjectives and three features, which are removed from `phrases`."""
-    adjectives = [phrases["is"].pop() for _ in range(min(rng.randrange(3), len(phrases["is"])))]
-    x = with_article(" ".join([", ".join(adjectives), noun]).strip())
+    """The first sentence, with up to two adjectives and three features, which are removed from
+    `phrases`."""
+    adjectives = ", ".join(pop_last(phrases["is"], rng.randrange(3)))
+    x = with_article(f"{adjectives} {noun}".strip())
     if phrases["has"] and rng.random() < 0.4:
-        features = [phrases["has"].pop() for _ in range(min(rng.randrange(1, 4), len(phrases["has"])))]
+        features = pop_last(phrases["has"], rng.randrange(1, 4))
         x += " with " + join_phrases(features, rng)
     photo = rng.choice(("photo", "picture", "portrait", "photograph"))
     if phrases["photo"] and rng.random() < 0.5:
@@ -187,14 +212,24 @@ def opening_sentence(phrases, noun, rng):
     return rng.choice(OPENING_TEMPLATES).format(photo=photo, x=x)
 
 
+def pop_last(phrases, count):
+    """Remove the last `count` phrases, or all if there are fewer, and return them."""
+    return [phrases.pop() for _ in range(min(count, len(phrases)))]
+
+
 def next_sentence(units, noun, he, verbosity, position, rng):
-    """Sentence number `position`, made of one or two units (kind, phrases) popped from `units`."""
+    """Sentence number `position`, made of one or two units (kind, phrases), which are removed from
+    `units`."""
     kind, phrases = units.pop()
-    connective = rng.choice(CONNECTIVES[min(position, 2)]) if rng.random() < verbosity else ""
+    connective = ""
+    if rng.random() < verbosity:
+        connective = rng.choice(CONNECTIVES[min(position, 2)])
     if kind == "part":
         return f"{connective}{join_phrases(phrases, rng)}."
-    named = rng.random() < (0.75 if position == 0 else 0.2)
-    subject = f"{rng.choice(('the', 'this'))} {noun}" if named else he
+
+    subject = he
+    if rng.random() < (0.75 if position == 0 else 0.2):
+        subject = f"{rng.choice(('the', 'this'))} {noun}"
     verbs = PLURAL if subject == "they" else SINGULAR
     text = f"{subject} {predicate(kind, phrases, verbs, rng)}"
     if units and units[-1][0] != "part" and rng.random() < 0.5:
@@ -220,6 +255,8 @@ def chunks(phrases, verbosity, rng):
 
 
 def join_phrases(phrases, rng):
+    """One, two or more phrases as "a", "a and b", or "a, b, and c" with or without the last
+    comma."""
     if len(phrases) < 3:
         return " and ".join(phrases)
     return ", ".join(phrases[:-1]) + rng.choice((", and ", " and ")) + phrases[-1]
@@ -230,5 +267,5 @@ def with_article(words):
 
 
 def stated_facts(stated: np.ndarray) -> np.ndarray:
-    """Which facts each caption states, bool (T, 43), given stated int8 (T, 40)."""
+    """Which FACTS each caption states, bool (T, 43), given stated int8 (T, 40)."""
     return np.concatenate([stated > 0, stated[..., NEGATABLE] < 0], axis=-1)

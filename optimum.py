@@ -1,5 +1,9 @@
-"""What a perfect model would score on generated captions: two rankings by the true attributes, and the lowest
-possible contrastive loss. They follow from the probabilities with which captions.py states facts."""
+"""The score of a perfect model on generated captions: recall of two rankings by the true
+attributes, and the lowest possible contrastive loss. Both follow from the probabilities with which
+captions.py states facts.
+
+Shapes: I images (faces) with 40 attributes, T captions, N faces of the population. `stated` is that
+of `sample_caption`."""
 import numpy as np
 
 from captions import MIN_FACTS, PROBABILITIES, facts_of, stated_facts
@@ -7,59 +11,70 @@ from captions import MIN_FACTS, PROBABILITIES, facts_of, stated_facts
 
 def satisfies(stated: np.ndarray, attributes: np.ndarray) -> np.ndarray:
     """Which faces satisfy all stated facts: int8 (T, 40), bool (I, 40) -> bool (T, I)."""
-    return stated_facts(stated).astype(float) @ ~facts_of(attributes).T == 0
+    num_false = stated_facts(stated).astype(float) @ ~facts_of(attributes).T        # (T, I)
+    return num_false == 0
 
 
 def log_likelihood(stated: np.ndarray, attributes: np.ndarray) -> np.ndarray:
     """ln P(caption states exactly these facts | face): int8 (T, 40), bool (I, 40) -> float (T, I).
 
-    Let `facts` be the facts of the face and p their probabilities. A caption states the set `stated` with
-    probability
+    Let `facts` be the facts of the face and p their probabilities. A caption states the set
+    `stated` with probability
         prod_{i in stated} p_i * prod_{i in facts - stated} (1 - p_i)
             / P(at least min(MIN_FACTS, |facts|) are stated)
-    or 0 if `stated` is not a subset of `facts`. Unlike in `satisfies`, unstated facts count against a face.
+    or 0 if `stated` is not a subset of `facts`. Unlike in `satisfies`, unstated facts count against
+    a face.
     """
     is_stated = stated_facts(stated).astype(float)
     facts = facts_of(attributes)
-    log_odds = np.log(PROBABILITIES) - np.log1p(-PROBABILITIES)                             # (43,)
-    none_stated = facts @ np.log1p(-PROBABILITIES)                                          # (I,)
-    log_p = (is_stated @ log_odds)[:, None] + none_stated - np.log(prob_min_facts(facts))   # (T, I)
+    log_odds = np.log(PROBABILITIES) - np.log1p(-PROBABILITIES)                     # (43,)
+    of_caption = is_stated @ log_odds                                               # (T,)
+    none_stated = facts @ np.log1p(-PROBABILITIES)                                  # (I,)
+    log_p = of_caption[:, None] + none_stated - np.log(prob_min_facts(facts))       # (T, I)
     return np.where(satisfies(stated, attributes), log_p, -np.inf)
 
 
 def prob_min_facts(facts):
-    """P(a single sample states at least min(MIN_FACTS, |facts|) facts): bool (I, 43) -> float (I,)."""
-    count = np.zeros((len(facts), MIN_FACTS))       # P(exactly k stated so far), k < MIN_FACTS
-    count[:, 0] = 1
-    for p in (facts * PROBABILITIES).T:             # p (I,): one fact at a time, 0 for faces without it
-        count[:, 1:] = count[:, 1:] * (1 - p)[:, None] + count[:, :-1] * p[:, None]
-        count[:, 0] *= 1 - p
+    """P(a single sample states at least min(MIN_FACTS, |facts|) facts): bool (I, 43) -> float
+    (I,)."""
+    exactly = np.zeros((len(facts), MIN_FACTS))     # P(exactly k stated so far), k < MIN_FACTS
+    exactly[:, 0] = 1
+    for p in (facts * PROBABILITIES).T:             # p (I,) of one fact, 0 for faces without it
+        stated = exactly[:, :-1] * p[:, None]
+        exactly[:, 1:] = exactly[:, 1:] * (1 - p)[:, None] + stated
+        exactly[:, 0] *= 1 - p
     needed = np.minimum(facts.sum(1), MIN_FACTS)
-    return 1 - (count * (np.arange(MIN_FACTS) < needed[:, None])).sum(1)
+    is_too_few = np.arange(MIN_FACTS) < needed[:, None]                             # (I, MIN_FACTS)
+    return 1 - (exactly * is_too_few).sum(1)
 
 
 def expected_recall(scores: np.ndarray, k: tuple[int, ...] = (1, 5, 10)) -> list[float]:
-    """Expected recall at each n in k, in percent, of scores float (I, I), queries x candidates, matches on
-    the diagonal. Ties are broken at random: with `better` candidates above the match and `tied` equal to it
-    (itself included), it is in the top n with probability (n - better) / tied, clipped to [0, 1]."""
+    """Expected recall at each n in k, in percent, of scores float (I, I), queries x candidates,
+    with matches on the diagonal. Ties are broken at random: with `better` candidates above the
+    match and `tied` candidates equal to it (including itself), the match is in the top n with
+    probability (n - better) / tied, clipped to [0, 1]."""
     true = np.diag(scores)[:, None]
     better = (scores > true + 1e-9).sum(1)          # tolerance: tied scores may differ by rounding
     tied = (scores >= true - 1e-9).sum(1) - better
-    return [100 * float(np.clip((n - better) / tied, 0, 1).mean()) for n in k]
+    recalls = []
+    for n in k:
+        in_top = np.clip((n - better) / tied, 0, 1)
+        recalls.append(100 * float(in_top.mean()))
+    return recalls
 
 
 def reference_recall(stated: np.ndarray, attributes: np.ndarray) -> dict:
-    """Recall in percent of two rankings by the true attributes, {reference: [text to image at 1, 5 and 10,
-    image to text at 1, 5 and 10]}. Caption i was sampled for face i; stated int8 (I, 40), attributes bool
-    (I, 40).
+    """Recall in percent of two rankings by the true attributes, {reference: [text to image at 1, 5
+    and 10, image to text at 1, 5 and 10]}. Caption i was sampled for face i; stated int8 (I, 40),
+    attributes bool (I, 40).
 
-    "attribute match": all candidates that satisfy the stated facts tie.
-    "Bayes optimum": the Bayes-optimal ranking under the grammar. Text to image, with a uniform prior over
-    faces, it ranks by P(stated | face). Image to text, it ranks captions by the posterior of this face in
-    the gallery, P(stated | face) / sum over faces of P(stated | face). So a long caption that fits only
-    this face, with a tiny likelihood, still beats a short one that fits all. (Each pair is scored on its
-    own; that each face has exactly one caption is not used, as no model that scores pairs can use it.)
-    """
+    "attribute match": all candidates that satisfy the stated facts tie. "Bayes optimum": the
+    Bayes-optimal ranking under the grammar. Text to image, with a uniform prior over faces, it
+    ranks faces by P(stated | face). Image to text, it ranks captions by the posterior of this face
+    in the gallery, P(stated | face) / sum over faces of P(stated | face). So a long caption that
+    fits only this face, with a tiny likelihood, ranks above a short one that fits all faces. (Each
+    pair is scored on its own, as by a model: the rankings do not use that each face has exactly one
+    caption.)"""
     fits = np.where(satisfies(stated, attributes), 0.0, -np.inf)
     log_p = log_likelihood(stated, attributes)
     posterior = log_p - np.logaddexp.reduce(log_p, axis=1, keepdims=True)
@@ -69,14 +84,20 @@ def reference_recall(stated: np.ndarray, attributes: np.ndarray) -> dict:
 
 def ideal_contrastive_loss(stated, attributes, population, batch_size: int) -> float:
     """Expected ITC loss in nats, mean of both directions, of the best possible score of a pair: log
-    P(stated | face) - log P(stated) (arXiv 1807.03748, section 2.3). No model's expected loss on new faces is
-    lower. stated int8 (I, 40), attributes bool (I, 40), in batches of `batch_size` <= I pairs; an incomplete
-    last batch is dropped. P(stated) is a mean over `population`, bool (N, 40), and the batch."""
+    P(stated | face) - log P(stated) (arXiv 1807.03748, section 2.3). No model's expected loss on
+    new faces is lower.
+
+    stated int8 (I, 40) and attributes bool (I, 40) are divided into batches of `batch_size` <= I
+    pairs; an incomplete last batch is dropped. P(stated) is a mean over the faces of the batch and
+    of `population`, bool (N, 40)."""
     losses = []
     for start in range(0, len(stated) - batch_size + 1, batch_size):
         batch = slice(start, start + batch_size)
-        log_p = log_likelihood(stated[batch], np.concatenate([attributes[batch], population]))  # (B, B + N)
-        log_prior = np.logaddexp.reduce(log_p, axis=1, keepdims=True) - np.log(log_p.shape[1])
-        scores = log_p[:, :batch_size] - log_prior                                              # (B, B)
-        losses += [np.logaddexp.reduce(scores, axis) - np.diag(scores) for axis in (0, 1)]
+        faces = np.concatenate([attributes[batch], population])
+        log_p = log_likelihood(stated[batch], faces)                                # (B, B + N)
+        log_sum = np.logaddexp.reduce(log_p, axis=1, keepdims=True)                 # (B, 1)
+        log_prior = log_sum - np.log(len(faces))
+        scores = log_p[:, :batch_size] - log_prior                                  # (B, B)
+        for axis in (0, 1):
+            losses.append(np.logaddexp.reduce(scores, axis) - np.diag(scores))
     return float(np.mean(losses))

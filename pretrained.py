@@ -1,4 +1,5 @@
-"""Reading and writing weights: CLIP's, BERT's, and checkpoints of the official FLIP and ours."""
+"""Read and write weights: CLIP's, BERT's, and checkpoints of the official FLIP and of this
+project."""
 import json
 import re
 import shutil
@@ -15,17 +16,22 @@ CHECKPOINT_FILES = ("flip.pt", "model.safetensors", "FLIP-base.pth", "ckpt/FLIP-
 
 # ---- files ---------------------------------------------------------------------------------------
 def resolve_file(source: str | Path, filenames: tuple[str, ...]) -> Path:
-    """Find a file given by its path, by a folder that contains one of `filenames`, or by a hub name such as
-    "openai/clip-vit-base-patch16" (downloaded once). Raises FileNotFoundError if there is none."""
+    """Find a file given by its path, by a folder that contains one of `filenames`, or by a hub name
+    such as "openai/clip-vit-base-patch16" (downloaded once). Raises FileNotFoundError if there is
+    none."""
     path = Path(source)
     name = str(source)
     expected = " or ".join(filenames)
-    for candidate in (path, *(path / filename for filename in filenames)):
+    candidates = [path, *(path / filename for filename in filenames)]
+    for candidate in candidates:
         if candidate.is_file():
             return candidate
+
     is_file_name = path.suffix in (".bin", ".pt", ".pth", ".safetensors", ".txt", ".json")
-    if path.exists() or is_file_name or not re.fullmatch(r"[\w-]+/[\w.-]+|bert-[\w-]+", name):
-        raise FileNotFoundError(f"{name}: expected a file, a folder that contains {expected}, or a hub name")
+    is_hub_name = re.fullmatch(r"[\w-]+/[\w.-]+|bert-[\w-]+", name) and not is_file_name
+    if path.exists() or not is_hub_name:
+        raise FileNotFoundError(f"{name}: expected a file, a folder that contains {expected}, "
+                                "or a hub name")
     from huggingface_hub import errors, hf_hub_download
     for filename in filenames:
         try:
@@ -37,51 +43,63 @@ def resolve_file(source: str | Path, filenames: tuple[str, ...]) -> Path:
     raise FileNotFoundError(f"{name}: expected {expected} in this hub repository, found none")
 
 
+def resolve_beside(source: str | Path, path: Path, filename: str) -> Path:
+    """Find a file in the folder or hub repository of `path`, which is the result of `resolve_file`
+    for `source`. Raises FileNotFoundError if there is none."""
+    folder = path.parent if Path(source).exists() else source
+    return resolve_file(folder, (filename,))
+
+
 def read_file(path: Path):
-    """Contents of a .safetensors file, or of one that torch.save wrote; torch ignores its checksums, so they
-    are checked here. No code in a file is run. Raises ValueError if it is damaged or another kind of file."""
+    """Contents of a .safetensors file or of a file written by torch.save, whose checksums torch
+    ignores and this function checks. No code in a file is run. Raises ValueError if the file is
+    damaged or of another kind."""
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
             return load_file(path)
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
-                if damaged := archive.testzip():
-                    raise ValueError(f"wrong checksum of {damaged}")
+                damaged = archive.testzip()
+            if damaged:
+                raise ValueError(f"wrong checksum of {damaged}")
         return torch.load(path, map_location="cpu", weights_only=True)
     except (FileNotFoundError, PermissionError):
         raise
-    except Exception as error:      # of many types, with texts that are empty or advise to trust the file
+    except Exception as error:      # of any type; its text may be empty or advise to trust the file
         with open(path, "rb") as file:
             beginning = file.read(40)
-        raise ValueError(f"{path} is damaged or contains no weights: {path.stat().st_size:,} bytes that "
-                         f"begin with {beginning!r}") from error
+        raise ValueError(f"{path} is damaged or contains no weights: {path.stat().st_size:,} bytes "
+                         f"that begin with {beginning!r}") from error
 
 
 def read_pretrained(source: str | Path, section: str, **expected):
-    """Weights of a Hugging Face model (file, folder or hub name), and their path. Raises ValueError if the
-    config.json beside them has, in `section`, other than the `expected` settings: shapes do not show them."""
+    """Weights of a Hugging Face model (file, folder or hub name), and their path. Raises ValueError
+    if the settings in `section` of the config.json beside them differ from the expected ones, which
+    the weights' shapes do not show. A missing file or setting is accepted."""
     path = resolve_file(source, ("model.safetensors", "pytorch_model.bin"))
     try:
-        config = resolve_file(path.parent if Path(source).exists() else source, ("config.json",))
-    except FileNotFoundError:           # a missing file or setting is accepted
+        config = resolve_beside(source, path, "config.json")
+    except FileNotFoundError:
         return read_file(path), path
     with naming(config):
         settings = json.loads(config.read_text(encoding="utf-8"))
         settings = settings.get(section, settings)
         for name, value in expected.items():
-            if settings.get(name, value) != value:
-                raise ValueError(f"expected {name} {value!r}, found {settings[name]!r}")
+            found = settings.get(name, value)
+            if found != value:
+                raise ValueError(f"expected {name} {value!r}, found {found!r}")
     return read_file(path), path
 
 
 def read_checkpoint(source: str | Path) -> dict:
-    """Contents of a checkpoint of FLIP (file, folder or hub name), which has the weights under "model"."""
+    """Contents of a checkpoint of FLIP (file, folder or hub name), with the weights under "model".
+    Raises ValueError if the file is damaged or not a checkpoint."""
     path = resolve_file(source, CHECKPOINT_FILES)
     saved = read_file(path)
     if path.suffix == ".safetensors":       # written by `write_folder`
-        config, tokenizer = (resolve_file(path.parent if Path(source).exists() else source, (name,))
-                             for name in ("config.json", "tokenizer.json"))
+        config = resolve_beside(source, path, "config.json")
+        tokenizer = resolve_beside(source, path, "tokenizer.json")
         with naming(config):
             sizes = json.loads(config.read_text(encoding="utf-8"))
         saved = sizes | {"model": saved, "tokenizer": tokenizer.read_text(encoding="utf-8")}
@@ -91,12 +109,14 @@ def read_checkpoint(source: str | Path) -> dict:
 
 
 def write_checkpoint(contents: dict, path: str | Path):
+    """Write a checkpoint. Raises OSError, and keeps the previous file, if the disk is full."""
     with atomic_write(path) as partial:
         try:
             torch.save(contents, partial)
         except RuntimeError as error:       # does not say that the disk is full
             free = shutil.disk_usage(partial.parent).free
-            raise OSError(f"{path} cannot be written; {free:,} bytes of its disk are free") from error
+            message = f"{path} cannot be written; {free:,} bytes of its disk are free"
+            raise OSError(message) from error
 
 
 def write_folder(checkpoint: dict, folder: str | Path):
@@ -111,100 +131,131 @@ def write_folder(checkpoint: dict, folder: str | Path):
 
 # ---- from a file into a module -------------------------------------------------------------------
 def check_tensors(found: dict, expected: dict, where: str | Path):
-    """Raise a ValueError that names the first key which is missing, unknown, or whose tensor has another
-    shape or dtype than the expected one or numbers that are not finite."""
+    """Raise a ValueError that names the first key that is missing or unknown, or the first tensor
+    that has another shape or dtype than expected, or NaN or infinite numbers."""
     differing = sorted(expected.keys() ^ found.keys())
-    for key in differing:
-        raise ValueError(f"{where}: {key} is {'missing' if key in expected else 'unknown'} ({len(differing)} "
-                         f"names differ, {len(expected)} are expected)")
+    if differing:
+        problem = "missing" if differing[0] in expected else "unknown"
+        raise ValueError(f"{where}: {differing[0]} is {problem} ({len(differing)} names differ, "
+                         f"{len(expected)} are expected)")
     for key, tensor in expected.items():
-        wanted, has = (f"{tuple(x.shape)} {x.dtype}" for x in (tensor, found[key]))
-        if has != wanted or not found[key].isfinite().all():
-            has = has if has != wanted else "NaN or infinite numbers"
+        wanted = f"{tuple(tensor.shape)} {tensor.dtype}"
+        has = f"{tuple(found[key].shape)} {found[key].dtype}"
+        if has == wanted and not found[key].isfinite().all():
+            has = "NaN or infinite numbers"
+        if has != wanted:
             raise ValueError(f"{where}: {key}: expected {wanted}, found {has}")
 
 
 def resize_position_embedding(embedding: torch.Tensor, num_patches: int) -> torch.Tensor:
-    """Resize the position embedding (1 + n, D) of a square grid of n patches to (1 + num_patches, D), with
-    bicubic interpolation; the class token's row is unchanged."""
+    """Resize the position embedding (1 + n, D) of a square grid of n patches to (1 + num_patches,
+    D), with bicubic interpolation; the class token's row is unchanged."""
     old = round((len(embedding) - 1) ** 0.5)
     new = round(num_patches ** 0.5)
     if old == new:
         return embedding
-    grid = embedding[1:].T.reshape(1, -1, old, old)                                     # (1, D, old, old)
-    grid = F.interpolate(grid.float(), size=(new, new), mode="bicubic", align_corners=False)
-    return torch.cat([embedding[:1], grid.flatten(2)[0].T.to(embedding.dtype)])         # (1 + num_patches, D)
+    grid = embedding[1:].T.reshape(1, -1, old, old)                         # (1, D, old, old)
+    grid = F.interpolate(grid.float(), size=(new, new), mode="bicubic")     # (1, D, new, new)
+    patches = grid.flatten(2)[0].T.to(embedding.dtype)                      # (num_patches, D)
+    return torch.cat([embedding[:1], patches])
 
 
 def load_weights(module: torch.nn.Module, weights: dict[str, torch.Tensor], where: str | Path,
                  rename=lambda key: key, image_positions: tuple[str, ...] = ()):
-    """Load the weights of a file into `module`. `rename` maps a key of the module to that in the file. The
-    position embeddings `image_positions` are resized; position_ids, which are constants, are ignored. Raises
-    ValueError, and loads nothing, if weights are missing, left over, of another shape, not floating-point
-    numbers, or not finite."""
+    """Load the weights of a file into `module`. `rename` maps a key of the module to the key in the
+    file. The position embeddings `image_positions` are resized; position_ids, which are constants,
+    are ignored. Raises ValueError, and loads nothing, if weights are missing, left over, of another
+    shape, not floating-point numbers, or not finite."""
     state = module.state_dict()
     ours = {rename(key): key for key in state}
-    weights = {ours.get(key, key): x for key, x in weights.items() if not key.endswith("position_ids")}
+    weights = {ours.get(key, key): x for key, x in weights.items()
+               if not key.endswith("position_ids")}
     for key in weights.keys() & state.keys():
         if key in image_positions:
             weights[key] = resize_position_embedding(weights[key], len(state[key]) - 1)
         if weights[key].is_floating_point() and state[key].is_floating_point():
-            weights[key] = weights[key].to(state[key].dtype)            # from half or double precision
+            weights[key] = weights[key].to(state[key].dtype)    # from half or double precision
     check_tensors(weights, state, where)
     module.load_state_dict(weights)
 
 
+def key_pairs(table: str) -> list:
+    """Rows [our part of a key, the part in the file] of a table. `map_key` applies them in this
+    order, and later rows also to the results of earlier ones."""
+    return [line.split() for line in table.strip().splitlines()]
+
+
 def map_key(key: str, replacements) -> str:
+    """Our key -> the key in a file."""
     for ours, theirs in replacements:
         key = key.replace(ours, theirs)
     return key
 
 
 # ---- CLIP ----------------------------------------------------------------------------------------
-# Our key -> the key of Hugging Face's CLIP, which does spell it pre_layrnorm (the official FLIP has
-# post_layrnorm, too). Replaced in this order, a longer string before one that it contains.
-CLIP_KEYS = [
-    ("class_token", "embeddings.class_embedding"), ("patch_embedding", "embeddings.patch_embedding"),
-    ("positions", "embeddings.position_embedding.weight"), ("norm_before", "pre_layrnorm"),
-    ("norm_after", "post_layernorm"), ("blocks.", "encoder.layers."), ("norm_attention", "layer_norm1"),
-    ("norm_mlp", "layer_norm2"), (".attention.query", ".self_attn.q_proj"),
-    (".attention.key", ".self_attn.k_proj"), (".attention.value", ".self_attn.v_proj"),
-    (".attention.out", ".self_attn.out_proj"), (".up.", ".mlp.fc1."), (".down.", ".mlp.fc2.")]
+# Hugging Face's CLIP does spell it pre_layrnorm, and the official FLIP post_layrnorm, too
+CLIP_KEYS = key_pairs("""
+    class_token         embeddings.class_embedding
+    patch_embedding     embeddings.patch_embedding
+    positions           embeddings.position_embedding.weight
+    norm_before         pre_layrnorm
+    norm_after          post_layernorm
+    blocks.             encoder.layers.
+    norm_attention      layer_norm1
+    norm_mlp            layer_norm2
+    .attention.query    .self_attn.q_proj
+    .attention.key      .self_attn.k_proj
+    .attention.value    .self_attn.v_proj
+    .attention.out      .self_attn.out_proj
+    .up.                .mlp.fc1.
+    .down.              .mlp.fc2.
+""")
 
 
 def load_clip(vit, source: str | Path):
     """Load the image encoder of a Hugging Face CLIP (file, folder or hub name) into `vit`."""
-    weights, path = read_pretrained(source, "vision_config", hidden_act="quick_gelu", layer_norm_eps=1e-5,
-                                    num_attention_heads=vit.config.heads)
+    weights, path = read_pretrained(source, "vision_config", hidden_act="quick_gelu",
+                                    layer_norm_eps=1e-5, num_attention_heads=vit.config.heads)
     unused = ("text_model.", "text_projection", "visual_projection", "logit_scale")
     weights = {key.removeprefix("vision_model."): x for key, x in weights.items()
                if not key.startswith(unused)}
-    load_weights(vit, weights, path, lambda key: map_key(key, CLIP_KEYS), image_positions=("positions",))
+    load_weights(vit, weights, path, lambda key: map_key(key, CLIP_KEYS), ("positions",))
 
 
 # ---- BERT ----------------------------------------------------------------------------------------
-# Our key -> the key of Hugging Face's BERT. Replaced in this order, as above.
-BERT_KEYS = [
-    ("words.", "embeddings.word_embeddings."), ("positions", "embeddings.position_embeddings.weight"),
-    (".attention.", ".attention.self."), (".cross_attention.", ".crossattention.self."),
-    (".self.out.", ".output.dense."), ("norm.", "embeddings.LayerNorm."),
-    ("norm_attention", "attention.output.LayerNorm"), ("norm_mlp", "output.LayerNorm"),
-    ("norm_cross_attention", "crossattention.output.LayerNorm"), ("layers.", "encoder.layer."),
-    (".up.", ".intermediate.dense."), (".down.", ".output.dense.")]
+BERT_KEYS = key_pairs("""
+    words.                  embeddings.word_embeddings.
+    positions               embeddings.position_embeddings.weight
+    .attention.             .attention.self.
+    .cross_attention.       .crossattention.self.
+    .self.out.              .output.dense.
+    norm.                   embeddings.LayerNorm.
+    norm_attention          attention.output.LayerNorm
+    norm_mlp                output.LayerNorm
+    norm_cross_attention    crossattention.output.LayerNorm
+    layers.                 encoder.layer.
+    .up.                    .intermediate.dense.
+    .down.                  .output.dense.
+""")
 
 
 def load_bert(bert, source: str | Path):
-    """Load a Hugging Face BERT (file, folder or hub name) into `bert`. Cross-attention and the embeddings of
-    [DEC] and [ENC], which BERT lacks, keep their initial values. Token type 0 is added to the positions."""
+    """Load a Hugging Face BERT (file, folder or hub name) into `bert`. Cross-attention and the
+    embeddings of [DEC] and [ENC], which BERT lacks, keep their initial values. The embedding of
+    token type 0 is added to the positions."""
     weights, path = read_pretrained(source, "", hidden_act="gelu", layer_norm_eps=1e-12,
-                                    num_attention_heads=bert.config.heads, position_embedding_type="absolute")
+                                    num_attention_heads=bert.config.heads,
+                                    position_embedding_type="absolute")
     old_names = [("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias")]
+    unused = ("cls.", "pooler.", "bert.pooler.")
     weights = {map_key(key.removeprefix("bert."), old_names): x for key, x in weights.items()
-               if not key.startswith(("cls.", "pooler.", "bert.pooler."))}
-    words, positions, types = (f"embeddings.{name}_embeddings.weight"
-                               for name in ("word", "position", "token_type"))
+               if not key.startswith(unused)}
+
+    words = "embeddings.word_embeddings.weight"
     if words in weights and len(weights[words]) == bert.config.vocab_size - 2:
         weights[words] = torch.cat([weights[words], bert.words.weight[-2:].detach()])
+    positions = "embeddings.position_embeddings.weight"
+    types = "embeddings.token_type_embeddings.weight"
     if types in weights and positions in weights:
         weights[positions] = weights[positions] + weights.pop(types)[0]
     initial = {key: x for key, x in bert.state_dict().items() if "cross_attention" in key}
@@ -212,13 +263,20 @@ def load_bert(bert, source: str | Path):
 
 
 # ---- the official FLIP ---------------------------------------------------------------------------
-OFFICIAL_KEYS = [
-    ("student.image.", "visual_encoder.vision_model."), ("student.text.", "text_encoder."),
-    ("student.image_projection", "vision_proj"), ("student.text_projection", "text_proj"),
-    ("momentum_encoder.image.", "visual_encoder_m.vision_model."),
-    ("momentum_encoder.text.", "text_encoder_m."), ("momentum_encoder.image_projection", "vision_proj_m"),
-    ("momentum_encoder.text_projection", "text_proj_m"), ("matching_head", "itm_head"),
-    ("temperature", "temp"), ("queue_identity", "idx_queue"), ("queue_pointer", "ptr_queue")]
+OFFICIAL_KEYS = key_pairs("""
+    student.image.                       visual_encoder.vision_model.
+    student.text.                        text_encoder.
+    student.image_projection             vision_proj
+    student.text_projection              text_proj
+    momentum_encoder.image.              visual_encoder_m.vision_model.
+    momentum_encoder.text.               text_encoder_m.
+    momentum_encoder.image_projection    vision_proj_m
+    momentum_encoder.text_projection     text_proj_m
+    matching_head                        itm_head
+    temperature                          temp
+    queue_identity                       idx_queue
+    queue_pointer                        ptr_queue
+""")
 
 
 def official_name(key: str) -> str:
@@ -231,24 +289,29 @@ def official_name(key: str) -> str:
 
 
 def official_state(model) -> dict[str, torch.Tensor]:
-    """FLIP's state dict (views of its tensors) with official keys and shapes and the constant position_ids:
-    all 1,049 entries of the official file, ready for torch.save({"model": state}, path)."""
+    """FLIP's state dict (views of its tensors) with official keys and shapes and the constant
+    position_ids: all entries of the official file, ready for torch.save({"model": state}, path)."""
     state = {official_name(key): tensor for key, tensor in model.state_dict().items()}
-    state |= {"image_queue": state["image_queue"].T, "text_queue": state["text_queue"].T,           # (E, Q)
-              "idx_queue": state["idx_queue"][None]}                                                # (1, Q)
-    position_ids = {key.split(".position_embedding")[0] + ".position_ids": torch.arange(len(tensor))[None]
-                    for key, tensor in state.items() if ".position_embedding" in key}
-    return state | position_ids
+    state["image_queue"] = state["image_queue"].T                               # (E, Q)
+    state["text_queue"] = state["text_queue"].T                                 # (E, Q)
+    state["idx_queue"] = state["idx_queue"][None]                               # (1, Q)
+    for key in list(state):
+        prefix, found, _ = key.partition(".position_embedding")
+        if found:
+            state[f"{prefix}.position_ids"] = torch.arange(len(state[key]))[None]
+    return state
 
 
 def load_flip(model, saved: dict, where: str | Path):
-    """Load the weights of a `read_checkpoint`, one of ours or the official one, into `model`."""
-    weights = saved["model"]
-    rename = lambda key: key
-    if "flip" not in saved:             # only ours has the model's sizes
-        weights = dict(weights)
-        rename = official_name
-        for name in {"image_queue", "text_queue", "idx_queue"} & weights.keys():
-            weights[name] = weights[name].flatten() if name == "idx_queue" else weights[name].T
-    load_weights(model, weights, where, rename,
-                 image_positions=("student.image.positions", "momentum_encoder.image.positions"))
+    """Load the weights of a checkpoint, one of ours or the official one, into `model`. saved: the
+    result of `read_checkpoint`."""
+    positions = ("student.image.positions", "momentum_encoder.image.positions")
+    weights = dict(saved["model"])
+    if "flip" in saved:             # only ours contains the model's sizes
+        load_weights(model, weights, where, image_positions=positions)
+        return
+    for name in {"image_queue", "text_queue"} & weights.keys():
+        weights[name] = weights[name].T                                         # (Q, E)
+    if "idx_queue" in weights:
+        weights["idx_queue"] = weights["idx_queue"].flatten()                   # (Q,)
+    load_weights(model, weights, where, official_name, positions)

@@ -1,18 +1,23 @@
 """Render toy faces with CelebA's 40 attributes: the default training data of this project.
 
 1. `sample_attributes` samples the 40 labels from small tables of CelebA's frequencies.
-2. `build_shapes` turns them, plus pose, colours and proportions that no caption mentions, into `Shape`s.
-3. `render` rotates the head, smooths the outlines and fills them with Pillow (both: drawing/portrait.py);
-   `sketch` draws the visible outlines in pen strokes instead, stage by stage (drawing/sketch.py).
+2. `build_shapes` turns them, with pose, colours and proportions that no caption mentions, into
+   `Shape`s.
+3. `render` rotates the head, smooths the outlines and fills them with Pillow (both functions are in
+   drawing/portrait.py). `sketch` draws the visible outlines in pen strokes instead, stage by stage
+   (drawing/sketch.py).
 
 Every attribute is visible. Most are drawn literally; these follow a convention:
 
-- Attractive: even features and clear skin; if absent, features are lopsided and the skin has blemishes.
+- Attractive: even features and clear skin; if absent, lopsided features and skin with blemishes.
 - Young: if absent, lines on the forehead and beside eyes and mouth, and heavier jowls.
-- High_Cheekbones: a highlight on the cheekbone with a shadow below. Pointy_Nose: an angular, sharp tip.
-- Pale_Skin: nearly white. No_Beard: if absent without any of the four BEARDS, a full beard.
-- No hair colour: copper, auburn or dyed. Straight_Hair and Wavy_Hair hang loose, to the nape for men;
-  with neither, hair is put up (women) or cropped (men).
+- High_Cheekbones: a highlight on the cheekbone with a shadow below.
+- Pointy_Nose: an angular, sharp tip.
+- Pale_Skin: nearly white.
+- No_Beard: if absent, and so are the four BEARDS, a full beard.
+- No hair colour: copper, auburn or dyed hair.
+- Straight_Hair, Wavy_Hair: loose hair, to the nape for men; if both are absent, hair is put up
+  (women) or cropped (men).
 
     python toyfaces.py --out DIR --count 1000           # a data set for train.py --data DIR
 """
@@ -83,7 +88,7 @@ HAIR = ("Black_Hair", "Blond_Hair", "Brown_Hair", "Gray_Hair", "Straight_Hair", 
 
 
 def sample_attributes(rng: np.random.Generator) -> np.ndarray:
-    """Sample the labels of one person, bool (40,), from the tables above in their order."""
+    """Sample the attributes of one person, bool (40,), from the tables above in their order."""
     uniform = dict(zip(ATTRIBUTES, rng.random(len(ATTRIBUTES)).tolist()))
     male = uniform["Male"] < P_MALE
     young = uniform["Young"] < P_YOUNG[male]
@@ -91,25 +96,28 @@ def sample_attributes(rng: np.random.Generator) -> np.ndarray:
     has = {"Male": male, "Young": young}
     for name, probability in P_INDEPENDENT.items():
         has[name] = uniform[name] < probability[group]
-    for block in P_EXCLUSIVE:
-        remainder = uniform[next(iter(block))]  # one number per block; each attribute has an interval of it
+    for block in P_EXCLUSIVE:       # one number per block; each attribute has an interval of it
+        remainder = uniform[next(iter(block))]
         for name, probability in block.items():
             has[name] = 0 <= remainder < probability[group]
             remainder -= probability[group]
     for name, (condition, if_true, if_false) in P_CONDITIONAL.items():
-        has[name] = uniform[name] < (if_true if has[condition] else if_false)
+        probability = if_true if has[condition] else if_false
+        has[name] = uniform[name] < probability
     if has["Bald"]:
-        has.update(dict.fromkeys(HAIR, False))
+        for name in HAIR:
+            has[name] = False
     return np.array([has[name] for name in ATTRIBUTES])
 
 
 def names_of(attributes: np.ndarray) -> set[str]:
+    """The names of the attributes, bool (40,), that are present."""
     return {name for name, value in zip(ATTRIBUTES, attributes) if value}
 
 
 # ---- faces and sketches --------------------------------------------------------------------------
 def draw(attributes: np.ndarray, rng: np.random.Generator, size=64) -> Image.Image:
-    """Render one face, size x size; `rng` determines only what no attribute describes."""
+    """Render one face, size x size pixels; `rng` determines only what no attribute describes."""
     look, shapes = build_shapes(names_of(attributes), rng)
     oversampling = 3 if size < 128 else 2
     image = render(look, shapes, size * oversampling).reduce(oversampling)
@@ -119,39 +127,40 @@ def draw(attributes: np.ndarray, rng: np.random.Generator, size=64) -> Image.Ima
 
 
 def face(index: int, seed=0, size=64) -> tuple[Image.Image, np.ndarray]:
-    """(image, attributes) of face `index` of data set `seed`, the same in any process, order and size."""
+    """(image, attributes) of face `index` of data set `seed`. The same person is drawn at any
+    size."""
     rng = random_stream("face", seed, index)
     attributes = sample_attributes(rng)
     return draw(attributes, rng, size), attributes
 
 
 def sketch(index: int, seed=0, size=64, steps=70) -> np.ndarray:
-    """Stages of the sketch of face `index` of data set `seed`, white on black, uint8 (steps, size, size).
-    Every step adds the same stroke length; the last stage is the complete sketch."""
-    rng = random_stream("face", seed, index)            # the same face as that of `face`
-    points, lengths = stroke_points(*build_shapes(names_of(sample_attributes(rng)), rng))
+    """Stages of the sketch of face `index` of data set `seed`, white on black, uint8 (steps, size,
+    size). Every step adds the same stroke length; the last stage is the complete sketch."""
+    rng = random_stream("face", seed, index)            # the same face as in `face`
+    attributes = sample_attributes(rng)
+    look, shapes = build_shapes(names_of(attributes), rng)
+    points, lengths = stroke_points(look, shapes)
     drawn = np.cumsum(lengths)
     step = np.ceil(drawn / drawn[-1] * steps).astype(int) - 1
     return rasterize_strokes(points, step, steps, size)
 
 
 def draw_cached(count: int, size: int, seed: int, folder: str, steps: int):
-    """The first `count` faces of data set `seed`, drawn on all cores or read from `folder`: a memory-mapped
-    structured array with attributes (40,), picture (size, size, 3) and sketches (steps, size, size); and the
-    name of its file, which differs for other faces."""
-    # the file name contains a hash of the drawing code, so that an old cache is never used for new code
-    here = Path(__file__).parent
-    code = [Path(__file__), here / "captions.py", here / "common/seeds.py",
-            *sorted(here.glob("drawing/*.py"))]
-    version = hashlib.sha256(b"".join(path.read_bytes() for path in code)).hexdigest()[:8]
-    path = Path(folder) / f"faces-{count}x{size}-{steps}steps-seed{seed}-{version}.npy"
+    """The first `count` faces of data set `seed`, drawn on all cores or read from `folder`.
+
+    Returns a memory-mapped structured array with the fields attributes (40,), picture (size, size,
+    3) and sketches (steps, size, size), and the name of its file, which differs for other faces."""
+    path = Path(folder) / f"faces-{count}x{size}-{steps}steps-seed{seed}-{code_version()}.npy"
     if path.exists():
         try:
             return np.load(path, mmap_mode="r"), path.name
         except (ValueError, EOFError):
             print(f"{path} is damaged: drawing the faces again")
-    dtype = [("attributes", bool, len(ATTRIBUTES)), ("picture", np.uint8, (size, size, 3)),
-             ("sketches", np.uint8, (steps, size, size))]
+    dtype = [
+        ("attributes", bool, len(ATTRIBUTES)),
+        ("picture", np.uint8, (size, size, 3)),
+        ("sketches", np.uint8, (steps, size, size))]
     draw_one = functools.partial(face_and_sketch, seed=seed, size=size, steps=steps)
     with (atomic_write(path) as partial,
           parallel_map(draw_one, range(count), "drawing faces", chunk_size=16) as rows):
@@ -161,22 +170,32 @@ def draw_cached(count: int, size: int, seed: int, folder: str, steps: int):
     return np.load(path, mmap_mode="r"), path.name
 
 
+def code_version() -> str:
+    """A hash of the drawing code, so that faces drawn by other code are never reused."""
+    here = Path(__file__).parent
+    code = [Path(__file__), here / "captions.py", here / "common/seeds.py",
+            *sorted(here.glob("drawing/*.py"))]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in code)).hexdigest()[:8]
+
+
 def face_and_sketch(index, seed, size, steps):
+    """Attributes (40,), picture (size, size, 3) and sketch (steps, size, size) of a face."""
     image, attributes = face(index, seed, size)
     frames = sketch(index, seed, size, steps) if steps else np.empty((0, size, size))
     return attributes, np.asarray(image), frames
 
 
-# ---- a data set on disk ---------------------------------------------------------------------------
+# ---- a data set on disk --------------------------------------------------------------------------
 def write_faces(folder: Path, count, size, seed):
-    """Write a data set in CelebA's layout, as Kaggle distributes it. Image n is face n - 1. The validation
-    and the test split are the last 20 % of the faces, one half each. Raises ValueError if files exist."""
+    """Write a data set in CelebA's layout, as Kaggle distributes it. Image n is face n - 1. The
+    last 20 % of the faces are the validation and the test split, 10 % each. Raises ValueError if
+    the folder contains files."""
     images = folder / "img_align_celeba"
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"--out {folder}: expected a new or an empty folder, found files")
     images.mkdir(parents=True)
-    held_out = max(count // 10, int(count >= 3))  # faces each of the validation and the test split
-    split = np.repeat([0, 1, 2], [count - 2 * held_out, held_out, held_out])  # train, val, test
+    held_out = max(count // 10, int(count >= 3))        # number of faces of the other splits
+    split = np.repeat([0, 1, 2], [count - 2 * held_out, held_out, held_out])    # train, val, test
     labels = [("image_id", *ATTRIBUTES)]
     partition = [("image_id", "partition")]
     for index in tqdm(range(count), desc="faces"):
@@ -191,10 +210,11 @@ def write_faces(folder: Path, count, size, seed):
 
 def main():
     parser = argparse.ArgumentParser(description="Render toy faces with CelebA's 40 attributes.")
-    parser.add_argument("--out", type=Path, required=True, help="folder for a data set in CelebA's layout")
-    parser.add_argument("--count", type=int, default=1000, help="number of faces (default %(default)s)")
-    parser.add_argument("--size", type=int, default=64, help="image size in pixels (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the data set (default %(default)s)")
+    add = parser.add_argument
+    add("--out", type=Path, required=True, help="folder for a data set in CelebA's layout")
+    add("--count", type=int, default=1000, help="number of faces (default %(default)s)")
+    add("--size", type=int, default=64, help="image size in pixels (default %(default)s)")
+    add("--seed", type=int, default=0, help="seed of the data set (default %(default)s)")
     args = parser.parse_args()
     write_faces(args.out, args.count, args.size, args.seed)
     print(f"written: {args.out}")

@@ -1,4 +1,4 @@
-"""Helpers of all scripts: running `main`, errors, files and disk space, command-line flags, tables."""
+"""Helpers of all scripts: running `main`, errors, files, command-line flags, tables."""
 import argparse
 import contextlib
 import ctypes
@@ -15,9 +15,11 @@ import torch
 
 
 def tune_cpu():
-    """Avoid two slowdowns on a CPU; call this before any thread starts. Denormals (below 1e-38), which peaked
-    attention produces, nearly doubled the step time of a long run: flush them to zero. And glibc returns
-    large freed tensors to the system; mapping new memory costs several percent: keep blocks up to 32 MB."""
+    """Avoid two slowdowns on a CPU. Must be called before any thread starts.
+
+    Denormals (below 1e-38), which peaked attention produces, nearly doubled the step time of a long
+    run, so they are flushed to zero. glibc returns large freed tensors to the system, and mapping
+    new memory costs several percent of the time, so blocks of up to 32 MB are kept."""
     torch.set_flush_denormal(True)
     with contextlib.suppress(OSError, AttributeError, TypeError):       # without glibc
         mallopt = ctypes.CDLL(None).mallopt
@@ -26,9 +28,9 @@ def tune_cpu():
 
 
 def run_script(main):
-    """Run `main`. A ValueError or OSError, which the user can usually fix, and an error with the name of a
-    file (`naming`) are printed in one line with the place that raised them; any other error, usually a
-    programmer's mistake, keeps its traceback."""
+    """Run `main`. An error that the user can usually fix, which is a ValueError, an OSError or an
+    error with the name of a file (`naming`), is printed in one line with the place that raised it.
+    Any other error, usually a programmer's mistake, keeps its traceback."""
     tune_cpu()
     warnings.formatwarning = lambda message, *_: f"{message}\n"
     try:
@@ -59,8 +61,8 @@ def naming(path):
 
 @contextlib.contextmanager
 def atomic_write(path: str | Path):
-    """Yield a temporary path beside `path`, which it replaces at the end of the block; so a killed process
-    leaves the old file. After an error it is deleted."""
+    """Yield a temporary path beside `path`. At the end of the block, the temporary file replaces
+    `path`; after an error, it is deleted. So a killed process leaves the old file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
@@ -78,15 +80,17 @@ def markdown_table(header, rows):
 
 
 def flag_helps(config) -> dict[str, str]:
-    """{name: help} of the fields of a dataclass that have a comment beside them, which may go on below."""
+    """{name: help} of the fields of a dataclass that have a comment beside them, which may continue
+    below."""
     helps = {}
     name = None
-    for line in "".join(inspect.getsource(base) for base in config.__mro__[-2::-1]).splitlines():
+    source = "".join(inspect.getsource(base) for base in config.__mro__[-2::-1])
+    for line in source.splitlines():
         field = re.match(r"    (\w+): [^#]+ = [^#]+  # (.+)", line)
         more = re.match(r"     +# (.+)", line)
         if field:
             name = field[1]
-            helps[field[1]] = field[2]
+            helps[name] = field[2]
         elif more and name:
             helps[name] += " " + more[1]
         else:
@@ -95,22 +99,30 @@ def flag_helps(config) -> dict[str, str]:
 
 
 def parse_flags(parser: argparse.ArgumentParser, config, argv):
-    """Add a flag for every field in `flag_helps` of a dataclass; return those in `argv`, {name: value}."""
+    """Add a flag for every field in `flag_helps` of a dataclass. Returns {name: value} of the flags
+    in `argv`."""
     helps = flag_helps(config)
-    for f in (f for f in fields(config) if f.name in helps):
-        kind = f.type
-        options = {}
+    for field in fields(config):
+        if field.name not in helps:
+            continue
+        text = helps[field.name]
+        if field.default not in ("", ()):
+            text += f" ({field.default})"
+        options = {"default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
+        kind = field.type
         if typing.get_origin(kind) is tuple:
-            kind = typing.get_args(kind)[0]
             options["nargs"] = "+"
+            kind = typing.get_args(kind)[0]
         if typing.get_origin(kind) is typing.Literal:
-            kind, options["choices"] = str, typing.get_args(kind)
+            options["choices"] = typing.get_args(kind)
+            kind = str
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         else:
             options["type"] = kind
-        default = f" ({f.default})" if f.default not in ("", ()) else ""
-        parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, **options,
-                            help=(helps[f.name] + default).replace("%", "%%"))
+        parser.add_argument(f"--{field.name}", **options)
     given = vars(parser.parse_args(argv))
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    for name, value in given.items():
+        if isinstance(value, list):
+            given[name] = tuple(value)
+    return given

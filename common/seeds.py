@@ -1,11 +1,13 @@
-"""Random numbers. Every stream has a purpose, which is part of its seed, so that no two streams are equal."""
+"""Streams of random numbers. A stream's purpose is part of its seed, so no two streams are
+equal."""
 import hashlib
 
 import numpy as np
 
 
 def derive_seed(purpose: str, *numbers: int) -> int:
-    """A 63-bit seed from a purpose, such as "order of the faces", and numbers, such as (seed, epoch)."""
+    """A 63-bit seed from a purpose, such as "order of the faces", and numbers, such as (seed,
+    epoch)."""
     text = "/".join(map(str, (purpose, *numbers)))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 

@@ -1,4 +1,5 @@
-"""Words that a model's vocabulary lacks: they are named, so that no part of a query is ignored silently."""
+"""Find words that are not in a model's vocabulary, so that no part of a query is silently
+ignored."""
 import difflib
 import functools
 import re
@@ -7,13 +8,16 @@ import warnings
 
 @functools.cache
 def only_spells(tokenizer) -> bool:
-    """True for vocabularies built by `Tokenizer.train`: pieces that continue a word are single letters."""
-    return all(len(piece) == 3 for piece in tokenizer.wordpiece.get_vocab() if piece.startswith("##"))
+    """True for vocabularies built by `Tokenizer.train`, in which all pieces that continue a word
+    are single letters."""
+    pieces = tokenizer.wordpiece.get_vocab()
+    return all(len(piece) == 3 for piece in pieces if piece.startswith("##"))
 
 
 def known_and_unknown_words(text: str, tokenizer) -> tuple[list[str], list[str]]:
-    """The words of a text that are in the vocabulary, articles aside, and those that are not: they become
-    [UNK] or spelled out letter by letter, even if only their ending is ("with ##o ##u ##t")."""
+    """The words of a text that are in the vocabulary, without articles, and the words that are not.
+    An unknown word becomes [UNK] or is spelled letter by letter, at least its ending ("with ##o ##u
+    ##t")."""
     known = []
     unknown = []
     for word in re.findall(r"\w[\w'-]*", text.lower()):
@@ -28,19 +32,23 @@ def known_and_unknown_words(text: str, tokenizer) -> tuple[list[str], list[str]]
 
 
 def vocabulary(tokenizer) -> list[str]:
-    """The words of two or more letters that a model knows."""
-    return sorted(piece for piece in tokenizer.wordpiece.get_vocab() if piece.isalpha() and len(piece) > 1)
+    """The words of two or more letters in the vocabulary, sorted."""
+    pieces = tokenizer.wordpiece.get_vocab()
+    return sorted(piece for piece in pieces if piece.isalpha() and len(piece) > 1)
 
 
 def check_words(texts: list[str], tokenizer):
-    """Warn about words that are not in the vocabulary, and suggest similar ones, such as the singular. Raises
-    ValueError if a text has no others."""
+    """Warn about words that are not in the vocabulary, and suggest a similar word for each. Raises
+    ValueError if a text has no known words."""
     for text in texts:
         known, unknown = known_and_unknown_words(text, tokenizer)
-        similar = [difflib.get_close_matches(word, vocabulary(tokenizer), 1, 0.66) for word in unknown]
-        named = ", ".join(f"{word} (try {others[0]})" if others else word
-                          for word, others in zip(unknown, similar))
+        named = []
+        for word in unknown:
+            similar = difflib.get_close_matches(word, vocabulary(tokenizer), 1, 0.66)
+            named += [f"{word} (try {other})" for other in similar] or [word]
+        named = ", ".join(named)
         if not known:
-            raise ValueError(f"no word of {text!r} is in the model's vocabulary: {named or 'no words'}")
+            raise ValueError(f"no word of {text!r} is in the model's vocabulary: "
+                             f"{named or 'no words'}")
         if unknown:
             warnings.warn(f"not in the model's vocabulary: {named}")

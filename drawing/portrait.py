@@ -9,45 +9,59 @@ from PIL import Image, ImageDraw
 
 # ---- shapes, curves and rendering ----------------------------------------------------------------
 class Shape(NamedTuple):
-    """A filled outline, or a stroke if `width` > 0. The face is centred at (0, 0), its half height is 1."""
+    """A filled outline, or a stroke if `width` > 0. The face is centred at (0, 0), its half height
+    is 1."""
     part: str
     points: list           # (x, y) control points; y = -1: top of the skull, y = 1: chin
     colour: tuple          # r, g, b or r, g, b, opacity
     width: float = 0.0
     smooth: bool = True    # a curve through the points instead of straight lines
-    depth: float = 1.0     # 1: on the face; larger: in front of it (nose); 0: in the plane of the ears
+    depth: float = 1.0     # 1: on the face; larger: in front of it (nose); 0: at the ears
 
 
 BODY = {"neck", "clothes", "tie", "necklace"}  # parts that do not move with the head
 
 
 def build_shapes(has: set[str], rng: np.random.Generator):
-    """Return (look, shapes): colours and proportions of a person who has these of CelebA's 40 attributes, and
-    the shapes to paint, back to front.
-    All labels use the same random numbers, so flipping one changes only that attribute in the image."""
+    """Return (look, shapes) of a person with a set of CelebA's 40 attributes: colours and
+    proportions, and the shapes to paint, back to front.
+
+    The random numbers do not depend on the attributes, so adding or removing an attribute changes
+    nothing else in the image."""
     numbers = iter(rng.random(80).tolist())
-    uniform = lambda low, high: low + (high - low) * next(numbers)
-    pick = lambda options: options[int(next(numbers) * len(options))]
-    look = SimpleNamespace(**choose_colours(has, uniform, pick), **choose_proportions(has, uniform, pick))
-    return look, [shape for part_shapes in PART_FUNCTIONS for shape in part_shapes(has, look)]
+
+    def uniform(low, high):
+        return low + (high - low) * next(numbers)
+
+    def pick(options):
+        return options[int(next(numbers) * len(options))]
+
+    colours = choose_colours(has, uniform, pick)
+    proportions = choose_proportions(has, uniform, pick)
+    look = SimpleNamespace(**colours, **proportions)
+    shapes = []
+    for part_shapes in PART_FUNCTIONS:
+        shapes += part_shapes(has, look)
+    return look, shapes
 
 
 @functools.lru_cache(maxsize=None)
 def spline(count, closed, segments):
-    """Matrix that maps `count` control points to a Catmull-Rom curve through them, with `segments` straight
-    lines between neighbours (1: the control points only). A closed curve ends at its first point."""
+    """Matrix (n, count) that maps control points (count, 2) to a Catmull-Rom curve through them,
+    with `segments` straight lines between neighbours (1: only the control points). A closed curve
+    ends at its first point."""
     t = np.arange(segments) / segments
     basis = np.stack([-t + 2 * t**2 - t**3, 2 - 5 * t**2 + 3 * t**3, t + 4 * t**2 - 3 * t**3, t**3 - t**2], 1)
     corners = np.arange(count + closed)
-    neighbours = corners[:, None] + (-1, 0, 1, 2)  # control points of the curve up to the next corner
+    neighbours = corners[:, None] + (-1, 0, 1, 2)  # that shape the curve up to the next corner
     neighbours = neighbours % count if closed else neighbours.clip(0, count - 1)
     curve = (basis / 2) @ np.eye(count)[neighbours]  # (corners, segments, count)
     return curve.reshape(-1, count)[:segments * (len(corners) - 1) + 1]
 
 
 def project_outlines(look, shapes: list[Shape], canvas, segments):
-    """Outlines in pixels, one array (n, 2) per shape, after the head's yaw, pitch and roll about the neck.
-    Curves have `segments` straight lines between neighbouring control points."""
+    """Outlines in pixels, one array (n, 2) per shape, after yaw, pitch and roll of the head about
+    the neck. Curves have `segments` straight lines between neighbouring control points."""
     counts = [len(shape.points) for shape in shapes]
     x, y = np.array([point for shape in shapes for point in shape.points]).T
     depth = np.repeat([shape.depth * (shape.part not in BODY) for shape in shapes], counts)
@@ -61,15 +75,19 @@ def project_outlines(look, shapes: list[Shape], canvas, segments):
 
 
 def render(look, shapes: list[Shape], canvas: int) -> Image.Image:
-    """Paint the shapes in order over a gradient of four corner colours; return an image, canvas x canvas."""
-    corners = Image.frombytes("RGB", (2, 2), bytes(value for colour in look.backdrop for value in colour))
+    """Paint the shapes in order over a gradient between four corner colours. Returns an image of
+    canvas x canvas pixels."""
+    corners = Image.frombytes("RGB", (2, 2), bytes(np.ravel(look.backdrop).tolist()))
     image = corners.resize((canvas, canvas), Image.BILINEAR, box=(0.5, 0.5, 1.5, 1.5))
     pen = ImageDraw.Draw(image, "RGBA")
-    for shape, line in zip(shapes, project_outlines(look, shapes, canvas, 3 + canvas // 100)):
+    lines = project_outlines(look, shapes, canvas, 3 + canvas // 100)
+    for shape, line in zip(shapes, lines):
+        points = line.ravel().tolist()
         if shape.width:
-            pen.line(line.ravel().tolist(), shape.colour, max(1, round(shape.width * look.scale * canvas)))
+            width = round(shape.width * look.scale * canvas)
+            pen.line(points, shape.colour, max(1, width))
         else:
-            pen.polygon(line.ravel().tolist(), shape.colour)
+            pen.polygon(points, shape.colour)
     return image
 
 
@@ -93,7 +111,7 @@ def mirrored(side, *points):
 
 
 def symmetric(right):
-    """Closed outline from its right half; points with x = 0 are not duplicated."""
+    """A closed outline from its right half, whose points with x = 0 are not repeated."""
     return [*right, *((-x, y) for x, y in right[::-1] if x)]
 
 
@@ -114,7 +132,7 @@ FRAMES = ((30, 30, 36), (120, 40, 40), (60, 44, 30))
 
 
 def choose_colours(has, uniform, pick):
-    """All colours of an image; those that no attribute determines are random."""
+    """All colours of an image. Colours that no attribute determines are random."""
     skin = mix(*pick(tuple(zip(SKINS, SKINS[1:]))), uniform(0, 1))
     if "Pale_Skin" in has:
         skin = mix(skin, (255, 242, 238), 0.84)
@@ -132,8 +150,11 @@ def choose_colours(has, uniform, pick):
 
 
 def choose_proportions(has, uniform, pick):
-    """Positions and sizes: attributes set the range, `uniform` samples the person within it."""
-    male, oval_face, chubby, young = (name in has for name in ("Male", "Oval_Face", "Chubby", "Young"))
+    """Positions and sizes: attributes set the ranges, from which `uniform` samples."""
+    male = "Male" in has
+    oval_face = "Oval_Face" in has
+    chubby = "Chubby" in has
+    young = "Young" in has
     return dict(
         skew=pick((-1, 1)) * uniform(0.05, 0.075) * ("Attractive" not in has),
         width=uniform(0.73, 0.79) - 0.11 * oval_face + 0.13 * chubby,
@@ -159,8 +180,10 @@ def face_outline(look, grow=0.0):
 
 
 def back_hair(has, look):
-    """Hair behind the head, to the nape for men. Women's hair that is neither straight nor wavy is put up."""
-    w, top, end = look.width, -1 - look.volume, 0.42 if "Male" in has else look.length
+    """Hair behind the head, to the nape for men. Women's hair is put up if it is neither straight
+    nor wavy."""
+    w, top = look.width, -1 - look.volume
+    end = 0.42 if "Male" in has else look.length
     if "Wavy_Hair" in has:
         heights = np.linspace(-0.5, end, 8).tolist()
         side = [(w + 0.09 + 0.11 * (i % 2) + 0.06 * (y + 0.5), y) for i, y in enumerate(heights)]
@@ -174,8 +197,9 @@ def back_hair(has, look):
 
 
 def bust(has, look):
-    """Neck, shoulders and collar (with a necktie, a dark jacket over a white shirt), and a necklace."""
-    tie, w = "Wearing_Necktie" in has, look.neck
+    """Neck, shoulders, collar and necklace; with a necktie, a dark jacket over a white shirt."""
+    tie = "Wearing_Necktie" in has
+    w = look.neck
     yield Shape("neck", symmetric([(w, 0.5), (w + 0.04, 1.3), (0, 1.75)]), look.skin, smooth=False)
     shadow = [(x, y + 0.16) for x, y in face_outline(look, -0.1)]
     yield Shape("shade", shadow, look.skin_dark, depth=0.4)
@@ -214,7 +238,8 @@ def head(has, look):
 
 
 def skin(has, look):
-    """High cheekbones, rosy cheeks, blemishes, and wrinkles on the forehead and beside mouth and eyes."""
+    """High cheekbones, rosy cheeks, blemishes, and wrinkles on the forehead and beside mouth and
+    eyes."""
     for side in (-1, 1):
         if "High_Cheekbones" in has:
             hollow = mirrored(side, (0.34, 0.42), (0.5, 0.29), (0.68, 0.1), (0.66, 0.3), (0.55, 0.46))
@@ -258,7 +283,8 @@ def beard(has, look):
 
 
 def nose(has, look):
-    big, light = "Big_Nose" in has, look.light
+    big = "Big_Nose" in has
+    light = look.light
     x, y, w = look.skew, look.nose_y + 0.06 * big, 0.26 if big else 0.13
     if "Pointy_Nose" in has:
         tip, wing, shadow = (x, y + 0.08), w * 0.85 * light, mix(look.skin_dark, look.line, 0.3)
@@ -273,11 +299,15 @@ def nose(has, look):
 
 
 def eyes(has, look):
-    makeup, w, h = "Heavy_Makeup" in has, look.eye_width, look.eye_height
+    makeup = "Heavy_Makeup" in has
+    w, h = look.eye_width, look.eye_height
     for side in (-1, 1):
         x, y = side * look.eye_x, look.eye_y + side * look.skew
-        # points of the eye: x from the inner (-1) to the outer corner (1), y in eye heights
-        place = lambda *points: [(x + side * w * px, y + h * py) for px, py in points]
+
+        def place(*points):
+            """Points of the eye: x from the inner (-1) to the outer corner (1), y in eye heights."""
+            return [(x + side * w * px, y + h * py) for px, py in points]
+
         if makeup:
             above = y - h - 0.12
             shadow = [*place((-1, 0)), (x - side * w / 2, above), (x + side * w / 2, above),
@@ -314,9 +344,11 @@ def brows(has, look):
 
 def mouth(has, look):
     """Lips, teeth and moustache. A smile raises the corners and lowers the middle."""
-    smile, gap = "Smiling" in has, 0.085 if "Mouth_Slightly_Open" in has else 0.0
+    smile = "Smiling" in has
+    gap = 0.085 if "Mouth_Slightly_Open" in has else 0.0
     lip = 0.125 if "Big_Lips" in has else 0.05
-    w, rise = look.mouth_width + 0.08 * smile, 0.12 if smile else 0.015
+    w = look.mouth_width + 0.08 * smile
+    rise = 0.12 if smile else 0.015
     middle, corner = look.mouth_y + 0.06 * smile, look.mouth_y - rise
     left, right = (-w, corner - look.skew), (w, corner + look.skew)
     top, bottom = middle - gap, middle + gap
@@ -344,7 +376,9 @@ def top_hair(has, look):
     if "Bald" in has:
         yield Shape("shine", oval(look.light * 0.3, -0.75, 0.16, 0.09), (*look.skin_light, 170))
         return
-    w, wavy, receding = look.width, "Wavy_Hair" in has, "Receding_Hairline" in has
+    w = look.width
+    wavy = "Wavy_Hair" in has
+    receding = "Receding_Hairline" in has
     rise = 0.76 + (0.06 if receding else look.volume)
     angles = np.linspace(np.pi, 2 * np.pi, 14 if wavy else 8)
     bumps = 1 + 0.06 * wavy * (-1.0) ** np.arange(len(angles))
@@ -359,7 +393,8 @@ def top_hair(has, look):
 
 
 def strands(has, look):
-    """Strands of loose hair from the parting down; a sheen on hair that is neither straight nor wavy."""
+    """Strands of loose hair from the parting down; a sheen on hair that is neither straight nor
+    wavy."""
     if has & {"Bald", "Receding_Hairline", "Wearing_Hat"}:
         return
     top = -0.97 - look.volume * 0.6
@@ -423,5 +458,6 @@ def accessories(has, look):
             yield Shape("earring", oval(side * (look.width + 0.04), 0.34, 0.075, 0.11), look.metal, depth=0)
 
 
-PART_FUNCTIONS = (back_hair, bust, head, skin, beard, nose, eyes, mouth, top_hair, strands, locks, bangs,
-                  brows, accessories)  # in painting order
+PART_FUNCTIONS = (  # in painting order
+    back_hair, bust, head, skin, beard, nose, eyes, mouth, top_hair, strands, locks, bangs, brows,
+    accessories)

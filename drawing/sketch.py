@@ -1,4 +1,5 @@
-"""Sketches of toy faces: from `Shape`s to pen strokes (`stroke_points`) to stages (`rasterize_strokes`)."""
+"""Sketches of toy faces, from `Shape`s to pen strokes (`stroke_points`) to stages
+(`rasterize_strokes`)."""
 import numpy as np
 from PIL import Image, ImageDraw
 
@@ -9,13 +10,14 @@ DRAWING_ORDER = (  # without light, shade, make-up and parts too small for a pen
     ("lips", "mouth"), ("ear",), ("neck", "clothes"), ("glasses",), ("beard", "moustache"),
     ("wrinkle", "eye bag"), ("hat",), ("earring", "necklace", "tie"), ("blemish",))
 ORDER_OF_PART = {part: turn for turn, parts in enumerate(DRAWING_ORDER) for part in parts}
-PIECE_LENGTH = 1 / 400  # in image widths: maximum length of a stroke piece, and pixel size in `visible`
+PIECE_LENGTH = 1 / 400  # maximum length of a piece, and pixel size in `visible`, in image widths
 
 
 def stroke_points(look, shapes: list) -> tuple[np.ndarray, np.ndarray]:
-    """Pen positions (m, 2) in image widths, in DRAWING_ORDER, then in painting order, and the stroke length
-    that each represents (m,). Only visible edges are drawn: colours only determine where one area ends and
-    the next begins. Transparent shapes have no outline."""
+    """Pen positions (m, 2) in image widths, and the stroke length (m,) that each represents.
+
+    They are in DRAWING_ORDER and, within a turn, in painting order. Only visible edges are drawn,
+    where areas of different colours meet. Transparent shapes have no outline."""
     shapes = [shape for shape in shapes if shape.part in ORDER_OF_PART and len(shape.colour) == 3]
     lines = project_outlines(look, shapes, 1, 6)
     points, direction, shape_index = split_lines(lines)
@@ -26,7 +28,8 @@ def stroke_points(look, shapes: list) -> tuple[np.ndarray, np.ndarray]:
 
 
 def split_lines(lines):
-    """Split lines into m pieces of at most PIECE_LENGTH: midpoints, vectors (m, 2), line indices (m,)."""
+    """Split lines (n, 2) into m pieces of at most PIECE_LENGTH. Returns their midpoints and
+    vectors, (m, 2) each, and the index of their line, (m,)."""
     start = np.concatenate([line[:-1] for line in lines])
     direction = np.concatenate([np.diff(line, axis=0) for line in lines])
     shape_index = np.repeat(np.arange(len(lines)), [len(line) - 1 for line in lines])
@@ -38,16 +41,17 @@ def split_lines(lines):
 
 
 def visible(shapes, lines, points, direction, shape_index):
-    """Which pieces are visible in the image, bool (m,): not painted over, and at an edge between surfaces."""
+    """Which pieces are visible in the image, bool (m,): those at an edge between two surfaces that
+    are not painted over."""
     canvas = round(1 / PIECE_LENGTH)
     image = Image.new("I", (canvas, canvas), -1)
     pen = ImageDraw.Draw(image)
     for index, (shape, line) in enumerate(zip(shapes, lines)):
-        if not shape.width and shape.part != "beard":  # a beard does not hide the outline of the face
+        if not shape.width and shape.part != "beard":  # a beard does not hide the face's outline
             pen.polygon((line * canvas).ravel().tolist(), index)
     uppermost = np.asarray(image)  # index of the shape visible at each pixel, -1 for none
 
-    def seen(points):
+    def shape_at(points):
         column, row = (points * canvas).clip(0, canvas - 1).astype(int).T
         return uppermost[row, column]
 
@@ -56,37 +60,48 @@ def visible(shapes, lines, points, direction, shape_index):
     outwards = (np.stack([direction[:, 1], -direction[:, 0]], 1)
                 * np.where(stroke, 0, np.sign(area[shape_index]))[:, None])
     outwards *= 1.5 * PIECE_LENGTH / np.hypot(*direction.T)[:, None]
-    inside, outside = seen(points - outwards), seen(points + outwards)
+    inside = shape_at(points - outwards)
+    outside = shape_at(points + outwards)
 
-    # all hair is one surface, and so are areas with the same place in the drawing order and colour
-    surfaces = [(ORDER_OF_PART[shape.part], shape.part in ("hair", "bangs") or shape.colour)
-                for shape in shapes]
-    surface = np.array([*(surfaces.index(each) for each in surfaces), -1])  # last: the background
-    edge = surface[outside] != surface[shape_index]
-    shown = np.where(stroke, inside <= shape_index,
-                     edge & ((inside <= shape_index) | (surface[inside] == surface[shape_index])))
-    return shown & ((points > 0) & (points < 1)).all(1)
+    # all hair is one surface, and so are areas of one colour in one turn of the drawing order
+    surfaces = []
+    for shape in shapes:
+        colour = "hair" if shape.part in ("hair", "bangs") else shape.colour
+        surfaces.append((ORDER_OF_PART[shape.part], colour))
+    surface = np.array([*map(surfaces.index, surfaces), -1])    # last: the background
+    is_edge = surface[outside] != surface[shape_index]
+    is_on_top = inside <= shape_index
+    is_own_surface = surface[inside] == surface[shape_index]
+    shown = np.where(stroke, is_on_top, is_edge & (is_on_top | is_own_surface))
+    is_in_image = ((points > 0) & (points < 1)).all(1)
+    return shown & is_in_image
 
 
 def rasterize_strokes(points: np.ndarray, step: np.ndarray, steps: int, size: int) -> np.ndarray:
-    """Rasterise pen positions `points` (m, 2), reached at `step` (m,), ascending: uint8 (steps, size,
-    size). Each pixel of an oversampled canvas stores the first step at which the round pen covers it. The
-    brightness of an output pixel is the fraction of its canvas pixels covered so far."""
+    """Rasterise pen positions `points` (m, 2), reached at `step` (m,), in ascending order. Returns
+    the sketch after each step, white on black, uint8 (steps, size, size).
+
+    Each pixel of an oversampled canvas stores the first step at which the round pen covers it. The
+    brightness of an output pixel is the fraction of its canvas pixels that are covered so far."""
     oversampling = 4 if size < 128 else 2
-    canvas, radius = size * oversampling, size * oversampling / 120
+    canvas = size * oversampling
+    radius = canvas / 120
     margin = int(np.ceil(radius))
     edge = canvas + 2 * margin
     y, x = np.mgrid[-margin:margin + 1, -margin:margin + 1]
-    disc = (y * edge + x)[x**2 + y**2 <= radius**2]
+    disc = (y * edge + x)[x**2 + y**2 <= radius**2]     # offsets of the pixels that the pen covers
     column, row = (points * canvas).astype(int).T + margin
+    # in reverse, so that the first step remains; contiguous, else NumPy assigns in another order
+    pen = (row * edge + column)[::-1, None] + disc      # (m, pixels of the disc)
     first = np.full(edge * edge, steps)
-    first[(row * edge + column)[::-1, None] + disc] = step[::-1, None]  # in reverse: the first step wins
+    first[pen] = step[::-1, None]
     first = first.reshape(edge, edge)[margin:-margin, margin:-margin]
 
     pixel = np.arange(size * size).reshape(size, 1, size, 1)
-    bins = first.reshape(size, oversampling, size, oversampling) * size * size + pixel  # (step, pixel)
+    steps_of_pixels = first.reshape(size, oversampling, size, oversampling)
+    bins = steps_of_pixels * size * size + pixel        # a number for each (step, pixel)
     covered = np.bincount(bins.ravel(), minlength=(steps + 1) * size * size)
     covered = covered.reshape(-1, size, size)[:steps].astype(np.uint16)
-    for previous, current in zip(covered, covered[1:]):  # running sum, faster than cumsum over axis 0
+    for previous, current in zip(covered, covered[1:]):  # faster than cumsum over axis 0
         current += previous
     return (covered * 255 // oversampling**2).astype(np.uint8)

@@ -1,7 +1,7 @@
-"""Readers of the supported data set layouts: each maps a path to `Record`s (see index.py)."""
+"""Readers of the supported data set layouts. Each maps a path to `Record`s (see index.py) and, in
+place of invalid records, ValueErrors. Errors that concern the whole data set are raised."""
 import io
 import json
-import operator
 import os
 import pickle
 import re
@@ -17,7 +17,7 @@ from readers.index import COLUMNS, SPLITS, Record, TarImage, files_of, split_by_
 
 
 def load_json(path: Path, kind):
-    """Contents of a JSON file, which must be of a kind: list or dict."""
+    """Contents of a JSON file. Raises ValueError if they are not of this kind, list or dict."""
     with naming(path):
         contents = json.loads(path.read_bytes())
         if not isinstance(contents, kind):
@@ -35,18 +35,24 @@ def hold_out_validation(records: list, fraction: float):
 
 # ---- faces with attributes -----------------------------------------------------------------------
 def read_table(folder: Path, stem: str):
-    """Yield (where, fields) for each line of stem.csv, if it exists, or of the space-separated stem.txt."""
-    separator = "," if (folder / f"{stem}.csv").is_file() else None
-    name = f"{stem}.csv" if separator else f"{stem}.txt"
-    lines = (folder / name).read_text(encoding="utf-8-sig", errors="replace").splitlines()
+    """Yield (where, fields) for each line of stem.csv or, if that does not exist, of stem.txt,
+    whose fields are separated by spaces."""
+    path = folder / f"{stem}.csv"
+    separator = ","
+    if not path.is_file():
+        path = folder / f"{stem}.txt"
+        separator = None
+    lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
     for number, line in enumerate(lines, 1):
         if line.strip():
-            yield f"{name} line {number}", [*map(str.strip, line.replace('"', " ").split(separator))]
+            fields = line.replace('"', " ").split(separator)
+            yield f"{path.name} line {number}", [field.strip() for field in fields]
 
 
 def read_attributes(folder: Path, stem: str):
-    """Yield (where, image, values in CelebA's order) for each line of a table. Its header names the 40
-    attributes, in any order and case, with spaces or underscores."""
+    """Yield (where, image, values in CelebA's order) for each line of a table. Its header names the
+    40 attributes, in any order and case, with spaces or underscores. Raises ValueError if names or
+    values are missing."""
     rows = read_table(folder, stem)
     where, header = next(rows, (stem, []))
     if len(header) == 1:                    # CelebA's .txt begins with the number of images
@@ -54,80 +60,110 @@ def read_attributes(folder: Path, stem: str):
     names = [name.replace(" ", "_").lower() for name in header[-len(ATTRIBUTES):]]
     ordered = [name.lower() for name in ATTRIBUTES]
     if sorted(names) != sorted(ordered):
-        raise ValueError(f"{where}: expected CelebA's 40 attribute names, found {' '.join(header):.200}")
-    in_order = operator.itemgetter(*map(names.index, ordered))
+        raise ValueError(f"{where}: expected CelebA's 40 attribute names, "
+                         f"found {' '.join(header):.200}")
+
+    column_of = [names.index(name) for name in ordered]
     for where, (image, *values) in rows:
         if len(values) != len(names):
-            raise ValueError(f"{where}: expected {len(names)} values, found {len(values)} ({image:.200})")
-        yield where, image.replace("\\", "/"), in_order(values)
+            raise ValueError(f"{where}: expected {len(names)} values, "
+                             f"found {len(values)} ({image:.200})")
+        yield where, image.replace("\\", "/"), tuple(values[column] for column in column_of)
 
 
 def read_celeba(folder: Path):
-    """CelebA as distributed, or Kaggle's copy. Its identities are not used: each image is its own person."""
-    splits = defaultdict(list)
+    """CelebA as distributed, or Kaggle's copy. Its identities are not used: each image is a person
+    of its own."""
+    splits = defaultdict(list)              # {image: its numbers, normally one}
     for _, (image, *numbers) in read_table(folder, "list_eval_partition"):
         splits[image] += numbers
     splits.pop("image_id", None)            # Kaggle's header
     for where, image, values in read_attributes(folder, "list_attr_celeba"):
-        numbers = splits.pop(image, [])     # normally one
+        numbers = splits.pop(image, [])
         if numbers in (["0"], ["1"], ["2"]):
             yield Record(where, image, SPLITS[int(numbers[0])], attributes=values)
         else:
-            yield ValueError(f"{where} ({image}): expected 0, 1 or 2 in list_eval_partition, found {numbers}")
+            yield ValueError(f"{where} ({image}): expected 0, 1 or 2 in list_eval_partition, "
+                             f"found {numbers}")
     if splits:
-        raise ValueError(f"list_eval_partition: {len(splits)} images are missing from list_attr_celeba, "
-                         f"the first is {next(iter(splits)):.200}")
+        raise ValueError(f"list_eval_partition: {len(splits)} images are missing from "
+                         f"list_attr_celeba, the first is {next(iter(splits)):.200}")
 
 
 def read_lfwa(folder: Path):
-    """LFWA from csv files; an image's folder is the person. Images of the test list are dropped from the
-    other one, which contains them in the official file. Without a test list, half of the persons are for
-    testing, which is LFWA's own ratio. 5 % of the training persons are for validation."""
+    """LFWA from csv files; the name of an image's folder is the person. The official list_attr_lfwa
+    also contains the images of the test list, which are left out here. Without a test list, half of
+    the persons are the test split, as in LFWA itself. 5 % of the others are the validation
+    split."""
     rows = [*read_attributes(folder, "list_attr_lfwa")]
+    test = []
     has_test = (folder / "list_attr_lfwa_test.csv").is_file()
-    test = [*read_attributes(folder, "list_attr_lfwa_test")] if has_test else []
+    if has_test:
+        test = [*read_attributes(folder, "list_attr_lfwa_test")]
     in_test = {image for _, image, _ in test}
-    for where, image, values in [*test, *(row for row in rows if row[1] not in in_test)]:
+    rest = [row for row in rows if row[1] not in in_test]
+    for where, image, values in test + rest:
         person_id = Path(image).parent.name
         number = stable_hash(person_id)
         is_test = image in in_test if has_test else number % 2 == 0
-        split = "test" if is_test else "val" if number // 2 % 20 == 0 else "train"
+        if is_test:
+            split = "test"
+        elif number // 2 % 20 == 0:
+            split = "val"
+        else:
+            split = "train"
         yield Record(where, image, split, person_id, values)
 
 
 # ---- faces with captions -------------------------------------------------------------------------
 def read_caption_lists(path: Path):
-    """JSON lists in the format of BLIP and the official code: train.json, val.json and test.json of a folder,
-    or its only list, or a given one, which is split by person, with at least one in the validation split.
-    Equal ids mean the same person; an image without an id is a person of its own."""
-    files = [path / f"{split}.json" for split in SPLITS]
-    if not files[0].is_file():
-        files = [path] if path.is_file() else sorted(path.glob("*.json"))
-        if len(files) > 1:
-            raise ValueError(f"{path}: expected train.json or one list, found {len(files)}; give one by name")
-        if path.is_dir() and files[0].stem in SPLITS:       # val.json alone is not to be trained on
-            raise ValueError(f"{path}: found {files[0].name}, but no train.json")
+    """JSON lists in the format of BLIP and the official code: train.json, val.json and test.json of
+    a folder, the folder's only list, or a list given by name. A single list is split by person,
+    with at least one person in the validation split. Equal ids mean the same person; an image
+    without an id is a person of its own. Raises ValueError if it is unclear which list to use."""
+    if (path / "train.json").is_file():
+        records = []
+        for split in SPLITS:
+            file = path / f"{split}.json"
+            if file.is_file():
+                records += read_caption_list(file, split)
+        return records
+
+    files = [path] if path.is_file() else sorted(path.glob("*.json"))
+    if len(files) > 1:
+        raise ValueError(f"{path}: expected train.json or one list, found {len(files)}; "
+                         "give one by name")
+    [file] = files
+    if path.is_dir() and file.stem in SPLITS:       # val.json alone is not to be trained on
+        raise ValueError(f"{path}: found {file.name}, but no train.json")
+    records = read_caption_list(file)
+    if "val" not in {record.split for record in records}:
+        for i, record in enumerate(records):
+            if record.person_id == records[-1].person_id:
+                records[i] = record._replace(split="val")
+    return records
+
+
+def read_caption_list(file: Path, split: str | None = None) -> list[Record]:
+    """Records of a JSON list, all of one split, or by default split by person."""
     records = []
-    for file in filter(Path.is_file, files):
-        for number, item in enumerate(load_json(file, list)):
-            item = item if isinstance(item, dict) else {}
-            image = item.get("image", item.get("photo"))
-            person_id = item.get("image_id")
-            image = os.path.normpath(image) if isinstance(image, str) else None
-            is_missing = person_id is None or person_id != person_id        # NaN
-            person_id = str(image if is_missing else person_id)
-            split = split_by_hash(person_id) if len(files) == 1 else file.stem
-            where = f"{file.name} record {number} (counted from 0)"
-            records.append(Record(where, image, split, person_id, captions=item))
-    if len(files) == 1 and records and "val" not in {record.split for record in records}:
-        held_out = records[-1].person_id
-        records = [record._replace(split="val") if record.person_id == held_out else record
-                   for record in records]
+    for number, item in enumerate(load_json(file, list)):
+        item = item if isinstance(item, dict) else {}
+        image = item.get("image", item.get("photo"))
+        image = os.path.normpath(image) if isinstance(image, str) else None
+        person_id = item.get("image_id")
+        if person_id is None or person_id != person_id:         # NaN
+            person_id = image
+        person_id = str(person_id)
+        where = f"{file.name} record {number} (counted from 0)"
+        records.append(Record(where, image, split or split_by_hash(person_id), person_id,
+                              captions=item))
     return records
 
 
 class NamesOnly(pickle.Unpickler):
-    """Unpickler for lists, texts and numbers only: importing anything else could run arbitrary code."""
+    """Unpickler for lists, texts and numbers. Other types need imports, which could run any
+    code."""
 
     def find_class(self, module, name):
         raise pickle.UnpicklingError(f"import of {module}.{name} refused")
@@ -135,39 +171,46 @@ class NamesOnly(pickle.Unpickler):
 
 def assign_celeba_hq_splits(folder: Path, captions: dict):
     """Records of {image number: texts}. Splits come from train/ and test/filenames.pickle or, if
-    neither exists, from the image number; the last 5 % of the training split become "val"."""
+    neither exists, from the image number. The last 5 % of the training split become "val"."""
+    numbered = []
     pickles = [folder / split / "filenames.pickle" for split in ("train", "test")]
-    numbered = [(number, "train" if number < 24_000 else "test") for number in captions]
-    if any(map(Path.exists, pickles)):
-        numbered = []
+    if any(path.exists() for path in pickles):
         for path in pickles:
             with naming(path):
                 names = NamesOnly(io.BytesIO(path.read_bytes())).load()
-            for name in names:              # "1.jpg", b"1.jpg" or 1; of others, image -1 does not exist
-                numbered.append((int(re.sub("[^0-9]", "", str(name)) or -1), path.parent.name))
-    return hold_out_validation([
-        Record(f"face {number}", f"{number}.jpg", split, captions={"caption": captions.get(number)})
-        for number, split in sorted(numbered)], 0.05)
+            for name in names:              # "1.jpg", b"1.jpg" or 1
+                digits = re.sub("[^0-9]", "", str(name))
+                numbered.append((int(digits or -1), path.parent.name))      # no image has number -1
+    else:
+        for number in captions:
+            numbered.append((number, "train" if number < 24_000 else "test"))
+    records = []
+    for number, split in sorted(numbered):
+        texts = {"caption": captions.get(number)}
+        records.append(Record(f"face {number}", f"{number}.jpg", split, captions=texts))
+    return hold_out_validation(records, 0.05)
 
 
 def read_mm_celeba(folder: Path):
-    """MM-CelebA-HQ: images/N.jpg and text/celeba-caption/N.txt, one caption per line."""
+    """MM-CelebA-HQ: image N is images/N.jpg, its captions the lines of
+    text/celeba-caption/N.txt."""
     captions = defaultdict(list)
     for path in folder.glob("text/celeba-caption/*.txt"):
         if path.stem.isdecimal():           # 3.txt and 003.txt are the same face
             lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-            captions[int(path.stem)] += map(str.strip, lines)
+            captions[int(path.stem)] += [line.strip() for line in lines]
     return assign_celeba_hq_splits(folder, captions)
 
 
 def read_celeba_dialog(folder: Path):
-    """CelebA-Dialog: captions_hq.json and N.jpg in images/, image/ or the folder itself. The caption is the
-    overall one or, if that is empty, the attribute-wise ones joined."""
+    """CelebA-Dialog: captions_hq.json, and N.jpg in images/, image/ or the folder itself. The
+    caption is the overall one or, if that is empty, the attribute-wise captions joined."""
     captions = {}
     for name, entry in load_json(folder / "captions_hq.json", dict).items():
         try:
             phrases = " ".join(entry.get("attribute_wise_captions", {}).values())
-            captions[int(Path(name).stem)] = entry["overall_caption"].strip() or phrases.strip()
+            caption = entry["overall_caption"].strip() or phrases.strip()
+            captions[int(Path(name).stem)] = caption
         except (ValueError, TypeError, AttributeError, KeyError) as error:
             yield ValueError(f"captions_hq.json: {name!r:.100}: {error!r}")
     captions.pop(5380, None)                # its image was never distributed
@@ -176,7 +219,8 @@ def read_celeba_dialog(folder: Path):
 
 # ---- photos with sketches ------------------------------------------------------------------------
 def images_by_name(folder: Path):
-    """{name: path}; photo1/image0110.jpg is "photo1_image0110" and, if that is unique, "image0110"."""
+    """{name: path} of the images below a folder: photo1/image0110.jpg is named "photo1_image0110"
+    and, if no other file has this name, "image0110"."""
     paths = defaultdict(list)
     for path in sorted(folder.rglob("*")):
         if path.suffix.lower() in IMAGE_SUFFIXES:
@@ -187,8 +231,8 @@ def images_by_name(folder: Path):
 
 
 def read_fs2k(folder: Path):
-    """FS2K: photo/photo1/image0110.jpg and its finished sketch, sketch/sketch1/sketch0110.*, as listed in
-    anno_train.json and anno_test.json."""
+    """FS2K: photos such as photo/photo1/image0110.jpg and one sketch each,
+    sketch/sketch1/sketch0110.*, as listed in anno_train.json and anno_test.json."""
     photos = images_by_name(folder / "photo")
     sketches = images_by_name(folder / "sketch")
     records = []
@@ -197,16 +241,17 @@ def read_fs2k(folder: Path):
             image_name = item.get("image_name") if isinstance(item, dict) else item
             name = str(image_name).replace("/", "_")
             sketch = sketches.get(name.replace("photo", "sketch").replace("image", "sketch"))
+            where = f"anno_{split}.json"
             if sketch and name in photos:
-                records.append(Record(f"anno_{split}.json", photos[name], split, sketches=[sketch]))
+                records.append(Record(where, photos[name], split, sketches=[sketch]))
             else:
-                yield ValueError(f"anno_{split}.json: no photo or no sketch is named {image_name!r:.100}")
+                yield ValueError(f"{where}: no photo or no sketch is named {image_name!r:.100}")
     yield from with_captions(records, folder, photos)
 
 
 def read_fs2k_sde(folder: Path):
-    """FS2K-SDE: sketches sketch/{train,test}/<photo>_<step>.*, photos anywhere below photo/. <photo> is the
-    file name without suffix or, if several folders have it, "photo1_image0110"."""
+    """FS2K-SDE: sketches sketch/{train,test}/<photo>_<step>.*, photos anywhere below photo/, named
+    as by `images_by_name`. Every photo needs the steps that most photos have."""
     photos = images_by_name(folder / "photo")
     records = []
     for split in ("train", "test"):
@@ -216,72 +261,89 @@ def read_fs2k_sde(folder: Path):
             if name in photos and step.isdecimal():
                 drawn[photos[name]][int(step)] = sketch
             else:
-                yield ValueError(f"{sketch}: expected <photo>_<step>, found no such photo or no step")
-        usual = Counter(map(frozenset, drawn.values())).most_common(1)
+                yield ValueError(f"{sketch}: expected <photo>_<step>, "
+                                 "found no such photo or no step")
+        counts = Counter(frozenset(steps) for steps in drawn.values())
+        usual = max(counts, key=counts.get, default=None)
         for photo, steps in drawn.items():
-            if steps.keys() == usual[0][0]:
-                sketches = [steps[step] for step in sorted(steps)]
-                records.append(Record(f"sketch/{split}", photo, split, sketches=sketches))
+            where = f"sketch/{split}"
+            numbers = sorted(steps)
+            if steps.keys() == usual:
+                sketches = [steps[step] for step in numbers]
+                records.append(Record(where, photo, split, sketches=sketches))
             else:
-                yield ValueError(f"sketch/{split}: {photo} has other steps than most photos: {sorted(steps)}")
+                yield ValueError(f"{where}: {photo} has other steps than most photos: {numbers}")
     yield from with_captions(records, folder, photos)
 
 
 def with_captions(records: list, folder: Path, photos: dict):
-    """The records sorted by photo, the last tenth of the training split as "val". A split has captions if
-    train.json, test.json or captions.json, a list beside photo/, has any of its photos."""
-    captions = defaultdict(lambda: defaultdict(list))
-    for path in (folder / f"{name}.json" for name in ("train", "test", "captions")):
-        for record in read_caption_lists(path) if path.is_file() else ():
+    """The records sorted by photo, the last 10 % of the training split as "val". Captions come from
+    the lists train.json, test.json and captions.json beside photo/. If a photo of a split has
+    captions, all its photos need them."""
+    captions = defaultdict(lambda: defaultdict(list))       # {photo: {column: texts}}
+    lists = [folder / name for name in ("train.json", "test.json", "captions.json")]
+    for path in lists:
+        for record in read_caption_list(path) if path.is_file() else ():
             name = re.sub("^(.*/)?photo/", "", str(record.image)).replace("/", "_")
             photo = photos.get(name.rpartition(".")[0])     # None: of another split or data set
             for column in COLUMNS:
                 texts = record.captions.get(column, [])
                 captions[photo][column] += texts if isinstance(texts, list) else [texts]
+
+    records = sorted(records, key=lambda record: record.image)
     captioned = {record.split for record in records if record.image in captions}
-    return hold_out_validation([
-        record._replace(captions=captions.get(record.image, {}) if record.split in captioned else None)
-        for record in sorted(records, key=operator.attrgetter("image"))], 0.1)
+    for i, record in enumerate(records):
+        if record.split in captioned:
+            records[i] = record._replace(captions=captions.get(record.image, {}))
+    return hold_out_validation(records, 0.1)
 
 
 # ---- webdatasets ---------------------------------------------------------------------------------
-TARS = "**/*.tar **/[0-9]*_stats.json"      # img2dataset counts the faces of each tar in a file beside it
+TARS = "**/*.tar **/[0-9]*_stats.json"      # img2dataset counts the faces of N.tar in N_stats.json
 
 
 def find_tars(folder: Path):
-    """Paths of all tars, each by the shortest of its names (links may form loops), and of those that are gone
-    but have left a *_stats.json."""
-    for path in files_of(folder, "**/*.tgz **/*.tar.gz **/*.tar.bz2 **/*.tar.xz **/*.tar.zst"):
-        raise ValueError(f"{path}: expected no compression; run gunzip, bunzip2, unxz or unzstd on it")
+    """Paths of all tars, and of missing tars that have a *_stats.json. Links may form loops, so
+    each tar is returned once, by the shortest of its paths. Raises ValueError if a tar is
+    compressed."""
+    compressed = files_of(folder, "**/*.tgz **/*.tar.gz **/*.tar.bz2 **/*.tar.xz **/*.tar.zst")
+    if compressed:
+        raise ValueError(f"{compressed[0]}: expected no compression; run gunzip, bunzip2, unxz or "
+                         "unzstd on it")
     names = {str(path).replace("_stats.json", ".tar") for path in files_of(folder, TARS)}
-    names = sorted(names, key=lambda name: (len(name), name), reverse=True)
-    return sorted({os.path.realpath(name): Path(name) for name in names}.values())
+    shortest = {}
+    for name in sorted(names, key=lambda name: (len(name), name)):
+        shortest.setdefault(os.path.realpath(name), Path(name))
+    return sorted(shortest.values())
 
 
 def read_tar(path: Path):
-    """Yield the records of the faces in a tar of img2dataset or another webdataset, without unpacking it: the
-    caption of key.jpg (or .png, ...) is in key.json or key.txt. Each face is a person of its own. A damaged
-    or missing tar is printed, and what it lost is counted as far as img2dataset's *_stats.json tells."""
-    samples = defaultdict(dict)
+    """Yield the records of the faces in a tar of img2dataset or another webdataset, without
+    unpacking it: the caption of key.jpg (or .png, ...) is in key.json or key.txt. Each face is a
+    person of its own. A damaged or missing tar is named, and a ValueError is yielded for each face
+    that it lost: those that img2dataset's *_stats.json counts, or at least one."""
+    members = []
+    is_whole = False
+    if path.is_file():
+        members, is_whole = tar_members(path)
+    samples, repeated = group_by_key(members)
+    for member in repeated:
+        yield ValueError(f"{path}: {member.name!r} occurs again")
+
+    has_json = any(".json" in files for files in samples.values())
+    required = ".json" if has_json else ".txt"
     num_faces = 0
-    stats = path.with_name(f"{path.stem}_stats.json")
-    members, is_whole = tar_members(path) if path.is_file() else ([], False)
-    for member in members:
-        folder, base = os.path.split(member.name)
-        key, _, suffix = base.partition(".")                # webdataset's rule
-        suffix = f".{suffix.lower()}"
-        if key and suffix.endswith((*IMAGE_SUFFIXES, ".json", ".txt")):
-            if samples[os.path.join(folder, key)].setdefault(suffix, member) is not member:
-                yield ValueError(f"{path}: {member.name!r} occurs again")
-    required = ".json" if any(".json" in files for files in samples.values()) else ".txt"
     for key, files in samples.items():
         try:
             yield read_sample(key, files, required)
             num_faces += 1
         except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             yield ValueError(f"{path}: {key!r}: {error}")
+
+    stats = path.with_name(f"{path.stem}_stats.json")
     counted = load_json(stats, dict).get("successes") if stats.is_file() else None
-    lost = (max(1, len(samples)) if counted is None else counted) - len(samples)
+    expected = max(1, len(samples)) if counted is None else counted
+    lost = expected - len(samples)
     if lost or not is_whole:
         message = (f"{path} is damaged, cut off, compressed or missing: found {num_faces} faces, "
                    f"{stats.name} counts {counted}")
@@ -289,20 +351,42 @@ def read_tar(path: Path):
         yield from [ValueError(message)] * max(1, lost)
 
 
+def group_by_key(members: list[TarImage]):
+    """The files of each sample, {key: {suffix: `TarImage`}}, and the files whose name occurs again.
+    Files of other types are ignored."""
+    samples = defaultdict(dict)
+    repeated = []
+    for member in members:
+        folder, base = os.path.split(member.name)
+        key, _, suffix = base.partition(".")                # webdataset's rule
+        suffix = f".{suffix.lower()}"
+        if not key or not suffix.endswith((*IMAGE_SUFFIXES, ".json", ".txt")):
+            continue
+        files = samples[os.path.join(folder, key)]
+        if suffix in files:
+            repeated.append(member)
+        else:
+            files[suffix] = member
+    return samples, repeated
+
+
 def tar_members(path: Path):
-    """(`TarImage`s of all files in a tar, images or not; whether it is undamaged). tarfile skips a damaged
-    header and ends at a cut without a word. Hence every member must begin where the one before it ends, or
-    after empty blocks, and such blocks must follow the last one."""
+    """`TarImage`s of all files in a tar, images or not, and whether the tar is undamaged.
+
+    tarfile skips damaged headers, and ends at a cut, without an error. So every member must begin
+    where the previous one ends, or after empty blocks, and empty blocks must follow the last
+    member."""
     members = []
-    end = 0
+    end = 0                         # of the last member, in bytes
     is_whole = True
+    size = path.stat().st_size
     with open(path, "rb") as file:
         def is_empty(start, stop):
             file.seek(start)
             blocks = file.read(stop - start)
-            return not blocks.strip(b"\0") or blocks[156:157] == b"g"      # PAX's header of the whole tar
+            is_global_header = blocks[156:157] == b"g"      # PAX's header of the whole tar
+            return is_global_header or not blocks.strip(b"\0")
 
-        size = os.fstat(file.fileno()).st_size
         try:
             archive = tarfile.open(fileobj=file, mode="r:", ignore_zeros=True)
             while member := archive.next():
@@ -316,53 +400,78 @@ def tar_members(path: Path):
 
 
 def read_sample(key: str, files: dict, required: str):
-    """The record of a face from its `files` {suffix: `TarImage`}. Faces of one image share its URL, so
-    hashing that keeps them in one split. Raises ValueError, TypeError or AttributeError if it is invalid."""
-    image = next((files[suffix] for suffix in IMAGE_SUFFIXES if suffix in files), None)
-    if not (image and required in files):
-        raise ValueError(f"no {required if image else 'image'}")
-    item = json.loads(files[".json"].content().read()) if ".json" in files else {}
-    if ".txt" in files and not any(map(item.get, COLUMNS)):
+    """The record of a face from its files, {suffix: `TarImage`}. The faces of one image are in one
+    split, because the split is a hash of its URL. Raises ValueError, TypeError or AttributeError if
+    the face is invalid."""
+    images = [files[suffix] for suffix in IMAGE_SUFFIXES if suffix in files]
+    if not images:
+        raise ValueError("no image")
+    if required not in files:
+        raise ValueError(f"no {required}")
+    image = images[0]
+    item = {}
+    if ".json" in files:
+        item = json.loads(files[".json"].content().read())
+    if ".txt" in files and not any(item.get(column) for column in COLUMNS):
         item["caption"] = files[".txt"].content().read().decode("utf-8-sig").strip()
-    box, *original = map(item.get, ("box", "original_width", "original_height"))
+
     with open_image(image.content(), image) as opened:
         stored = opened.size
+    box = item.get("box")
     if box is not None:
-        box = json.loads(box) if isinstance(box, str) else box
-        box = box_in_stored_image(box, stored, original if all(original) else stored)
+        if isinstance(box, str):
+            box = json.loads(box)
+        original = (item.get("original_width"), item.get("original_height"))
+        if not all(original):
+            original = stored
+        image = image._replace(box=box_in_stored_image(box, stored, original))
     split = split_by_hash(str(item.get("url") or key))
-    return Record(str(image), image._replace(box=box or ()), split, captions=item)
+    return Record(str(image), image, split, captions=item)
 
 
 def box_in_stored_image(box, stored, original):
-    """Box [x1, y1, x2, y2] of a face in pixels of the stored image; sizes are (width, height). Boxes refer to
-    the image as img2dataset decodes it, ignoring EXIF orientation. It may have scaled the image
-    (--resize_mode keep_ratio) and padded it with white to a square (border, its default). Raises ValueError
-    if less than half of the box or a pixel of its side is inside."""
-    scale, margin = [after / before for after, before in zip(stored, original)], [0, 0]     # of x and y
-    if stored[0] == stored[1] and abs(scale[0] - scale[1]) * max(original) > 1:     # not only rounded
-        scale = [min(scale)] * 2
-        margin = [int((after - round(before * scale[0])) / 2) for after, before in zip(stored, original)]
-    x1, y1, x2, y2 = (edge * factor + shift for edge, factor, shift in zip(box, scale * 2, margin * 2))
-    inside = [min(max(edge, 0), limit) for edge, limit in zip((x1, y1, x2, y2), stored * 2)]
-    width = inside[2] - inside[0]
-    height = inside[3] - inside[1]
-    if not (min(width, height) > 1 and width * height >= (x2 - x1) * (y2 - y1) / 2):
-        raise ValueError(f"expected half of the box {box} inside the image of {original}, stored as {stored}")
-    return [round(edge, 2) for edge in inside]
+    """Convert the box [x1, y1, x2, y2] of a face from pixels of the original image to pixels of the
+    stored one; sizes are (width, height). img2dataset ignores EXIF orientation. It may have scaled
+    the image (--resize_mode keep_ratio) and padded it with white to a square (border, its default).
+    Raises ValueError if less than half of the box, or at most one row or column of pixels, is
+    inside."""
+    W, H = original
+    stored_W, stored_H = stored
+    x_scale = stored_W / W
+    y_scale = stored_H / H
+    x_margin = 0
+    y_margin = 0
+    differs = abs(x_scale - y_scale) * max(W, H) > 1        # by more than rounding
+    is_padded = stored_W == stored_H and differs
+    if is_padded:
+        x_scale = y_scale = min(x_scale, y_scale)
+        x_margin = int((stored_W - round(W * x_scale)) / 2)
+        y_margin = int((stored_H - round(H * y_scale)) / 2)
+
+    x1, y1, x2, y2, *_ = box
+    x1, x2 = (x * x_scale + x_margin for x in (x1, x2))
+    y1, y2 = (y * y_scale + y_margin for y in (y1, y2))
+    left, right = (min(max(x, 0), stored_W) for x in (x1, x2))
+    top, bottom = (min(max(y, 0), stored_H) for y in (y1, y2))
+    area = (right - left) * (bottom - top)
+    is_inside = min(right - left, bottom - top) > 1 and area >= (x2 - x1) * (y2 - y1) / 2
+    if not is_inside:
+        raise ValueError(f"expected half of the box {box} inside the image of {original}, "
+                         f"stored as {stored}")
+    return [round(edge, 2) for edge in (left, top, right, bottom)]
 
 
 # ---- table of layouts ----------------------------------------------------------------------------
 class Layout(NamedTuple):
-    reads: str              # patterns of files and image folders that it reads; the first identifies it
+    reads: str              # patterns of its files and image folders; the first one identifies it
     title: str              # name of the data set
-    reader: object          # function: path -> iterator of `Record`s, and of ValueErrors for invalid ones
+    reader: object          # function: path -> iterator of `Record`s and ValueErrors
     image_folders: tuple = ("",)            # that may hold the images
-    jobs: object = lambda path: [path]      # function: data set -> paths, which are read in parallel
-    may_be_beside: bool = False             # its files may be beside those of an earlier row, which applies
+    jobs: object = lambda path: [path]      # function: data set -> paths to read in parallel
+    may_be_beside: bool = False             # its files may be beside those of an earlier row
 
 
-LAYOUTS = (             # the first match applies; a JSON file given by name: the last row
+LAYOUTS = (             # the first match applies, and the last row to a JSON file given by name
     Layout("sketch/train sketch/test photo photo/*/ *.json", "FS2K-SDE", read_fs2k_sde),
     Layout("anno_*.json sketch sketch/*/ photo photo/*/ t*.json captions.json", "FS2K", read_fs2k),
     Layout("list_attr_celeba.* list_eval_partition.* img_align_celeba img_align_celeba/*/", "CelebA",
