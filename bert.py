@@ -9,15 +9,16 @@ design is BLIP's).
 
 Image-grounded mode is used if image tokens are passed. Both modes share all weights except those of
 cross-attention; the first token tells the model its role. The contrastive loss trains [CLS] to
-summarise the caption, the matching loss [ENC] to tell whether it fits the image. The two inputs
-differ only in the embedding of this first token, and the output at its position is the result.
+summarise the caption; the matching loss trains [ENC] to tell whether the caption fits the image.
+The two inputs differ only in the embedding of this first token, and the output at its position is
+the result.
 
 Captions are packed (attention.py). In each layer an image's keys and values are projected once; the
 captions that attend to it are stored contiguously and form one long query sequence.
 
-Unlike the official code, we do not pad captions to 65 tokens, project an image's keys and values
-once rather than per caption, and keep BERT's token-type embedding, by adding the constant type-0
-row to the positions.
+Unlike the official code, we pack captions instead of padding them to 65 tokens; we project an
+image's keys and values once rather than once per caption; and we keep BERT's token-type embedding,
+whose constant type-0 row pretrained.py adds to the positions.
 
 Shapes: see attention.py; N tokens of P captions, which attend to I images of L tokens.
 """

@@ -42,7 +42,8 @@ class SharedFlags:
     k_test: int = 256           # candidates per query to re-rank with the ITM head
 
     def __post_init__(self):
-        """Raise a ValueError if a number is below 0 or 1, or above 1 where that is the maximum."""
+        """Raise a ValueError if a flag is out of range: at least 0 (those of AT_LEAST_ONE: 1), and
+        at most 1 for those of AT_MOST_ONE."""
         for name, value in vars(self).items():
             lowest = 1 if name in AT_LEAST_ONE else 0
             highest = 1 if name in AT_MOST_ONE else math.inf
@@ -100,7 +101,8 @@ class Config(SharedFlags):
     # learning rate at step 0, and at the end of its decay
     lr_start: float = 1e-6
     lr_min: float = 1e-6
-    # how the learning rate decays: "epoch" (x 0.9 per epoch since step 0), "cosine" or "linear"
+    # how the learning rate decays after the warm-up: "epoch" (x 0.9 per epoch), "cosine" or
+    # "linear"
     lr_decay: str = "epoch"
     # learning rate of the temperature, as a multiple of lr
     temperature_lr: float = 1.0

@@ -24,7 +24,6 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 import toyfaces
-from captions import ATTRIBUTES as ATTRIBUTES
 from captions import sample_caption
 from common.distributed import iterate_with_workers, start_worker
 from common.images import load_image, normalize_batch, resize_to_array
@@ -41,7 +40,7 @@ class Faces:
     name: str                       # for errors: "CelebA train"
     images: object                  # uint8 (I, S, S, 3), or a sequence of Path or TarImage
     identity: np.ndarray            # int64 (I,): equal numbers mean the same person
-    attributes: object = None       # bool (I, 40), in the order of ATTRIBUTES
+    attributes: object = None       # bool (I, 40), in the order of captions.ATTRIBUTES
     captions: object = None         # a list of texts per image; None: the grammar writes them
     sketches: object = None         # uint8 (I, steps, S, S), white on black, or per image the
                                     # paths of its sketch after each step
@@ -193,10 +192,10 @@ class Batch(NamedTuple):
 
 
 class FaceDataset(torch.utils.data.Dataset):
-    """An endless stream of batches for one process; an epoch has `batches_per_epoch` of them. Batch
-    n of an epoch is the n-th slice of world_size * batch_size faces of the epoch's permutation;
-    rank r takes the r-th part of it, so that together the ranks see the batch of a single process.
-    An item is the sample of (epoch, index), a pure function of these and the seed."""
+    """Samples of one process, and an endless stream of batches of them. An item is the sample of
+    (epoch, index), a pure function of these and the seed. Each epoch permutes the faces and cuts
+    the permutation into batches_per_epoch global batches; rank r takes the r-th part of each, so
+    that together the ranks see the batches of a single process."""
 
     def __init__(self, faces: Faces, tokenizer, image_size, batch_size, seed=0, augmented=True,
                  rank=0, world_size=1, workers=0):
@@ -245,8 +244,8 @@ class FaceDataset(torch.utils.data.Dataset):
 
     def iterate_from(self, number: int):
         """Yield batches without end, starting with batch `number`, counted from 0 over all epochs.
-        Damaged images are named once; raises ValueError if they are over 1 % of the images read
-        (but of at least 1,000, or of all faces if these are fewer)."""
+        Damaged images are named once; raises ValueError if they exceed 1 % of the images read so
+        far, counted as at least 1,000 (or as all faces, if these are fewer)."""
         context = None
         if self.workers and sys.platform == "linux":
             context = "fork"        # forked workers share the memory-mapped index

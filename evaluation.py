@@ -1,4 +1,4 @@
-"""Evaluation by retrieval (FLIP paper, section 5.1): recall by ITC alone and after re-ranking with
+"""Retrieval evaluation (FLIP paper, section 5.1): recall by ITC alone and after re-ranking with
 the matching head, and the final table with its reference rows (optimum.py)."""
 import math
 from typing import NamedTuple
@@ -54,8 +54,7 @@ def retrieval_metrics(image_to_text, text_to_image, image_of_text):
 
 # ---- evaluating a model --------------------------------------------------------------------------
 class EvaluationSet(NamedTuple):
-    """Faces of a split with fixed captions: the data set's own or, if it has none, a generated one
-    each."""
+    """Faces of a split with fixed captions: the data set's own, or one generated per face."""
     faces: object                   # data.Faces
     texts: list[str]                # T captions
     image_of_text: torch.Tensor     # (T,)

@@ -30,13 +30,14 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from captions import ATTRIBUTES
 from common.distributed import autocast, use_device
 from common.images import iterate_images
 from common.pictures import contact_sheet, new_figure, plot_retrieval
 from common.script import markdown_table, parse_flags, run_script
 from common.seeds import derive_seed, random_stream
 from config import SharedFlags
-from data import ATTRIBUTES, FaceDataset, Faces, load_toy_faces, open_faces, readable
+from data import FaceDataset, Faces, load_toy_faces, open_faces, readable
 from evaluation import EvaluationSet, chance_recalls, evaluate
 from flip import FLIP, StepParams, project
 from losses import contrastive_loss
@@ -92,9 +93,9 @@ class Task:
     """What the three tasks have in common. A task is made of a model with frozen encoders, on its
     device, and the faces of each split ("train", "val", "test").
 
-    It sets `trained`, a module whose parameters that require gradients are updated: the model or a
-    new head; and `baseline`, name and metrics of the table's first row, whose metrics are the
-    table's columns. The methods of a task:
+    It sets two attributes: `trained`, the module to optimise (the model or a new head; only
+    parameters that require gradients); `baseline`, the first row of the table, as (name, metrics),
+    whose metrics also define the columns. The methods of a task:
 
         batches(samples)    an endless stream of batches of the given training faces, an index array
         loss(batch, step)   a scalar tensor
@@ -194,8 +195,7 @@ class Retrieval(Task):
             self.hardness = model.config.itm_hardness
         self.baseline = "chance", chance_recalls(self.sets["test"].image_of_text)
         if not config.data:
-            self.note = ("The drawn faces are grey here; in colour, the model already knows "
-                         "everything.\n")
+            self.note = "The drawn faces are grey: in colour, there is nothing left to learn.\n"
 
     def batches(self, samples):
         config = self.config
@@ -206,8 +206,8 @@ class Retrieval(Task):
         return dataset.iterate_from(0)
 
     def loss(self, batch, step):
-        # ITM costs a pass of the text encoder and trains the matching head only: skipping it in
-        # most steps does not change the gradients of ITC
+        # ITM trains only the matching head, not the projections, and costs a pass of the text
+        # encoder: skipping it in most steps changes nothing for ITC
         with_itm = step % self.config.itm_every == 0
         params = StepParams(alpha=0.0, momentum=0.0, queue_length=0, hardness=self.hardness,
                             with_itm=with_itm)
@@ -326,10 +326,10 @@ def accuracies(predicted, truth):
 
 # ---- sketch: find the photo for a sketch that is still being drawn -------------------------------
 class Sketch(Task):
-    """Frozen: both encoders; they encode photos, all steps of the sketches and a caption each once.
-    Trained: projections and temperature; photos and sketches share theirs. Loss: IIC (image-image
-    contrastive loss) between a random step of the sketch and its photo, plus ITC of the photo if it
-    has captions. Metrics: `early_retrieval`."""
+    """Frozen: both encoders; each photo, each stage of each sketch and one caption per face is
+    encoded once. Trained: projections and temperature; photos and sketches share theirs. Loss: IIC
+    (image-image contrastive loss) between a random step of the sketch and its photo, plus ITC of
+    the photo if it has captions. Metrics: `early_retrieval`."""
     selected_by = "m@B"
     note = ("m@A: mean rank percentile of the photo, m@B: mean reciprocal rank, over all steps;\n"
             "w@A, w@B: early steps weighted more; A: the percentile for the finished sketch.\n")

@@ -168,8 +168,9 @@ class FLIP(nn.Module):
         chunks = pairs.split(1 + int(chunk_bytes / bytes_per_pair))
 
         logits = []
-        hide_bar = len(chunks) < 10 or rank_and_world_size()[0] > 0
-        for chunk in tqdm(chunks, "re-ranking", disable=hide_bar or None, leave=False):
+        rank, _ = rank_and_world_size()
+        hide_bar = rank > 0 or len(chunks) < 10 or None     # None: shown on a terminal only
+        for chunk in tqdm(chunks, "re-ranking", disable=hide_bar, leave=False):
             image_index, text_index = chunk.T
             start = int(image_index[0])
             stop = int(image_index[-1]) + 1
@@ -181,10 +182,16 @@ class FLIP(nn.Module):
     def rerank_score(self, logits, cosine):
         """The score that re-ranks candidates: ITM logits (..., 2) and cosines (...) -> (...).
 
-        The paper uses logit 1 + cosine. A head trained with negatives of hardness h separates true
-        pairs, of density p(i, t), from a density q(i, t) proportional to p(i) p(t) exp(h cosine /
-        tau), so logit 1 - logit 0 estimates log p(i, t) / q(i, t) up to a constant. With h cosine /
-        tau added, that is the pointwise mutual information log p(i, t) / (p(i) p(t))."""
+        The paper uses logit 1 + cosine. If the head was trained with negatives of hardness h, this
+        estimates the pointwise mutual information of image i and text t (each line up to a
+        constant):
+
+            density of the true pairs               p(i, t)
+            density of the negatives                q(i, t) = p(i) p(t) exp(h cosine / tau)
+            logit 1 - logit 0 estimates             log p(i, t) - log q(i, t)
+            plus h cosine / tau, that is            log p(i, t) - log (p(i) p(t))
+
+        (An approximation: negatives are sampled in both directions, normalised per row.)"""
         if self.config.itm_hardness is None:
             return logits[..., 1] + cosine
         log_density_ratio = logits[..., 1] - logits[..., 0]
@@ -370,8 +377,8 @@ class FLIP(nn.Module):
         return torch.cat(logits), torch.cat(cosines)
 
     def match_probability(self, images, texts):
-        """P(match) of each pair (I, T), if the wrong pairs are like those of training. To rank, use
-        `score`."""
+        """P(match) of each pair (I, T), assuming that wrong pairs are distributed as in training.
+        To rank, use `score`."""
         logits, _ = self.match_logits(images, texts)
         return logits.softmax(-1)[..., 1]
 
@@ -472,7 +479,7 @@ def rerank(model: FLIP, image_tokens, captions: Captions, similarity, k: int):
 def main():
     """Trace a batch of four pairs through one step: shapes and values."""
     torch.manual_seed(0)
-    texts = ["a smiling woman with blond hair", "a bald man", "she has blond hair", "a man in a hat"]
+    texts = ["a smiling woman with blond hair", "a bald man", "she has blond hair", "a bearded man"]
     identity = torch.tensor([7, 8, 7, 9])               # images 0 and 2 show the same person
     images = torch.randn(4, 3, 32, 32)
     tokenizer = Tokenizer.train(texts)

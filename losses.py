@@ -70,7 +70,8 @@ def contrastive_loss_reference(feature, momentum_feature, keys, identity, key_id
 # log-sum-exp; and an average under a softmax is *attention with the keys as values*. It is computed
 # as in FlashAttention: the keys are processed in chunks, and each row keeps the largest logit so
 # far, the sum of weights and the weighted sum of keys. One pass over the keys gives the loss and
-# both gradients; the backward pass only scales them.
+# both gradients; the backward pass only scales them. In the code, q is `feature`, m
+# `momentum_feature`, k' `student_key` and k* `target_key`; s and t are the two rows of `logits`.
 
 
 def average_keys(feature, momentum_feature, keys, identity, key_identity, temperature, chunk=2048):
@@ -151,8 +152,8 @@ def matching_loss(logits, is_match, denominator: int):
     """ITM: two-way cross-entropy of logits (P, 2), class 1 = match; is_match (P,) of 0 and 1.
 
     With one process, `denominator` is P and the result is the mean. With several, P varies, because
-    each process scores the pairs of its own images; each divides its sum by the average P. So the
-    average over processes that DistributedDataParallel takes is the mean over all pairs."""
+    each process scores the pairs of its own images. Dividing each sum by the average P makes the
+    average over processes, which DistributedDataParallel takes, equal the mean over all pairs."""
     return F.cross_entropy(logits, is_match, reduction="sum") / denominator
 
 
@@ -165,7 +166,7 @@ def main():
     alpha = 0.4
     student = torch.tensor([[0.50, 0.30, 0.40], [0.20, 0.60, 0.25], [0.45, 0.10, 0.50]])
     momentum = torch.tensor([[0.48, 0.35, 0.38], [0.20, 0.55, 0.30], [0.40, 0.12, 0.52]])
-    keys = torch.eye(3)         # as the keys are one-hot, the rows above are the cosines with them
+    keys = torch.eye(3)         # orthonormal: the rows above are the cosines with them
 
     def show(title, value):
         print(f"{title}\n{value}\n")

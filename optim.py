@@ -12,7 +12,7 @@ class Muon(torch.optim.Optimizer):
     the momentum U S V^T is replaced by U V^T, scaled to the size of an AdamW update (arXiv
     2502.16982). When training from scratch, gradients have nearly low rank: Adam, which scales per
     entry, follows the few large directions (what most captions say), and the many small ones (rare
-    attributes) lag. Muon moves all at one rate."""
+    attributes) lag. Muon moves in all directions at the same rate."""
 
     def __init__(self, groups, momentum):
         super().__init__(groups, dict(momentum=momentum))
@@ -44,9 +44,9 @@ class Muon(torch.optim.Optimizer):
 
 def newton_schulz(X: torch.Tensor, steps=5) -> torch.Tensor:
     """Matrices U S V^T (n, rows, columns) -> approximately U V^T, by Newton-Schulz iteration. Each
-    step maps a singular value s to a s + b s^3 + c s^5; five steps bring all above 0.0016 times the
-    Frobenius norm to between 0.68 and 1.21. (In --precision; torch.optim.Muon always uses
-    bfloat16.)"""
+    step maps a singular value s to a s + b s^3 + c s^5; after five steps, every singular value that
+    was above 0.0016 times the Frobenius norm is between 0.68 and 1.21. (It runs in the precision of
+    --precision; torch.optim.Muon always uses bfloat16.)"""
     if X.shape[1] > X.shape[2]:                 # X X^T is smaller for wide matrices
         return newton_schulz(X.mT, steps).mT
     a, b, c = 3.4445, -4.7750, 2.0315           # Keller Jordan's coefficients
@@ -63,7 +63,8 @@ def build_optimizers(module, weight_decay, beta2=0.999, temperature_lr=1.0, muon
     group. Weight decay applies to all parameters with more than one dimension (position embeddings
     and the patch convolution, too). The rates are multiples of the learning rate; Muon's are for
     the matrices inside the image encoder's blocks and the text encoder's layers (0: AdamW updates
-    these, too)."""
+    these, too). A parameter without a gradient, such as cross-attention's in a step without ITM, is
+    not changed at all."""
     adamw_groups = {}           # {(scale, weight decay): parameters}
     muon_groups = {}
     for name, p in module.named_parameters():

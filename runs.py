@@ -1,7 +1,7 @@
-"""A training run: what it starts from, how it is saved and resumed, its log. train.py trains it.
+"""A training run: initial weights, plan, saving, resuming and log. train.py has the loop.
 
 A run starts from random weights, or those of CLIP and BERT (`new_model`), from the weights of
-another FLIP (`model_of_init`), or from its own checkpoint (`resumed_model`).
+another FLIP (`model_of_init`), or from its own checkpoint (`restore`).
 
 A checkpoint contains what `FLIP.checkpoint` returns (weights, momentum encoder, queues, vocabulary)
 and, under "training", the states of the optimisers, the step, the configuration, the log, and the
@@ -13,6 +13,7 @@ import json
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -31,7 +32,7 @@ from config import MODELS, TINY, Config
 from data import FaceDataset, Faces, load_toy_faces, open_faces, readable
 from evaluation import EvaluationSet
 from flip import FLIP, FLIPConfig, saved_config
-from optim import build_optimizers, load_optimizers
+from optim import load_optimizers
 from pretrained import load_bert, load_clip, read_checkpoint, write_checkpoint
 from tokenizer import Tokenizer
 
@@ -83,7 +84,7 @@ class StepTimer:
         self.waited = 0.0
 
     def next_batches(self, stream, count: int) -> list:
-        """The next `count` batches of a step."""
+        """The next `count` batches, those of one step."""
         begin = time.time()
         batches = [next(stream) for _ in range(count)]
         self.waited += time.time() - begin
@@ -97,11 +98,10 @@ class StepTimer:
 
 @dataclass
 class Run:
-    """A training run. Model, optimisers and log change in place, the fields from `steps_done` on by
-    assignment."""
+    """A training run. Training reassigns only the fields from `steps_done` on."""
     config: Config                  # as `plan_steps` has completed it
     model: FLIP
-    ddp_model: nn.Module            # DistributedDataParallel(model); the model, with one process
+    parallel_model: nn.Module       # see `data_parallel`
     optimizers: list[torch.optim.Optimizer]
     dataset: FaceDataset
     validation: EvaluationSet
@@ -130,73 +130,34 @@ class Run:
 
 
 # ---- starting ------------------------------------------------------------------------------------
-@contextlib.contextmanager
-def open_run(config: Config, device: torch.device):
-    """Yield the `Run`. If the block fails between two updates, the run is saved."""
-    rank, _ = rank_and_world_size()
-    log = Log(Path(config.out) / "log.jsonl", writes=rank == 0)
-    with contextlib.closing(log), stop_signals() as signals:
-        run = start_run(config, device, log)
-        run.signals = signals
-        if run.steps_done == 0:
-            save(run)           # so that --resume finds the configuration
-        try:
-            yield run
-        except Exception as error:
-            if not run.updating:
-                save(run)
-                note = f"saved after step {run.steps_done}"
-                if not isinstance(error, ValueError):       # which would be raised again
-                    note += "; continue with --resume"
-                if run.is_main:
-                    error.add_note(note)
-            raise
+class Start(NamedTuple):
+    """What a run starts from."""
+    model: FLIP
+    faces: Faces
+    validation: Faces
+    state: dict | None = None       # of a resumed run: what the checkpoint has under "training"
 
 
-def start_run(config: Config, device: torch.device, log: Log) -> Run:
-    """A run with its data, model and optimisers, new or from the checkpoint in --out."""
+def starting_point(config: Config) -> Start:
+    """Open the data and create the model: new, from --init, or from the checkpoint in --out. Raises
+    ValueError if --out has a checkpoint that --resume does not ask for."""
     path = Path(config.out) / "flip.pt"
     if path.exists() and not config.resume:
         raise ValueError(f"{path} already exists; use --resume, or choose another --out")
     with rank_zero_first():     # it draws or indexes the data and downloads weights for all ranks
         if config.resume:
             saved = read_checkpoint(path)
-            model, faces, validation = resumed_model(config, saved)
-        elif config.init:
-            model, faces, validation = model_of_init(config)
-        else:
-            model, faces, validation = new_model(config)
-    run = build_run(config, device, log, model, faces, validation)
-    if config.resume:
-        resume(run, saved["training"], path)
-    else:
-        log.restart([{"config": asdict(run.config)}])
-        if run.is_main:
-            print_plan(run)
-    return run
+            model = FLIP.from_pretrained(path, saved=saved)
+            faces, validation = open_data(config, model.config.vit.image_size)
+            return Start(model, faces, validation, saved["training"])
+        if config.init:
+            return model_of_init(config)
+        return new_model(config)
 
 
-def build_run(config: Config, device: torch.device, log: Log, model: FLIP, faces: Faces,
-              validation: Faces) -> Run:
-    """The run of a model, before its first step."""
-    model.to(device).train()
-    config = replace(config, precision=choose_precision(config.precision, device))
-    dataset, config = plan_steps(config, model, faces)
-    optimizers = build_optimizers(model, config.weight_decay, config.beta2, config.temperature_lr,
-                                  config.muon_lr_image, config.muon_lr_text, config.muon_momentum)
-    ddp_model = model
-    if config.processes > 1:
-        skips_itm = config.itm_from > 0 or config.itm_every > 1
-        ddp_model = DistributedDataParallel(model, broadcast_buffers=False,
-                                            find_unused_parameters=skips_itm)
-    global_batch_size = config.batch_size * config.processes
-    evaluation_set = EvaluationSet.from_faces(validation, faces, global_batch_size)
-    return Run(config, model, ddp_model, optimizers, dataset, evaluation_set, log)
-
-
-def new_model(config: Config) -> tuple[FLIP, Faces, Faces]:
-    """A model with random weights or, if given, those of --clip and --bert; training and validation
-    faces. Without --bert, the vocabulary is built from captions."""
+def new_model(config: Config) -> Start:
+    """A model with random weights or, if given, those of --clip and --bert. Without --bert, the
+    vocabulary is built from captions."""
     vit, bert, embed_dim = MODELS[config.model]
     vit = replace(vit, image_size=config.image_size or vit.image_size)
     faces, validation = open_data(config, vit.image_size)
@@ -213,13 +174,12 @@ def new_model(config: Config) -> tuple[FLIP, Faces, Faces]:
     if config.bert:
         load_bert(model.student.text, config.bert)
     model.update_momentum(0)        # the momentum encoder starts as a copy of the student
-    return model, faces, validation
+    return Start(model, faces, validation)
 
 
 @torch.no_grad()
-def model_of_init(config: Config) -> tuple[FLIP, Faces, Faces]:
-    """A model with the learned weights of --init (its queue and momentum encoder start anew);
-    training and validation faces."""
+def model_of_init(config: Config) -> Start:
+    """A model with the learned weights of --init and with a fresh queue and momentum encoder."""
     saved = read_checkpoint(config.init)
     sizes = saved_config(saved)
     width = MODELS[config.model][0].width
@@ -242,19 +202,14 @@ def model_of_init(config: Config) -> tuple[FLIP, Faces, Faces]:
     model.matching_head.load_state_dict(initial.matching_head.state_dict())
     model.temperature.copy_(initial.temperature)
     model.update_momentum(0)        # the momentum encoder starts as a copy of the student
-    return model, faces, validation
+    return Start(model, faces, validation)
 
 
-def resumed_model(config: Config, saved: dict) -> tuple[FLIP, Faces, Faces]:
-    """The model of a checkpoint; training and validation faces."""
-    model = FLIP.from_pretrained(Path(config.out) / "flip.pt", saved=saved)
-    return model, *open_data(config, model.config.vit.image_size)
-
-
-def resume(run: Run, saved: dict, path: Path):
-    """Restore the state that a checkpoint has under "training". Raises ValueError if the run had
-    other faces or another number of processes."""
+def restore(run: Run, saved: dict):
+    """Restore the state of a resumed run. Raises ValueError if it had other faces or another number
+    of processes."""
     config = run.config
+    path = Path(config.out) / "flip.pt"
     processes = saved["config"]["processes"]
     if processes != config.processes:
         raise ValueError(f"--resume: the run in {path} had {processes} processes, found "
@@ -270,6 +225,37 @@ def resume(run: Run, saved: dict, path: Path):
 
 
 # ---- saving --------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def saved_on_error(run: Run):
+    """While the block trains the run, collect signals in `run.signals`; if it fails between two
+    updates, save the run."""
+    with stop_signals() as run.signals:
+        if run.steps_done == 0:
+            save(run)           # so that --resume finds the configuration
+        try:
+            yield
+        except Exception as error:
+            if not run.updating:
+                save(run)
+                note = f"saved after step {run.steps_done}"
+                if not isinstance(error, ValueError):       # which would be raised again
+                    note += "; continue with --resume"
+                if run.is_main:
+                    error.add_note(note)
+            raise
+
+
+def save_if_due(run: Run, validated: bool):
+    """Save the run after a validation, every `save_every` minutes, and if a signal asks it to stop;
+    then stop, by raising SystemExit."""
+    must_stop = run.must_stop()
+    seconds = time.time() - run.last_save
+    if validated or must_stop or seconds > 60 * run.config.save_every:
+        save(run)
+    if must_stop:
+        raise SystemExit(f"stopped after step {run.steps_done}; continue with --resume")
+
+
 def save(run: Run):
     """Save the run, on rank 0. Raises ValueError, and keeps the previous checkpoint, if weights are
     NaN or infinite."""
@@ -311,6 +297,14 @@ def open_data(config: Config, size: int) -> tuple[Faces, Faces]:
     return train, readable(validation, size)
 
 
+def data_parallel(model: FLIP, config: Config) -> nn.Module:
+    """The model itself or, if there are several processes, a DistributedDataParallel around it."""
+    if config.processes == 1:
+        return model
+    skips_itm = config.itm_from > 0 or config.itm_every > 1
+    return DistributedDataParallel(model, broadcast_buffers=False, find_unused_parameters=skips_itm)
+
+
 def plan_steps(config: Config, model: FLIP, faces: Faces) -> tuple[FaceDataset, Config]:
     """The data set, and the configuration completed by the run's batch size, steps and
     processes."""
@@ -328,7 +322,17 @@ def plan_steps(config: Config, model: FLIP, faces: Faces) -> tuple[FaceDataset, 
     steps = config.steps or config.epochs * steps_per_epoch
     if config.max_epochs:
         steps = min(steps, config.max_epochs * steps_per_epoch)
-    return dataset, replace(config, batch_size=batch_size, steps=steps, processes=world_size)
+    precision = choose_precision(config.precision, model.device)
+    config = replace(config, batch_size=batch_size, steps=steps, precision=precision,
+                     processes=world_size)
+    return dataset, config
+
+
+def begin(run: Run):
+    """Begin the log of a new run, and print its plan."""
+    run.log.restart([{"config": asdict(run.config)}])
+    if run.is_main:
+        print_plan(run)
 
 
 def print_plan(run: Run):

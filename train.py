@@ -1,18 +1,19 @@
-"""Pre-train FLIP (arXiv 2407.08515, section 4): schedules, one step, the loop, validation.
+r"""Pre-train FLIP (arXiv 2407.08515, section 4): schedules, one step, the loop, validation.
 
     python train.py                         drawn faces, the tiny model, minutes on two CPU cores
     python train.py --data DIR              your own faces (layouts: readers/layouts.py)
     python train.py --data DIR --init FILE  the same, from a trained FLIP, ours or the official
     python train.py --resume                resume the run in --out
-    torchrun --nproc_per_node 8 train.py --model base --data DIR \\
+    torchrun --nproc_per_node 8 train.py --model base --data DIR \
         --clip openai/clip-vit-base-patch16 --bert bert-base-uncased
                                             the paper's recipe: 8 processes with 80 pairs each
 
 Flags, the paper's values and the tiny model's recipe are in config.py; what a run starts from, and
 how it is saved and resumed, is in runs.py. Everything that changes during a run (learning rate,
-momentum, hardness of the negatives, ...) is a schedule, a pure function of the step. So are the
-data and all random numbers; hence a resumed run computes exactly what an uninterrupted one does.
-The random numbers of a step are seeded by their purpose and these numbers:
+momentum, hardness of the negatives, ...) follows a schedule that depends only on the step. Data and
+random numbers depend only on the seed and the position in the run. So a resumed run computes
+exactly what an uninterrupted one does. Random numbers are seeded by their purpose and these
+numbers:
 
     order of the faces                  (seed, epoch)           FaceDataset.batch_indices
     caption and augmentation            (seed, epoch, index)    FaceDataset.__getitem__
@@ -21,7 +22,6 @@ The random numbers of a step are seeded by their purpose and these numbers:
 """
 import contextlib
 import math
-import time
 from pathlib import Path
 
 import torch
@@ -29,16 +29,17 @@ import torch.distributed as dist
 import torch.nn as nn
 from tqdm import tqdm
 
+import runs
 from common.distributed import autocast, init_distributed, rank_and_world_size
 from common.pictures import plot_curves, plot_retrieval
 from common.script import run_script
 from common.seeds import derive_seed
 from config import Config, parse_arguments
 from data import Batch
-from evaluation import evaluate, recall_table
+from evaluation import EvaluationSet, evaluate, recall_table
 from flip import StepParams
-from optim import ramp, set_learning_rate, warmup_decay
-from runs import Run, StepTimer, open_run, save
+from optim import build_optimizers, ramp, set_learning_rate, warmup_decay
+from runs import Log, Run, StepTimer
 
 
 # ---- schedules: pure functions of the step -------------------------------------------------------
@@ -71,9 +72,9 @@ def schedule(step: int, config: Config) -> StepParams:
 
 # ---- one step ------------------------------------------------------------------------------------
 def compute_gradients(run: Run, micro_batches: list[Batch], step: int):
-    """Compute the gradients of one step on `accumulate` micro-batches. Returns a tensor (3,), which
-    has ITC and ITM, means of all processes, and the number of micro-batches with ITM (without, it
-    is 0), and the outputs of `FLIP.forward`."""
+    """Compute the gradients of one step on `accumulate` micro-batches. Returns the outputs of
+    `FLIP.forward` and a tensor (3,): the sums of ITC and of ITM over the micro-batches, and the
+    number of those with ITM, each averaged over processes."""
     config = run.config
     device = run.model.device
     rank, world_size = rank_and_world_size()
@@ -85,21 +86,22 @@ def compute_gradients(run: Run, micro_batches: list[Batch], step: int):
     outputs = []
     for number, batch in enumerate(micro_batches, start=1):
         # DistributedDataParallel averages gradients in the last backward pass only
-        run.ddp_model.require_backward_grad_sync = number == len(micro_batches)
+        run.parallel_model.require_backward_grad_sync = number == len(micro_batches)
         batch = batch.to(device)
         with autocast(config.precision, device):
-            out = run.ddp_model(batch.images, batch.captions, batch.identity, params, generator)
+            out = run.parallel_model(batch.images, batch.captions, batch.identity, params,
+                                     generator)
             loss = (out.itc + out.itm) / len(micro_batches)
             loss.backward()
         outputs.append(out)
-        step_losses[0] += out.itc.detach() / len(micro_batches)
-        step_losses[1] += out.itm.detach() / len(micro_batches)
+        step_losses[0] += out.itc.detach()
+        step_losses[1] += out.itm.detach()
         step_losses[2] += out.has_itm
 
     if world_size > 1:
         dist.all_reduce(step_losses)
         step_losses /= world_size
-    return step_losses, outputs
+    return outputs, step_losses
 
 
 def update(run: Run, outputs, step: int):
@@ -124,58 +126,83 @@ def update(run: Run, outputs, step: int):
         model.update_momentum(momentum)
 
 
-# ---- the loop ------------------------------------------------------------------------------------
+# ---- the run -------------------------------------------------------------------------------------
 def train(config: Config):
     """Run the training; returns the model and its final validation metrics."""
     device = init_distributed(config.device)
-    with open_run(config, device) as run:
-        training_loop(run)
-    validations = [line for line in run.log.lines if "r_mean" in line]
-    first = validations[0]
-    last = validations[-1]
+    rank, _ = rank_and_world_size()
+    log = Log(Path(config.out) / "log.jsonl", writes=rank == 0)
+    with contextlib.closing(log):
+        run = build_run(config, device, log)
+        with runs.saved_on_error(run):
+            training_loop(run)
+    metrics = [line for line in log.lines if "r_mean" in line]
     if run.is_main:
-        initial = first if first["step"] == 0 else None
-        print(recall_table(last, run.validation, initial))
+        initial = metrics[0] if metrics[0]["step"] == 0 else None
+        print(recall_table(metrics[-1], run.validation, initial))
         print(f"{config.out}: flip.pt, log.jsonl, curves.png, retrieval.png")
-    return run.model, last
+    return run.model, metrics[-1]
+
+
+def build_run(config: Config, device: torch.device, log: Log) -> Run:
+    """Model, data and optimisers, new or from the checkpoint in --out."""
+    start = runs.starting_point(config)
+    model = start.model.to(device).train()
+    dataset, config = runs.plan_steps(config, model, start.faces)
+    optimizers = build_optimizers(model, config.weight_decay, config.beta2, config.temperature_lr,
+                                  config.muon_lr_image, config.muon_lr_text, config.muon_momentum)
+    validation = EvaluationSet.from_faces(start.validation, start.faces,
+                                          config.batch_size * config.processes)
+    parallel_model = runs.data_parallel(model, config)
+    run = Run(config, model, parallel_model, optimizers, dataset, validation, log)
+    if start.state:
+        runs.restore(run, start.state)
+    else:
+        runs.begin(run)
+    return run
 
 
 def training_loop(run: Run):
     """Train until the last step, or until a signal asks to stop."""
     config = run.config
+    if validation_is_due(run):
+        validate(run)
     first = run.steps_done
-    if first == 0 and config.init:
-        validate(run)       # a row of the table
-    timer = StepTimer()
     bar = tqdm(range(first, config.steps), "training", initial=first, total=config.steps,
                disable=not run.is_main)
+    timer = StepTimer()
     with contextlib.closing(run.dataset.iterate_from(first * config.accumulate)) as stream:
         for step in bar:
             micro_batches = timer.next_batches(stream, config.accumulate)
-            step_losses, outputs = compute_gradients(run, micro_batches, step)
-            run.updating = True
+            outputs, step_losses = compute_gradients(run, micro_batches, step)
+            run.updating = True             # until this is over, the run cannot be saved
             update(run, outputs, step)
             run.unlogged_losses.append(step_losses)
             run.steps_done = step + 1
             run.updating = False
 
-            is_last = run.steps_done == config.steps
-            if run.steps_done % config.log_every == 0 or is_last:
+            if run.steps_done % config.log_every == 0 or run.steps_done == config.steps:
                 line = mean_losses(run) | timer.means()
                 run.log.write(step=run.steps_done, **line)
                 bar.set_postfix(itc=line["itc"], itm=line["itm"], seconds=line["seconds"])
                 run.unlogged_losses = []
                 timer.restart()
 
-            is_due = run.steps_done % config.eval_every == 0 or is_last
+            is_due = validation_is_due(run)
             if is_due:
                 validate(run)
                 timer.restart()
-            must_stop = run.must_stop()
-            if is_due or must_stop or time.time() - run.last_save > 60 * config.save_every:
-                save(run)
-            if must_stop:
-                raise SystemExit(f"stopped after step {run.steps_done}; continue with --resume")
+            runs.save_if_due(run, validated=is_due)
+
+
+def validation_is_due(run: Run) -> bool:
+    """Whether to validate now: every `eval_every` steps, after the last step and, with --init,
+    before the first one; but not if the log has the metrics already."""
+    step = run.steps_done
+    is_due = step % run.config.eval_every == 0 or step == run.config.steps
+    if step == 0:
+        is_due = bool(run.config.init)
+    return is_due and not any("r_mean" in line and line["step"] == step for line in run.log.lines)
 
 
 def mean_losses(run: Run):
@@ -188,12 +215,9 @@ def mean_losses(run: Run):
     if not math.isfinite(itc + itm):
         raise ValueError(f"the loss of steps {steps[0] + 1} to {steps[-1] + 1} is NaN or infinite")
     num_scheduled = config.accumulate * sum(schedule(step, config).with_itm for step in steps)
-    mean_itm = None
-    if num_with_itm:
-        mean_itm = config.accumulate * itm / num_with_itm
     return {
-        "itc": itc / len(steps),
-        "itm": mean_itm,
+        "itc": itc / (config.accumulate * len(steps)),
+        "itm": itm / num_with_itm if num_with_itm else None,
         "itm_skipped": num_scheduled - int(num_with_itm),
         "temperature": run.model.temperature.item(),
         "lr": learning_rate(steps[-1], config, run.steps_per_epoch),

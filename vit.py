@@ -5,11 +5,11 @@
           -> LayerNorm of all tokens
 
 The contrastive loss uses the class token; in image-grounded mode the text encoder attends to all
-tokens. Three details follow CLIP, so that its weights load: a LayerNorm before the first block, the
-activation x * sigmoid(1.702 x), a patch convolution without bias. Implementations differ in the
-final LayerNorm: Hugging Face's CLIP applies it only to the pooled class token; the official FLIP,
-and this code, apply it to all tokens, because cross-attention reads them. (A misspelt key makes the
-official code drop CLIP's weights for this layer; here they load.)
+tokens. Three details follow CLIP so that its weights can be loaded: a LayerNorm before the first
+block, the activation x * sigmoid(1.702 x), a patch convolution without bias. Implementations differ
+in the final LayerNorm: Hugging Face's CLIP applies it only to the pooled class token; the official
+FLIP, and this code, apply it to all tokens, because cross-attention reads them. (A misspelt key
+makes the official code drop CLIP's weights for this layer; here they load.)
 
 The tokens of a batch of images are packed: one tensor (B L, D), and a `Sequences` with the offset
 of each image. The letters of the shapes are listed in attention.py.

@@ -472,14 +472,22 @@ class Layout(NamedTuple):
 
 
 LAYOUTS = (             # the first match applies, and the last row to a JSON file given by name
-    Layout("sketch/train sketch/test photo photo/*/ *.json", "FS2K-SDE", read_fs2k_sde),
-    Layout("anno_*.json sketch sketch/*/ photo photo/*/ t*.json captions.json", "FS2K", read_fs2k),
-    Layout("list_attr_celeba.* list_eval_partition.* img_align_celeba img_align_celeba/*/", "CelebA",
-           read_celeba, ("img_align_celeba", "img_align_celeba/img_align_celeba")),          # Kaggle nests it
-    Layout("list_attr_lfwa.csv list_attr_lfwa_test.csv lfw/*/", "LFWA", read_lfwa, ("lfw", "")),
-    Layout("captions_hq.json images image", "CelebA-Dialog", read_celeba_dialog, ("images", "image", "")),
-    Layout("text/celeba-caption/*.txt t*/*.pickle images", "MM-CelebA-HQ", read_mm_celeba, ("images",)),
-    Layout("train.json val.json test.json **/", "JSON annotations", read_caption_lists, ("", "images")),
-    Layout(TARS, "webdataset", read_tar, jobs=find_tars, may_be_beside=True),
-    Layout("*.json **/", "JSON annotations", read_caption_lists, ("", "images"), may_be_beside=True),
+    Layout("sketch/train sketch/test photo photo/*/ *.json",
+           "FS2K-SDE", read_fs2k_sde),
+    Layout("anno_*.json sketch sketch/*/ photo photo/*/ t*.json captions.json",
+           "FS2K", read_fs2k),
+    Layout("list_attr_celeba.* list_eval_partition.* img_align_celeba img_align_celeba/*/",
+           "CelebA", read_celeba, ("img_align_celeba", "img_align_celeba/img_align_celeba")),
+    Layout("list_attr_lfwa.csv list_attr_lfwa_test.csv lfw/*/",
+           "LFWA", read_lfwa, ("lfw", "")),
+    Layout("captions_hq.json images image",
+           "CelebA-Dialog", read_celeba_dialog, ("images", "image", "")),
+    Layout("text/celeba-caption/*.txt t*/*.pickle images",
+           "MM-CelebA-HQ", read_mm_celeba, ("images",)),
+    Layout("train.json val.json test.json **/",
+           "JSON annotations", read_caption_lists, ("", "images")),
+    Layout(TARS,
+           "webdataset", read_tar, jobs=find_tars, may_be_beside=True),
+    Layout("*.json **/",
+           "JSON annotations", read_caption_lists, ("", "images"), may_be_beside=True),
 )
