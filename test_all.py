@@ -1334,8 +1334,9 @@ def paths(pictures, tmp_path):
 
 
 @pytest.fixture
-def features(model, paths, tmp_path):
-    """The features of the drawn faces."""
+def features(model, paths, tmp_path, monkeypatch):
+    """The features of the drawn faces; they and the search are in float32 on every CPU."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
     return search.encode_folder(model, tmp_path, "features.pt")
 
 
@@ -3630,8 +3631,7 @@ def test_query_is_split_into_the_phrases_that_describe_a_face():
     ["glasses"],
     ["glasses", "a goatee"],
     ["glasses", "a goatee", "bangs"]])
-def test_scores_of_the_exclusions_are_subtracted(model, paths, features, monkeypatch, without):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)            # the search is in float32
+def test_scores_of_the_exclusions_are_subtracted(model, paths, features, without):
     texts = ["a man", *without]
     weights = torch.tensor([1.0] + [-1 / len(texts)] * len(without))
     scores = model.score(paths, texts) @ weights
