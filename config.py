@@ -62,7 +62,7 @@ class Config(SharedFlags):
     model: Literal[*MODELS] = "tiny"    # tiny (for drawn faces, trains on two CPU cores) or base
                                         # (the paper's ViT-B/16 and BERT-base)
     out: str = "out"            # folder for checkpoint, log and plots
-    faces: int = 20_000         # number of faces to draw for training
+    faces: int = 40_000         # number of faces to draw for training
     validation: int = 1000      # maximum number of validation faces
     resume: bool = False        # resume the run in --out
     seed: int = 0               # seed of initial weights, data order, captions, dropout, negatives
@@ -104,25 +104,17 @@ class Config(SharedFlags):
     # how the learning rate decays after the warm-up: "epoch" (x 0.9 per epoch), "cosine" or
     # "linear"
     lr_decay: str = "epoch"
-    # learning rate of the temperature, as a multiple of lr
-    temperature_lr: float = 1.0
-    # learning rate of Muon, as a multiple of lr, in the blocks of the image and the text encoder;
-    # 0: AdamW. Muon moves all directions of a matrix at one rate, so that rare attributes are not
-    # learned last
-    muon_lr_image: float = 0.0
-    muon_lr_text: float = 0.0
+    # learning rate of Muon, which updates all matrices, as a multiple of lr; 0: AdamW updates them
+    muon_lr: float = 0.0
     muon_momentum: float = 0.95
-    beta2: float = 0.999
-    # fractions of the run between which alpha and hardness rise from 0 (the paper: 2 of 15 epochs,
-    # for alpha)
-    alpha_ramp: tuple[float, float] = (0.0, 2 / 15)
-    hardness_ramp: tuple[float, float] = (0.0, 0.0)
-    # fractions of the run from which the momentum encoder, the queue and ITM are used
-    momentum_from: float = 0.0
-    queue_from: float = 0.0
-    itm_from: float = 0.0
-    # re-rank by an estimate of log(p(text | image) / p(text)), see `FLIP.rerank_score`, instead of
-    # by the paper's score; also whenever the model of --init was trained with it
+    # fractions of the run at which phase 2 and phase 3 begin, see `train.schedule`
+    phases: tuple[float, float] = (0.0, 0.0)
+    # fraction of the run in which alpha rises from 0, at the beginning of phase 3
+    alpha_warmup: float = 2 / 15
+    # initial values for training without CLIP and BERT, see `FLIP.init_from_scratch`
+    from_scratch: bool = False
+    # re-rank by pointwise mutual information, see `FLIP.rerank_score`, instead of by the paper's
+    # score; also whenever the model of --init was trained with it
     rerank_by_pmi: bool = False
 
     def __post_init__(self):
@@ -135,19 +127,17 @@ class Config(SharedFlags):
 
 # The paper's recipe starts from CLIP and BERT. A short run from random weights needs other values:
 RECIPES = {"base": {}, "tiny": dict(
-    steps=2130, max_epochs=30, batch_size=128, fit_batch=True, workers=0, log_every=20,
-    eval_every=1065, k_test=16, augment=False,      # --data turns augmentation on
-    lr=1e-3, lr_start=1e-5, lr_min=0.0, lr_decay="linear", warmup=60, beta2=0.98, grad_clip=1.0,
-    # captions are learned faster than images: a slower text encoder lets the image encoder keep up
-    muon_lr_image=4.5, muon_lr_text=1.5, muon_momentum=0.9, weight_decay=0.1,
-    # at the full rate the temperature drops before the features are of any use
-    temperature_lr=0.3,
-    # with hard negatives from the start, the matching head learns only the base rate: first,
-    # uniform ones
-    itm_from=0.25, itm_every=8, hardness_ramp=(0.5, 0.75), rerank_by_pmi=True,
-    # in a short run a slow momentum encoder lags far behind the student: it and alpha come late,
-    # and so does the queue, when the features of its entries change slowly
-    momentum=0.95, momentum_from=0.85, alpha_ramp=(0.85, 0.97), queue_size=512, queue_from=0.88)}
+    # the length of the run, and what follows from it
+    steps=1920, max_epochs=30, batch_size=128, fit_batch=True, workers=0, log_every=20,
+    eval_every=960, k_test=16, augment=False,       # --data turns augmentation on
+    # larger initial values and rates, as nothing is to be kept of CLIP and BERT
+    from_scratch=True, lr=1e-3, warmup=60, lr_decay="linear", weight_decay=0.1,
+    # Muon moves in all directions at the same rate, so that rare attributes are not learned last
+    muon_lr=3.0, muon_momentum=0.9,
+    # phase 1 to 25 %: hard negatives teach ITM only when the features are good. Phase 3 from 85 %:
+    # in a short run a momentum encoder lags far behind the student, until the learning rate is low
+    phases=(0.25, 0.85), alpha_warmup=0.0, momentum=0.95, queue_size=512,
+    itm_every=8, rerank_by_pmi=True)}
 
 
 def parse_arguments(argv: list[str] | None = None, description: str | None = __doc__) -> Config:

@@ -43,7 +43,7 @@ from flip import FLIP, StepParams, project
 from losses import contrastive_loss
 from optim import build_optimizers, set_learning_rate, warmup_decay
 from pretrained import write_checkpoint
-from runs import Log, random_model
+from runs import Log
 
 
 # ---- configuration -------------------------------------------------------------------------------
@@ -508,7 +508,8 @@ def finetune(config: TaskConfig) -> list[tuple[str, dict]]:
     torch.manual_seed(derive_seed("random encoders", config.seed))
     encoders = {config.checkpoint: model}
     if config.random:
-        encoders["random weights"] = random_model(model.config, model.tokenizer)
+        encoders["random weights"] = FLIP(model.config, model.tokenizer)
+        encoders["random weights"].init_from_scratch()
 
     log = Log(folder / "log.jsonl")
     log.restart([{"config": asdict(config)}])

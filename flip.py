@@ -14,9 +14,14 @@ of earlier batches are kept in a queue. They were computed with older weights an
 only if the encoder changes slowly; so keys come from a moving average of the student. It also
 provides soft targets: another face's caption may be true of this face too, so a fraction alpha of
 the target follows the momentum encoder's softmax over all keys, and the rest is placed on the true
-pairs. (The default run trains the tiny model in other ways for most of its steps: ITM in every 8th
-step from 25 % on, momentum encoder and soft targets from 85 %, the queue from 88 %; config.py says
-why.)
+pairs.
+
+The paper trains all of this from the first step on. `python train.py` trains the tiny model from
+random weights in minutes, and in three phases (train.py):
+
+    1  ITC within the batch     the keys are the student's own features; no ITM
+    2  with ITM                 in every 8th step, its negatives ever harder
+    3  complete FLIP            also with momentum encoder, queue and soft targets
 
 `forward` computes the losses and changes no state. The training loop changes state, with one call
 each: `update_momentum`, `enqueue`, `clamp_temperature`. (The official forward does all of this.)
@@ -137,6 +142,24 @@ class FLIP(nn.Module):
         self.register_buffer("queue_identity", torch.full((config.queue_size,), -100))
         self.register_buffer("queue_pointer", torch.zeros(1, dtype=torch.int64))
 
+    @torch.no_grad()
+    def init_from_scratch(self):
+        """Initialise for training from random weights, without CLIP and BERT: with larger values.
+
+        Xavier for all linear layers, and even larger values for the value and output layers of text
+        self-attention: with BERT's 0.02 and width 128, [CLS] would barely depend on the caption.
+        Word embeddings are larger than positions, so that captions differ from step one; image
+        positions are on the scale of the patch embeddings, so that an eyebrow can be told from a
+        moustache."""
+        nn.init.normal_(self.student.image.positions, std=0.5)
+        nn.init.normal_(self.student.text.words.weight, std=0.1)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+        for layer in self.student.text.layers:
+            for linear in (layer.attention.value, layer.attention.out):
+                nn.init.normal_(linear.weight, std=2 * linear.in_features ** -0.5)
+
     @property
     def device(self):
         return self.temperature.device
@@ -183,19 +206,20 @@ class FLIP(nn.Module):
         """The score that re-ranks candidates: ITM logits (..., 2) and cosines (...) -> (...).
 
         The paper uses logit 1 + cosine. If the head was trained with negatives of hardness h, this
-        estimates the pointwise mutual information of image i and text t (each line up to a
-        constant):
+        is the mean of two estimates of the pointwise mutual information of image i and text t, of
+        ITC's and of ITM's (each line up to a constant):
 
-            density of the true pairs               p(i, t)
-            density of the negatives                q(i, t) = p(i) p(t) exp(h cosine / tau)
-            logit 1 - logit 0 estimates             log p(i, t) - log q(i, t)
-            plus h cosine / tau, that is            log p(i, t) - log (p(i) p(t))
+            ITC         log p(i, t) - log (p(i) p(t))   ~   cosine / tau
+            negatives   log q(i, t) - log (p(i) p(t))   =   h cosine / tau
+            ITM         log p(i, t) - log q(i, t)       ~   logit 1 - logit 0
 
-        (An approximation: negatives are sampled in both directions, normalised per row.)"""
+        The last two lines add up to ITM's estimate. (An approximation: negatives are sampled in
+        both directions, normalised per row.)"""
         if self.config.itm_hardness is None:
             return logits[..., 1] + cosine
-        log_density_ratio = logits[..., 1] - logits[..., 0]
-        return log_density_ratio + self.config.itm_hardness * cosine / self.temperature.to(cosine)
+        itc = cosine / self.temperature.to(cosine)
+        itm = logits[..., 1] - logits[..., 0] + self.config.itm_hardness * itc
+        return (itc + itm) / 2
 
     def forward(self, images, captions: Captions, identity, params=StepParams(), generator=None):
         """Both losses of B pairs, a `FLIPOutput`: images (B, 3, S, S), packed captions, identity

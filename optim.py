@@ -8,10 +8,12 @@ from pretrained import check_tensors
 
 
 class Muon(torch.optim.Optimizer):
-    """Orthogonalised momentum (kellerjordan.github.io/posts/muon) for hidden-to-hidden matrices:
-    the momentum U S V^T is replaced by U V^T, scaled to the size of an AdamW update (arXiv
-    2502.16982). When training from scratch, gradients have nearly low rank: Adam, which scales per
-    entry, follows the few large directions (what most captions say), and the many small ones (rare
+    """Orthogonalised momentum (kellerjordan.github.io/posts/muon) for matrices: the momentum U S
+    V^T is replaced by U V^T, scaled to the size of an AdamW update (arXiv 2502.16982). A
+    convolution is a matrix whose rows are its kernels.
+
+    When training from scratch, gradients have nearly low rank: Adam, which scales per entry,
+    follows the few large directions (what most captions say), and the many small ones (rare
     attributes) lag. Muon moves in all directions at the same rate."""
 
     def __init__(self, groups, momentum):
@@ -29,11 +31,11 @@ class Muon(torch.optim.Optimizer):
                     by_shape.setdefault(p.shape, []).append(p)
             for shape, parameters in by_shape.items():
                 directions = [self.direction(p, group["momentum"]) for p in parameters]
-                updates = newton_schulz(torch.stack(directions))
-                scale = 0.2 * max(shape) ** 0.5
+                updates = newton_schulz(torch.stack(directions).flatten(2))
+                scale = 0.2 * max(updates.shape[1:]) ** 0.5
                 for p, update in zip(parameters, updates):
                     p.mul_(1 - group["lr"] * group["weight_decay"])
-                    p.add_(update, alpha=-scale * group["lr"])
+                    p.add_(update.view(shape), alpha=-scale * group["lr"])
 
     def direction(self, p, momentum):
         """Update the moving average of the gradient; return Nesterov's look-ahead from it."""
@@ -57,49 +59,39 @@ def newton_schulz(X: torch.Tensor, steps=5) -> torch.Tensor:
     return X
 
 
-def build_optimizers(module, weight_decay, beta2=0.999, temperature_lr=1.0, muon_lr_image=0.0,
-                     muon_lr_text=0.0, muon_momentum=0.95) -> list[torch.optim.Optimizer]:
-    """[AdamW], or [AdamW, Muon] if a Muon rate is not 0; each trained parameter is in exactly one
-    group. Weight decay applies to all parameters with more than one dimension (position embeddings
-    and the patch convolution, too). The rates are multiples of the learning rate; Muon's are for
-    the matrices inside the image encoder's blocks and the text encoder's layers (0: AdamW updates
-    these, too). A parameter without a gradient, such as cross-attention's in a step without ITM, is
-    not changed at all."""
-    adamw_groups = {}           # {(scale, weight decay): parameters}
-    muon_groups = {}
+def build_optimizers(module: torch.nn.Module, weight_decay, muon_lr=0.0, muon_momentum=0.95):
+    """[AdamW, Muon], or [AdamW] if muon_lr is 0; each trained parameter is in exactly one of them.
+
+    Muon updates all matrices except embeddings and the matching head, at muon_lr times the learning
+    rate; AdamW updates everything else. Weight decay applies to all parameters with two or more
+    dimensions, also to position embeddings and the patch convolution. A parameter without a
+    gradient, such as cross-attention's in a step without ITM, is not changed at all."""
+    matrices = []           # for Muon
+    decayed = []
+    not_decayed = []
     for name, p in module.named_parameters():
         if not p.requires_grad:
             continue
-        decay = weight_decay if p.ndim > 1 else 0.0
-        muon_lr = 0.0
-        if p.ndim == 2 and ".blocks." in name:
-            muon_lr = muon_lr_image
-        if p.ndim == 2 and ".layers." in name:
-            muon_lr = muon_lr_text
-        if muon_lr:
-            muon_groups.setdefault((muon_lr, decay), []).append(p)
+        is_excepted = any(part in name for part in ("words", "positions", "matching_head"))
+        if muon_lr and p.ndim > 1 and not is_excepted:
+            matrices.append(p)
+        elif p.ndim > 1:
+            decayed.append(p)
         else:
-            scale = temperature_lr if name == "temperature" else 1.0
-            adamw_groups.setdefault((scale, decay), []).append(p)
+            not_decayed.append(p)
 
-    adamw = torch.optim.AdamW(as_groups(adamw_groups), betas=(0.9, beta2), eps=1e-8, fused=True)
-    for group in adamw.param_groups:
-        for p in group["params"]:               # else AdamW's first step creates the state
-            state = adamw.state[p]
-            state["step"] = torch.zeros((), device=p.device)
-            state["exp_avg"] = torch.zeros_like(p)
-            state["exp_avg_sq"] = torch.zeros_like(p)
-    if not muon_groups:
+    groups = [{"params": decayed, "weight_decay": weight_decay, "scale": 1.0},
+              {"params": not_decayed, "weight_decay": 0.0, "scale": 1.0}]
+    adamw = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, fused=True)
+    for p in decayed + not_decayed:             # else AdamW's first step creates the state
+        state = adamw.state[p]
+        state["step"] = torch.zeros((), device=p.device)
+        state["exp_avg"] = torch.zeros_like(p)
+        state["exp_avg_sq"] = torch.zeros_like(p)
+    if not matrices:
         return [adamw]
-    return [adamw, Muon(as_groups(muon_groups), muon_momentum)]
-
-
-def as_groups(by_setting: dict) -> list[dict]:
-    """{(scale, weight decay): parameters} -> parameter groups of a torch optimiser."""
-    groups = []
-    for (scale, decay), parameters in by_setting.items():
-        groups.append({"params": parameters, "scale": scale, "weight_decay": decay})
-    return groups
+    group = {"params": matrices, "weight_decay": weight_decay, "scale": muon_lr}
+    return [adamw, Muon([group], muon_momentum)]
 
 
 def load_optimizers(optimizers, saved: list[dict], where):
@@ -143,3 +135,14 @@ def warmup_decay(step, steps, warmup, lr, lr_start=0.0, lr_min=0.0, decay="cosin
     else:
         left = (1 + math.cos(math.pi * done)) / 2
     return lr_min + (lr - lr_min) * left
+
+
+def learning_rate(step: int, config, steps_per_epoch: int) -> float:
+    """The learning rate of a step of pre-training, as a config.Config says: `warmup_decay` or, as
+    in the paper, decay by 0.9 per epoch, which begins where the warm-up ends."""
+    warmup = min(config.warmup, config.steps // 5)
+    if config.lr_decay == "epoch" and step >= warmup:
+        epochs = step // steps_per_epoch - warmup // steps_per_epoch
+        return max(config.lr_min, config.lr * 0.9 ** epochs)
+    return warmup_decay(step, config.steps, warmup, config.lr, config.lr_start, config.lr_min,
+                        config.lr_decay)

@@ -28,7 +28,7 @@ from common.distributed import (
 )
 from common.seeds import derive_seed, random_stream
 from common.words import known_and_unknown_words
-from config import MODELS, TINY, Config
+from config import MODELS, Config
 from data import FaceDataset, Faces, load_toy_faces, open_faces, readable
 from evaluation import EvaluationSet
 from flip import FLIP, FLIPConfig, saved_config
@@ -128,6 +128,16 @@ class Run:
             return False
         return any_rank(bool(self.signals), self.model.device)
 
+    def validation_is_due(self) -> bool:
+        """Whether to validate now: every `eval_every` steps, after the last step and, with --init,
+        before the first one; but not if the log has the metrics already."""
+        step = self.steps_done
+        is_due = step % self.config.eval_every == 0 or step == self.config.steps
+        if step == 0:
+            is_due = bool(self.config.init)
+        validated = [line["step"] for line in self.log.lines if "r_mean" in line]
+        return is_due and step not in validated
+
 
 # ---- starting ------------------------------------------------------------------------------------
 class Start(NamedTuple):
@@ -168,7 +178,9 @@ def new_model(config: Config) -> Start:
     bert = replace(bert, vocab_size=tokenizer.vocab_size)
     hardness = config.hardness if config.rerank_by_pmi else None
     torch.manual_seed(derive_seed("initial weights", config.seed))
-    model = random_model(FLIPConfig(vit, bert, embed_dim, config.queue_size, hardness), tokenizer)
+    model = FLIP(FLIPConfig(vit, bert, embed_dim, config.queue_size, hardness), tokenizer)
+    if config.from_scratch:
+        model.init_from_scratch()
     if config.clip:
         load_clip(model.student.image, config.clip)
     if config.bert:
@@ -301,7 +313,7 @@ def data_parallel(model: FLIP, config: Config) -> nn.Module:
     """The model itself or, if there are several processes, a DistributedDataParallel around it."""
     if config.processes == 1:
         return model
-    skips_itm = config.itm_from > 0 or config.itm_every > 1
+    skips_itm = config.phases[0] > 0 or config.itm_every > 1
     return DistributedDataParallel(model, broadcast_buffers=False, find_unused_parameters=skips_itm)
 
 
@@ -366,27 +378,3 @@ def sample_captions(faces: Faces, count: int = 3000) -> list[str]:
             rng = random_stream("captions for the vocabulary", i, k)
             texts.append(faces.caption(i, rng))
     return texts
-
-
-# ---- initial weights -----------------------------------------------------------------------------
-@torch.no_grad()
-def random_model(flip_config: FLIPConfig, tokenizer: Tokenizer) -> FLIP:
-    """A FLIP with random weights, initialised like CLIP and BERT.
-
-    The tiny model, trained from scratch, needs larger values: Xavier for all linear layers, and
-    even larger values for the value and output layers of text self-attention: with BERT's 0.02 and
-    width 128, [CLS] would barely depend on the caption. Word embeddings are larger than positions,
-    so that captions differ from step one; image positions are on the scale of the patch embeddings,
-    so that an eyebrow can be told from a moustache."""
-    model = FLIP(flip_config, tokenizer)
-    if flip_config.vit.width != TINY[0].width:
-        return model
-    nn.init.normal_(model.student.image.positions, std=0.5)
-    nn.init.normal_(model.student.text.words.weight, std=0.1)
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.xavier_uniform_(module.weight)
-    for layer in model.student.text.layers:
-        for linear in (layer.attention.value, layer.attention.out):
-            nn.init.normal_(linear.weight, std=2 * linear.in_features ** -0.5)
-    return model

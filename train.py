@@ -8,6 +8,10 @@ r"""Pre-train FLIP (arXiv 2407.08515, section 4): schedules, one step, the loop,
         --clip openai/clip-vit-base-patch16 --bert bert-base-uncased
                                             the paper's recipe: 8 processes with 80 pairs each
 
+A run has three phases: ITC within the batch; with ITM; complete FLIP, with momentum encoder, queue
+and soft targets. The paper's run is phase 3 from its first step on; the tiny model's phases begin
+at 0, 25 and 85 % of its steps.
+
 Flags, the paper's values and the tiny model's recipe are in config.py; what a run starts from, and
 how it is saved and resumed, is in runs.py. Everything that changes during a run (learning rate,
 momentum, hardness of the negatives, ...) follows a schedule that depends only on the step. Data and
@@ -38,36 +42,32 @@ from config import Config, parse_arguments
 from data import Batch
 from evaluation import EvaluationSet, evaluate, recall_table
 from flip import StepParams
-from optim import build_optimizers, ramp, set_learning_rate, warmup_decay
+from optim import build_optimizers, learning_rate, ramp, set_learning_rate
 from runs import Log, Run, StepTimer
 
-
 # ---- schedules: pure functions of the step -------------------------------------------------------
-def learning_rate(step: int, config: Config, steps_per_epoch: int) -> float:
-    """`warmup_decay` or, as in the paper, decay by 0.9 per epoch, which begins where the warm-up
-    ends."""
-    warmup = min(config.warmup, config.steps // 5)
-    if config.lr_decay == "epoch" and step >= warmup:
-        epochs = step // steps_per_epoch - warmup // steps_per_epoch
-        return max(config.lr_min, config.lr * 0.9 ** epochs)
-    return warmup_decay(step, config.steps, warmup, config.lr, config.lr_start, config.lr_min,
-                        config.lr_decay)
+PHASES = {1: "ITC within the batch", 2: "with ITM", 3: "complete FLIP"}
+
+
+def phase(step: int, config: Config) -> int:
+    """The phase of a step, see PHASES. The paper's run is phase 3 from its first step on."""
+    fraction = step / config.steps
+    start_2, start_3 = config.phases
+    return 1 + (fraction >= start_2) + (fraction >= start_3)
 
 
 def schedule(step: int, config: Config) -> StepParams:
-    """Everything else that changes during a run."""
+    """What changes during a run, except the learning rate (optim.py). In phase 2, the negatives of
+    ITM become harder. Phase 3 adds the momentum encoder, the queue and the soft targets."""
     fraction = step / config.steps
-    alpha = config.alpha * ramp(fraction, *config.alpha_ramp)
-    hardness = config.hardness * ramp(fraction, *config.hardness_ramp)
-    momentum = config.momentum if step >= config.momentum_from * config.steps else 0.0
-    with_itm = step >= config.itm_from * config.steps and step % config.itm_every == 0
-
-    queue_length = config.queue_size    # the paper's queue is full of random negatives at step 0
-    if config.queue_from > 0:           # a queue that is used later has only what is written so far
-        pairs_seen = step * config.accumulate * config.batch_size * config.processes
-        is_used = step >= config.queue_from * config.steps
-        queue_length = min(config.queue_size, pairs_seen) if is_used else 0
-    return StepParams(alpha, momentum, queue_length, hardness, with_itm)
+    start_2, start_3 = config.phases
+    with_itm = phase(step, config) >= 2 and step % config.itm_every == 0
+    hardness = config.hardness * ramp(fraction, start_2, start_3)
+    if phase(step, config) < 3:
+        return StepParams(alpha=0.0, momentum=0.0, queue_length=0, hardness=hardness,
+                          with_itm=with_itm)
+    alpha = config.alpha * ramp(fraction, start_3, start_3 + config.alpha_warmup)
+    return StepParams(alpha, config.momentum, config.queue_size, hardness, with_itm)
 
 
 # ---- one step ------------------------------------------------------------------------------------
@@ -120,10 +120,9 @@ def update(run: Run, outputs, step: int):
         optimizer.zero_grad(set_to_none=True)
     model.clamp_temperature()
 
-    # for the next step; before the first step with a momentum, the momentum encoder becomes a copy
-    momentum = schedule(step + 1, config).momentum
-    if momentum > 0 or schedule(step + 2, config).momentum > 0:
-        model.update_momentum(momentum)
+    if phase(step + 1, config) == 3:        # the momentum encoder, for the next step
+        is_first = phase(step, config) < 3
+        model.update_momentum(0.0 if is_first else config.momentum)     # 0: a copy of the student
 
 
 # ---- the run -------------------------------------------------------------------------------------
@@ -149,8 +148,7 @@ def build_run(config: Config, device: torch.device, log: Log) -> Run:
     start = runs.starting_point(config)
     model = start.model.to(device).train()
     dataset, config = runs.plan_steps(config, model, start.faces)
-    optimizers = build_optimizers(model, config.weight_decay, config.beta2, config.temperature_lr,
-                                  config.muon_lr_image, config.muon_lr_text, config.muon_momentum)
+    optimizers = build_optimizers(model, config.weight_decay, config.muon_lr, config.muon_momentum)
     validation = EvaluationSet.from_faces(start.validation, start.faces,
                                           config.batch_size * config.processes)
     parallel_model = runs.data_parallel(model, config)
@@ -165,14 +163,15 @@ def build_run(config: Config, device: torch.device, log: Log) -> Run:
 def training_loop(run: Run):
     """Train until the last step, or until a signal asks to stop."""
     config = run.config
-    if validation_is_due(run):
+    if run.validation_is_due():
         validate(run)
     first = run.steps_done
-    bar = tqdm(range(first, config.steps), "training", initial=first, total=config.steps,
-               disable=not run.is_main)
+    steps = range(first, config.steps)
+    bar = tqdm(steps, initial=first, total=config.steps, disable=not run.is_main)
     timer = StepTimer()
     with contextlib.closing(run.dataset.iterate_from(first * config.accumulate)) as stream:
         for step in bar:
+            bar.set_description(f"phase {phase(step, config)}: {PHASES[phase(step, config)]}")
             micro_batches = timer.next_batches(stream, config.accumulate)
             outputs, step_losses = compute_gradients(run, micro_batches, step)
             run.updating = True             # until this is over, the run cannot be saved
@@ -188,21 +187,11 @@ def training_loop(run: Run):
                 run.unlogged_losses = []
                 timer.restart()
 
-            is_due = validation_is_due(run)
+            is_due = run.validation_is_due()
             if is_due:
                 validate(run)
                 timer.restart()
             runs.save_if_due(run, validated=is_due)
-
-
-def validation_is_due(run: Run) -> bool:
-    """Whether to validate now: every `eval_every` steps, after the last step and, with --init,
-    before the first one; but not if the log has the metrics already."""
-    step = run.steps_done
-    is_due = step % run.config.eval_every == 0 or step == run.config.steps
-    if step == 0:
-        is_due = bool(run.config.init)
-    return is_due and not any("r_mean" in line and line["step"] == step for line in run.log.lines)
 
 
 def mean_losses(run: Run):
@@ -216,6 +205,7 @@ def mean_losses(run: Run):
         raise ValueError(f"the loss of steps {steps[0] + 1} to {steps[-1] + 1} is NaN or infinite")
     num_scheduled = config.accumulate * sum(schedule(step, config).with_itm for step in steps)
     return {
+        "phase": phase(steps[-1], config),
         "itc": itc / (config.accumulate * len(steps)),
         "itm": itm / num_with_itm if num_with_itm else None,
         "itm_skipped": num_scheduled - int(num_with_itm),

@@ -77,13 +77,16 @@ def plot_curves(log: list[dict], validation, path: Path):
     for name in ("itc", "itm"):
         lines = [line for line in log if line.get(name) is not None]
         left.plot(column(lines, "step"), column(lines, name), label=name.upper())
-    config = log[0]["config"]
-    until = config["queue_from"]                # from here on, ITC has more keys
-    if config["alpha"]:
-        until = min(until, config["alpha_ramp"][0])     # or softer targets, and rises
-    if validation.ideal_itc and until > 0:
-        steps = [0, until * config["steps"]]
-        left.plot(steps, [validation.ideal_itc] * 2, "--", color="tab:blue", label="ideal ITC")
+    trained = [line for line in log if "phase" in line]
+    for before, after in zip(trained, trained[1:]):
+        if before["phase"] < after["phase"]:        # more keys and softer targets: ITC jumps
+            left.axvline(before["step"], color="grey", linestyle=":", linewidth=0.8)
+            left.annotate(f"phase {after['phase']}", (before["step"], 0.98), color="grey",
+                          xycoords=("data", "axes fraction"), va="top", rotation=90)
+    within_batch = [line["step"] for line in trained if line["phase"] < 3]
+    if validation.ideal_itc and within_batch:
+        left.plot([0, within_batch[-1]], [validation.ideal_itc] * 2, "--", color="tab:blue",
+                  label="ideal ITC")
     left.set(xlabel="step", title="training losses")
     left.legend()
 
