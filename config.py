@@ -91,13 +91,13 @@ class Config(SharedFlags):
     eval_every: int = 5000      # steps between evaluations; each also saves a checkpoint
     save_every: float = 10.0    # minutes between further checkpoints
 
-    # set only by recipes; they are not flags, because they have no comment on their line
-    # max_epochs: upper limit on the run's length, in epochs (0: none). fit_batch: limit a batch to
-    # a quarter of the faces
-    max_epochs: int = 0
-    fit_batch: bool = False
-    # number of processes, which the run sets
+    # these fields are no flags, because they have no comment on their line. The run sets the number
+    # of processes, recipes set all others
     processes: int = 1
+    # upper limit on the run's length, in epochs; 0: none
+    max_epochs: int = 0
+    # limit a batch to a quarter of the faces
+    fit_batch: bool = False
     # learning rate at step 0, and at the end of its decay
     lr_start: float = 1e-6
     lr_min: float = 1e-6
@@ -137,6 +137,7 @@ RECIPES = {"base": {}, "tiny": dict(
     # phase 1 to 25 %: hard negatives teach ITM only when the features are good. Phase 3 from 85 %:
     # in a short run a momentum encoder lags far behind the student, until the learning rate is low
     phases=(0.25, 0.85), alpha_warmup=0.0, momentum=0.95, queue_size=512,
+    # ITM takes longer than the rest of a step
     itm_every=8, rerank_by_pmi=True)}
 
 

@@ -56,7 +56,8 @@ class FLIPConfig:
     bert: BertConfig = BertConfig()
     embed_dim: int = 256
     queue_size: int = 61440
-    itm_hardness: float | None = None   # of ITM's negatives, for `rerank_score`; None: the paper's
+    # hardness of ITM's negatives, for `rerank_score`; None: re-rank by the paper's score
+    itm_hardness: float | None = None
 
 
 class StepParams(NamedTuple):
@@ -192,7 +193,9 @@ class FLIP(nn.Module):
 
         logits = []
         rank, _ = rank_and_world_size()
-        hide_bar = rank > 0 or len(chunks) < 10 or None     # None: shown on a terminal only
+        hide_bar = None         # shown on a terminal only
+        if rank > 0 or len(chunks) < 10:
+            hide_bar = True
         for chunk in tqdm(chunks, "re-ranking", disable=hide_bar, leave=False):
             image_index, text_index = chunk.T
             start = int(image_index[0])

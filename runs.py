@@ -135,8 +135,9 @@ class Run:
         is_due = step % self.config.eval_every == 0 or step == self.config.steps
         if step == 0:
             is_due = bool(self.config.init)
-        validated = [line["step"] for line in self.log.lines if "r_mean" in line]
-        return is_due and step not in validated
+        if not is_due:
+            return False
+        return step not in [line["step"] for line in self.log.lines if "r_mean" in line]
 
 
 # ---- starting ------------------------------------------------------------------------------------
@@ -318,8 +319,8 @@ def data_parallel(model: FLIP, config: Config) -> nn.Module:
 
 
 def plan_steps(config: Config, model: FLIP, faces: Faces) -> tuple[FaceDataset, Config]:
-    """The data set, and the configuration completed by the run's batch size, steps and
-    processes."""
+    """The data set, and the configuration completed by the run's batch size, steps, precision and
+    number of processes."""
     rank, world_size = rank_and_world_size()
     batch_size = config.batch_size
     if config.fit_batch:            # to at least four steps per epoch
@@ -361,7 +362,7 @@ def print_plan(run: Run):
     chance = min(100, 1000 / len(validation))
     if chance > 4:
         print(f"with {len(validation)} validation faces, R@10 is {chance:.0f} % by chance")
-    if config.init:         # otherwise the vocabulary is made of these captions, or BERT's
+    if config.init:         # otherwise the vocabulary is built from these captions, or is BERT's
         unknown = set()
         for text in sample_captions(faces, 500):
             unknown.update(known_and_unknown_words(text, run.model.tokenizer)[1])

@@ -883,7 +883,7 @@ def test_all_names_of_the_official_base_model_load_and_save(tmp_path):
     assert {name: list(tensor.shape) for name, tensor in saved.items()} == SHAPES
 
 
-# ---- common/optim.py: against torch.optim.Muon ---------------------------------------------------
+# ---- optim.py: against torch.optim.Muon ----------------------------------------------------------
 @parametrize("muon_lr, matrices", [
     (0, {}),
     (4, {4: 57})])
