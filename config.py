@@ -1,6 +1,7 @@
-"""The configuration of train.py: the paper's values (FLIP paper, section 4) as defaults, and the
-recipe of the tiny model, with reasons. A field with a comment on its line is a command-line flag,
-and the comment its help text (`parse_flags` reads this file)."""
+"""The configuration of train.py and finetune.py: the paper's values (FLIP paper, sections 4 and 5)
+as defaults, the recipe of the tiny model, with reasons, and those of the tasks. A field with a
+comment on its line is a command-line flag, and the comment its help text (`parse_flags` reads this
+file)."""
 import argparse
 import math
 import textwrap
@@ -19,9 +20,9 @@ TINY = (ViTConfig(image_size=48, patch_size=8, width=128, depth=3, heads=4),
         BertConfig(vocab_size=1, width=128, depth=2, heads=4, positions=66, dropout=0.0),
         128)
 MODELS = {"tiny": TINY, "base": (ViTConfig(), BertConfig(), 256)}
-AT_LEAST_ONE = ("faces validation epochs batch_size accumulate queue_size itm_every log_every "
-                "eval_every k_test").split()
-AT_MOST_ONE = "alpha momentum hardness fractions".split()
+AT_LEAST_ONE = ("faces validation epochs batch_size accumulate queue_size log_every eval_every "
+                "k_test").split()
+AT_MOST_ONE = "alpha momentum fractions".split()
 CHANGEABLE_ON_RESUME = "data cache device workers log_every eval_every save_every".split()
 
 
@@ -55,6 +56,7 @@ class SharedFlags:
                                      f"{highest}")
 
 
+# ---- train.py ------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Config(SharedFlags):
     """The default values are the paper's. But `python train.py` trains the tiny model, for which
@@ -82,9 +84,6 @@ class Config(SharedFlags):
     alpha: float = 0.4          # final weight of the soft targets
     momentum: float = 0.995     # final momentum of the momentum encoder
     queue_size: int = 61_440    # entries of the queue
-    itm_every: int = 1          # train ITM in every n-th step
-    hardness: float = 1.0       # final hardness of the negatives: 1 samples them by similarity, as
-                                # the paper does, 0 uniformly
     augment: bool = True        # augment the images as in the paper
     workers: int = 8            # data loading processes per training process
     log_every: int = 50         # steps between log lines
@@ -104,12 +103,13 @@ class Config(SharedFlags):
     # how the learning rate decays after the warm-up: "epoch" (x 0.9 per epoch), "cosine" or
     # "linear"
     lr_decay: str = "epoch"
-    # learning rate of Muon, which updates all matrices, as a multiple of lr; 0: AdamW updates them
-    muon_lr: float = 0.0
+    # learning rates of Muon, which updates all matrices of the image and of the text encoder, as
+    # multiples of lr; (): AdamW updates them
+    muon_lr: tuple[float, ...] = ()
     muon_momentum: float = 0.95
-    # fractions of the run at which phase 2 and phase 3 begin, see `train.schedule`
-    phases: tuple[float, float] = (0.0, 0.0)
-    # fraction of the run in which alpha rises from 0, at the beginning of phase 3
+    # fraction of the run at which phase 2 begins, complete FLIP, see `train.schedule`
+    complete_from: float = 0.0
+    # fraction of the run in which alpha rises from 0, at the beginning of phase 2
     alpha_warmup: float = 2 / 15
     # initial values for training without CLIP and BERT, see `FLIP.init_from_scratch`
     from_scratch: bool = False
@@ -132,13 +132,14 @@ RECIPES = {"base": {}, "tiny": dict(
     eval_every=960, k_test=16, augment=False,       # --data turns augmentation on
     # larger initial values and rates, as nothing is to be kept of CLIP and BERT
     from_scratch=True, lr=1e-3, warmup=60, lr_decay="linear", weight_decay=0.1,
-    # Muon moves in all directions at the same rate, so that rare attributes are not learned last
-    muon_lr=3.0, muon_momentum=0.9,
-    # phase 1 to 25 %: hard negatives teach ITM only when the features are good. Phase 3 from 85 %:
-    # in a short run a momentum encoder lags far behind the student, until the learning rate is low
-    phases=(0.25, 0.85), alpha_warmup=0.0, momentum=0.95, queue_size=512,
-    # ITM takes longer than the rest of a step
-    itm_every=8, rerank_by_pmi=True)}
+    # Muon moves in all directions at the same rate, so that rare attributes are not learned last.
+    # The image encoder has more to learn than the text encoder: it gains from a higher rate
+    muon_lr=(4.5, 1.5), muon_momentum=0.9,
+    # ITC within the batch to 85 %: hard negatives teach ITM only when the features are good, and a
+    # momentum encoder lags far behind the student until the learning rate is low
+    complete_from=0.85, alpha_warmup=0.0, momentum=0.95, queue_size=512,
+    # the paper's score assumes a matching head that knows more than ITC
+    rerank_by_pmi=True)}
 
 
 def parse_arguments(argv: list[str] | None = None, description: str | None = __doc__) -> Config:
@@ -188,3 +189,60 @@ def resumed_config(folder: Path, given: dict) -> Config:
             raise ValueError(f"--resume: the run in {path} has --{name} {saved[name]}, which "
                              f"cannot change; omit --{name} {value}, or start another run")
     return Config(**saved | changed)
+
+
+# ---- finetune.py ---------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class TaskConfig(SharedFlags):
+    """The defaults are the paper's for retrieval."""
+    task: str = ""
+    checkpoint: str = "out/flip.pt"     # from train.py, or the official one: file, folder or hub
+                                        # name
+    random: bool = True         # also train on frozen encoders with random weights
+    out: str = "out"            # folder for the results, in a subfolder named after the task
+    faces: int = 4000           # number of faces to draw for training
+    validation: int = 1000      # number of validation faces to draw; with --data the maximum
+    test: int = 5000            # number of test faces to draw; with --data the maximum (0: all)
+    fractions: tuple[float, ...] = (1.0,)       # parts of the training split to train on, each
+                                                # from the same initial weights
+    seed: int = 0               # seed of random encoders, new weights, data and negatives
+    epochs: int = 50            # epochs; a smaller fraction has the same number of steps
+    batch_size: int = 64        # samples per step
+    lr: float = 3e-5            # peak learning rate, after 10 % of the steps; cosine decay
+    workers: int = 8            # data loading processes of retrieval
+
+    # set only by recipes; they are not flags, because they have no comment on their line
+    # train the matching head in every n-th step
+    itm_every: int = 1
+    # number of stages in which a sketch is drawn
+    sketch_stages: int = 70
+
+
+# values for each task, and what differs for the drawn faces
+TASK_RECIPES = {
+    "retrieval": {},
+    # the official learning rates, 0.3 for CelebA and 0.003 for LFWA, are for SGD
+    "attributes": dict(epochs=100, batch_size=256, lr=1e-3, fractions=(0.01, 0.1, 1.0), test=0),
+    "sketch": dict(epochs=100, lr=1e-4, test=0),
+}
+DRAWN_RECIPES = {
+    "retrieval": dict(faces=2000, validation=200, test=1000, epochs=30, batch_size=250, lr=3e-3,
+                      itm_every=5, k_test=16, workers=0),
+    "attributes": dict(validation=500, test=1000, epochs=60, lr=3e-3),
+    "sketch": dict(faces=800, validation=100, test=200, epochs=600, batch_size=128, lr=1e-2),
+}
+
+
+def parse_task_arguments(argv: list[str] | None = None, description: str | None = None):
+    """The `TaskConfig` of the command line."""
+    parser = argparse.ArgumentParser(
+        description=description, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Defaults in brackets are for retrieval.\n"
+               f"Other tasks: {TASK_RECIPES}\nDrawn faces: {DRAWN_RECIPES}")
+    parser.add_argument("task", choices=tuple(TASK_RECIPES))
+    given = parse_flags(parser, TaskConfig, argv)
+    values = TASK_RECIPES[given["task"]]
+    if not given.get("data"):
+        values = values | DRAWN_RECIPES[given["task"]]
+    return TaskConfig(**values | given)

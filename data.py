@@ -42,8 +42,8 @@ class Faces:
     identity: np.ndarray            # int64 (I,): equal numbers mean the same person
     attributes: object = None       # bool (I, 40), in the order of captions.ATTRIBUTES
     captions: object = None         # a list of texts per image; None: the grammar writes them
-    sketches: object = None         # uint8 (I, steps, S, S), white on black, or per image the
-                                    # paths of its sketch after each step
+    sketches: object = None         # uint8 (I, stages, S, S), white on black, or per image the
+                                    # paths of its sketch at each stage
     digest: str = ""                # differs for other images, annotations or captions
 
     def __post_init__(self):
@@ -80,12 +80,12 @@ class Faces:
         return sample_caption(self.attributes[i], rng)[0]
 
     @property
-    def sketch_steps(self):
-        """Number of steps in which each sketch is drawn."""
+    def sketch_stages(self):
+        """Number of stages in which each sketch is drawn."""
         return len(self.sketches[0])
 
     def sketch(self, i: int, t: int) -> Image.Image:
-        """The sketch of face i after step t (counted from 0) in RGB, dark on light: encoders
+        """The sketch of face i at stage t (counted from 0) in RGB, dark on light: encoders
         trained on photos distinguish such sketches best. FS2K-SDE's are stored white on black."""
         image = self._load(self.sketches[i][t]).convert("L")
         if np.asarray(image).mean() < 127:
@@ -110,13 +110,13 @@ def open_faces(path: str, split: str, cache: str = "cache",
     return Faces(**open_split(path, split, LAYOUTS, cache, columns))
 
 
-def load_toy_faces(count: int, size: int, seed: int, folder: str, steps: int = 0) -> Faces:
-    """`count` drawn faces, size x size pixels, with `steps` steps of a sketch, cached in
+def load_toy_faces(count: int, size: int, seed: int, folder: str, stages: int = 0) -> Faces:
+    """`count` drawn faces, size x size pixels, with `stages` stages of a sketch, cached in
     `folder`."""
-    drawn, version = toyfaces.draw_cached(count, size, seed, folder, steps)
+    drawn, version = toyfaces.draw_cached(count, size, seed, folder, stages)
     attributes = np.array(drawn["attributes"])
     return Faces(f"drawn faces (seed {seed})", drawn["picture"], np.arange(count), attributes,
-                 sketches=drawn["sketches"] if steps else None, digest=version)
+                 sketches=drawn["sketches"] if stages else None, digest=version)
 
 
 def readable(faces: Faces, size: int) -> Faces:

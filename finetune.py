@@ -18,10 +18,9 @@ test split, leaves dropout on inside the "frozen" encoders, keeps a momentum enc
 them, trains the attribute head with SGD, and for sketches a matching head that no metric uses. None
 of this is done here.
 """
-import argparse
 import contextlib
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -33,10 +32,10 @@ from tqdm import tqdm
 from captions import ATTRIBUTES
 from common.distributed import autocast, use_device
 from common.images import iterate_images
-from common.pictures import contact_sheet, new_figure, plot_retrieval
-from common.script import markdown_table, parse_flags, run_script
+from common.pictures import plot_accuracies, plot_retrieval, plot_sketch
+from common.script import markdown_table, run_script
 from common.seeds import derive_seed, random_stream
-from config import SharedFlags
+from config import TaskConfig, parse_task_arguments
 from data import FaceDataset, Faces, load_toy_faces, open_faces, readable
 from evaluation import EvaluationSet, chance_recalls, evaluate
 from flip import FLIP, StepParams, project
@@ -44,48 +43,6 @@ from losses import contrastive_loss
 from optim import build_optimizers, set_learning_rate, warmup_decay
 from pretrained import write_checkpoint
 from runs import Log
-
-
-# ---- configuration -------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class TaskConfig(SharedFlags):
-    """The flags, see config.py. Defaults are the paper's for retrieval."""
-    task: str = ""
-    checkpoint: str = "out/flip.pt"     # from train.py, or the official one: file, folder or hub
-                                        # name
-    random: bool = True         # also train on frozen encoders with random weights
-    out: str = "out"            # folder for the results, in a subfolder named after the task
-    faces: int = 4000           # number of faces to draw for training
-    validation: int = 1000      # number of validation faces to draw; with --data the maximum
-    test: int = 5000            # number of test faces to draw; with --data the maximum (0: all)
-    fractions: tuple[float, ...] = (1.0,)       # parts of the training split to train on, each
-                                                # from the same initial weights
-    seed: int = 0               # seed of random encoders, new weights, data and negatives
-    epochs: int = 50            # epochs; a smaller fraction has the same number of steps
-    batch_size: int = 64        # samples per step
-    lr: float = 3e-5            # peak learning rate, after 10 % of the steps; cosine decay
-    workers: int = 8            # data loading processes of retrieval
-
-    # set only by recipes; they are not flags, because they have no comment on their line
-    # train the matching head in every n-th step
-    itm_every: int = 1
-    # number of steps in which a sketch is drawn
-    sketch_steps: int = 70
-
-
-# values for each task, and others on top of them for the drawn faces
-RECIPES = {
-    "retrieval": {},
-    # the official learning rates, 0.3 for CelebA and 0.003 for LFWA, are for SGD
-    "attributes": dict(epochs=100, batch_size=256, lr=1e-3, fractions=(0.01, 0.1, 1.0), test=0),
-    "sketch": dict(epochs=100, lr=1e-4, test=0),
-}
-DRAWN = {
-    "retrieval": dict(faces=2000, validation=200, test=1000, epochs=30, batch_size=250, lr=3e-3,
-                      itm_every=5, k_test=16, workers=0),
-    "attributes": dict(validation=500, test=1000, epochs=60, lr=3e-3),
-    "sketch": dict(faces=800, validation=100, test=200, epochs=600, batch_size=128, lr=1e-2),
-}
 
 
 # ---- training ------------------------------------------------------------------------------------
@@ -190,9 +147,6 @@ class Retrieval(Task):
         super().__init__(model, splits, config)
         self.tokenizer = model.require_tokenizer()
         self.sets = {split: EvaluationSet.from_faces(splits[split]) for split in ("val", "test")}
-        self.hardness = 1.0             # of the negatives, as in pre-training
-        if model.config.itm_hardness is not None:
-            self.hardness = model.config.itm_hardness
         self.baseline = "chance", chance_recalls(self.sets["test"].image_of_text)
         if not config.data:
             self.note = "The drawn faces are grey: in colour, there is nothing left to learn.\n"
@@ -209,8 +163,7 @@ class Retrieval(Task):
         # ITM trains only the matching head, not the projections, and costs a pass of the text
         # encoder: skipping it in most steps changes nothing for ITC
         with_itm = step % self.config.itm_every == 0
-        params = StepParams(alpha=0.0, momentum=0.0, queue_length=0, hardness=self.hardness,
-                            with_itm=with_itm)
+        params = StepParams(alpha=0.0, momentum=0.0, queue_length=0, with_itm=with_itm)
         batch = batch.to(self.model.device)
         out = self.model(batch.images, batch.captions, batch.identity, params)
         return out.itc + out.itm
@@ -271,17 +224,7 @@ class Attributes(Task):
         return metrics, accuracy
 
     def draw(self, accuracy, path):
-        """The accuracy on the test split for each attribute, beside that of the majority class."""
-        order = (accuracy - self.majority).argsort()
-        ticks = np.arange(len(order))
-        figure, axes = new_figure(9, 1.5 + 0.28 * len(order))
-        axes.barh(ticks, accuracy[order].numpy(), label=self.config.checkpoint, color="lightblue")
-        axes.plot(self.majority[order].numpy(), ticks, "k|", label="majority class")
-        names = [ATTRIBUTES[n].replace("_", " ") for n in order]
-        axes.set(yticks=ticks, yticklabels=names, xlim=(50, 100), ylim=(-1, len(ticks)),
-                 xlabel="accuracy on the test split, %")
-        figure.legend(loc="outside upper right", ncols=2)
-        figure.savefig(path, dpi=110)
+        plot_accuracies(ATTRIBUTES, accuracy, self.majority, self.config.checkpoint, path)
 
 
 def pool_tokens(vit, images):
@@ -328,16 +271,16 @@ def accuracies(predicted, truth):
 class Sketch(Task):
     """Frozen: both encoders; each photo, each stage of each sketch and one caption per face is
     encoded once. Trained: projections and temperature; photos and sketches share theirs. Loss: IIC
-    (image-image contrastive loss) between a random step of the sketch and its photo, plus ITC of
+    (image-image contrastive loss) between a random stage of the sketch and its photo, plus ITC of
     the photo if it has captions. Metrics: `early_retrieval`."""
     selected_by = "m@B"
-    note = ("m@A: mean rank percentile of the photo, m@B: mean reciprocal rank, over all steps;\n"
-            "w@A, w@B: early steps weighted more; A: the percentile for the finished sketch.\n")
+    note = ("m@A: mean rank percentile of the photo, m@B: mean reciprocal rank, over all stages;\n"
+            "w@A, w@B: early stages weighted more; A: the percentile for the finished sketch.\n")
 
     def __init__(self, model, splits, config):
         super().__init__(model, splits, config)
         self.photos = {}        # {split: class tokens of the photos (I, D)}
-        self.sketches = {}      # {split: those of the sketches after each step (I, steps, D)}
+        self.sketches = {}      # {split: those of the sketches (I, stages, D)}
         for split, faces in splits.items():
             self.photos[split] = encode(self.class_tokens, faces.picture, len(faces), model, config)
             self.sketches[split] = self.encode_sketches(faces)
@@ -346,20 +289,20 @@ class Sketch(Task):
             self.captions = self.encode_captions(splits["train"])
 
         photos = len(splits["test"])
-        steps = splits["test"].sketch_steps
-        every_rank = torch.arange(1, photos + 1)[:, None].expand(-1, steps)
+        stages = splits["test"].sketch_stages
+        every_rank = torch.arange(1, photos + 1)[:, None].expand(-1, stages)
         self.baseline = "chance", early_retrieval(every_rank, photos)
 
     def class_tokens(self, images):
         return self.model.student.image(images, first_token_only=True)
 
     def encode_sketches(self, faces):
-        """Class tokens (I, steps, D) of the sketches after each step."""
+        """Class tokens (I, stages, D) of all stages of all sketches."""
         def read_sketch(n, size):
-            i, t = divmod(n, faces.sketch_steps)
+            i, t = divmod(n, faces.sketch_stages)
             return faces.sketch(i, t)
 
-        count = len(faces) * faces.sketch_steps
+        count = len(faces) * faces.sketch_stages
         sketches = encode(self.class_tokens, read_sketch, count, self.model, self.config)
         return sketches.unflatten(0, (len(faces), -1))
 
@@ -382,8 +325,8 @@ class Sketch(Task):
     def loss(self, batch, step):
         student = self.model.student
         faces = self.splits["train"]
-        sketch_step = torch.randint(faces.sketch_steps, batch.shape)
-        sketch_tokens = self.sketches["train"][batch, sketch_step]
+        stage = torch.randint(faces.sketch_stages, batch.shape)
+        sketch_tokens = self.sketches["train"][batch, stage]
         sketch = project(sketch_tokens, student.image_projection)               # (B, E)
         photo = project(self.photos["train"][batch], student.image_projection)
         identity = torch.from_numpy(faces.identity[batch.numpy()]).to(photo.device)
@@ -398,26 +341,16 @@ class Sketch(Task):
     def metrics(self, split):
         projection = self.model.student.image_projection
         photo = project(self.photos[split], projection)                         # (I, E)
-        sketch = project(self.sketches[split], projection)                      # (I, steps, E)
-        similarity = (sketch @ photo.T).cpu()                                   # (I, steps, I)
+        sketch = project(self.sketches[split], projection)                      # (I, stages, E)
+        similarity = (sketch @ photo.T).cpu()                                   # (I, stages, I)
         return early_retrieval(sketch_ranks(similarity), len(photo)), similarity
 
-    def draw(self, similarity, path, stages=6, top=5):
-        """One sketch, of median difficulty, and its highest-ranked photos at several stages."""
-        faces = self.splits["test"]
+    def draw(self, similarity, path):
+        """One sketch, of median difficulty."""
         ranks = sketch_ranks(similarity)
         mean_reciprocal_rank = (1 / ranks.double()).mean(1)
-        n = int(mean_reciprocal_rank.argsort()[len(ranks) // 2])
-        steps = faces.sketch_steps
-        shown = {max(0, steps * stage // stages - 1) for stage in range(1, stages + 1)}
-        rows = []
-        for t in sorted(shown):
-            tiles = [(faces.sketch(n, t), "", False)]
-            for i in similarity[n, t].argsort(descending=True)[:top].tolist():
-                tiles.append((faces.picture(i), f"{similarity[n, t, i]:.2f}", i == n))
-            title = f"step {t + 1} of {steps}: the true photo ranks {ranks[n, t]} of {len(ranks)}"
-            rows.append((title, tiles))
-        contact_sheet(rows, tile=112, legend="green frame: the true photo").save(path)
+        i = int(mean_reciprocal_rank.argsort()[len(ranks) // 2])
+        plot_sketch(self.splits["test"], i, similarity[i], ranks[i], path)
 
 
 def in_batch_contrastive_loss(one, other, identity, temperature):
@@ -431,21 +364,21 @@ def in_batch_contrastive_loss(one, other, identity, temperature):
 
 
 def sketch_ranks(similarity):
-    """similarity (I sketches, steps, I photos), photo i belonging to sketch i -> ranks (I, steps),
-    1 is best. Ties and NaN count against the true photo."""
-    true = similarity.diagonal(dim1=0, dim2=2).T                        # (I, steps)
+    """similarity (I sketches, stages, I photos), photo i belonging to sketch i -> ranks (I,
+    stages), 1 is best. Ties and NaN count against the true photo."""
+    true = similarity.diagonal(dim1=0, dim2=2).T                        # (I, stages)
     return (~(similarity < true[..., None])).sum(-1)
 
 
 def early_retrieval(ranks, photos):
-    """Metrics in percent from ranks (I, steps) among `photos` photos: m@A (mean rank percentile)
-    and m@B (mean reciprocal rank) over all steps; w@A and w@B weight step t of n by exp(-t / n),
+    """Metrics in percent from ranks (I, stages) among `photos` photos: m@A (mean rank percentile)
+    and m@B (mean reciprocal rank) over all stages; w@A and w@B weight stage t of n by exp(-t / n),
     without normalisation, so that their maximum is about 63; A, the percentile of the finished
     sketch."""
-    steps = ranks.shape[1]
+    stages = ranks.shape[1]
     percentile = 100 * (photos - ranks.double()) / (photos - 1)
     inverse = 100 / ranks.double()
-    weight = torch.exp(-torch.arange(1, steps + 1, dtype=torch.float64) / steps)
+    weight = torch.exp(-torch.arange(1, stages + 1, dtype=torch.float64) / stages)
     return {
         "m@A": percentile.mean().item(),
         "m@B": inverse.mean().item(),
@@ -472,8 +405,8 @@ def open_splits(config: TaskConfig, size: int) -> dict[str, Faces]:
 
 def draw_faces(config: TaskConfig, seed: int, count: int, size: int) -> Faces:
     """Drawn faces for a task. Those of retrieval are grey: a domain shift from pre-training."""
-    steps = config.sketch_steps if config.task == "sketch" else 0
-    faces = load_toy_faces(count, size, seed, config.cache, steps)
+    stages = config.sketch_stages if config.task == "sketch" else 0
+    faces = load_toy_faces(count, size, seed, config.cache, stages)
     if config.task != "retrieval":
         return faces
     to_grey = np.outer((0.299, 0.587, 0.114), (1, 1, 1))
@@ -511,20 +444,21 @@ def finetune(config: TaskConfig) -> list[tuple[str, dict]]:
         encoders["random weights"] = FLIP(model.config, model.tokenizer)
         encoders["random weights"].init_from_scratch()
 
-    log = Log(folder / "log.jsonl")
-    log.restart([{"config": asdict(config)}])
     rows = []
-    for name, model in encoders.items():
-        model.to(device).eval()
-        model.student.image.requires_grad_(False)
-        model.student.text.requires_grad_(False)
-        torch.manual_seed(derive_seed("new weights, negatives, steps of sketches", config.seed))
-        task = TASKS[config.task](model, splits, config)
-        if not rows:
-            rows.append(task.baseline)
-        rows += tune(task, name, log)
-        if name == config.checkpoint:
-            save_task(task, folder)
+    with contextlib.closing(Log(folder / "log.jsonl")) as log:
+        log.restart([{"config": asdict(config)}])
+        for name, model in encoders.items():
+            model.to(device).eval()
+            model.student.image.requires_grad_(False)
+            model.student.text.requires_grad_(False)
+            purpose = "new weights, negatives, stages of sketches"
+            torch.manual_seed(derive_seed(purpose, config.seed))
+            task = TASKS[config.task](model, splits, config)
+            if not rows:
+                rows.append(task.baseline)
+            rows += tune(task, name, log)
+            if name == config.checkpoint:
+                save_task(task, folder)
     text = table(rows, config.task)
     # written last, because a folder with a table counts as finished
     (folder / "table.md").write_text(text + "\n", encoding="utf-8")
@@ -579,19 +513,5 @@ def table(rows, task):
     return markdown_table(header, cells)
 
 
-def parse_arguments(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Defaults in brackets are for retrieval.\n"
-               f"Other tasks: {RECIPES}\nDrawn faces: {DRAWN}")
-    parser.add_argument("task", choices=tuple(TASKS))
-    given = parse_flags(parser, TaskConfig, argv)
-    values = RECIPES[given["task"]]
-    if not given.get("data"):
-        values = values | DRAWN[given["task"]]
-    return TaskConfig(**values | given)
-
-
 if __name__ == "__main__":
-    run_script(lambda: finetune(parse_arguments()))
+    run_script(lambda: finetune(parse_task_arguments(description=__doc__)))

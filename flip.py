@@ -17,11 +17,10 @@ the target follows the momentum encoder's softmax over all keys, and the rest is
 pairs.
 
 The paper trains all of this from the first step on. `python train.py` trains the tiny model from
-random weights in minutes, and in three phases (train.py):
+random weights in minutes, and in two phases (train.py):
 
-    1  ITC within the batch     the keys are the student's own features; no ITM
-    2  with ITM                 in every 8th step, its negatives ever harder
-    3  complete FLIP            also with momentum encoder, queue and soft targets
+    1  ITC within the batch     the keys are the student's own features
+    2  complete FLIP            also with ITM, momentum encoder, queue and soft targets
 
 `forward` computes the losses and changes no state. The training loop changes state, with one call
 each: `update_momentum`, `enqueue`, `clamp_temperature`. (The official forward does all of this.)
@@ -56,8 +55,8 @@ class FLIPConfig:
     bert: BertConfig = BertConfig()
     embed_dim: int = 256
     queue_size: int = 61440
-    # hardness of ITM's negatives, for `rerank_score`; None: re-rank by the paper's score
-    itm_hardness: float | None = None
+    # re-rank by pointwise mutual information, see `FLIP.rerank_score`; False: by the paper's score
+    rerank_by_pmi: bool = False
 
 
 class StepParams(NamedTuple):
@@ -66,7 +65,6 @@ class StepParams(NamedTuple):
     alpha: float = 0.4                  # weight of the soft targets in ITC
     momentum: float = 0.995             # 0: the student's own features serve as keys
     queue_length: int | None = None     # use only the first slots of the queue; None: all
-    hardness: float = 1.0               # for losses.hard_negative_probabilities
     with_itm: bool = True               # False: skip ITM in this step
 
 
@@ -208,20 +206,20 @@ class FLIP(nn.Module):
     def rerank_score(self, logits, cosine):
         """The score that re-ranks candidates: ITM logits (..., 2) and cosines (...) -> (...).
 
-        The paper uses logit 1 + cosine. If the head was trained with negatives of hardness h, this
-        is the mean of two estimates of the pointwise mutual information of image i and text t, of
-        ITC's and of ITM's (each line up to a constant):
+        The paper uses logit 1 + cosine. With `rerank_by_pmi`, the score is the mean of two
+        estimates of the pointwise mutual information of image i and text t, of ITC's and of ITM's
+        (each line up to a constant):
 
             ITC         log p(i, t) - log (p(i) p(t))   ~   cosine / tau
-            negatives   log q(i, t) - log (p(i) p(t))   =   h cosine / tau
+            negatives   log q(i, t) - log (p(i) p(t))   =   cosine / tau
             ITM         log p(i, t) - log q(i, t)       ~   logit 1 - logit 0
 
         The last two lines add up to ITM's estimate. (An approximation: negatives are sampled in
         both directions, normalised per row.)"""
-        if self.config.itm_hardness is None:
+        if not self.config.rerank_by_pmi:
             return logits[..., 1] + cosine
         itc = cosine / self.temperature.to(cosine)
-        itm = logits[..., 1] - logits[..., 0] + self.config.itm_hardness * itc
+        itm = logits[..., 1] - logits[..., 0] + itc
         return (itc + itm) / 2
 
     def forward(self, images, captions: Captions, identity, params=StepParams(), generator=None):
@@ -258,7 +256,7 @@ class FLIP(nn.Module):
         has_itm = params.with_itm
         if params.with_itm:
             negatives = self.sample_negatives(all_gather(image_features), all_gather(text_features),
-                                              all_identity, params.hardness, generator)
+                                              all_identity, generator)
             has_itm = negatives is not None
             if not has_itm:     # a loss of 0 that still depends on all weights, for DDP
                 negatives = 2 * [torch.arange(len(all_identity))]
@@ -272,8 +270,7 @@ class FLIP(nn.Module):
         return encoder.image_features(images), encoder.text_features(captions)
 
     @torch.no_grad()
-    def sample_negatives(self, image_features, text_features, identity, hardness=1.0,
-                         generator=None):
+    def sample_negatives(self, image_features, text_features, identity, generator=None):
         """Sample a negative image for every caption and a negative caption for every image: two CPU
         tensors (A,), or None if all pairs show one person. Raises ValueError if features are not
         finite.
@@ -284,7 +281,7 @@ class FLIP(nn.Module):
             return None
         with torch.autocast(image_features.device.type, enabled=False):
             similarity = text_features @ image_features.T               # (A texts, A images)
-        shared = identity, self.temperature, hardness
+        shared = identity, self.temperature
         image_probabilities = losses.hard_negative_probabilities(similarity, *shared)
         text_probabilities = losses.hard_negative_probabilities(similarity.T, *shared)
         probabilities = torch.cat([image_probabilities, text_probabilities]).cpu()      # (2 A, A)

@@ -136,15 +136,14 @@ def contrastive_loss(feature, momentum_feature, keys, identity, key_identity, te
 
 
 # ---- image-text matching -------------------------------------------------------------------------
-def hard_negative_probabilities(similarity, identity, temperature, hardness=1.0):
+def hard_negative_probabilities(similarity, identity, temperature):
     """Probabilities (A, A), for the A pairs of the global batch, of sampling column j as row i's
     negative.
 
-    softmax(hardness * similarity / temperature) over the columns of *other* identities; similarity
-    (A, A) are cosines of student features. Hardness 1 is the paper's rule: similar pairs are
-    sampled more often. Hardness 0 samples uniformly. Every row needs at least one column of another
-    identity."""
-    logits = hardness * similarity / temperature
+    softmax(similarity / temperature) over the columns of *other* identities: similar pairs are
+    sampled more often. similarity (A, A) are cosines of student features. Every row needs at least
+    one column of another identity."""
+    logits = similarity / temperature
     return logits.masked_fill(identity[:, None] == identity[None, :], -torch.inf).softmax(1)
 
 

@@ -59,14 +59,16 @@ def newton_schulz(X: torch.Tensor, steps=5) -> torch.Tensor:
     return X
 
 
-def build_optimizers(module: torch.nn.Module, weight_decay, muon_lr=0.0, muon_momentum=0.95):
-    """[AdamW, Muon], or [AdamW] if muon_lr is 0; each trained parameter is in exactly one of them.
+def build_optimizers(module: torch.nn.Module, weight_decay, muon_lr=(), muon_momentum=0.95):
+    """[AdamW, Muon], or [AdamW] without muon_lr; each trained parameter is in exactly one of them.
 
-    Muon updates all matrices except embeddings and the matching head, at muon_lr times the learning
-    rate; AdamW updates everything else. Weight decay applies to all parameters with two or more
+    Muon updates all matrices except embeddings and the matching head. muon_lr are the rates of the
+    image encoder's and of the text encoder's, as multiples of the learning rate. AdamW updates
+    everything else. Weight decay applies to all parameters with two or more
     dimensions, also to position embeddings and the patch convolution. A parameter without a
     gradient, such as cross-attention's in a step without ITM, is not changed at all."""
-    matrices = []           # for Muon
+    image_matrices = []     # for Muon
+    text_matrices = []
     decayed = []
     not_decayed = []
     for name, p in module.named_parameters():
@@ -74,6 +76,7 @@ def build_optimizers(module: torch.nn.Module, weight_decay, muon_lr=0.0, muon_mo
             continue
         is_excepted = any(part in name for part in ("words", "positions", "matching_head"))
         if muon_lr and p.ndim > 1 and not is_excepted:
+            matrices = image_matrices if "student.image" in name else text_matrices
             matrices.append(p)
         elif p.ndim > 1:
             decayed.append(p)
@@ -88,10 +91,12 @@ def build_optimizers(module: torch.nn.Module, weight_decay, muon_lr=0.0, muon_mo
         state["step"] = torch.zeros((), device=p.device)
         state["exp_avg"] = torch.zeros_like(p)
         state["exp_avg_sq"] = torch.zeros_like(p)
-    if not matrices:
+    if not muon_lr:
         return [adamw]
-    group = {"params": matrices, "weight_decay": weight_decay, "scale": muon_lr}
-    return [adamw, Muon([group], muon_momentum)]
+    image_lr, text_lr = muon_lr
+    groups = [{"params": image_matrices, "weight_decay": weight_decay, "scale": image_lr},
+              {"params": text_matrices, "weight_decay": weight_decay, "scale": text_lr}]
+    return [adamw, Muon(groups, muon_momentum)]
 
 
 def load_optimizers(optimizers, saved: list[dict], where):

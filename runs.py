@@ -177,9 +177,9 @@ def new_model(config: Config) -> Start:
     else:
         tokenizer = Tokenizer.train(sample_captions(faces))
     bert = replace(bert, vocab_size=tokenizer.vocab_size)
-    hardness = config.hardness if config.rerank_by_pmi else None
     torch.manual_seed(derive_seed("initial weights", config.seed))
-    model = FLIP(FLIPConfig(vit, bert, embed_dim, config.queue_size, hardness), tokenizer)
+    sizes = FLIPConfig(vit, bert, embed_dim, config.queue_size, config.rerank_by_pmi)
+    model = FLIP(sizes, tokenizer)
     if config.from_scratch:
         model.init_from_scratch()
     if config.clip:
@@ -205,10 +205,8 @@ def model_of_init(config: Config) -> Start:
     initial = FLIP.from_pretrained(config.init, sizes, config.vocabulary, saved=saved)
     faces, validation = open_data(config, sizes.vit.image_size)
 
-    hardness = None
-    if config.rerank_by_pmi or sizes.itm_hardness is not None:
-        hardness = config.hardness
-    sizes = replace(sizes, queue_size=config.queue_size, itm_hardness=hardness)
+    by_pmi = config.rerank_by_pmi or sizes.rerank_by_pmi
+    sizes = replace(sizes, queue_size=config.queue_size, rerank_by_pmi=by_pmi)
     torch.manual_seed(derive_seed("initial weights", config.seed))
     model = FLIP(sizes, initial.require_tokenizer())
     model.student.load_state_dict(initial.student.state_dict())
@@ -314,8 +312,8 @@ def data_parallel(model: FLIP, config: Config) -> nn.Module:
     """The model itself or, if there are several processes, a DistributedDataParallel around it."""
     if config.processes == 1:
         return model
-    skips_itm = config.phases[0] > 0 or config.itm_every > 1
-    return DistributedDataParallel(model, broadcast_buffers=False, find_unused_parameters=skips_itm)
+    return DistributedDataParallel(model, broadcast_buffers=False,
+                                   find_unused_parameters=config.complete_from > 0)
 
 
 def plan_steps(config: Config, model: FLIP, faces: Faces) -> tuple[FaceDataset, Config]:

@@ -71,6 +71,7 @@ from common.pictures import plot_retrieval
 from common.script import markdown_table, naming, run_script
 from common.seeds import derive_seed, random_stream
 from common.words import known_and_unknown_words
+from config import parse_task_arguments
 from drawing import portrait
 from evaluation import EvaluationSet
 from flip import FLIP, FLIPConfig, StepParams, rerank
@@ -285,7 +286,7 @@ def cache(tmp_path_factory):
 # every part of the recipe is in use after a few steps
 QUICK = train_config.RECIPES["tiny"] | dict(
     faces=48, validation=20, steps=8, batch_size=8, precision="float32", queue_size=20,
-    phases=(0.1, 0.25), alpha_warmup=0.6, itm_every=1, warmup=2, log_every=1, eval_every=6)
+    complete_from=0.25, alpha_warmup=0.6, warmup=2, log_every=1, eval_every=6)
 
 
 @pytest.fixture(scope="session")
@@ -885,11 +886,11 @@ def test_all_names_of_the_official_base_model_load_and_save(tmp_path):
 
 # ---- optim.py: against torch.optim.Muon ----------------------------------------------------------
 @parametrize("muon_lr, matrices", [
-    (0, {}),
-    (4, {4: 57})])
+    ((), {}),
+    ((4, 3), {4: 26, 3: 31})])
 def test_every_trained_parameter_is_in_one_group_and_only_matrices_decay(muon_lr, matrices):
-    """matrices: {learning rate: number} of Muon: 6 of each of 4 blocks, 10 of each of 3 layers, the
-    patch embedding and two projections."""
+    """matrices: {learning rate: number} of Muon: 6 of each of the image encoder's 4 blocks and the
+    patch embedding, 10 of each of the text encoder's 3 layers, and a projection each."""
     model = small_flip()
     optimizers = build_optimizers(model, 0.05, muon_lr, muon_momentum=0.8)
     adamw, *muon = optimizers
@@ -1090,14 +1091,12 @@ TWO_OF_ONE_PERSON = [[9, 9, 9], [0.1, 9, 0.4], [9, 9, 9]], [5, 6, 5]
 OPPOSITES = [[1, -1], [-1, 1]], [5, 6]                          # exp(-2 / 0.001) would underflow
 
 
-@parametrize("batch, temperature, hardness, expected", [
-    (TWO_OF_ONE_PERSON, 0.001, 0.0, [[0, 1, 0], [0.5, 0, 0.5], [0, 1, 0]]),
-    (TWO_OF_ONE_PERSON, 0.3 / np.log(3), 1.0, [[0, 1, 0], [0.25, 0, 0.75], [0, 1, 0]]),
-    (OPPOSITES, 0.001, 1.0, [[0, 1], [1, 0]])])
-def test_negatives_are_other_persons_by_similarity(batch, temperature, hardness, expected):
-    """At hardness 0 uniformly, at 1 by the softmax."""
+@parametrize("batch, temperature, expected", [
+    (TWO_OF_ONE_PERSON, 0.3 / np.log(3), [[0, 1, 0], [0.25, 0, 0.75], [0, 1, 0]]),
+    (OPPOSITES, 0.001, [[0, 1], [1, 0]])])
+def test_negatives_are_other_persons_by_similarity(batch, temperature, expected):
     similarity, identity = map(torch.tensor, batch)
-    probabilities = hard_negative_probabilities(similarity.float(), identity, temperature, hardness)
+    probabilities = hard_negative_probabilities(similarity.float(), identity, temperature)
     close(probabilities, torch.tensor(expected).float(), 1e-6)
 
 
@@ -1235,14 +1234,13 @@ def test_reranked_scores_are_the_official_ones_and_the_rest_rank_by_cosine(
         assert evaluation.retrieval_metrics(*scores, torch.arange(8)) == pytest.approx(theirs)
 
 
-@parametrize("hardness", [0.0, 0.5, 1.0])
-def test_perfect_matching_head_ranks_by_the_probability_of_the_pair(hardness):
+def test_perfect_matching_head_ranks_by_the_probability_of_the_pair():
     """At any cosines: the score corrects for the sampling of the negatives."""
-    model = FLIP(replace(GOLDEN_CONFIG, itm_hardness=hardness))
+    model = FLIP(replace(GOLDEN_CONFIG, rerank_by_pmi=True))
     truth = torch.rand(5, 5)
     cosine = torch.rand(5, 5) * 2 - 1
     identity = torch.arange(5)
-    sampled = hard_negative_probabilities(cosine, identity, model.temperature, hardness)
+    sampled = hard_negative_probabilities(cosine, identity, model.temperature)
     log_odds = (truth / sampled).log()
     shift = torch.randn(5, 5)
     score = model.rerank_score(torch.stack([shift, shift + log_odds], -1), cosine)
@@ -1311,7 +1309,7 @@ def test_negatives_are_sampled_with_their_probabilities():
     images = unit(4, 12)
     texts = unit(4, 12)
     identity = torch.tensor([1, 2, 1, 3])
-    samples = [model.sample_negatives(images, texts, identity, 1.0, generator) for _ in range(3000)]
+    samples = [model.sample_negatives(images, texts, identity, generator) for _ in range(3000)]
     sampled_images, sampled_texts = map(torch.stack, zip(*samples))             # (3000, 4)
     similarity = images @ texts.T
     for sampled, cosines in ((sampled_images, similarity.T), (sampled_texts, similarity)):
@@ -1532,9 +1530,9 @@ def test_captions_and_recipes_are_those_that_all_figures_were_measured_with():
         facts = sorted(rng.sample(range(43), 1 + seed % 12))
         texts.append(grammar.verbalize(facts, rng))
     assert hash_of("\n".join(texts)) == "fdf2d561621c"
-    recipes = [train_config.TINY, train_config.RECIPES["tiny"], finetune.RECIPES, finetune.DRAWN,
-               PROBABILITIES.tolist()]
-    assert hash_of(repr(recipes)) == "a36ed8045a96"
+    recipes = [train_config.TINY, train_config.RECIPES["tiny"], train_config.TASK_RECIPES,
+               train_config.DRAWN_RECIPES, PROBABILITIES.tolist()]
+    assert hash_of(repr(recipes)) == "fe90a75c7c24"
 
 
 @parametrize("names", ["Male Young", "Male Smiling Bald", "Bangs Blond_Hair Young"])
@@ -1654,7 +1652,7 @@ def test_sketch_lines_are_on_the_edges_of_their_own_image():
     blurry = ATTRIBUTES.index("Blurry")
     sharp = [i for i in range(40) if not toyfaces.face(i, 2, 8)[1][blurry]]
     all_edges = [edges(i) for i in sharp]
-    inked = [toyfaces.sketch(i, seed=2, size=96, steps=1)[0] > 128 for i in sharp]
+    inked = [toyfaces.sketch(i, seed=2, size=96, stages=1)[0] > 128 for i in sharp]
     own = [edge[ink].mean() for edge, ink in zip(all_edges, inked)]
     others = [edge[ink].mean() for edge, ink in zip(all_edges[1:], inked)]
     assert min(own) > 0.9
@@ -1686,18 +1684,18 @@ def test_faces_are_drawn_three_times_as_large_and_reduced():
 
 
 def test_drawn_faces_have_images_attributes_and_sketches(tmp_path):
-    faces = data.load_toy_faces(5, 24, 3, tmp_path, steps=6)
+    faces = data.load_toy_faces(5, 24, 3, tmp_path, stages=6)
     image, attributes = toyfaces.face(4, 3, 24)
     assert_array_equal(faces.images[4], image)
     assert_array_equal(faces.attributes[4], attributes)
     assert_array_equal(faces.sketches[2], toyfaces.sketch(2, 3, 24, 6))
-    assert faces.sketch_steps == 6
+    assert faces.sketch_stages == 6
     sketch = np.array(faces.subset([2]).sketch(0, 5))
     assert (sketch == 255 - faces.sketches[2, 5][..., None]).all(), "of equal red, green and blue"
 
 
 def test_drawn_faces_are_cached(tmp_path, monkeypatch, printed):
-    load = partial(data.load_toy_faces, 5, 24, 3, tmp_path, steps=6)
+    load = partial(data.load_toy_faces, 5, 24, 3, tmp_path, stages=6)
     faces = load()
     images = np.array(faces.images)
     [path] = tmp_path.iterdir()
@@ -2242,7 +2240,7 @@ def write_fs2k(folder):
 def test_fs2k_has_one_sketch_per_photo_and_no_text(tmp_path):
     train, val, test = open_splits(write_fs2k(tmp_path))
     assert [len(train), len(val), len(test)] == [18, 2, 10]
-    assert train.sketch_steps == 1
+    assert train.sketch_stages == 1
     assert not train.has_text
     assert train.images[3] == tmp_path / "photo/photo1/image0103.png"
     assert val.images[1] == tmp_path / "photo/photo2/image0109.jpg"
@@ -2251,30 +2249,30 @@ def test_fs2k_has_one_sketch_per_photo_and_no_text(tmp_path):
     assert (np.asarray(test.sketch(0, 0)) == light).all(), "dark on light"
 
 
-def write_sde(folder, style="{photo}_{step}", photo="photo1/image01{n:02d}"):
-    """20 photos, 15 of them for training, with sketches of 12 steps."""
+def write_sde(folder, style="{photo}_{stage}", photo="photo1/image01{n:02d}"):
+    """20 photos, 15 of them for training, with sketches of 12 stages."""
     files = grey_images(f"photo/{photo.format(n=n)}.jpg" for n in range(20))
-    for n, step in itertools.product(range(20), range(1, 13)):
+    for n, stage in itertools.product(range(20), range(1, 13)):
         split = "train" if n < 15 else "test"
         flat = photo.format(n=n).replace("/", "_")
-        name = style.format(photo=flat, stem=flat[-9:], step=step)
-        files[f"sketch/{split}/{name}.png"] = plain((10 * step,) * 3)
+        name = style.format(photo=flat, stem=flat[-9:], stage=stage)
+        files[f"sketch/{split}/{name}.png"] = plain((10 * stage,) * 3)
     return write_files(folder, files)
 
 
 @parametrize("style, photo", [
-    ("{photo}_{step}", "photo1/image01{n:02d}"),
-    ("{stem}_{step}", "photo1/image01{n:02d}"),
-    ("{photo}_{step}", "photo1_image01{n:02d}"),
-    ("{stem}_{step}", "image01{n:02d}")])
-def test_fs2k_sde_has_sketches_sorted_by_step_and_captions_from_a_list_beside_them(
+    ("{photo}_{stage}", "photo1/image01{n:02d}"),
+    ("{stem}_{stage}", "photo1/image01{n:02d}"),
+    ("{photo}_{stage}", "photo1_image01{n:02d}"),
+    ("{stem}_{stage}", "image01{n:02d}")])
+def test_fs2k_sde_has_sketches_sorted_by_stage_and_captions_from_a_list_beside_them(
         tmp_path, style, photo):
     train, val, test = open_splits(write_sde(tmp_path, style, photo))
     assert [len(train), len(val), len(test)] == [13, 2, 5]
     assert train.captions is None
-    assert train.sketch_steps == 12
+    assert train.sketch_stages == 12
     assert [path.stem[-9:] for path in val.images] == ["image0113", "image0114"]
-    darkness = [255 - train.sketch(2, step).getpixel((0, 0))[0] for step in range(12)]
+    darkness = [255 - train.sketch(2, stage).getpixel((0, 0))[0] for stage in range(12)]
     assert darkness == list(range(10, 130, 10))
     for path, sketches in zip(test.images, test.sketches):
         assert path.stem[-9:] in str(sketches[0])
@@ -2352,12 +2350,12 @@ def test_invalid_fs2k_is_rejected(tmp_path, name, change, message):
 
 
 SDE_SKETCH = "sketch/train/photo1_image0104_7.png"
-OTHER_STEPS = "photo1/image0104.jpg has other steps than most photos: [1, 2, 3, 4, 5"
+OTHER_STAGES = "photo1/image0104.jpg has other stages than most photos: [1, 2, 3, 4, 5"
 
 
 @parametrize("style, name, change, message", [
-    ("{photo}_{step}", SDE_SKETCH, None, OTHER_STEPS),
-    ("{stem}_{step}", "photo/photo2/image0104.jpg", b"", "found no such photo")])
+    ("{photo}_{stage}", SDE_SKETCH, None, OTHER_STAGES),
+    ("{stem}_{stage}", "photo/photo2/image0104.jpg", b"", "found no such photo")])
 def test_invalid_fs2k_sde_is_rejected(tmp_path, style, name, change, message):
     assert message in error_after(write_sde(tmp_path, style), name, change)
 
@@ -2543,8 +2541,8 @@ def test_flags_override_recipes():
     assert not by_epochs.augment
     assert parse_flags("--data", "DIR").augment
     assert parse_flags("--model", "base") == train_config.Config(model="base")
-    assert finetune.parse_arguments(["retrieval", "--data", "DIR"]).lr == 3e-5, "the paper's"
-    assert finetune.parse_arguments(["sketch", "--lr", "0.1"]).lr == 0.1
+    assert parse_task_arguments(["retrieval", "--data", "DIR"]).lr == 3e-5, "the paper's"
+    assert parse_task_arguments(["sketch", "--lr", "0.1"]).lr == 0.1
 
 
 @parametrize("flags", [
@@ -2584,12 +2582,12 @@ def test_values_of_flags_are_checked_before_the_run(flags, message):
     ("retrieval --k_test 0", "--k_test 0: expected a number from 1 to inf"),
     ("attributes --fractions 0.5 2", "--fractions 2.0: expected a number from 0 to 1")])
 def test_values_of_the_flags_of_finetuning_are_checked_before_the_run(flags, message):
-    assert message in error_of(finetune.parse_arguments, flags.split())
+    assert message in error_of(parse_task_arguments, flags.split())
 
 
 @parametrize("parse, flags", [
     (train_config.parse_arguments, "--columns x"),
-    (finetune.parse_arguments, "sketch --columns x")])
+    (parse_task_arguments, "sketch --columns x")])
 def test_unknown_columns_are_rejected(capsys, parse, flags):
     with pytest.raises(SystemExit):
         parse(flags.split())
@@ -2672,38 +2670,28 @@ def test_learning_rate_of_base_on_small_data_decays_only_after_the_warm_up():
 def test_schedule_of_base_is_the_papers(step):
     config = train_config.Config(model="base", steps=15 * PER_EPOCH)
     alpha = pytest.approx(0.4 * min(1, step / (2 * PER_EPOCH)))
-    assert train.schedule(step, config) == (alpha, 0.995, 61_440, 1.0, True)
+    assert train.schedule(step, config) == (alpha, 0.995, 61_440, True)
 
 
 def test_schedule_of_tiny_starts_with_itc_alone_and_ends_with_the_final_values():
     config = parse_flags()
-    assert train.schedule(0, config) == (0.0, 0.0, 0, 0.0, False)
-    last = config.steps - config.steps % config.itm_every - config.itm_every
-    assert train.schedule(last, config) == (
-        config.alpha, config.momentum, config.queue_size, config.hardness, True)
-    assert train.schedule(config.phases[0] * config.steps, config).hardness == 0
+    assert train.schedule(0, config) == (0.0, 0.0, 0, False)
+    assert train.schedule(config.steps - 1, config) == (
+        config.alpha, config.momentum, config.queue_size, True)
     assert 0 < config.momentum < 1
     assert 0 < config.warmup < config.steps / 10
     assert learning_rate(0, config, 156) < config.lr / 10
 
 
 @parametrize("step, phase, expected", [
-    (24, 1, (0.0, 0.0, 0, 0.0, False)),
-    (25, 2, (0.0, 0.0, 0, 0.0, True)),
-    (55, 2, (0.0, 0.0, 0, 0.5, True)),
-    (85, 3, (0.0, 0.95, 512, 1.0, True)),
-    (90, 3, (0.2, 0.95, 512, 1.0, True)),
-    (99, 3, (0.4, 0.95, 512, 1.0, True))])
-def test_phases_add_itm_then_the_momentum_encoder_the_queue_and_soft_targets(step, phase, expected):
-    config = replace(parse_flags(), steps=100, phases=(0.25, 0.85), alpha_warmup=0.1, itm_every=1)
+    (84, 1, (0.0, 0.0, 0, False)),
+    (85, 2, (0.0, 0.95, 512, True)),
+    (90, 2, (0.2, 0.95, 512, True)),
+    (99, 2, (0.4, 0.95, 512, True))])
+def test_phase_2_adds_itm_the_momentum_encoder_the_queue_and_soft_targets(step, phase, expected):
+    config = replace(parse_flags(), steps=100, complete_from=0.85, alpha_warmup=0.1)
     assert train.phase(step, config) == phase
     assert train.schedule(step, config) == pytest.approx(expected)
-
-
-def test_itm_is_trained_in_every_nth_step():
-    config = replace(parse_flags(), steps=100, phases=(0.4, 0.8), itm_every=3)
-    with_itm = [step for step in range(100) if train.schedule(step, config).with_itm]
-    assert with_itm == list(range(42, 100, 3))
 
 
 @parametrize("decay, quarter", [("cosine", 0.6 + 0.4 * 0.5 ** 0.5), ("linear", 0.8)])
@@ -2732,7 +2720,7 @@ def test_checkpoint_has_the_configured_optimizers(quick, saved):
     training = saved["training"]
     adamw, muon = [optimizer["param_groups"] for optimizer in training["optimizers"]]
     assert {group["scale"] for group in adamw} == {1}
-    assert {group["scale"] for group in muon} == {config.muon_lr}
+    assert [group["scale"] for group in muon] == list(config.muon_lr)
     assert {group["betas"] for group in adamw} == {(0.9, 0.999)}
     assert {group["momentum"] for group in muon} == {config.muon_momentum}
     assert {group["weight_decay"] for group in adamw + muon} == {0, config.weight_decay}
@@ -2961,9 +2949,13 @@ def test_resumed_run_has_the_same_drawn_faces_and_number_of_processes(quick, mon
     assert "had 1 processes, found 2; use as many" in error_of(train.train, resumed)
 
 
+PHASE_1 = dict(complete_from=1.0)
+PHASE_2 = dict(complete_from=0.0)
+
+
 def test_nan_loss_stops_the_run(quick):
     """Also without ITM."""
-    config = quick(phases=(1.0, 1.0), lr=1e18, grad_clip=0.0, log_every=2)
+    config = quick(**PHASE_1, lr=1e18, log_every=2)
     error = error_of(train.train, config)
     assert re.match(
         "the loss of steps . to . is NaN|after step .: some weights are NaN or infinite", error)
@@ -2978,10 +2970,6 @@ def test_nan_weights_never_replace_a_checkpoint(quick):
     run.steps_done = 2
     assert "after step 2: some weights are NaN or infinite" in error_of(runs.save, run)
     assert path.read_bytes() == good
-
-
-PHASE_1 = dict(phases=(1.0, 1.0))
-PHASE_2 = dict(phases=(0.0, 1.0))
 
 
 def constant_run(config):
@@ -3021,16 +3009,16 @@ def test_a_step_draws_its_own_dropout_mask_and_negatives(quick, monkeypatch, str
     monkeypatch.setattr(FLIP, "sample_negatives", sample_negatives)
     run, (batch, _), train_step = constant_run(quick(**PHASE_2))
 
-    def itc(step):
+    def itm(step):                      # unlike ITC, it does not depend on the queue
         losses, _ = train_step([batch], step)
-        return losses[0].item()
-    first, second, third, again = [itc(step) for step in (0, 1, 2, 0)]
+        return losses[1].item()
+    first, second, third, again = [itm(step) for step in (0, 1, 2, 0)]
     assert first == again
     assert len({first, second, third}) == 3
     assert seeds[0] == seeds[3]
     assert len(set(seeds)) == 3
     monkeypatch.setattr(train, "rank_and_world_size", lambda: (1, 1))
-    assert itc(0) != first, "another rank drops others"
+    assert itm(0) != first, "another rank drops others"
 
 
 def test_validation_is_without_dropout_and_training_goes_on_with_it(quick, strong_dropout):
@@ -3052,7 +3040,7 @@ def test_a_step_clips_gradients_and_temperature(quick):
 
 
 def test_two_micro_batches_give_their_mean_gradient(quick):
-    config = quick(**PHASE_1, accumulate=2, grad_clip=0.0)
+    config = quick(**PHASE_1, accumulate=2)
     _, (first, second), train_step = constant_run(config)
     first_losses, first_gradients = train_step([first], 0)
     second_losses, second_gradients = train_step([second], 0)
@@ -3066,15 +3054,15 @@ def test_momentum_is_that_of_the_next_step(quick, monkeypatch):
     monkeypatch.setattr(FLIP, "update_momentum", lambda model, momentum: momenta.append(momentum))
     run = setup(quick())
     momenta.clear()
-    assert run.config.phases[1] * run.config.steps == 2
+    assert run.config.complete_from * run.config.steps == 2
     for step in range(3):
         train.update(run, [], step)
     assert momenta == [0, run.config.momentum], "a copy before step 2, an average from then on"
 
 
 def test_log_has_the_mean_itm_of_the_steps_that_trained_it(quick):
-    run = setup(quick(**PHASE_2, itm_every=2))
-    run.unlogged_losses = [torch.tensor([3.0, 2.0, 1.0]), torch.tensor([5.0, 0.0, 0.0])]
+    run = setup(quick(steps=2, complete_from=0.5))
+    run.unlogged_losses = [torch.tensor([3.0, 0.0, 0.0]), torch.tensor([5.0, 2.0, 1.0])]
     run.steps_done = 2
     losses = train.mean_losses(run)
     assert losses["itc"] == 4
@@ -3083,7 +3071,7 @@ def test_log_has_the_mean_itm_of_the_steps_that_trained_it(quick):
 
     [batch] = take(run.dataset, 0, 1)
     of_one_person = batch._replace(identity=torch.zeros(8, dtype=torch.int64))
-    run.unlogged_losses = [train.compute_gradients(run, [of_one_person], 0)[1] for _ in range(2)]
+    run.unlogged_losses = [train.compute_gradients(run, [of_one_person], n)[1] for n in range(2)]
     losses = train.mean_losses(run)
     assert losses["itc"] > 0
     assert losses["itm"] is None
@@ -3198,8 +3186,9 @@ def tuned(uninterrupted, cache):
         few = dict(
             task=task, checkpoint=f"{uninterrupted}/flip.pt", out=".", cache=cache, faces=24,
             validation=4, test=8, epochs=3, batch_size=8, itm_every=1, precision="float32",
-            workers=0, sketch_steps=7)
-        return finetune.TaskConfig(**finetune.RECIPES[task] | finetune.DRAWN[task] | few | changes)
+            workers=0, sketch_stages=7)
+        return train_config.TaskConfig(
+            **train_config.TASK_RECIPES[task] | train_config.DRAWN_RECIPES[task] | few | changes)
     return config
 
 
@@ -3404,21 +3393,8 @@ def test_sketches_are_trained_with_captions_or_without_a_vocabulary(
     assert trained.student.image_projection.weight.grad is not None
     assert trained.matching_head.weight.grad is None
     assert (trained.student.text_projection.weight.grad is not None) == with_captions
-    assert task.loss(torch.arange(8), 0) != task.loss(torch.arange(8), 0), "at random steps"
+    assert task.loss(torch.arange(8), 0) != task.loss(torch.arange(8), 0), "at random stages"
     assert len(finetune.finetune(config)) == 3
-
-
-@parametrize("hardness, expected", [(None, 1.0), (0.25, 0.25)])
-def test_retrieval_samples_negatives_as_hard_as_in_pre_training(
-        tuned, model, monkeypatch, hardness, expected):
-    config = tuned("retrieval")
-    model.config = replace(model.config, itm_hardness=hardness)
-    sample = MagicMock(wraps=model.sample_negatives)
-    monkeypatch.setattr(model, "sample_negatives", sample)
-    task = finetune.Retrieval(model, finetune.open_splits(config, 48), config)
-    task.loss(next(task.batches(np.arange(24))), 0)
-    sample.assert_called_once()
-    assert sample.call_args.args[3] == expected
 
 
 def test_splits_have_at_most_the_faces_asked_for_and_retrieval_decodes_its_training_images_once(
@@ -3776,7 +3752,7 @@ def test_counterfactual_is_right_if_the_score_of_the_face_with_the_attribute_is_
     right = torch.tensor([0.0, 1.0, 0.0, 1.0])
     logits = torch.stack([0 * right, -1.1 * right], -1)
     model.match_logits = lambda *_: (logits, right)                         # their sum is wrong
-    model.config = replace(model.config, itm_hardness=None)
+    model.config = replace(model.config, rerank_by_pmi=False)
     report.report_counterfactuals(model, "card.png", count=2)
     lines = printed().splitlines()
     assert lines[-1] == "| mean | 100 | 0 |"

@@ -134,24 +134,25 @@ def face(index: int, seed=0, size=64) -> tuple[Image.Image, np.ndarray]:
     return draw(attributes, rng, size), attributes
 
 
-def sketch(index: int, seed=0, size=64, steps=70) -> np.ndarray:
-    """Stages of the sketch of face `index` of data set `seed`, white on black, uint8 (steps, size,
-    size). Every step adds the same stroke length; the last stage is the complete sketch."""
+def sketch(index: int, seed=0, size=64, stages=70) -> np.ndarray:
+    """Stages of the sketch of face `index` of data set `seed`, white on black, uint8 (stages, size,
+    size). Every stage adds the same stroke length; the last is the complete sketch."""
     rng = random_stream("face", seed, index)            # the same face as in `face`
     attributes = sample_attributes(rng)
     look, shapes = build_shapes(names_of(attributes), rng)
     points, lengths = stroke_points(look, shapes)
     drawn = np.cumsum(lengths)
-    step = np.ceil(drawn / drawn[-1] * steps).astype(int) - 1
-    return rasterize_strokes(points, step, steps, size)
+    stage = np.ceil(drawn / drawn[-1] * stages).astype(int) - 1
+    return rasterize_strokes(points, stage, stages, size)
 
 
-def draw_cached(count: int, size: int, seed: int, folder: str, steps: int):
+def draw_cached(count: int, size: int, seed: int, folder: str, stages: int):
     """The first `count` faces of data set `seed`, drawn on all cores or read from `folder`.
 
     Returns a memory-mapped structured array with the fields attributes (40,), picture (size, size,
-    3) and sketches (steps, size, size), and the name of its file, which differs for other faces."""
-    path = Path(folder) / f"faces-{count}x{size}-{steps}steps-seed{seed}-{code_version()}.npy"
+    3) and sketches (stages, size, size), and the name of its file, which differs for other
+    faces."""
+    path = Path(folder) / f"faces-{count}x{size}-{stages}stages-seed{seed}-{code_version()}.npy"
     if path.exists():
         try:
             return np.load(path, mmap_mode="r"), path.name
@@ -160,8 +161,8 @@ def draw_cached(count: int, size: int, seed: int, folder: str, steps: int):
     dtype = [
         ("attributes", bool, len(ATTRIBUTES)),
         ("picture", np.uint8, (size, size, 3)),
-        ("sketches", np.uint8, (steps, size, size))]
-    draw_one = functools.partial(face_and_sketch, seed=seed, size=size, steps=steps)
+        ("sketches", np.uint8, (stages, size, size))]
+    draw_one = functools.partial(face_and_sketch, seed=seed, size=size, stages=stages)
     with (atomic_write(path) as partial,
           parallel_map(draw_one, range(count), "drawing faces", chunk_size=16) as rows):
         drawn = np.lib.format.open_memmap(partial, "w+", dtype, (count,))
@@ -178,10 +179,10 @@ def code_version() -> str:
     return hashlib.sha256(b"".join(path.read_bytes() for path in code)).hexdigest()[:8]
 
 
-def face_and_sketch(index, seed, size, steps):
-    """Attributes (40,), picture (size, size, 3) and sketch (steps, size, size) of a face."""
+def face_and_sketch(index, seed, size, stages):
+    """Attributes (40,), picture (size, size, 3) and sketch (stages, size, size) of a face."""
     image, attributes = face(index, seed, size)
-    frames = sketch(index, seed, size, steps) if steps else np.empty((0, size, size))
+    frames = sketch(index, seed, size, stages) if stages else np.empty((0, size, size))
     return attributes, np.asarray(image), frames
 
 

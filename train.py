@@ -8,13 +8,13 @@ r"""Pre-train FLIP (arXiv 2407.08515, section 4): schedules, one step, the loop,
         --clip openai/clip-vit-base-patch16 --bert bert-base-uncased
                                             the paper's recipe: 8 processes with 80 pairs each
 
-A run has three phases: ITC within the batch; with ITM; complete FLIP, with momentum encoder, queue
-and soft targets. The paper's run is phase 3 from its first step on; the tiny model's phases begin
-at 0, 25 and 85 % of its steps.
+A run has two phases: ITC within the batch; complete FLIP, with ITM, momentum encoder, queue and
+soft targets. The paper's run is phase 2 from its first step on; the tiny model's run enters phase 2
+after 85 % of its steps.
 
 Flags, the paper's values and the tiny model's recipe are in config.py; what a run starts from, and
 how it is saved and resumed, is in runs.py. Everything that changes during a run (learning rate,
-momentum, hardness of the negatives, ...) follows a schedule that depends only on the step. Data and
+momentum, ...) follows a schedule that depends only on the step. Data and
 random numbers depend only on the seed and the position in the run. So a resumed run computes
 exactly what an uninterrupted one does. Random numbers are seeded by their purpose and these
 numbers:
@@ -46,28 +46,21 @@ from optim import build_optimizers, learning_rate, ramp, set_learning_rate
 from runs import Log, Run, StepTimer
 
 # ---- schedules: pure functions of the step -------------------------------------------------------
-PHASES = {1: "ITC within the batch", 2: "with ITM", 3: "complete FLIP"}
+PHASES = {1: "ITC within the batch", 2: "complete FLIP"}
 
 
 def phase(step: int, config: Config) -> int:
-    """The phase of a step, see PHASES. The paper's run is phase 3 from its first step on."""
-    fraction = step / config.steps
-    start_2, start_3 = config.phases
-    return 1 + (fraction >= start_2) + (fraction >= start_3)
+    """The phase of a step, see PHASES. The paper's run is phase 2 from its first step on."""
+    return 1 if step < config.complete_from * config.steps else 2
 
 
 def schedule(step: int, config: Config) -> StepParams:
-    """What changes during a run, except the learning rate (optim.py). In phase 2, the negatives of
-    ITM become harder. Phase 3 adds the momentum encoder, the queue and the soft targets."""
-    fraction = step / config.steps
-    start_2, start_3 = config.phases
-    with_itm = phase(step, config) >= 2 and step % config.itm_every == 0
-    hardness = config.hardness * ramp(fraction, start_2, start_3)
-    if phase(step, config) < 3:
-        return StepParams(alpha=0.0, momentum=0.0, queue_length=0, hardness=hardness,
-                          with_itm=with_itm)
-    alpha = config.alpha * ramp(fraction, start_3, start_3 + config.alpha_warmup)
-    return StepParams(alpha, config.momentum, config.queue_size, hardness, with_itm)
+    """What changes during a run, except the learning rate (optim.py)."""
+    if phase(step, config) == 1:
+        return StepParams(alpha=0.0, momentum=0.0, queue_length=0, with_itm=False)
+    start = config.complete_from
+    alpha = config.alpha * ramp(step / config.steps, start, start + config.alpha_warmup)
+    return StepParams(alpha, config.momentum, config.queue_size, with_itm=True)
 
 
 # ---- one step ------------------------------------------------------------------------------------
@@ -120,8 +113,8 @@ def update(run: Run, outputs, step: int):
         optimizer.zero_grad(set_to_none=True)
     model.clamp_temperature()
 
-    if phase(step + 1, config) == 3:        # the momentum encoder, for the next step
-        is_first = phase(step, config) < 3
+    if phase(step + 1, config) == 2:        # the momentum encoder, for the next step
+        is_first = phase(step, config) == 1
         model.update_momentum(0.0 if is_first else config.momentum)     # 0: a copy of the student
 
 

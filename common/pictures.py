@@ -1,4 +1,4 @@
-"""Figures: contact sheets, the losses and recalls of a run, the top-ranked faces."""
+"""Figures: contact sheets, the losses and recalls of a run, and the results of the tasks."""
 import textwrap
 from pathlib import Path
 
@@ -78,15 +78,14 @@ def plot_curves(log: list[dict], validation, path: Path):
         lines = [line for line in log if line.get(name) is not None]
         left.plot(column(lines, "step"), column(lines, name), label=name.upper())
     trained = [line for line in log if "phase" in line]
-    for before, after in zip(trained, trained[1:]):
-        if before["phase"] < after["phase"]:        # more keys and softer targets: ITC jumps
-            left.axvline(before["step"], color="grey", linestyle=":", linewidth=0.8)
-            left.annotate(f"phase {after['phase']}", (before["step"], 0.98), color="grey",
-                          xycoords=("data", "axes fraction"), va="top", rotation=90)
-    within_batch = [line["step"] for line in trained if line["phase"] < 3]
-    if validation.ideal_itc and within_batch:
+    within_batch = [line["step"] for line in trained if line["phase"] == 1]
+    if within_batch and validation.ideal_itc:
         left.plot([0, within_batch[-1]], [validation.ideal_itc] * 2, "--", color="tab:blue",
                   label="ideal ITC")
+    if within_batch and len(within_batch) < len(trained):   # more keys, soft targets: ITC jumps
+        left.axvline(within_batch[-1], color="grey", linestyle=":", linewidth=0.8)
+        left.annotate("complete FLIP", (within_batch[-1], 0.98), color="grey",
+                      xycoords=("data", "axes fraction"), va="top", rotation=90)
     left.set(xlabel="step", title="training losses")
     left.legend()
 
@@ -102,3 +101,33 @@ def plot_curves(log: list[dict], validation, path: Path):
     right.set(xlabel="step", ylabel="%", ylim=(0, 100), xlim=(0, None), title=title)
     right.legend()
     figure.savefig(path, dpi=110)
+
+
+def plot_accuracies(attributes: list[str], accuracy, majority, label: str, path: Path):
+    """Plot the accuracy for each attribute, (40,) in percent, beside that of the majority class."""
+    order = (accuracy - majority).argsort()
+    ticks = np.arange(len(order))
+    names = [attributes[n].replace("_", " ") for n in order]
+    figure, axes = new_figure(9, 1.5 + 0.28 * len(order))
+    axes.barh(ticks, accuracy[order].numpy(), label=label, color="lightblue")
+    axes.plot(majority[order].numpy(), ticks, "k|", label="majority class")
+    axes.set(yticks=ticks, yticklabels=names, xlim=(50, 100), ylim=(-1, len(ticks)),
+             xlabel="accuracy on the test split, %")
+    figure.legend(loc="outside upper right", ncols=2)
+    figure.savefig(path, dpi=110)
+
+
+def plot_sketch(faces, sketch: int, similarity, ranks, path: Path, shown=6, top=5):
+    """Save a sketch at several stages, each beside its top-ranked photos; its own photo is framed.
+
+    faces: the photos and their sketches; sketch: an index; similarity (stages, photos) and ranks
+    (stages,) of the true photo: those of this sketch."""
+    stages = len(similarity)
+    rows = []
+    for t in sorted({max(0, stages * n // shown - 1) for n in range(1, shown + 1)}):
+        tiles = [(faces.sketch(sketch, t), "", False)]
+        for i in similarity[t].argsort(descending=True)[:top].tolist():
+            tiles.append((faces.picture(i), f"{similarity[t, i]:.2f}", i == sketch))
+        title = f"stage {t + 1} of {stages}: the true photo ranks {ranks[t]} of {len(faces)}"
+        rows.append((title, tiles))
+    contact_sheet(rows, tile=112, legend="green frame: the true photo").save(path)

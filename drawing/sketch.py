@@ -77,11 +77,11 @@ def visible(shapes, lines, points, direction, shape_index):
     return shown & is_in_image
 
 
-def rasterize_strokes(points: np.ndarray, step: np.ndarray, steps: int, size: int) -> np.ndarray:
-    """Rasterise pen positions `points` (m, 2), reached at `step` (m,), in ascending order. Returns
-    the sketch after each step, white on black, uint8 (steps, size, size).
+def rasterize_strokes(points: np.ndarray, stage: np.ndarray, stages: int, size: int) -> np.ndarray:
+    """Rasterise pen positions `points` (m, 2), reached at `stage` (m,), in ascending order. Returns
+    the sketch at each stage, white on black, uint8 (stages, size, size).
 
-    Each pixel of an oversampled canvas stores the first step at which the round pen covers it. The
+    Each pixel of an oversampled canvas stores the first stage at which the round pen covers it. The
     brightness of an output pixel is the fraction of its canvas pixels that are covered so far."""
     oversampling = 4 if size < 128 else 2
     canvas = size * oversampling
@@ -91,17 +91,17 @@ def rasterize_strokes(points: np.ndarray, step: np.ndarray, steps: int, size: in
     y, x = np.mgrid[-margin:margin + 1, -margin:margin + 1]
     disc = (y * edge + x)[x**2 + y**2 <= radius**2]     # offsets of the pixels that the pen covers
     column, row = (points * canvas).astype(int).T + margin
-    # in reverse, so that the first step remains; contiguous, else NumPy assigns in another order
+    # in reverse, so that the first stage remains; contiguous, else NumPy assigns in another order
     pen = (row * edge + column)[::-1, None] + disc      # (m, pixels of the disc)
-    first = np.full(edge * edge, steps)
-    first[pen] = step[::-1, None]
+    first = np.full(edge * edge, stages)
+    first[pen] = stage[::-1, None]
     first = first.reshape(edge, edge)[margin:-margin, margin:-margin]
 
     pixel = np.arange(size * size).reshape(size, 1, size, 1)
-    steps_of_pixels = first.reshape(size, oversampling, size, oversampling)
-    bins = steps_of_pixels * size * size + pixel        # a number for each (step, pixel)
-    covered = np.bincount(bins.ravel(), minlength=(steps + 1) * size * size)
-    covered = covered.reshape(-1, size, size)[:steps].astype(np.uint16)
+    stage_of_pixel = first.reshape(size, oversampling, size, oversampling)
+    bins = stage_of_pixel * size * size + pixel         # a number for each (stage, pixel)
+    covered = np.bincount(bins.ravel(), minlength=(stages + 1) * size * size)
+    covered = covered.reshape(-1, size, size)[:stages].astype(np.uint16)
     for previous, current in zip(covered, covered[1:]):  # faster than cumsum over axis 0
         current += previous
     return (covered * 255 // oversampling**2).astype(np.uint8)

@@ -250,29 +250,29 @@ def read_fs2k(folder: Path):
 
 
 def read_fs2k_sde(folder: Path):
-    """FS2K-SDE: sketches sketch/{train,test}/<photo>_<step>.*, photos anywhere below photo/, named
-    as by `images_by_name`. Every photo needs the steps that most photos have."""
+    """FS2K-SDE: sketches sketch/{train,test}/<photo>_<stage>.*, photos anywhere below photo/, named
+    as by `images_by_name`. Every photo needs the stages that most photos have."""
     photos = images_by_name(folder / "photo")
     records = []
     for split in ("train", "test"):
-        drawn = defaultdict(dict)           # {photo: {step: sketch}}
+        drawn = defaultdict(dict)           # {photo: {stage: sketch}}
         for sketch in sorted((folder / "sketch" / split).iterdir()):
-            name, _, step = sketch.stem.rpartition("_")
-            if name in photos and step.isdecimal():
-                drawn[photos[name]][int(step)] = sketch
+            name, _, stage = sketch.stem.rpartition("_")
+            if name in photos and stage.isdecimal():
+                drawn[photos[name]][int(stage)] = sketch
             else:
-                yield ValueError(f"{sketch}: expected <photo>_<step>, "
-                                 "found no such photo or no step")
-        counts = Counter(frozenset(steps) for steps in drawn.values())
+                yield ValueError(f"{sketch}: expected <photo>_<stage>, "
+                                 "found no such photo or no stage")
+        counts = Counter(frozenset(stages) for stages in drawn.values())
         usual = max(counts, key=counts.get, default=None)
-        for photo, steps in drawn.items():
+        for photo, stages in drawn.items():
             where = f"sketch/{split}"
-            numbers = sorted(steps)
-            if steps.keys() == usual:
-                sketches = [steps[step] for step in numbers]
+            numbers = sorted(stages)
+            if stages.keys() == usual:
+                sketches = [stages[number] for number in numbers]
                 records.append(Record(where, photo, split, sketches=sketches))
             else:
-                yield ValueError(f"{where}: {photo} has other steps than most photos: {numbers}")
+                yield ValueError(f"{where}: {photo} has other stages than most photos: {numbers}")
     yield from with_captions(records, folder, photos)
 
 
