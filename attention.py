@@ -18,7 +18,7 @@ same without padding.
 Capital letters denote sizes and mean the same in every file:
 
     B  items of a batch on one process; in this file, sequences of any kind
-    N  tokens of all sequences         L  tokens of an image: 1 + patches (Lq, Lk: of queries, keys)
+    N  tokens of all sequences         L  tokens of an image: 1 + patches
     D  width of a token                H  heads, each of d = D / H channels
     S  pixels on a side of an image    P  captions; in ITM, one per image-caption pair
     E  dimension of the features       I, T  images and texts in one call or in one split
@@ -136,6 +136,7 @@ def dropout_mask(weights, dropout):
 
 def padded_attention(query, key, value, query_sequences, key_sequences, dropout=0.0):
     """`attention` in plain PyTorch, on sequences padded to one length."""
+    # Lq and Lk: the lengths of the longest sequence of queries and of keys
     query = pad(query * query.shape[-1] ** -0.5, query_sequences)       # (B, H, Lq, d)
     key = pad(key, key_sequences)                                       # (B, H, Lk, d)
     value = pad(value, key_sequences)

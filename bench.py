@@ -123,7 +123,7 @@ def bench_step(config=FLIPConfig(), B=8, matrix=8192 if DEVICE == "cuda" else 20
     optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=True)
 
     def step(dtype):
-        model.update_momentum(StepParams().momentum)
+        model.update_momentum(0.995)
         with torch.autocast(DEVICE, dtype, enabled=dtype != torch.float32):
             out = model(images, captions, identity)
             (out.itc + out.itm).backward()

@@ -16,9 +16,9 @@ the result.
 Captions are packed (attention.py). In each layer an image's keys and values are projected once; the
 captions that attend to it are stored contiguously and form one long query sequence.
 
-Unlike the official code, we pack captions instead of padding them to 65 tokens; we project an
-image's keys and values once rather than once per caption; and we keep BERT's token-type embedding,
-whose constant type-0 row pretrained.py adds to the positions.
+Unlike the official code, we pack captions instead of padding them to 65 tokens; and we project an
+image's keys and values once rather than once per caption. BERT's token-type embedding is constant
+here (type 0): pretrained.py adds it to the position embeddings, the official code drops it.
 
 Shapes: see attention.py; N tokens of P captions, which attend to I images of L tokens.
 """

@@ -80,9 +80,8 @@ class Config(SharedFlags):
     lr: float = 3e-5            # peak learning rate
     warmup: int = 20_000        # steps to the peak learning rate, at most 20 % of the run
     weight_decay: float = 0.05  # weight decay of parameters with two or more dimensions
-    grad_clip: float = 0.0      # maximum gradient norm; 0: no clipping
     alpha: float = 0.4          # final weight of the soft targets
-    momentum: float = 0.995     # final momentum of the momentum encoder
+    momentum: float = 0.995     # momentum of the momentum encoder
     queue_size: int = 61_440    # entries of the queue
     augment: bool = True        # augment the images as in the paper
     workers: int = 8            # data loading processes per training process

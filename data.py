@@ -232,7 +232,7 @@ class FaceDataset(torch.utils.data.Dataset):
         if self.augmented:
             image = augment(image, rng)
         text = self.faces.caption(index, rng)
-        pixels = resize_to_array(image, self.image_size)        # has this size: only converts
+        pixels = resize_to_array(image, self.image_size)    # already this size: only converts
         return pixels, text, self.faces.identity[index], damaged
 
     def collate(self, samples):

@@ -13,10 +13,11 @@ encoders with random weights. Without --data, drawn faces take a few minutes on 
 head.pt for attributes, otherwise a complete flip.pt (with the momentum encoder and queue left from
 pre-training).
 
-Departures: the official code selects the best epoch on the test split, trains LFWA's head on the
-test split, leaves dropout on inside the "frozen" encoders, keeps a momentum encoder and a queue for
-them, trains the attribute head with SGD, and for sketches a matching head that no metric uses. None
-of this is done here.
+Departures from the official code. Here, the validation split selects the weights, and every head is
+trained on the training split; the official code selects on the test split, and trains LFWA's head
+on it. Here, frozen encoders have no dropout, momentum encoder or queue; there, they have. Here,
+AdamW trains all heads; there, SGD trains that of attributes, and a matching head is trained for
+sketches that no metric uses.
 """
 import contextlib
 import math
@@ -82,8 +83,8 @@ class Task:
 
 
 def train_heads(task: Task, samples: np.ndarray, steps: int, log: Log):
-    """Train on the faces `samples` (indices) of the training split; validate five times; then
-    restore the weights with the best validation metric, possibly the initial ones."""
+    """Train on the faces `samples` (indices) of the training split; validate before the first step
+    and five times during training; then restore the weights with the best validation metric."""
     model = task.model
     config = task.config
     optimizers = build_optimizers(task.trained, weight_decay=0.05)      # for what is not frozen
@@ -163,7 +164,7 @@ class Retrieval(Task):
         # ITM trains only the matching head, not the projections, and costs a pass of the text
         # encoder: skipping it in most steps changes nothing for ITC
         with_itm = step % self.config.itm_every == 0
-        params = StepParams(alpha=0.0, momentum=0.0, queue_length=0, with_itm=with_itm)
+        params = StepParams(alpha=0.0, within_batch=True, with_itm=with_itm)
         batch = batch.to(self.model.device)
         out = self.model(batch.images, batch.captions, batch.identity, params)
         return out.itc + out.itm

@@ -19,8 +19,11 @@ pairs.
 The paper trains all of this from the first step on. `python train.py` trains the tiny model from
 random weights in minutes, and in two phases (train.py):
 
-    1  ITC within the batch     the keys are the student's own features
+    1  ITC within the batch     the keys are the student's own features, without gradient
     2  complete FLIP            also with ITM, momentum encoder, queue and soft targets
+
+Phase 2 starts with a copy of the student as momentum encoder, and with a queue of the features of
+phase 1's last batches.
 
 `forward` computes the losses and changes no state. The training loop changes state, with one call
 each: `update_momentum`, `enqueue`, `clamp_temperature`. (The official forward does all of this.)
@@ -62,16 +65,16 @@ class FLIPConfig:
 class StepParams(NamedTuple):
     """What `train.schedule` changes from step to step; the defaults are the final values of the
     paper."""
-    alpha: float = 0.4                  # weight of the soft targets in ITC
-    momentum: float = 0.995             # 0: the student's own features serve as keys
-    queue_length: int | None = None     # use only the first slots of the queue; None: all
-    with_itm: bool = True               # False: skip ITM in this step
+    alpha: float = 0.4              # weight of the soft targets in ITC
+    within_batch: bool = False      # True: ITC's keys are the student's own features of this batch,
+                                    # instead of the momentum encoder's and those in the queue
+    with_itm: bool = True           # False: skip ITM in this step
 
 
 class FLIPOutput(NamedTuple):
     itc: torch.Tensor                   # the two losses, each (); the paper minimises their sum
     itm: torch.Tensor
-    image_keys: torch.Tensor            # momentum features of all processes (A, E), for `enqueue`
+    image_keys: torch.Tensor            # keys from all processes (A, E), for `enqueue`
     text_keys: torch.Tensor
     identity: torch.Tensor              # (A,)
     has_itm: bool                       # False if ITM was skipped; it is 0 then
@@ -152,12 +155,14 @@ class FLIP(nn.Module):
         moustache."""
         nn.init.normal_(self.student.image.positions, std=0.5)
         nn.init.normal_(self.student.text.words.weight, std=0.1)
-        for module in self.modules():
+        nn.init.xavier_uniform_(self.matching_head.weight)
+        for module in self.student.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
         for layer in self.student.text.layers:
             for linear in (layer.attention.value, layer.attention.out):
                 nn.init.normal_(linear.weight, std=2 * linear.in_features ** -0.5)
+        self.update_momentum(0)
 
     @property
     def device(self):
@@ -206,19 +211,20 @@ class FLIP(nn.Module):
     def rerank_score(self, logits, cosine):
         """The score that re-ranks candidates: ITM logits (..., 2) and cosines (...) -> (...).
 
-        The paper uses logit 1 + cosine. With `rerank_by_pmi`, the score is the mean of two
-        estimates of the pointwise mutual information of image i and text t, of ITC's and of ITM's
-        (each line up to a constant):
+        The paper uses logit 1 + cosine. With `rerank_by_pmi`, ITC and ITM each estimate the
+        pointwise mutual information of image i and text t, and the score is the mean of the two
+        estimates. Let p be the distribution of true pairs, and q that of the sampled negatives. Up
+        to constants:
 
-            ITC         log p(i, t) - log (p(i) p(t))   ~   cosine / tau
-            negatives   log q(i, t) - log (p(i) p(t))   =   cosine / tau
-            ITM         log p(i, t) - log q(i, t)       ~   logit 1 - logit 0
+            ITC learns               log p(i, t) / (p(i) p(t))  ~  cosine / tau
+            negatives are sampled    log q(i, t) / (p(i) p(t))  =  cosine / tau
+            ITM learns               log p(i, t) / q(i, t)      ~  logit 1 - logit 0
 
-        The last two lines add up to ITM's estimate. (An approximation: negatives are sampled in
+        ITM's estimate is the sum of the last two lines. (An approximation: negatives are sampled in
         both directions, normalised per row.)"""
         if not self.config.rerank_by_pmi:
             return logits[..., 1] + cosine
-        itc = cosine / self.temperature.to(cosine)
+        itc = cosine / self.temperature.to(cosine)              # estimates of the PMI
         itm = logits[..., 1] - logits[..., 0] + itc
         return (itc + itm) / 2
 
@@ -232,17 +238,18 @@ class FLIP(nn.Module):
             image_features = self.student.image_features(images)
         text_features = self.student.text_features(captions)
 
-        # ITC: the keys are the momentum features of all processes and those in the queue
-        if params.momentum > 0:
-            momentum_image, momentum_text = self.momentum_features(images, captions)
-        else:
+        # ITC: the keys are the momentum features of all processes, and those in the queue; or,
+        # within the batch, the student's features of all processes
+        if params.within_batch:
             momentum_image = image_features.detach()
             momentum_text = text_features.detach()
+        else:
+            momentum_image, momentum_text = self.momentum_features(images, captions)
         image_keys = all_gather(momentum_image)                 # (A, E), without gradient
         text_keys = all_gather(momentum_text)
         all_identity = all_gather(identity)
 
-        used = slice(params.queue_length)
+        used = slice(0 if params.within_batch else None)        # nothing, or everything
         key_identity = torch.cat([all_identity, self.queue_identity[used]])             # (K,)
         shared = identity, key_identity, self.temperature, params.alpha
         keys = torch.cat([text_keys, self.text_queue[used]])                            # (K, E)
@@ -280,14 +287,14 @@ class FLIP(nn.Module):
         if (identity == identity[0]).all():
             return None
         with torch.autocast(image_features.device.type, enabled=False):
-            similarity = text_features @ image_features.T               # (A texts, A images)
+            text_to_image = text_features @ image_features.T            # cosines (A, A)
         shared = identity, self.temperature
-        image_probabilities = losses.hard_negative_probabilities(similarity, *shared)
-        text_probabilities = losses.hard_negative_probabilities(similarity.T, *shared)
+        image_probabilities = losses.hard_negative_probabilities(text_to_image, *shared)
+        text_probabilities = losses.hard_negative_probabilities(text_to_image.T, *shared)
         probabilities = torch.cat([image_probabilities, text_probabilities]).cpu()      # (2 A, A)
         if not probabilities.isfinite().all():
             raise ValueError("the features of a batch are NaN or infinite: training has diverged; "
-                             "start a new run with a smaller --lr, or with --grad_clip")
+                             "start a new run with a smaller --lr")
         sampled = torch.multinomial(probabilities, 1, generator=generator)
         if dist.is_initialized():
             sampled = sampled.to(identity.device)
@@ -501,7 +508,7 @@ def rerank(model: FLIP, image_tokens, captions: Captions, similarity, k: int):
 
 @torch.no_grad()
 def main():
-    """Trace a batch of four pairs through one step: shapes and values."""
+    """Trace a batch of four pairs through the forward pass and the queue: shapes and values."""
     torch.manual_seed(0)
     texts = ["a smiling woman with blond hair", "a bald man", "she has blond hair", "a bearded man"]
     identity = torch.tensor([7, 8, 7, 9])               # images 0 and 2 show the same person

@@ -9,9 +9,10 @@
          negatives: wrong pairs, sampled with a probability that grows with their cosine
 
 ITC compares features of the *student*, the model that is trained, with *keys*: features of the
-other modality computed by the *momentum encoder*, a moving average of the student. While the
-momentum is 0, the student's own detached features are used instead. The keys are those of the batch
-and those of earlier batches, kept in a *queue*. flip.py explains why. ITM uses the student.
+other modality computed by the *momentum encoder*, a moving average of the student. The keys are
+those of the batch and those of earlier batches, kept in a *queue*. flip.py explains why. (In phase
+1 of the tiny model's run, the keys are the student's own features of the batch, without gradient.)
+ITM uses the student.
 
 Departures from the official code: pairs with the same identity count as positives, in batch and
 queue (the official code has a branch for this but never reaches it); positives are masked out
@@ -51,7 +52,28 @@ def contrastive_loss_reference(feature, momentum_feature, keys, identity, key_id
     return -(y * logits.log_softmax(1)).sum(1).mean()
 
 
-# ---- the same without its logits -----------------------------------------------------------------
+# ---- image-text matching -------------------------------------------------------------------------
+def hard_negative_probabilities(similarity, identity, temperature):
+    """Probabilities (A, A), for the A pairs of the global batch, of sampling column j as row i's
+    negative.
+
+    softmax(similarity / temperature) over the columns of *other* identities: similar pairs are
+    sampled more often. similarity (A, A) are cosines of student features. Every row needs at least
+    one column of another identity."""
+    logits = similarity / temperature
+    return logits.masked_fill(identity[:, None] == identity[None, :], -torch.inf).softmax(1)
+
+
+def matching_loss(logits, is_match, denominator: int):
+    """ITM: two-way cross-entropy of logits (P, 2), class 1 = match; is_match (P,) of 0 and 1.
+
+    With one process, `denominator` is P and the result is the mean. With several, P varies, because
+    each process scores the pairs of its own images. Dividing each sum by the average P makes the
+    average over processes, which DistributedDataParallel takes, equal the mean over all pairs."""
+    return F.cross_entropy(logits, is_match, reduction="sum") / denominator
+
+
+# ---- ITC without its logits ----------------------------------------------------------------------
 # For one row, let q be the student's feature, m the momentum encoder's, k_j the keys and y the
 # target (ALBEF, arXiv 2107.07651, eq. 1, 2 and 6):
 #
@@ -135,27 +157,6 @@ def contrastive_loss(feature, momentum_feature, keys, identity, key_identity, te
                                  key_identity, temperature.to(dtype), alpha)
 
 
-# ---- image-text matching -------------------------------------------------------------------------
-def hard_negative_probabilities(similarity, identity, temperature):
-    """Probabilities (A, A), for the A pairs of the global batch, of sampling column j as row i's
-    negative.
-
-    softmax(similarity / temperature) over the columns of *other* identities: similar pairs are
-    sampled more often. similarity (A, A) are cosines of student features. Every row needs at least
-    one column of another identity."""
-    logits = similarity / temperature
-    return logits.masked_fill(identity[:, None] == identity[None, :], -torch.inf).softmax(1)
-
-
-def matching_loss(logits, is_match, denominator: int):
-    """ITM: two-way cross-entropy of logits (P, 2), class 1 = match; is_match (P,) of 0 and 1.
-
-    With one process, `denominator` is P and the result is the mean. With several, P varies, because
-    each process scores the pairs of its own images. Dividing each sum by the average P makes the
-    average over processes, which DistributedDataParallel takes, equal the mean over all pairs."""
-    return F.cross_entropy(logits, is_match, reduction="sum") / denominator
-
-
 # ---- a numerical example -------------------------------------------------------------------------
 def main():
     """Print both losses of three images and their captions. Images 1 and 3 show the same person."""
@@ -165,7 +166,8 @@ def main():
     alpha = 0.4
     student = torch.tensor([[0.50, 0.30, 0.40], [0.20, 0.60, 0.25], [0.45, 0.10, 0.50]])
     momentum = torch.tensor([[0.48, 0.35, 0.38], [0.20, 0.55, 0.30], [0.40, 0.12, 0.52]])
-    keys = torch.eye(3)         # orthonormal: the rows above are the cosines with them
+    keys = torch.eye(3)         # so the products with the keys are the rows above (which, for
+                                # readability, are not of unit norm)
 
     def show(title, value):
         print(f"{title}\n{value}\n")

@@ -55,18 +55,21 @@ def newton_schulz(X: torch.Tensor, steps=5) -> torch.Tensor:
     X = X / (X.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(steps):
         A = X @ X.mT
-        X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
+        B = torch.baddbmm(A, A, A, beta=b, alpha=c)         # b A + c A A
+        X = torch.baddbmm(X, B, X, beta=a)                  # a X + B X
     return X
 
 
 def build_optimizers(module: torch.nn.Module, weight_decay, muon_lr=(), muon_momentum=0.95):
     """[AdamW, Muon], or [AdamW] without muon_lr; each trained parameter is in exactly one of them.
 
-    Muon updates all matrices except embeddings and the matching head. muon_lr are the rates of the
-    image encoder's and of the text encoder's, as multiples of the learning rate. AdamW updates
-    everything else. Weight decay applies to all parameters with two or more
-    dimensions, also to position embeddings and the patch convolution. A parameter without a
-    gradient, such as cross-attention's in a step without ITM, is not changed at all."""
+    Muon updates all matrices, also the patch convolution and the projections, but neither word and
+    position embeddings nor the matching head. muon_lr: its rates for the image and for the text
+    encoder, as multiples of the learning rate. AdamW updates everything else.
+
+    Weight decay applies to all parameters with two or more dimensions, also to position embeddings
+    and the patch convolution. A parameter without a gradient, such as cross-attention's in a step
+    without ITM, is not changed at all."""
     image_matrices = []     # for Muon
     text_matrices = []
     decayed = []

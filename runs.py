@@ -67,6 +67,10 @@ class Log:
         if self.file:
             print(json.dumps(line), file=self.file, flush=True)
 
+    def validations(self) -> list[dict]:
+        """The lines with the metrics of a validation."""
+        return [line for line in self.lines if "r_mean" in line]
+
     def close(self):
         if self.file:
             self.file.close()
@@ -137,7 +141,11 @@ class Run:
             is_due = bool(self.config.init)
         if not is_due:
             return False
-        return step not in [line["step"] for line in self.log.lines if "r_mean" in line]
+        return step not in [line["step"] for line in self.log.validations()]
+
+    def save_is_due(self) -> bool:
+        """Whether the last save was `save_every` minutes ago."""
+        return time.time() - self.last_save > 60 * self.config.save_every
 
 
 # ---- starting ------------------------------------------------------------------------------------
@@ -256,24 +264,12 @@ def saved_on_error(run: Run):
             raise
 
 
-def save_if_due(run: Run, validated: bool):
-    """Save the run after a validation, every `save_every` minutes, and if a signal asks it to stop;
-    then stop, by raising SystemExit."""
-    must_stop = run.must_stop()
-    seconds = time.time() - run.last_save
-    if validated or must_stop or seconds > 60 * run.config.save_every:
-        save(run)
-    if must_stop:
-        raise SystemExit(f"stopped after step {run.steps_done}; continue with --resume")
-
-
 def save(run: Run):
     """Save the run, on rank 0. Raises ValueError, and keeps the previous checkpoint, if weights are
     NaN or infinite."""
     if not all(p.isfinite().all() for p in run.model.parameters()):
         raise ValueError(f"after step {run.steps_done}: some weights are NaN or infinite: training "
-                         "has diverged and is not saved; start a new run with a smaller --lr, or "
-                         "with --grad_clip")
+                         "has diverged and is not saved; start a new run with a smaller --lr")
     run.last_save = time.time()
     if run.is_main:
         checkpoint = run.model.checkpoint()

@@ -2670,24 +2670,24 @@ def test_learning_rate_of_base_on_small_data_decays_only_after_the_warm_up():
 def test_schedule_of_base_is_the_papers(step):
     config = train_config.Config(model="base", steps=15 * PER_EPOCH)
     alpha = pytest.approx(0.4 * min(1, step / (2 * PER_EPOCH)))
-    assert train.schedule(step, config) == (alpha, 0.995, 61_440, True)
+    assert train.schedule(step, config) == (alpha, False, True)
 
 
 def test_schedule_of_tiny_starts_with_itc_alone_and_ends_with_the_final_values():
     config = parse_flags()
-    assert train.schedule(0, config) == (0.0, 0.0, 0, False)
+    assert train.schedule(0, config) == (0.0, True, False)
     assert train.schedule(config.steps - 1, config) == (
-        config.alpha, config.momentum, config.queue_size, True)
+        pytest.approx(config.alpha, rel=0.01), False, True)
     assert 0 < config.momentum < 1
     assert 0 < config.warmup < config.steps / 10
     assert learning_rate(0, config, 156) < config.lr / 10
 
 
 @parametrize("step, phase, expected", [
-    (84, 1, (0.0, 0.0, 0, False)),
-    (85, 2, (0.0, 0.95, 512, True)),
-    (90, 2, (0.2, 0.95, 512, True)),
-    (99, 2, (0.4, 0.95, 512, True))])
+    (84, 1, (0.0, True, False)),
+    (85, 2, (0.0, False, True)),
+    (90, 2, (0.2, False, True)),
+    (99, 2, (0.4, False, True))])
 def test_phase_2_adds_itm_the_momentum_encoder_the_queue_and_soft_targets(step, phase, expected):
     config = replace(parse_flags(), steps=100, complete_from=0.85, alpha_warmup=0.1)
     assert train.phase(step, config) == phase
@@ -3028,12 +3028,8 @@ def test_validation_is_without_dropout_and_training_goes_on_with_it(quick, stron
     assert run.model.training
 
 
-def test_a_step_clips_gradients_and_temperature(quick):
-    config = quick(**PHASE_2, grad_clip=1e-3)
-    run, batches, train_step = constant_run(config)
-    for step in (0, 1):
-        _, gradients = train_step(batches[:1], step)
-        assert gradients.norm().item() == pytest.approx(1e-3, rel=1e-2)
+def test_a_step_clamps_the_temperature(quick):
+    run, batches, train_step = constant_run(quick(**PHASE_2))
     run.model.temperature.data.fill_(2.0)
     train_step(batches[:1], 0)
     assert run.model.temperature.item() == 0.5

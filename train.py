@@ -13,11 +13,10 @@ soft targets. The paper's run is phase 2 from its first step on; the tiny model'
 after 85 % of its steps.
 
 Flags, the paper's values and the tiny model's recipe are in config.py; what a run starts from, and
-how it is saved and resumed, is in runs.py. Everything that changes during a run (learning rate,
-momentum, ...) follows a schedule that depends only on the step. Data and
-random numbers depend only on the seed and the position in the run. So a resumed run computes
-exactly what an uninterrupted one does. Random numbers are seeded by their purpose and these
-numbers:
+how it is saved and resumed, is in runs.py. What changes from step to step (learning rate, phase,
+weight of the soft targets) follows a schedule that depends only on the step. Data and random
+numbers depend only on the seed and the position in the run. So a resumed run computes exactly what
+an uninterrupted one does. Random numbers are seeded by their purpose and these numbers:
 
     order of the faces                  (seed, epoch)           FaceDataset.batch_indices
     caption and augmentation            (seed, epoch, index)    FaceDataset.__getitem__
@@ -30,7 +29,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.nn as nn
 from tqdm import tqdm
 
 import runs
@@ -57,10 +55,10 @@ def phase(step: int, config: Config) -> int:
 def schedule(step: int, config: Config) -> StepParams:
     """What changes during a run, except the learning rate (optim.py)."""
     if phase(step, config) == 1:
-        return StepParams(alpha=0.0, momentum=0.0, queue_length=0, with_itm=False)
+        return StepParams(alpha=0.0, within_batch=True, with_itm=False)
     start = config.complete_from
     alpha = config.alpha * ramp(step / config.steps, start, start + config.alpha_warmup)
-    return StepParams(alpha, config.momentum, config.queue_size, with_itm=True)
+    return StepParams(alpha)
 
 
 # ---- one step ------------------------------------------------------------------------------------
@@ -84,8 +82,8 @@ def compute_gradients(run: Run, micro_batches: list[Batch], step: int):
         with autocast(config.precision, device):
             out = run.parallel_model(batch.images, batch.captions, batch.identity, params,
                                      generator)
-            loss = (out.itc + out.itm) / len(micro_batches)
-            loss.backward()
+        loss = (out.itc + out.itm) / len(micro_batches)
+        loss.backward()
         outputs.append(out)
         step_losses[0] += out.itc.detach()
         step_losses[1] += out.itm.detach()
@@ -98,14 +96,13 @@ def compute_gradients(run: Run, micro_batches: list[Batch], step: int):
 
 
 def update(run: Run, outputs, step: int):
-    """Change everything that a step changes: queue, weights, temperature and momentum encoder."""
+    """Change everything that a step changes: queue, weights, temperature and momentum encoder. The
+    queue is filled in both phases, so that it is full when phase 2 begins."""
     config = run.config
     model = run.model
     for out in outputs:
         model.enqueue(out.image_keys, out.text_keys, out.identity)
 
-    if config.grad_clip:
-        nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
     set_learning_rate(run.optimizers, learning_rate(step, config, run.steps_per_epoch))
     for optimizer in run.optimizers:
         with autocast(config.precision, model.device):      # for Muon's matrix products
@@ -113,7 +110,7 @@ def update(run: Run, outputs, step: int):
         optimizer.zero_grad(set_to_none=True)
     model.clamp_temperature()
 
-    if phase(step + 1, config) == 2:        # the momentum encoder, for the next step
+    if phase(step + 1, config) == 2:        # which needs the momentum encoder
         is_first = phase(step, config) == 1
         model.update_momentum(0.0 if is_first else config.momentum)     # 0: a copy of the student
 
@@ -128,7 +125,7 @@ def train(config: Config):
         run = build_run(config, device, log)
         with runs.saved_on_error(run):
             training_loop(run)
-    metrics = [line for line in log.lines if "r_mean" in line]
+    metrics = log.validations()
     if run.is_main:
         initial = metrics[0] if metrics[0]["step"] == 0 else None
         print(recall_table(metrics[-1], run.validation, initial))
@@ -167,7 +164,7 @@ def training_loop(run: Run):
             bar.set_description(f"phase {phase(step, config)}: {PHASES[phase(step, config)]}")
             micro_batches = timer.next_batches(stream, config.accumulate)
             outputs, step_losses = compute_gradients(run, micro_batches, step)
-            run.updating = True             # until this is over, the run cannot be saved
+            run.updating = True             # if this fails halfway, the run is not saved
             update(run, outputs, step)
             run.unlogged_losses.append(step_losses)
             run.steps_done = step + 1
@@ -180,11 +177,15 @@ def training_loop(run: Run):
                 run.unlogged_losses = []
                 timer.restart()
 
-            is_due = run.validation_is_due()
-            if is_due:
+            if run.validation_is_due():
                 validate(run)
+                runs.save(run)
                 timer.restart()
-            runs.save_if_due(run, validated=is_due)
+            must_stop = run.must_stop()     # because of a signal
+            if must_stop or run.save_is_due():
+                runs.save(run)
+            if must_stop:
+                raise SystemExit(f"stopped after step {run.steps_done}; continue with --resume")
 
 
 def mean_losses(run: Run):

@@ -8,11 +8,10 @@ The contrastive loss uses the class token; in image-grounded mode the text encod
 tokens. Three details follow CLIP so that its weights can be loaded: a LayerNorm before the first
 block, the activation x * sigmoid(1.702 x), a patch convolution without bias. Implementations differ
 in the final LayerNorm: Hugging Face's CLIP applies it only to the pooled class token; the official
-FLIP, and this code, apply it to all tokens, because cross-attention reads them. (A misspelt key
-makes the official code drop CLIP's weights for this layer; here they load.)
+FLIP, and this code, apply it to all tokens, because cross-attention reads them.
 
-The tokens of a batch of images are packed: one tensor (B L, D), and a `Sequences` with the offset
-of each image. The letters of the shapes are listed in attention.py.
+Inside `forward`, the tokens of a batch of images are packed: one tensor (B L, D), and a `Sequences`
+with the offset of each image. The letters of the shapes are listed in attention.py.
 """
 from dataclasses import dataclass
 
