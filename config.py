@@ -15,7 +15,8 @@ from pretrained import read_checkpoint
 from readers.index import COLUMNS
 from vit import ViTConfig
 
-# image encoder, text encoder (the vocabulary sets vocab_size), dimension of the features
+# image encoder, text encoder (the vocabulary sets vocab_size), dimension of the features. The tiny
+# model has no dropout, because it sees each caption once
 TINY = (ViTConfig(image_size=48, patch_size=8, width=128, depth=3, heads=4),
         BertConfig(vocab_size=1, width=128, depth=2, heads=4, positions=66, dropout=0.0),
         128)
@@ -124,11 +125,14 @@ class Config(SharedFlags):
             raise ValueError("--vocabulary is for --init; otherwise --bert provides it")
 
 
-# The paper's recipe starts from CLIP and BERT. A short run from random weights needs other values:
+# The paper's recipe starts from CLIP and BERT. A short run from random weights needs other values;
+# README.md has what each is worth
 RECIPES = {"base": {}, "tiny": dict(
     # the length of the run, and what follows from it
-    steps=1920, max_epochs=30, batch_size=128, fit_batch=True, workers=0, log_every=20,
-    eval_every=960, k_test=16, augment=False,       # --data turns augmentation on
+    steps=1920, max_epochs=30, batch_size=128, fit_batch=True, workers=0, log_every=16,
+    eval_every=960, k_test=16,
+    # in six epochs, with new captions in each, there is little to overfit; --data turns it on
+    augment=False,
     # larger initial values and rates, as nothing is to be kept of CLIP and BERT
     from_scratch=True, lr=1e-3, warmup=60, lr_decay="linear", weight_decay=0.1,
     # Muon moves in all directions at the same rate, so that rare attributes are not learned last.
@@ -136,7 +140,9 @@ RECIPES = {"base": {}, "tiny": dict(
     muon_lr=(4.5, 1.5), muon_momentum=0.9,
     # ITC within the batch to 85 %: hard negatives teach ITM only when the features are good, and a
     # momentum encoder lags far behind the student until the learning rate is low
-    complete_from=0.85, alpha_warmup=0.0, momentum=0.95, queue_size=512,
+    complete_from=0.85,
+    # entries of a larger queue would be from a student that was much worse
+    queue_size=512,
     # the paper's score assumes a matching head that knows more than ITC
     rerank_by_pmi=True)}
 

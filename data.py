@@ -7,10 +7,11 @@
 `open_faces` opens a data set on disk (readers/index.py says how), `load_toy_faces` the drawn faces.
 
 Departures from the official code: a face without captions gets a new one from the grammar
-(captions.py) in every epoch, instead of a stored one. The order of the samples is a function of
-(seed, epoch), and caption and augmentation are functions of (seed, epoch, index), so a run resumed
-at any step, with any number of workers, sees the batches of an uninterrupted one. If an image is
-damaged, its name is printed and the next face is used instead.
+(captions.py) in every epoch, instead of a stored one: "The woman is seen wearing earrings. She is
+elderly. In addition, her eyebrows are arched and her hair is curly." The order of the samples is a
+function of (seed, epoch), and caption and augmentation are functions of (seed, epoch, index), so a
+run resumed at any step, with any number of workers, sees the batches of an uninterrupted one. If an
+image is damaged, its name is printed and the next face is used instead.
 """
 import itertools
 import sys

@@ -40,7 +40,7 @@ from config import TaskConfig, parse_task_arguments
 from data import FaceDataset, Faces, load_toy_faces, open_faces, readable
 from evaluation import EvaluationSet, chance_recalls, evaluate
 from flip import FLIP, StepParams, project
-from losses import contrastive_loss
+from losses import clip_loss
 from optim import build_optimizers, set_learning_rate, warmup_decay
 from pretrained import write_checkpoint
 from runs import Log
@@ -164,7 +164,7 @@ class Retrieval(Task):
         # ITM trains only the matching head, not the projections, and costs a pass of the text
         # encoder: skipping it in most steps changes nothing for ITC
         with_itm = step % self.config.itm_every == 0
-        params = StepParams(alpha=0.0, within_batch=True, with_itm=with_itm)
+        params = StepParams(within_batch=True, with_itm=with_itm)
         batch = batch.to(self.model.device)
         out = self.model(batch.images, batch.captions, batch.identity, params)
         return out.itc + out.itm
@@ -331,12 +331,12 @@ class Sketch(Task):
         sketch = project(sketch_tokens, student.image_projection)               # (B, E)
         photo = project(self.photos["train"][batch], student.image_projection)
         identity = torch.from_numpy(faces.identity[batch.numpy()]).to(photo.device)
-        temperature = self.model.temperature
-        iic = in_batch_contrastive_loss(sketch, photo, identity, temperature)
+        shared = identity, identity, self.model.temperature
+        iic = clip_loss(sketch, photo, sketch, photo, *shared)
         if self.captions is None:
             return iic
         text = project(self.captions[batch], student.text_projection)
-        return iic + in_batch_contrastive_loss(photo, text, identity, temperature)
+        return iic + clip_loss(photo, text, photo, text, *shared)
 
     @torch.no_grad()
     def metrics(self, split):
@@ -352,16 +352,6 @@ class Sketch(Task):
         mean_reciprocal_rank = (1 / ranks.double()).mean(1)
         i = int(mean_reciprocal_rank.argsort()[len(ranks) // 2])
         plot_sketch(self.splits["test"], i, similarity[i], ranks[i], path)
-
-
-def in_batch_contrastive_loss(one, other, identity, temperature):
-    """Symmetric contrastive loss of B pairs, features (B, E) each: ITC and IIC without a queue. As
-    in pre-training, no gradient flows into the keys."""
-    shared = identity, identity, temperature
-    # with alpha 0, the momentum features (the second argument) are not used
-    forth = contrastive_loss(one, one, other, *shared, alpha=0.0)
-    back = contrastive_loss(other, other, one, *shared, alpha=0.0)
-    return (forth + back) / 2
 
 
 def sketch_ranks(similarity):

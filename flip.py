@@ -19,7 +19,7 @@ pairs.
 The paper trains all of this from the first step on. `python train.py` trains the tiny model from
 random weights in minutes, and in two phases (train.py):
 
-    1  ITC within the batch     the keys are the student's own features, without gradient
+    1  ITC within the batch     CLIP's loss: the keys are the student's own features
     2  complete FLIP            also with ITM, momentum encoder, queue and soft targets
 
 Phase 2 starts with a copy of the student as momentum encoder, and with a queue of the features of
@@ -66,8 +66,8 @@ class StepParams(NamedTuple):
     """What `train.schedule` changes from step to step; the defaults are the final values of the
     paper."""
     alpha: float = 0.4              # weight of the soft targets in ITC
-    within_batch: bool = False      # True: ITC's keys are the student's own features of this batch,
-                                    # instead of the momentum encoder's and those in the queue
+    within_batch: bool = False      # True: ITC is CLIP's loss, without momentum encoder, queue and
+                                    # soft targets
     with_itm: bool = True           # False: skip ITM in this step
 
 
@@ -238,25 +238,24 @@ class FLIP(nn.Module):
             image_features = self.student.image_features(images)
         text_features = self.student.text_features(captions)
 
-        # ITC: the keys are the momentum features of all processes, and those in the queue; or,
-        # within the batch, the student's features of all processes
+        # ITC: within the batch, or against the momentum encoder's keys and those in the queue
+        all_identity = all_gather(identity)                                     # (A,)
         if params.within_batch:
-            momentum_image = image_features.detach()
-            momentum_text = text_features.detach()
+            image_keys = all_gather(image_features, with_gradient=True)         # (A, E)
+            text_keys = all_gather(text_features, with_gradient=True)
+            itc = losses.clip_loss(image_features, text_features, image_keys, text_keys, identity,
+                                   all_identity, self.temperature)
         else:
             momentum_image, momentum_text = self.momentum_features(images, captions)
-        image_keys = all_gather(momentum_image)                 # (A, E), without gradient
-        text_keys = all_gather(momentum_text)
-        all_identity = all_gather(identity)
-
-        used = slice(0 if params.within_batch else None)        # nothing, or everything
-        key_identity = torch.cat([all_identity, self.queue_identity[used]])             # (K,)
-        shared = identity, key_identity, self.temperature, params.alpha
-        keys = torch.cat([text_keys, self.text_queue[used]])                            # (K, E)
-        image_to_text = losses.contrastive_loss(image_features, momentum_image, keys, *shared)
-        keys = torch.cat([image_keys, self.image_queue[used]])
-        text_to_image = losses.contrastive_loss(text_features, momentum_text, keys, *shared)
-        itc = (image_to_text + text_to_image) / 2
+            image_keys = all_gather(momentum_image)
+            text_keys = all_gather(momentum_text)
+            key_identity = torch.cat([all_identity, self.queue_identity])               # (K,)
+            shared = identity, key_identity, self.temperature, params.alpha
+            keys = torch.cat([text_keys, self.text_queue])                              # (K, E)
+            image_to_text = losses.contrastive_loss(image_features, momentum_image, keys, *shared)
+            keys = torch.cat([image_keys, self.image_queue])
+            text_to_image = losses.contrastive_loss(text_features, momentum_text, keys, *shared)
+            itc = (image_to_text + text_to_image) / 2
 
         # ITM: the true pairs, and two wrong ones for each
         itm = itc.new_zeros(())
@@ -268,7 +267,7 @@ class FLIP(nn.Module):
             if not has_itm:     # a loss of 0 that still depends on all weights, for DDP
                 negatives = 2 * [torch.arange(len(all_identity))]
             itm = has_itm * self.itm_loss(image_tokens, captions, *negatives)
-        return FLIPOutput(itc, itm, image_keys, text_keys, all_identity, has_itm)
+        return FLIPOutput(itc, itm, image_keys.detach(), text_keys.detach(), all_identity, has_itm)
 
     @torch.no_grad()
     def momentum_features(self, images, captions):

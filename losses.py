@@ -4,15 +4,14 @@
          than to any other's. Cross-entropy between softmax(cosines / temperature) and a target
          distribution over the keys (`soft_targets`). `contrastive_loss_reference` is its
          definition; training calls `contrastive_loss`, which computes the same in chunks of keys
-         and stores no logits
+         and stores no logits. Within the batch, it is CLIP's loss (`clip_loss`)
     ITM  image-text matching: binary classification of image-caption pairs, true ones and hard
          negatives: wrong pairs, sampled with a probability that grows with their cosine
 
 ITC compares features of the *student*, the model that is trained, with *keys*: features of the
 other modality computed by the *momentum encoder*, a moving average of the student. The keys are
-those of the batch and those of earlier batches, kept in a *queue*. flip.py explains why. (In phase
-1 of the tiny model's run, the keys are the student's own features of the batch, without gradient.)
-ITM uses the student.
+those of the batch and those of earlier batches, kept in a *queue*; they have no gradient. flip.py
+explains why. CLIP's loss, and ITM, compare the student's features with each other.
 
 Departures from the official code: pairs with the same identity count as positives, in batch and
 queue (the official code has a branch for this but never reaches it); positives are masked out
@@ -33,9 +32,14 @@ def soft_targets(momentum_feature, keys, identity, key_identity, temperature, al
     """ITC's targets y (B, K), rows sum to 1: alpha x the momentum encoder's softmax over the keys
     (soft) + (1 - alpha) x a uniform distribution over the keys of the row's own identity
     (positives). The arguments are those of `contrastive_loss_reference`."""
-    same = (identity[:, None] == key_identity[None, :]).to(momentum_feature.dtype)
     soft = (momentum_feature @ keys.T / temperature).softmax(1)
-    return alpha * soft + (1 - alpha) * same / same.sum(1, keepdim=True)
+    return alpha * soft + (1 - alpha) * positives(identity, key_identity)
+
+
+def positives(identity, key_identity):
+    """A uniform distribution over the keys of each row's own identity, (B, K)."""
+    same = (identity[:, None] == key_identity[None, :]).float()
+    return same / same.sum(1, keepdim=True)
 
 
 def contrastive_loss_reference(feature, momentum_feature, keys, identity, key_identity, temperature,
@@ -50,6 +54,20 @@ def contrastive_loss_reference(feature, momentum_feature, keys, identity, key_id
     logits = feature @ keys.T / temperature                             # (B, K)
     y = soft_targets(momentum_feature, keys, identity, key_identity, temperature, alpha)
     return -(y * logits.log_softmax(1)).sum(1).mean()
+
+
+def clip_loss(image, text, image_keys, text_keys, identity, key_identity, temperature):
+    """ITC within the batch, both directions, a scalar tensor: CLIP's loss (arXiv 2103.00020, figure
+    3), except that equal identities are positives. Gradients flow into all features.
+
+    image and text (B, E): the student's features of this process, of unit norm; image_keys and
+    text_keys (A, E): those of all processes, with gradient; identity (B,), key_identity (A,). In
+    float32 (or float64), even under autocast."""
+    targets = positives(identity, key_identity).to(image)
+    with torch.autocast(image.device.type, enabled=False):
+        image_to_text = F.cross_entropy(image @ text_keys.T / temperature, targets)
+        text_to_image = F.cross_entropy(text @ image_keys.T / temperature, targets)
+    return (image_to_text + text_to_image) / 2
 
 
 # ---- image-text matching -------------------------------------------------------------------------

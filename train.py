@@ -55,7 +55,7 @@ def phase(step: int, config: Config) -> int:
 def schedule(step: int, config: Config) -> StepParams:
     """What changes during a run, except the learning rate (optim.py)."""
     if phase(step, config) == 1:
-        return StepParams(alpha=0.0, within_batch=True, with_itm=False)
+        return StepParams(within_batch=True, with_itm=False)
     start = config.complete_from
     alpha = config.alpha * ramp(step / config.steps, start, start + config.alpha_warmup)
     return StepParams(alpha)

@@ -1,7 +1,7 @@
 """Signals, worker processes, devices and ranks.
 
-Ranks exchange momentum features and identities (ITC's keys), student features (to sample negatives)
-and captions (for ITM), all without gradients. Image tokens stay on their rank."""
+Ranks exchange features and identities (ITC's keys, and to sample negatives) and captions (for ITM).
+Only the features of CLIP's loss have gradients. Image tokens stay on their rank."""
 import atexit
 import contextlib
 import ctypes
@@ -12,7 +12,9 @@ from concurrent.futures import ProcessPoolExecutor
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # unused; imported later, it would keep gloo's threads alive
+
+# at the top, because an import after `init_process_group` would keep gloo's threads alive
+from torch.distributed.nn.functional import all_gather as differentiable_all_gather
 from tqdm import tqdm
 
 
@@ -163,11 +165,14 @@ def rank_zero_first():
         dist.barrier()
 
 
-def all_gather(x: torch.Tensor) -> torch.Tensor:
-    """x (B, ...) of all processes -> (A, ...), in rank order, without gradient."""
+def all_gather(x: torch.Tensor, with_gradient=False) -> torch.Tensor:
+    """x (B, ...) of all processes -> (A, ...), in rank order, without gradient or with the sum of
+    the gradients of all processes."""
     _, world_size = rank_and_world_size()
     if world_size == 1:
-        return x.detach()
+        return x if with_gradient else x.detach()
+    if with_gradient:
+        return torch.cat(differentiable_all_gather(x.contiguous()))
     chunks = [torch.empty_like(x) for _ in range(world_size)]
     dist.all_gather(chunks, x.detach().contiguous())
     return torch.cat(chunks)
