@@ -77,7 +77,8 @@ class Log:
 
 
 class StepTimer:
-    """Seconds per step, and of these the seconds of waiting for data, since `restart`."""
+    """Seconds per step, of these the seconds of waiting for data, and pairs per second of all
+    processes, since `restart`."""
 
     def __init__(self):
         self.restart()
@@ -85,6 +86,7 @@ class StepTimer:
     def restart(self):
         self.begin = time.time()
         self.steps = 0
+        self.pairs = 0
         self.waited = 0.0
 
     def next_batches(self, stream, count: int) -> list:
@@ -93,11 +95,17 @@ class StepTimer:
         batches = [next(stream) for _ in range(count)]
         self.waited += time.time() - begin
         self.steps += 1
+        self.pairs += sum(len(batch.identity) for batch in batches)
         return batches
 
     def means(self) -> dict[str, float]:
         seconds = time.time() - self.begin
-        return {"seconds": seconds / self.steps, "data_seconds": self.waited / self.steps}
+        _, world_size = rank_and_world_size()
+        return {
+            "seconds": seconds / self.steps,
+            "data_seconds": self.waited / self.steps,
+            "pairs_per_second": self.pairs * world_size / seconds,
+        }
 
 
 @dataclass

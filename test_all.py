@@ -2727,8 +2727,10 @@ def test_checkpoint_has_the_configured_optimizers(quick, saved):
     assert training["unlogged_losses"] == []
 
 
+# after 4 steps, a run is in phase 1; after 5, between the phases; after 6, in phase 2
 STEPS = QUICK | dict(
-    faces=64, steps=12, accumulate=2, log_every=3, eval_every=1000, queue_size=40)
+    faces=64, steps=12, complete_from=0.4, accumulate=2, log_every=3, eval_every=1000,
+    queue_size=40)
 
 
 def start(world, out, cache, *flags, ending="pass", rank=0):
@@ -3054,6 +3056,12 @@ def test_momentum_is_that_of_the_next_step(quick, monkeypatch):
     for step in range(3):
         train.update(run, [], step)
     assert momenta == [0, run.config.momentum], "a copy before step 2, an average from then on"
+
+
+def test_log_has_the_pairs_per_second(quick, uninterrupted):
+    lines = [line for line in log_of(uninterrupted) if "itc" in line]
+    for line in lines:
+        assert line["pairs_per_second"] * line["seconds"] == pytest.approx(quick().batch_size)
 
 
 def test_log_has_the_mean_itm_of_the_steps_that_trained_it(quick):

@@ -173,7 +173,8 @@ def training_loop(run: Run):
             if run.steps_done % config.log_every == 0 or run.steps_done == config.steps:
                 line = mean_losses(run) | timer.means()
                 run.log.write(step=run.steps_done, **line)
-                bar.set_postfix(itc=line["itc"], itm=line["itm"], seconds=line["seconds"])
+                bar.set_postfix(itc=line["itc"], itm=line["itm"],
+                                pairs_per_second=line["pairs_per_second"])
                 run.unlogged_losses = []
                 timer.restart()
 
