@@ -126,7 +126,7 @@ class Config(SharedFlags):
 
 
 # The paper's recipe starts from CLIP and BERT. A short run from random weights needs other values;
-# README.md has what each is worth
+# README.md says what each is for
 RECIPES = {"base": {}, "tiny": dict(
     # the length of the run, and what follows from it
     steps=1920, max_epochs=30, batch_size=128, fit_batch=True, workers=0, log_every=16,
