@@ -16,7 +16,7 @@ from readers.index import COLUMNS
 from vit import ViTConfig
 
 # image encoder, text encoder (the vocabulary sets vocab_size), dimension of the features. The tiny
-# model has no dropout, because it sees each caption once
+# model has no dropout: every epoch writes new captions
 TINY = (ViTConfig(image_size=48, patch_size=8, width=128, depth=3, heads=4),
         BertConfig(vocab_size=1, width=128, depth=2, heads=4, positions=66, dropout=0.0),
         128)
@@ -103,8 +103,8 @@ class Config(SharedFlags):
     # how the learning rate decays after the warm-up: "epoch" (x 0.9 per epoch), "cosine" or
     # "linear"
     lr_decay: str = "epoch"
-    # learning rates of Muon, which updates all matrices of the image and of the text encoder, as
-    # multiples of lr; (): AdamW updates them
+    # learning rates of Muon for the matrices of the image and of the text encoder, as multiples of
+    # lr, see `optim.build_optimizers`; (): AdamW updates them
     muon_lr: tuple[float, ...] = ()
     muon_momentum: float = 0.95
     # fraction of the run at which phase 2 begins, complete FLIP, see `train.schedule`
@@ -141,7 +141,7 @@ RECIPES = {"base": {}, "tiny": dict(
     # ITC within the batch to 85 %: hard negatives teach ITM only when the features are good, and a
     # momentum encoder lags far behind the student until the learning rate is low
     complete_from=0.85,
-    # entries of a larger queue would be from a student that was much worse
+    # four batches
     queue_size=512,
     # the paper's score assumes a matching head that knows more than ITC
     rerank_by_pmi=True)}

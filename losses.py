@@ -33,12 +33,12 @@ def soft_targets(momentum_feature, keys, identity, key_identity, temperature, al
     (soft) + (1 - alpha) x a uniform distribution over the keys of the row's own identity
     (positives). The arguments are those of `contrastive_loss_reference`."""
     soft = (momentum_feature @ keys.T / temperature).softmax(1)
-    return alpha * soft + (1 - alpha) * positives(identity, key_identity)
+    return alpha * soft + (1 - alpha) * positives(identity, key_identity, soft.dtype)
 
 
-def positives(identity, key_identity):
+def positives(identity, key_identity, dtype):
     """A uniform distribution over the keys of each row's own identity, (B, K)."""
-    same = (identity[:, None] == key_identity[None, :]).float()
+    same = (identity[:, None] == key_identity[None, :]).to(dtype)
     return same / same.sum(1, keepdim=True)
 
 
@@ -63,7 +63,7 @@ def clip_loss(image, text, image_keys, text_keys, identity, key_identity, temper
     image and text (B, E): the student's features of this process, of unit norm; image_keys and
     text_keys (A, E): those of all processes, with gradient; identity (B,), key_identity (A,). In
     float32 (or float64), even under autocast."""
-    targets = positives(identity, key_identity).to(image)
+    targets = positives(identity, key_identity, image.dtype)
     with torch.autocast(image.device.type, enabled=False):
         image_to_text = F.cross_entropy(image @ text_keys.T / temperature, targets)
         text_to_image = F.cross_entropy(text @ image_keys.T / temperature, targets)
