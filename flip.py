@@ -136,12 +136,16 @@ class FLIP(nn.Module):
         self.temperature = nn.Parameter(torch.tensor(0.07))
         self.momentum_encoder = copy.deepcopy(self.student).requires_grad_(False)
 
-        # as in the official code, the queue starts with random unit vectors of identity -100. They
-        # are never positives, but soft targets give them some weight
+        self.init_queue()
+
+    def init_queue(self):
+        """As in the official code, the queue starts with random unit vectors of identity -100. They
+        are never positives, but soft targets give them some weight."""
+        Q = self.config.queue_size
         for name in ("image_queue", "text_queue"):
-            features = torch.randn(config.queue_size, config.embed_dim)
+            features = torch.randn(Q, self.config.embed_dim)
             self.register_buffer(name, F.normalize(features, dim=-1))
-        self.register_buffer("queue_identity", torch.full((config.queue_size,), -100))
+        self.register_buffer("queue_identity", torch.full((Q,), -100))
         self.register_buffer("queue_pointer", torch.zeros(1, dtype=torch.int64))
 
     @torch.no_grad()

@@ -1,10 +1,7 @@
-"""Optimisers: Muon, AdamW, their parameter groups and states; how a learning rate rises and
-decays."""
+"""Optimisers: Muon, AdamW and their parameter groups; how a learning rate rises and decays."""
 import math
 
 import torch
-
-from pretrained import check_tensors
 
 
 class Muon(torch.optim.Optimizer):
@@ -18,9 +15,6 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, groups, momentum):
         super().__init__(groups, dict(momentum=momentum))
-        for group in self.param_groups:
-            for p in group["params"]:
-                self.state[p]["momentum"] = torch.zeros_like(p)
 
     @torch.no_grad()
     def step(self):
@@ -39,7 +33,10 @@ class Muon(torch.optim.Optimizer):
 
     def direction(self, p, momentum):
         """Update the moving average of the gradient; return Nesterov's look-ahead from it."""
-        average = self.state[p]["momentum"]
+        state = self.state[p]
+        if not state:
+            state["average"] = torch.zeros_like(p)
+        average = state["average"]
         average.lerp_(p.grad, 1 - momentum)
         return p.grad.lerp(average, momentum)
 
@@ -89,34 +86,12 @@ def build_optimizers(module: torch.nn.Module, weight_decay, muon_lr=(), muon_mom
     groups = [{"params": decayed, "weight_decay": weight_decay, "scale": 1.0},
               {"params": not_decayed, "weight_decay": 0.0, "scale": 1.0}]
     adamw = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, fused=True)
-    for p in decayed + not_decayed:             # else AdamW's first step creates the state
-        state = adamw.state[p]
-        state["step"] = torch.zeros((), device=p.device)
-        state["exp_avg"] = torch.zeros_like(p)
-        state["exp_avg_sq"] = torch.zeros_like(p)
     if not muon_lr:
         return [adamw]
     image_lr, text_lr = muon_lr
     groups = [{"params": image_matrices, "weight_decay": weight_decay, "scale": image_lr},
               {"params": text_matrices, "weight_decay": weight_decay, "scale": text_lr}]
     return [adamw, Muon(groups, muon_momentum)]
-
-
-def load_optimizers(optimizers, saved: list[dict], where):
-    """Load one state dict per optimiser. Raises ValueError unless their tensors are complete, fit
-    the parameters and are finite: torch checks nothing."""
-    for optimizer, state in zip(optimizers, saved, strict=True):
-        check_tensors(state_tensors(state), state_tensors(optimizer.state_dict()), where)
-        optimizer.load_state_dict(state)
-
-
-def state_tensors(state_dict: dict) -> dict[str, torch.Tensor]:
-    """The tensors in an optimiser's state dict, with names for errors."""
-    tensors = {}
-    for i, state in state_dict["state"].items():
-        for name, x in state.items():
-            tensors[f"state {i} {name}"] = x
-    return tensors
 
 
 def set_learning_rate(optimizers, lr):

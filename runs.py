@@ -32,7 +32,6 @@ from config import MODELS, Config
 from data import FaceDataset, Faces, load_toy_faces, open_faces, readable
 from evaluation import EvaluationSet
 from flip import FLIP, FLIPConfig, saved_config
-from optim import load_optimizers
 from pretrained import load_bert, load_clip, read_checkpoint, write_checkpoint
 from tokenizer import Tokenizer
 
@@ -218,16 +217,14 @@ def model_of_init(config: Config) -> Start:
                          "width")
     if config.image_size:
         sizes = replace(sizes, vit=replace(sizes.vit, image_size=config.image_size))
-    initial = FLIP.from_pretrained(config.init, sizes, config.vocabulary, saved=saved)
+    model = FLIP.from_pretrained(config.init, sizes, config.vocabulary, saved=saved)
+    model.require_tokenizer()
     faces, validation = open_data(config, sizes.vit.image_size)
 
     by_pmi = config.rerank_by_pmi or sizes.rerank_by_pmi
-    sizes = replace(sizes, queue_size=config.queue_size, rerank_by_pmi=by_pmi)
-    torch.manual_seed(derive_seed("initial weights", config.seed))
-    model = FLIP(sizes, initial.require_tokenizer())
-    model.student.load_state_dict(initial.student.state_dict())
-    model.matching_head.load_state_dict(initial.matching_head.state_dict())
-    model.temperature.copy_(initial.temperature)
+    torch.manual_seed(derive_seed("initial queue", config.seed))
+    model.config = replace(sizes, queue_size=config.queue_size, rerank_by_pmi=by_pmi)
+    model.init_queue()
     model.update_momentum(0)        # the momentum encoder starts as a copy of the student
     return Start(model, faces, validation)
 
@@ -245,7 +242,8 @@ def restore(run: Run, saved: dict):
         name = config.data or run.dataset.faces.name
         raise ValueError(f"--resume: the run in {path} had other faces than {name}: their images, "
                          "captions or annotations differ; use the same, in any folder")
-    load_optimizers(run.optimizers, saved["optimizers"], path)
+    for optimizer, state in zip(run.optimizers, saved["optimizers"], strict=True):
+        optimizer.load_state_dict(state)
     run.log.restart(saved["log"])
     run.steps_done = saved["step"]
     run.unlogged_losses = [losses.to(run.model.device) for losses in saved["unlogged_losses"]]
@@ -351,7 +349,7 @@ def begin(run: Run):
 
 
 def print_plan(run: Run):
-    """Print the length of the run, and warnings about few faces or unknown words."""
+    """Print the length of the run, and a warning about unknown words."""
     config = run.config
     faces = run.dataset.faces
     validation = run.validation.faces
@@ -359,11 +357,6 @@ def print_plan(run: Run):
     epochs = config.steps * pairs / len(faces)
     print(f"{faces.name}: {len(faces):,} faces; {validation.name}: {len(validation):,} faces")
     print(f"{config.steps:,} steps of {pairs} pairs are {epochs:.1f} epochs, in {config.precision}")
-    if epochs > 60:
-        print(f"this will overfit: try --steps {round(30 * config.steps / epochs)}, or more faces")
-    chance = min(100, 1000 / len(validation))
-    if chance > 4:
-        print(f"with {len(validation)} validation faces, R@10 is {chance:.0f} % by chance")
     if config.init:         # otherwise the vocabulary is built from these captions, or is BERT's
         unknown = set()
         for text in sample_captions(faces, 500):

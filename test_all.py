@@ -731,10 +731,7 @@ DELETE = object()
     ("flip", DELETE, "entries with [DEC] and [ENC], but the model has 30524"),
     ("flip model/image_queue", DELETE, "but the model has 30524"),
     ("training/optimizers/1", DELETE, "zip() argument"),
-    ("training/optimizers/1/state/0", DELETE, "flip.pt: state 0 momentum is missing"),
-    ("training/optimizers/0/state/2/exp_avg", torch.zeros(3), "state 2 exp_avg: expected"),
-    ("training/optimizers/1/state/0/momentum", torch.inf, "state 0 momentum: expected"),
-    ("training/optimizers/0/state/999", {"step": torch.ones(())}, "state 999 step is unknown")])
+    ("training/optimizers/0/param_groups/0/params/0", DELETE, "doesn't match the size")])
 def test_changed_checkpoint_is_rejected(saved, place, value, message):
     for path in place.split():
         *outer, last = [int(key) if key.isdigit() else key for key in path.split("/")]
@@ -3130,10 +3127,8 @@ def test_models_that_do_not_fit_the_flags_are_rejected(init_flags, quick):
 
 @parametrize("message", [
     "300 steps of 8 pairs are 120.0 epochs",
-    "will overfit: try --steps 75, or",
-    "with 20 validation faces, R@10 is 50 % by chance",
     "captions are not in the vocabulary: "])
-def test_plan_warns_of_many_epochs_few_faces_and_unknown_words(printed, message):
+def test_plan_says_how_many_epochs_and_warns_of_unknown_words(printed, message):
     config = parse_flags("--init", "x", "--batch_size", 8, "--steps", 300)
     run = MagicMock(config=config, model=MagicMock(tokenizer=Tokenizer.train(["a face"])))
     run.dataset.faces = run.validation.faces = noise_faces()
