@@ -1,7 +1,6 @@
 """The configuration of train.py and finetune.py: the paper's values (FLIP paper, sections 4 and 5)
-as defaults, the recipe of the tiny model, with reasons, and those of the tasks. A field with a
-comment on its line is a command-line flag, and the comment its help text (`parse_flags` reads this
-file)."""
+as defaults, the recipe of the tiny model, with reasons, and those of the tasks. A field whose
+default is wrapped in `flag` is also a command-line flag."""
 import argparse
 import math
 import textwrap
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from bert import BertConfig
-from common.script import parse_flags
+from common.script import flag, parse_flags
 from pretrained import read_checkpoint
 from readers.index import COLUMNS
 from vit import ViTConfig
@@ -30,18 +29,17 @@ CHANGEABLE_ON_RESUME = "data cache device workers log_every eval_every save_ever
 @dataclass(frozen=True)
 class SharedFlags:
     """Flags of both train.py and finetune.py."""
-    data: str = ""              # folder or JSON list of faces; default: drawn faces, cached in
-                                # --cache
-    cache: str = "cache"        # folder for drawn faces and for the index of --data
-    columns: tuple[Literal[*COLUMNS], ...] = ("caption", "face_caption")    # caption columns of
-                                # FaceCaption-15M; the first two are names of the same one
-    vocabulary: str = ""        # for a checkpoint without one (the official one): file, folder or
-                                # hub name
-    device: str = "auto"        # cpu, cuda, mps (Apple; untried), or auto: CUDA if available, else
-                                # the CPU
-    precision: Literal["auto", "float32", "bf16"] = "auto"      # auto: bf16 on GPUs from A100 on,
-                                # on CPUs with AVX512-BF16 or AMX; else float32
-    k_test: int = 256           # candidates per query to re-rank with the ITM head
+    data: str = flag("", "folder or JSON list of faces; default: drawn faces, cached in --cache")
+    cache: str = flag("cache", "folder for drawn faces and for the index of --data")
+    columns: tuple[Literal[*COLUMNS], ...] = flag(("caption", "face_caption"),
+        "caption columns of FaceCaption-15M; the first two are names of the same one")
+    vocabulary: str = flag("",
+        "for a checkpoint without one (the official one): file, folder or hub name")
+    device: str = flag("auto",
+        "cpu, cuda, mps (Apple; untried), or auto: CUDA if available, else the CPU")
+    precision: Literal["auto", "float32", "bf16"] = flag("auto",
+        "auto: bf16 on GPUs from A100 on, on CPUs with AVX512-BF16 or AMX; else float32")
+    k_test: int = flag(256, "candidates per query to re-rank with the ITM head")
 
     def __post_init__(self):
         """Raise a ValueError if a flag is out of range: at least 0 (those of AT_LEAST_ONE: 1), and
@@ -62,36 +60,36 @@ class SharedFlags:
 class Config(SharedFlags):
     """The default values are the paper's. But `python train.py` trains the tiny model, for which
     `RECIPES` overrides most of them. Fractions refer to the whole run."""
-    model: Literal[*MODELS] = "tiny"    # tiny (for drawn faces, trains on two CPU cores) or base
-                                        # (the paper's ViT-B/16 and BERT-base)
-    out: str = "out"            # folder for checkpoint, log and plots
-    faces: int = 40_000         # number of faces to draw for training
-    validation: int = 1000      # maximum number of validation faces
-    resume: bool = False        # resume the run in --out
-    seed: int = 0               # seed of initial weights, data order, captions, dropout, negatives
-    init: str = ""              # start from a trained FLIP, ours or the official: file, folder or
-                                # hub name
-    image_size: int = 0         # side of the model's input in pixels; 0: as in --init or --model
-    clip: str = ""              # start the image encoder from CLIP: file, folder or hub name
-    bert: str = ""              # start the text encoder from BERT, with its vocabulary: likewise
-    epochs: int = 15            # epochs to train, if --steps is 0
-    steps: int = 0              # length of the run in steps (overrides --epochs)
-    batch_size: int = 80        # pairs per process and micro-batch
-    accumulate: int = 1         # micro-batches per step, if a larger batch does not fit in memory
-    lr: float = 3e-5            # peak learning rate
-    warmup: int = 20_000        # steps to the peak learning rate, at most 20 % of the run
-    weight_decay: float = 0.05  # weight decay of parameters with two or more dimensions
-    alpha: float = 0.4          # final weight of the soft targets
-    momentum: float = 0.995     # momentum of the momentum encoder
-    queue_size: int = 61_440    # entries of the queue
-    augment: bool = True        # augment the images as in the paper
-    workers: int = 8            # data loading processes per training process
-    log_every: int = 50         # steps between log lines
-    eval_every: int = 5000      # steps between evaluations; each also saves a checkpoint
-    save_every: float = 10.0    # minutes between further checkpoints
+    model: Literal[*MODELS] = flag("tiny",
+        "tiny (for drawn faces, trains on two CPU cores) or base (the paper's ViT-B/16 and "
+        "BERT-base)")
+    out: str = flag("out", "folder for checkpoint, log and plots")
+    faces: int = flag(40_000, "number of faces to draw for training")
+    validation: int = flag(1000, "maximum number of validation faces")
+    resume: bool = flag(False, "resume the run in --out")
+    seed: int = flag(0, "seed of initial weights, data order, captions, dropout, negatives")
+    init: str = flag("",
+        "start from a trained FLIP, ours or the official: file, folder or hub name")
+    image_size: int = flag(0, "side of the model's input in pixels; 0: as in --init or --model")
+    clip: str = flag("", "start the image encoder from CLIP: file, folder or hub name")
+    bert: str = flag("", "start the text encoder from BERT, with its vocabulary: likewise")
+    epochs: int = flag(15, "epochs to train, if --steps is 0")
+    steps: int = flag(0, "length of the run in steps (overrides --epochs)")
+    batch_size: int = flag(80, "pairs per process and micro-batch")
+    accumulate: int = flag(1, "micro-batches per step, if a larger batch does not fit in memory")
+    lr: float = flag(3e-5, "peak learning rate")
+    warmup: int = flag(20_000, "steps to the peak learning rate, at most 20 % of the run")
+    weight_decay: float = flag(0.05, "weight decay of parameters with two or more dimensions")
+    alpha: float = flag(0.4, "final weight of the soft targets")
+    momentum: float = flag(0.995, "momentum of the momentum encoder")
+    queue_size: int = flag(61_440, "entries of the queue")
+    augment: bool = flag(True, "augment the images as in the paper")
+    workers: int = flag(8, "data loading processes per training process")
+    log_every: int = flag(50, "steps between log lines")
+    eval_every: int = flag(5000, "steps between evaluations; each also saves a checkpoint")
+    save_every: float = flag(10.0, "minutes between further checkpoints")
 
-    # these fields are no flags, because they have no comment on their line. The run sets the number
-    # of processes, recipes set all others
+    # these fields are no flags: the run sets the number of processes, recipes set all others
     processes: int = 1
     # upper limit on the run's length, in epochs; 0: none
     max_epochs: int = 0
@@ -201,22 +199,22 @@ def resumed_config(folder: Path, given: dict) -> Config:
 class TaskConfig(SharedFlags):
     """The defaults are the paper's for retrieval."""
     task: str = ""
-    checkpoint: str = "out/flip.pt"     # from train.py, or the official one: file, folder or hub
-                                        # name
-    random: bool = True         # also train on frozen encoders with random weights
-    out: str = "out"            # folder for the results, in a subfolder named after the task
-    faces: int = 4000           # number of faces to draw for training
-    validation: int = 1000      # number of validation faces to draw; with --data the maximum
-    test: int = 5000            # number of test faces to draw; with --data the maximum (0: all)
-    fractions: tuple[float, ...] = (1.0,)       # parts of the training split to train on, each
-                                                # from the same initial weights
-    seed: int = 0               # seed of random encoders, new weights, data and negatives
-    epochs: int = 50            # epochs; a smaller fraction has the same number of steps
-    batch_size: int = 64        # samples per step
-    lr: float = 3e-5            # peak learning rate, after 10 % of the steps; cosine decay
-    workers: int = 8            # data loading processes of retrieval
+    checkpoint: str = flag("out/flip.pt",
+        "from train.py, or the official one: file, folder or hub name")
+    random: bool = flag(True, "also train on frozen encoders with random weights")
+    out: str = flag("out", "folder for the results, in a subfolder named after the task")
+    faces: int = flag(4000, "number of faces to draw for training")
+    validation: int = flag(1000, "number of validation faces to draw; with --data the maximum")
+    test: int = flag(5000, "number of test faces to draw; with --data the maximum (0: all)")
+    fractions: tuple[float, ...] = flag((1.0,),
+        "parts of the training split to train on, each from the same initial weights")
+    seed: int = flag(0, "seed of random encoders, new weights, data and negatives")
+    epochs: int = flag(50, "epochs; a smaller fraction has the same number of steps")
+    batch_size: int = flag(64, "samples per step")
+    lr: float = flag(3e-5, "peak learning rate, after 10 % of the steps; cosine decay")
+    workers: int = flag(8, "data loading processes of retrieval")
 
-    # set only by recipes; they are not flags, because they have no comment on their line
+    # no flags; recipes set them
     # train the matching head in every n-th step
     itm_every: int = 1
     # number of stages in which a sketch is drawn

@@ -2551,7 +2551,7 @@ def test_unknown_flags_and_choices_are_rejected(flags):
         parse_flags(*flags.split())
 
 
-def test_help_shows_the_comments_of_the_configuration_and_its_defaults(printed):
+def test_help_shows_the_texts_of_the_configuration_and_its_defaults(printed):
     with pytest.raises(SystemExit):
         parse_flags("--help")
     output = " ".join(printed().split())

@@ -2,13 +2,11 @@
 import argparse
 import contextlib
 import ctypes
-import inspect
 import os
-import re
 import traceback
 import typing
 import warnings
-from dataclasses import fields
+from dataclasses import field, fields
 from pathlib import Path
 
 import torch
@@ -79,37 +77,21 @@ def markdown_table(header, rows):
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
-def flag_helps(config) -> dict[str, str]:
-    """{name: help} of the fields of a dataclass that have a comment beside them, which may continue
-    below."""
-    helps = {}
-    name = None
-    source = "".join(inspect.getsource(base) for base in config.__mro__[-2::-1])
-    for line in source.splitlines():
-        field = re.match(r"    (\w+): [^#]+ = [^#]+  # (.+)", line)
-        more = re.match(r"     +# (.+)", line)
-        if field:
-            name = field[1]
-            helps[name] = field[2]
-        elif more and name:
-            helps[name] += " " + more[1]
-        else:
-            name = None
-    return helps
+def flag(default, text: str):
+    """A dataclass field that is also a command-line flag: its default value and help text."""
+    return field(default=default, metadata={"help": text})
 
 
 def parse_flags(parser: argparse.ArgumentParser, config, argv):
-    """Add a flag for every field in `flag_helps` of a dataclass. Returns {name: value} of the flags
-    in `argv`."""
-    helps = flag_helps(config)
-    for field in fields(config):
-        if field.name not in helps:
+    """Add a flag for every `flag` of a dataclass. Returns {name: value} of the flags in `argv`."""
+    for each in fields(config):
+        if not each.metadata:
             continue
-        text = helps[field.name]
-        if field.default not in ("", ()):
-            text += f" ({field.default})"
+        text = each.metadata["help"]
+        if each.default not in ("", ()):
+            text += f" ({each.default})"
         options = {"default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
-        kind = field.type
+        kind = each.type
         if typing.get_origin(kind) is tuple:
             options["nargs"] = "+"
             kind = typing.get_args(kind)[0]
@@ -120,7 +102,7 @@ def parse_flags(parser: argparse.ArgumentParser, config, argv):
             options["action"] = argparse.BooleanOptionalAction
         else:
             options["type"] = kind
-        parser.add_argument(f"--{field.name}", **options)
+        parser.add_argument(f"--{each.name}", **options)
     given = vars(parser.parse_args(argv))
     for name, value in given.items():
         if isinstance(value, list):
