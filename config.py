@@ -98,19 +98,15 @@ class Config(SharedFlags):
     # learning rate at step 0, and at the end of its decay
     lr_start: float = 1e-6
     lr_min: float = 1e-6
-    # how the learning rate decays after the warm-up: "epoch" (x 0.9 per epoch), "cosine" or
-    # "linear"
+    # how the learning rate decays after the warm-up: "epoch" (x 0.9 per epoch) or "linear"
     lr_decay: str = "epoch"
     # learning rates of Muon for the matrices of the image and of the text encoder, as multiples of
     # lr, see `optim.build_optimizers`; (): AdamW updates them
     muon_lr: tuple[float, ...] = ()
-    muon_momentum: float = 0.95
     # fraction of the run at which phase 2 begins, complete FLIP, see `train.schedule`
     complete_from: float = 0.0
     # fraction of the run in which alpha rises from 0, at the beginning of phase 2
     alpha_warmup: float = 2 / 15
-    # initial values for training without CLIP and BERT, see `FLIP.init_from_scratch`
-    from_scratch: bool = False
     # re-rank by pointwise mutual information, see `FLIP.rerank_score`, instead of by the paper's
     # score; also whenever the model of --init was trained with it
     rerank_by_pmi: bool = False
@@ -131,16 +127,16 @@ RECIPES = {"base": {}, "tiny": dict(
     eval_every=960, k_test=16,
     # in six epochs, with new captions in each, there is little to overfit; --data turns it on
     augment=False,
-    # larger initial values and rates, as nothing is to be kept of CLIP and BERT
-    from_scratch=True, lr=1e-3, warmup=60, lr_decay="linear", weight_decay=0.1,
+    # larger rates, as nothing is to be kept of CLIP and BERT; and they end near zero
+    lr=1e-3, lr_decay="linear",
     # Muon moves in all directions at the same rate, so that rare attributes are not learned last.
     # The image encoder has more to learn than the text encoder: it gains from a higher rate
-    muon_lr=(4.5, 1.5), muon_momentum=0.9,
+    muon_lr=(4.5, 1.5),
     # ITC within the batch to 85 %: hard negatives teach ITM only when the features are good, and a
     # momentum encoder lags far behind the student until the learning rate is low
     complete_from=0.85,
-    # four batches
-    queue_size=512,
+    # 32 batches
+    queue_size=4096,
     # the paper's score assumes a matching head that knows more than ITC
     rerank_by_pmi=True)}
 

@@ -433,7 +433,6 @@ def finetune(config: TaskConfig) -> list[tuple[str, dict]]:
     encoders = {config.checkpoint: model}
     if config.random:
         encoders["random weights"] = FLIP(model.config, model.tokenizer)
-        encoders["random weights"].init_from_scratch()
 
     rows = []
     with contextlib.closing(Log(folder / "log.jsonl")) as log:

@@ -148,26 +148,6 @@ class FLIP(nn.Module):
         self.register_buffer("queue_identity", torch.full((Q,), -100))
         self.register_buffer("queue_pointer", torch.zeros(1, dtype=torch.int64))
 
-    @torch.no_grad()
-    def init_from_scratch(self):
-        """Initialise for training from random weights, without CLIP and BERT: with larger values.
-
-        Xavier for all linear layers, and even larger values for the value and output layers of text
-        self-attention: with BERT's 0.02 and width 128, [CLS] would barely depend on the caption.
-        Word embeddings are larger than positions, so that captions differ from step one; image
-        positions are on the scale of the patch embeddings, so that an eyebrow can be told from a
-        moustache."""
-        nn.init.normal_(self.student.image.positions, std=0.5)
-        nn.init.normal_(self.student.text.words.weight, std=0.1)
-        nn.init.xavier_uniform_(self.matching_head.weight)
-        for module in self.student.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-        for layer in self.student.text.layers:
-            for linear in (layer.attention.value, layer.attention.out):
-                nn.init.normal_(linear.weight, std=2 * linear.in_features ** -0.5)
-        self.update_momentum(0)
-
     @property
     def device(self):
         return self.temperature.device

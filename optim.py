@@ -13,7 +13,7 @@ class Muon(torch.optim.Optimizer):
     follows the few large directions (what most captions say), and the many small ones (rare
     attributes) lag. Muon moves in all directions at the same rate."""
 
-    def __init__(self, groups, momentum):
+    def __init__(self, groups, momentum=0.95):
         super().__init__(groups, dict(momentum=momentum))
 
     @torch.no_grad()
@@ -57,7 +57,7 @@ def newton_schulz(X: torch.Tensor, steps=5) -> torch.Tensor:
     return X
 
 
-def build_optimizers(module: torch.nn.Module, weight_decay, muon_lr=(), muon_momentum=0.95):
+def build_optimizers(module: torch.nn.Module, weight_decay, muon_lr=()):
     """[AdamW, Muon], or [AdamW] without muon_lr; each trained parameter is in exactly one of them.
 
     Muon updates all matrices, also the patch convolution and the projections, but neither word and
@@ -91,7 +91,7 @@ def build_optimizers(module: torch.nn.Module, weight_decay, muon_lr=(), muon_mom
     image_lr, text_lr = muon_lr
     groups = [{"params": image_matrices, "weight_decay": weight_decay, "scale": image_lr},
               {"params": text_matrices, "weight_decay": weight_decay, "scale": text_lr}]
-    return [adamw, Muon(groups, muon_momentum)]
+    return [adamw, Muon(groups)]
 
 
 def set_learning_rate(optimizers, lr):

@@ -241,8 +241,8 @@ BERT_KEYS = key_pairs("""
 
 def load_bert(bert, source: str | Path):
     """Load a Hugging Face BERT (file, folder or hub name) into `bert`. Cross-attention and the
-    embeddings of [DEC] and [ENC], which BERT lacks, keep their initial values. The embedding of
-    token type 0 is added to the positions."""
+    embeddings of [DEC] and [ENC], which BERT lacks, get initial values with BERT's standard
+    deviation. The embedding of token type 0 is added to the positions."""
     weights, path = read_pretrained(source, "", hidden_act="gelu", layer_norm_eps=1e-12,
                                     num_attention_heads=bert.config.heads,
                                     position_embedding_type="absolute")
@@ -251,9 +251,14 @@ def load_bert(bert, source: str | Path):
     weights = {map_key(key.removeprefix("bert."), old_names): x for key, x in weights.items()
                if not key.startswith(unused)}
 
+    for layer in bert.layers:
+        for linear in layer.cross_attention.children():
+            torch.nn.init.normal_(linear.weight, std=0.02)
+
     words = "embeddings.word_embeddings.weight"
     if words in weights and len(weights[words]) == bert.config.vocab_size - 2:
-        weights[words] = torch.cat([weights[words], bert.words.weight[-2:].detach()])
+        new = 0.02 * torch.randn(2, bert.config.width)
+        weights[words] = torch.cat([weights[words], new])
     positions = "embeddings.position_embeddings.weight"
     types = "embeddings.token_type_embeddings.weight"
     if types in weights and positions in weights:

@@ -195,8 +195,6 @@ def new_model(config: Config) -> Start:
     torch.manual_seed(derive_seed("initial weights", config.seed))
     sizes = FLIPConfig(vit, bert, embed_dim, config.queue_size, config.rerank_by_pmi)
     model = FLIP(sizes, tokenizer)
-    if config.from_scratch:
-        model.init_from_scratch()
     if config.clip:
         load_clip(model.student.image, config.clip)
     if config.bert:

@@ -832,9 +832,8 @@ def test_vocabulary_beside_a_checkpoint_that_has_one_is_rejected(uninterrupted):
     assert "has a vocabulary of its own; omit vocab.txt" in error
 
 
-def test_bert_weights_load_with_token_type_0_added_and_cross_attention_unchanged(tmp_path):
+def test_bert_weights_load_with_token_type_0_added_and_the_rest_has_berts_deviation(tmp_path):
     encoder = Bert(GOLDEN_BERT, image_width=24)
-    initial = copy.deepcopy(encoder.state_dict())
     theirs = Bert(GOLDEN_BERT, image_width=24).state_dict()
     own = [name for name in theirs if "cross_attention" not in name]
     weights = {map_key(name, pretrained.BERT_KEYS): theirs[name] for name in own}
@@ -854,10 +853,15 @@ def test_bert_weights_load_with_token_type_0_added_and_cross_attention_unchanged
     torch.save(saved, tmp_path / "pytorch_model.bin")
     load_bert(encoder, tmp_path)
 
-    expected = initial | {name: theirs[name] for name in own}
+    loaded = dict(encoder.state_dict())
+    new = [x for name, x in loaded.items() if "cross_attention" in name and x.ndim == 2]
+    new.append(loaded["words.weight"][-2:])
+    for x in new:
+        assert x.std().item() == pytest.approx(0.02, rel=0.3)
+    expected = {name: theirs[name] for name in own}
     expected["positions"] += types[0]
-    expected["words.weight"] = torch.cat([words, initial["words.weight"][-2:]])
-    same(dict(encoder.state_dict()), expected)
+    expected["words.weight"] = torch.cat([words, new[-1]])
+    same({name: loaded[name] for name in own}, expected)
 
 
 def test_official_checkpoint_saves_back_the_same(official):
@@ -889,13 +893,13 @@ def test_every_trained_parameter_is_in_one_group_and_only_matrices_decay(muon_lr
     """matrices: {learning rate: number} of Muon: 6 of each of the image encoder's 4 blocks and the
     patch embedding, 10 of each of the text encoder's 3 layers, and a projection each."""
     model = small_flip()
-    optimizers = build_optimizers(model, 0.05, muon_lr, muon_momentum=0.8)
+    optimizers = build_optimizers(model, 0.05, muon_lr)
     adamw, *muon = optimizers
     assert isinstance(adamw, torch.optim.AdamW)
     assert adamw.defaults["betas"] == (0.9, 0.999)
     hidden = [group for optimizer in muon for group in optimizer.param_groups]
     assert {group["scale"]: len(group["params"]) for group in hidden} == matrices
-    assert all(group["momentum"] == 0.8 for group in hidden)
+    assert all(group["momentum"] == 0.95 for group in hidden)
 
     groups = adamw.param_groups + hidden
     grouped = []
@@ -963,22 +967,6 @@ def test_heads_and_epsilons_are_those_of_vit_b_16_and_bert_base():
     for model, eps in ((ViT(GOLDEN_VIT), 1e-5), (Bert(GOLDEN_BERT, 64), 1e-12)):
         norms = [module for module in model.modules() if isinstance(module, nn.LayerNorm)]
         assert {norm.eps for norm in norms} == {eps}
-
-
-def test_vit_is_initialised_like_clip():
-    encoder = ViT(ViTConfig(image_size=32, patch_size=8, width=256, depth=6, heads=4))
-    block = encoder.blocks[3]
-    of_width = 256 ** -0.5
-    of_residual = of_width * 12 ** -0.5             # two branches of each of the 6 blocks are added
-    for parameter, std in (
-            (encoder.patch_embedding.weight, 0.02),
-            (encoder.positions, 0.02),
-            (encoder.class_token, of_width),
-            (block.attention.out.weight, of_width),
-            (block.attention.query.weight, of_residual),
-            (block.up.weight, 512 ** -0.5),
-            (block.down.weight, of_residual)):
-        assert parameter.std().item() == pytest.approx(std, rel=0.15)
 
 
 # ---- bert.py: against torch.nn.TransformerDecoderLayer and official token ids --------------------
@@ -1529,7 +1517,7 @@ def test_captions_and_recipes_are_those_that_all_figures_were_measured_with():
     assert hash_of("\n".join(texts)) == "fdf2d561621c"
     recipes = [train_config.TINY, train_config.RECIPES["tiny"], train_config.TASK_RECIPES,
                train_config.DRAWN_RECIPES, PROBABILITIES.tolist()]
-    assert hash_of(repr(recipes)) == "6b8671a90dc0"
+    assert hash_of(repr(recipes)) == "fb449839078e"
 
 
 @parametrize("names", ["Male Young", "Male Smiling Bald", "Bangs Blond_Hair Young"])
@@ -2675,9 +2663,10 @@ def test_schedule_of_tiny_starts_with_itc_alone_and_ends_with_the_final_values()
     assert train.schedule(0, config) == StepParams(within_batch=True, with_itm=False)
     assert train.schedule(config.steps - 1, config) == (
         pytest.approx(config.alpha, rel=0.01), False, True)
-    assert 0 < config.momentum < 1
-    assert 0 < config.warmup < config.steps / 10
-    assert learning_rate(0, config, 156) < config.lr / 10
+    rates = [learning_rate(step, config, 312) for step in (0, 383, 384, 385, 1919)]
+    assert max(rates) == rates[2] == config.lr, "after 20 % of the run"
+    assert rates[0] < config.lr / 100
+    assert rates[-1] < config.lr / 100
 
 
 @parametrize("step, phase, expected", [
@@ -2719,7 +2708,6 @@ def test_checkpoint_has_the_configured_optimizers(quick, saved):
     assert {group["scale"] for group in adamw} == {1}
     assert [group["scale"] for group in muon] == list(config.muon_lr)
     assert {group["betas"] for group in adamw} == {(0.9, 0.999)}
-    assert {group["momentum"] for group in muon} == {config.muon_momentum}
     assert {group["weight_decay"] for group in adamw + muon} == {0, config.weight_decay}
     assert training["unlogged_losses"] == []
 
@@ -3280,7 +3268,6 @@ def test_finetuning_changes_only_heads_without_dropout(
     if task == "sketch":            # the weights of a short run hardly distinguish sketches
         torch.manual_seed(0)
         fresh = FLIP(model.config, model.tokenizer)
-        fresh.init_from_scratch()
         saved = fresh.checkpoint()
         epochs = 50
     torch.save(saved, "flip.pt")

@@ -138,7 +138,7 @@ def build_run(config: Config, device: torch.device, log: Log) -> Run:
     start = runs.starting_point(config)
     model = start.model.to(device).train()
     dataset, config = runs.plan_steps(config, model, start.faces)
-    optimizers = build_optimizers(model, config.weight_decay, config.muon_lr, config.muon_momentum)
+    optimizers = build_optimizers(model, config.weight_decay, config.muon_lr)
     validation = EvaluationSet.from_faces(start.validation, start.faces,
                                           config.batch_size * config.processes)
     parallel_model = runs.data_parallel(model, config)

@@ -120,19 +120,12 @@ class ViT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """Initialise like Hugging Face's CLIP: each block contributes less the more blocks there
-        are, so that the residual stream keeps its scale."""
-        D = self.config.width
-        depth = self.config.depth
-        nn.init.normal_(self.class_token, std=D ** -0.5)
-        nn.init.normal_(self.positions, std=0.02)
+        """Random initial values. Those of the positions are on the scale of the patch embeddings,
+        so that an eyebrow can be told from a moustache."""
+        nn.init.normal_(self.class_token, std=0.02)
+        nn.init.normal_(self.positions, std=0.5)
         nn.init.normal_(self.patch_embedding.weight, std=0.02)
-        for block in self.blocks:
-            attention = block.attention
-            for linear in (attention.query, attention.key, attention.value, block.down):
-                nn.init.normal_(linear.weight, std=D ** -0.5 * (2 * depth) ** -0.5)
-            nn.init.normal_(attention.out.weight, std=D ** -0.5)
-            nn.init.normal_(block.up.weight, std=(2 * D) ** -0.5)
         for module in self.modules():
             if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
