@@ -59,6 +59,7 @@ class Sequences:
         offsets = torch.arange(count + 1, dtype=torch.int32, device=device) * length
         return Sequences(torch.full((count,), length), offsets, length, count * length)
 
+    @torch.compiler.disable     # because sizes depend on the contents of counts
     def merge_groups(self, counts: Tensor) -> "Sequences":
         """Merge consecutive sequences, such as the captions of one image: the first counts[0], the
         next counts[1], ... (int64, on the CPU). Lengths [3, 2, 4] and counts [2, 1] give the

@@ -9,6 +9,7 @@ include launch overhead. Compare times only within a table, which is measured in
 import argparse
 import datetime
 import platform
+import time
 from functools import partial
 
 import torch
@@ -20,6 +21,7 @@ from attention import Sequences, attention, pad, unpad
 from common.script import markdown_table, run_script
 from flip import FLIP, FLIPConfig, StepParams
 from losses import contrastive_loss, contrastive_loss_reference
+from runs import compile_encoders
 from tokenizer import MAX_TOKENS, Captions
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -107,10 +109,11 @@ def bench_contrastive(B=80, Q=61_440, E=256):
                 {"ours": ours, "direct": direct, "direct, torch.compile": compiled})
 
 
-def bench_step(config=FLIPConfig(), B=8, matrix=8192 if DEVICE == "cuda" else 2048):
-    """Time a training step with both losses and AdamW. The counted operations are those of
-    PyTorch's matrix products (not those in Triton's kernels); the peak is the speed of one large
-    product."""
+def bench_step(config=FLIPConfig(), B=8, matrix=8192 if DEVICE == "cuda" else 2048,
+               compiled=False):
+    """Time a training step with both losses and AdamW; with `compiled`, also with compiled
+    encoders. The counted operations are those of PyTorch's matrix products (not those in Triton's
+    kernels); the peak is the speed of one large product."""
     torch.manual_seed(0)
     model = FLIP(config).to(DEVICE)
     lengths = torch.normal(35.0, 12.0, (B,)).clamp(10, MAX_TOKENS).long()
@@ -131,26 +134,46 @@ def bench_step(config=FLIPConfig(), B=8, matrix=8192 if DEVICE == "cuda" else 20
         optimizer.step()
         optimizer.zero_grad()
 
-    rows = []
-    tokens = B * (config.vit.num_patches + 1) + len(ids)
-    for dtype in (torch.float32, torch.bfloat16):
+    dtypes = (torch.float32, torch.bfloat16)
+    peaks = {}
+    operations = {}
+    for dtype in dtypes:
+        square = torch.randn(matrix, matrix, device=DEVICE, dtype=dtype)
+        peaks[dtype] = 2 * matrix ** 3 / seconds(partial(torch.matmul, square, square))
         with FlopCounterMode(display=False) as counter:
             step(dtype)
-        square = torch.randn(matrix, matrix, device=DEVICE, dtype=dtype)
-        peak = 2 * matrix ** 3 / seconds(partial(torch.matmul, square, square))
-        time = seconds(partial(step, dtype))
-        speed = counter.get_total_flops() / time
-        percent = 100 * speed / peak
-        rows.append([dtype, tokens, f"{time:.2f}", f"{speed / 1e9:.0f}", f"{percent:.0f}"])
-    print(f"## A training step: {B} images, {B} captions\n")
-    print(markdown_table(["", "tokens", "seconds", "GFLOP/s", "% of peak"], rows))
+        operations[dtype] = counter.get_total_flops()
+
+    rows = []
+
+    def add_rows(name):
+        for dtype in dtypes:
+            begin = time.time()
+            step(dtype)
+            first = time.time() - begin
+            median = seconds(partial(step, dtype))
+            speed = operations[dtype] / median
+            percent = 100 * speed / peaks[dtype]
+            rows.append([f"{dtype}{name}", f"{first:.1f}", f"{median:.2f}", f"{speed / 1e9:.0f}",
+                         f"{percent:.0f}"])
+
+    add_rows("")
+    if compiled:
+        compile_encoders(model)
+        add_rows(", compiled")
+    tokens = B * (config.vit.num_patches + 1) + len(ids)
+    print(f"## A training step: {B} images, {B} captions, {tokens} tokens\n")
+    print(markdown_table(["", "first step, s", "median, s", "GFLOP/s", "% of peak"], rows))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("which", nargs="?", choices=["attention", "contrastive", "step"])
-    which = parser.parse_args().which
+    parser.add_argument("--compile", action="store_true",
+                        help="step: also with compiled encoders (minutes more)")
+    args = parser.parse_args()
+    which = args.which
     device = f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
     if DEVICE == "cuda":
         device = torch.cuda.get_device_name()
@@ -160,7 +183,7 @@ def main():
     if which in (None, "contrastive"):
         bench_contrastive()
     if which == "step":
-        bench_step()
+        bench_step(compiled=args.compile)
 
 
 if __name__ == "__main__":

@@ -316,6 +316,16 @@ def data_parallel(model: FLIP, config: Config) -> nn.Module:
                                    find_unused_parameters=config.complete_from > 0)
 
 
+def compile_encoders(model: FLIP):
+    """Replace the blocks of all four encoders by compiled ones. The twelve blocks of an encoder
+    share their code, so that each kind of call is compiled once."""
+    for encoders in (model.student, model.momentum_encoder):
+        for block in encoders.image.blocks:
+            block.compile()
+        for layer in encoders.text.layers:
+            layer.compile(dynamic=True)         # the number of tokens differs between batches
+
+
 def plan_steps(config: Config, model: FLIP, faces: Faces) -> tuple[FaceDataset, Config]:
     """The data set, and the configuration completed by the run's batch size, steps, precision and
     number of processes."""

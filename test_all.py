@@ -27,7 +27,7 @@ import tempfile
 import tracemalloc
 from collections import Counter
 from dataclasses import fields, replace
-from functools import partial
+from functools import partial, partialmethod
 from pathlib import Path
 from unittest.mock import MagicMock
 
@@ -1267,24 +1267,27 @@ def test_temperature_is_clamped(value, expected):
 @parametrize("backend", [
     "aot_eager",
     pytest.param("inductor", marks=pytest.mark.slow)])
-def test_encoders_compile_into_one_graph_forward_and_backward(backend):
-    """Cosines of a batch, and ITM logits of its captions with other images."""
+def test_compiled_encoders_compute_the_same_losses_and_gradients(backend, monkeypatch):
     model = small_flip()
     trained = list(trained_parameters(model).values())
+    images = GOLDEN["eval.images"]
+    captions = golden_captions("eval")
 
-    def loss_of(images, captions):
-        tokens, image_features = model.student.image_tokens_and_features(images)
-        cosines = image_features @ model.student.text_features(captions).T
-        logits = model.itm_logits(tokens.flip(0), captions)
-        return (cosines * model.temperature).square().sum() + logits.square().sum()
-
-    def loss_and_gradients(function):
-        return with_gradients(function(GOLDEN["eval.images"], golden_captions("eval")), trained)
+    def loss_and_gradients():
+        generator = torch.Generator().manual_seed(0)
+        out = model(images, captions, torch.arange(len(images)), StepParams(), generator)
+        return with_gradients(out.itc + out.itm, trained)
+    expected = loss_and_gradients()
     torch._dynamo.reset()
-    compiled = torch.compile(loss_of, fullgraph=True, backend=backend)
-    for actual, expected in zip(loss_and_gradients(compiled), loss_and_gradients(loss_of)):
-        size = expected.abs().max().item()
-        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5 * size + 1e-8)
+    torch._dynamo.utils.counters.clear()
+    compile_block = partialmethod(nn.Module.compile, backend=backend)
+    monkeypatch.setattr(nn.Module, "compile", compile_block)
+    runs.compile_encoders(model)
+    for actual, wanted in zip(loss_and_gradients(), expected):
+        size = wanted.abs().max().item()
+        torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-5 * size + 1e-7)
+    compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert 0 < compiled < 20, "few graphs serve all blocks"
 
 
 def test_negatives_are_sampled_with_their_probabilities():
@@ -3756,14 +3759,17 @@ def test_bench_prints_its_tables(monkeypatch, printed):
     monkeypatch.setattr(torch, "compile", lambda function: function)
     bench.bench_attention(images=2)
     bench.bench_contrastive(B=4, Q=50, E=16)
-    bench.bench_step(replace(GOLDEN_CONFIG, queue_size=40), B=4, matrix=32)
+    monkeypatch.setattr(bench, "compile_encoders", lambda model: None)
+    bench.bench_step(replace(GOLDEN_CONFIG, queue_size=40), B=4, matrix=32, compiled=True)
     output = printed()
     assert output.count("| ours | 1.00 | 1.00 |") == 4
     assert output.count("padded | 1.00 | 1.00 |") == 3
-    [row] = re.findall(r"torch.float32 \| (\d+) \| 0.00 \| (\d+) \| (\d+) \|", output)
-    tokens, rate, share = map(int, row)
-    assert 4 * (17 + 10) <= tokens <= 4 * (17 + 65)         # 17 of an image, 10 to 65 of a caption
-    assert share == pytest.approx(100 * rate * 1e6 / (2 * 32 ** 3), rel=0.05)
+    [tokens] = re.findall(r", (\d+) tokens", output)
+    assert 4 * (17 + 10) <= int(tokens) <= 4 * (17 + 65)    # 17 of an image, 10 to 65 of a caption
+    rows = re.findall(r"float32(, compiled)? \| [\d.]+ \| 0.00 \| (\d+) \| (\d+) \|", output)
+    assert [name for name, *_ in rows] == ["", ", compiled"]
+    for _, rate, share in rows:
+        assert int(share) == pytest.approx(100 * int(rate) * 1e6 / (2 * 32 ** 3), rel=0.05)
 
 
 # ---- layout, scripts and README: against import statements, and the commands in README.md --------

@@ -137,6 +137,8 @@ def build_run(config: Config, device: torch.device, log: Log) -> Run:
     """Model, data and optimisers, new or from the checkpoint in --out."""
     start = runs.starting_point(config)
     model = start.model.to(device).train()
+    if config.compile:
+        runs.compile_encoders(model)
     dataset, config = runs.plan_steps(config, model, start.faces)
     optimizers = build_optimizers(model, config.weight_decay, config.muon_lr)
     validation = EvaluationSet.from_faces(start.validation, start.faces,
