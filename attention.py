@@ -23,6 +23,7 @@ Capital letters denote sizes and mean the same in every file:
     S  pixels on a side of an image    P  captions; in ITM, one per image-caption pair
     E  dimension of the features       I, T  images and texts in one call or in one split
     Q  entries of the queue            K  keys of the contrastive loss
+    A  B x processes, the pairs of all processes
 
 A file that adds a letter says so. Run `python bench.py attention` to check and time attention.
 """

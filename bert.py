@@ -125,7 +125,7 @@ class Bert(nn.Module):
     def init_weights(self):
         """Random initial values, larger than BERT's: with 0.02 and width 128, [CLS] would barely
         depend on the caption. Word embeddings are larger than positions, so that captions differ
-        from the first step on."""
+        from the first step on. (With --bert, `load_bert` replaces all of them.)"""
         nn.init.normal_(self.words.weight, std=0.1)
         nn.init.normal_(self.positions, std=0.02)
         for module in self.modules():

@@ -1,6 +1,6 @@
 """The configuration of train.py and finetune.py: the paper's values (FLIP paper, sections 4 and 5)
-as defaults, the recipe of the tiny model, with reasons, and those of the tasks. A field whose
-default is wrapped in `flag` is also a command-line flag."""
+as defaults; the tiny model's recipe, with reasons; the tasks' recipes. A field whose default is
+wrapped in `flag` is also a command-line flag."""
 import argparse
 import math
 import textwrap
@@ -32,7 +32,7 @@ class SharedFlags:
     data: str = flag("", "folder or JSON list of faces; default: drawn faces, cached in --cache")
     cache: str = flag("cache", "folder for drawn faces and for the index of --data")
     columns: tuple[Literal[*COLUMNS], ...] = flag(("caption", "face_caption"),
-        "caption columns of FaceCaption-15M; the first two are names of the same one")
+        "caption columns of FaceCaption-15M; caption and face_caption are names of the same one")
     vocabulary: str = flag("",
         "for a checkpoint without one (the official one): file, folder or hub name")
     device: str = flag("auto",
@@ -42,8 +42,8 @@ class SharedFlags:
     k_test: int = flag(256, "candidates per query to re-rank with the ITM head")
 
     def __post_init__(self):
-        """Raise a ValueError if a flag is out of range: at least 0 (those of AT_LEAST_ONE: 1), and
-        at most 1 for those of AT_MOST_ONE."""
+        """Raise ValueError unless every number is at least 0 (at least 1 for AT_LEAST_ONE) and, for
+        AT_MOST_ONE, at most 1."""
         for name, value in vars(self).items():
             lowest = 1 if name in AT_LEAST_ONE else 0
             highest = 1 if name in AT_MOST_ONE else math.inf
@@ -58,8 +58,8 @@ class SharedFlags:
 # ---- train.py ------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Config(SharedFlags):
-    """The default values are the paper's. But `python train.py` trains the tiny model, for which
-    `RECIPES` overrides most of them. Fractions refer to the whole run."""
+    """The default values are the paper's, but for the tiny model `RECIPES` replaces some. Warm-up,
+    weight decay, momentum and alpha stay the paper's. Fractions refer to the whole run."""
     model: Literal[*MODELS] = flag("tiny",
         "tiny (for drawn faces, trains on two CPU cores) or base (the paper's ViT-B/16 and "
         "BERT-base)")
@@ -92,7 +92,7 @@ class Config(SharedFlags):
     eval_every: int = flag(5000, "steps between evaluations; each also saves a checkpoint")
     save_every: float = flag(10.0, "minutes between further checkpoints")
 
-    # these fields are no flags: the run sets the number of processes, recipes set all others
+    # these fields are not flags: the run sets the number of processes, recipes set all others
     processes: int = 1
     # upper limit on the run's length, in epochs; 0: none
     max_epochs: int = 0
@@ -111,7 +111,7 @@ class Config(SharedFlags):
     # fraction of the run in which alpha rises from 0, at the beginning of phase 2
     alpha_warmup: float = 2 / 15
     # re-rank by pointwise mutual information, see `FLIP.rerank_score`, instead of by the paper's
-    # score; also whenever the model of --init was trained with it
+    # score; always, if the model of --init was trained with it
     rerank_by_pmi: bool = False
 
     def __post_init__(self):
@@ -123,7 +123,7 @@ class Config(SharedFlags):
 
 
 # The paper's recipe starts from CLIP and BERT. A short run from random weights needs other values;
-# README.md says what each is for
+# README.md says what they are worth
 RECIPES = {"base": {}, "tiny": dict(
     # the length of the run, and what follows from it
     steps=1920, max_epochs=30, batch_size=128, fit_batch=True, workers=0, log_every=16,
@@ -140,7 +140,7 @@ RECIPES = {"base": {}, "tiny": dict(
     complete_from=0.85,
     # 32 batches
     queue_size=4096,
-    # the paper's score assumes a matching head that knows more than ITC
+    # the paper's score relies on the matching head, which learns little in so short a run
     rerank_by_pmi=True)}
 
 
@@ -213,7 +213,7 @@ class TaskConfig(SharedFlags):
     lr: float = flag(3e-5, "peak learning rate, after 10 % of the steps; cosine decay")
     workers: int = flag(8, "data loading processes of retrieval")
 
-    # no flags; recipes set them
+    # these fields are not flags; recipes set them
     # train the matching head in every n-th step
     itm_every: int = 1
     # number of stages in which a sketch is drawn

@@ -196,7 +196,7 @@ class FaceDataset(torch.utils.data.Dataset):
     """Samples of one process, and an endless stream of batches of them. An item is the sample of
     (epoch, index), a pure function of these and the seed. Each epoch permutes the faces and cuts
     the permutation into batches_per_epoch global batches; rank r takes the r-th part of each, so
-    that together the ranks see the batches of a single process."""
+    that together the ranks process the batches that a single process would."""
 
     def __init__(self, faces: Faces, tokenizer, image_size, batch_size, seed=0, augmented=True,
                  rank=0, world_size=1, workers=0):

@@ -15,9 +15,9 @@ pre-training).
 
 Departures from the official code. Here, the validation split selects the weights, and every head is
 trained on the training split; the official code selects on the test split, and trains LFWA's head
-on it. Here, frozen encoders have no dropout, momentum encoder or queue; there, they have. Here,
-AdamW trains all heads; there, SGD trains that of attributes, and a matching head is trained for
-sketches that no metric uses.
+on it. Here, frozen encoders run without dropout, and neither momentum encoder nor queue is used;
+the official code uses all three. Here, AdamW trains all heads; the official code trains that of
+attributes with SGD and, for sketches, also trains a matching head, which no metric uses.
 """
 import contextlib
 import math

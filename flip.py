@@ -28,8 +28,7 @@ phase 1's last batches.
 `forward` computes the losses and changes no state. The training loop changes state, with one call
 each: `update_momentum`, `enqueue`, `clamp_temperature`. (The official forward does all of this.)
 
-Shapes: see attention.py; A = B x processes, the global batch. Run `python flip.py` to trace a
-batch.
+Shapes: see attention.py. Run `python flip.py` to trace a batch.
 """
 import copy
 from dataclasses import asdict, dataclass
@@ -195,22 +194,24 @@ class FLIP(nn.Module):
     def rerank_score(self, logits, cosine):
         """The score that re-ranks candidates: ITM logits (..., 2) and cosines (...) -> (...).
 
-        The paper uses logit 1 + cosine. With `rerank_by_pmi`, ITC and ITM each estimate the
-        pointwise mutual information of image i and text t, and the score is the mean of the two
-        estimates. Let p be the distribution of true pairs, and q that of the sampled negatives. Up
-        to constants:
+        The paper uses logit 1 + cosine. With `rerank_by_pmi`, the score is
+
+            cosine / tau + (logit 1 - logit 0) / 2
+
+        This is the mean of two estimates of the pointwise mutual information (PMI) of image i and
+        text t, one by ITC alone and one by both. Let p be the distribution of true pairs, and q
+        that of the sampled negatives. Up to constants:
 
             ITC learns               log p(i, t) / (p(i) p(t))  ~  cosine / tau
             negatives are sampled    log q(i, t) / (p(i) p(t))  =  cosine / tau
             ITM learns               log p(i, t) / q(i, t)      ~  logit 1 - logit 0
 
-        ITM's estimate is the sum of the last two lines. (An approximation: negatives are sampled in
-        both directions, normalised per row.)"""
+        The first line is one estimate, the sum of the last two is the other. (An approximation:
+        negatives are sampled in both directions, normalised per row.)"""
         if not self.config.rerank_by_pmi:
             return logits[..., 1] + cosine
-        itc = cosine / self.temperature.to(cosine)              # estimates of the PMI
-        itm = logits[..., 1] - logits[..., 0] + itc
-        return (itc + itm) / 2
+        pmi_of_itc = cosine / self.temperature.to(cosine)
+        return pmi_of_itc + (logits[..., 1] - logits[..., 0]) / 2
 
     def forward(self, images, captions: Captions, identity, params=StepParams(), generator=None):
         """Both losses of B pairs, a `FLIPOutput`: images (B, 3, S, S), packed captions, identity
@@ -321,8 +322,8 @@ class FLIP(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, image_keys, text_keys, identity):
-        """Overwrite the oldest queue entries with momentum features (A, E); the ring buffer
-        wraps."""
+        """Overwrite the oldest queue entries with keys (A, E): the momentum encoder's or, in phase
+        1, the student's. The ring buffer wraps."""
         Q = self.config.queue_size
         image_keys = image_keys[-Q:]
         text_keys = text_keys[-Q:]

@@ -11,7 +11,8 @@
 ITC compares features of the *student*, the model that is trained, with *keys*: features of the
 other modality computed by the *momentum encoder*, a moving average of the student. The keys are
 those of the batch and those of earlier batches, kept in a *queue*; they have no gradient. flip.py
-explains why. CLIP's loss, and ITM, compare the student's features with each other.
+explains why. CLIP's loss compares the student's features with each other, with gradients on both
+sides. ITM classifies pairs; only the sampling of its negatives compares features.
 
 Departures from the official code: pairs with the same identity count as positives, in batch and
 queue (the official code has a branch for this but never reaches it); positives are masked out

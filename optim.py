@@ -121,8 +121,9 @@ def warmup_decay(step, steps, warmup, lr, lr_start=0.0, lr_min=0.0, decay="cosin
 
 
 def learning_rate(step: int, config, steps_per_epoch: int) -> float:
-    """The learning rate of a step of pre-training, as a config.Config says: `warmup_decay` or, as
-    in the paper, decay by 0.9 per epoch, which begins where the warm-up ends."""
+    """The learning rate of a step of pre-training, from a config.Config: linear warm-up over
+    `warmup` steps, but at most 20 % of the run; then linear decay or, as in the paper, x 0.9 per
+    epoch, counted from the end of the warm-up."""
     warmup = min(config.warmup, config.steps // 5)
     if config.lr_decay == "epoch" and step >= warmup:
         epochs = step // steps_per_epoch - warmup // steps_per_epoch

@@ -349,7 +349,7 @@ def plan_steps(config: Config, model: FLIP, faces: Faces) -> tuple[FaceDataset, 
     return dataset, config
 
 
-def begin(run: Run):
+def begin_log(run: Run):
     """Begin the log of a new run, and print its plan."""
     run.log.restart([{"config": asdict(run.config)}])
     if run.is_main:

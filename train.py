@@ -64,8 +64,8 @@ def schedule(step: int, config: Config) -> StepParams:
 # ---- one step ------------------------------------------------------------------------------------
 def compute_gradients(run: Run, micro_batches: list[Batch], step: int):
     """Compute the gradients of one step on `accumulate` micro-batches. Returns the outputs of
-    `FLIP.forward` and a tensor (3,): the sums of ITC and of ITM over the micro-batches, and the
-    number of those with ITM, each averaged over processes."""
+    `FLIP.forward` and a tensor (3,): sum of ITC, sum of ITM, number of micro-batches with ITM; each
+    averaged over processes."""
     config = run.config
     device = run.model.device
     rank, world_size = rank_and_world_size()
@@ -97,7 +97,7 @@ def compute_gradients(run: Run, micro_batches: list[Batch], step: int):
 
 def update(run: Run, outputs, step: int):
     """Change everything that a step changes: queue, weights, temperature and momentum encoder. The
-    queue is filled in both phases, so that it is full when phase 2 begins."""
+    queue is filled in phase 1, too, so that phase 2 begins with features of earlier batches."""
     config = run.config
     model = run.model
     for out in outputs:
@@ -110,7 +110,7 @@ def update(run: Run, outputs, step: int):
         optimizer.zero_grad(set_to_none=True)
     model.clamp_temperature()
 
-    if phase(step + 1, config) == 2:        # which needs the momentum encoder
+    if phase(step + 1, config) == 2:        # the next step needs the momentum encoder
         is_first = phase(step, config) == 1
         model.update_momentum(0.0 if is_first else config.momentum)     # 0: a copy of the student
 
@@ -148,7 +148,7 @@ def build_run(config: Config, device: torch.device, log: Log) -> Run:
     if start.state:
         runs.restore(run, start.state)
     else:
-        runs.begin(run)
+        runs.begin_log(run)
     return run
 
 
@@ -187,7 +187,7 @@ def training_loop(run: Run):
             must_stop = run.must_stop()     # because of a signal
             if must_stop or run.save_is_due():
                 runs.save(run)
-            if must_stop:
+            if must_stop and run.steps_done < config.steps:
                 raise SystemExit(f"stopped after step {run.steps_done}; continue with --resume")
 
 
