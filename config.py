@@ -59,7 +59,7 @@ class SharedFlags:
 @dataclass(frozen=True)
 class Config(SharedFlags):
     """The default values are the paper's, but for the tiny model `RECIPES` replaces some. Warm-up,
-    weight decay, momentum and alpha stay the paper's. Fractions refer to the whole run."""
+    weight decay, momentum and alpha stay the paper's."""
     model: Literal[*MODELS] = flag("tiny",
         "tiny (for drawn faces, trains on two CPU cores) or base (the paper's ViT-B/16 and "
         "BERT-base)")
@@ -108,7 +108,7 @@ class Config(SharedFlags):
     muon_lr: tuple[float, ...] = ()
     # fraction of the run at which phase 2 begins, complete FLIP, see `train.schedule`
     complete_from: float = 0.0
-    # fraction of the run in which alpha rises from 0, at the beginning of phase 2
+    # fraction of phase 2 in which alpha rises from 0, at its beginning
     alpha_warmup: float = 2 / 15
     # re-rank by pointwise mutual information, see `FLIP.rerank_score`, instead of by the paper's
     # score; always, if the model of --init was trained with it
@@ -135,9 +135,9 @@ RECIPES = {"base": {}, "tiny": dict(
     # Muon moves in all directions at the same rate, so that rare attributes are not learned last.
     # The image encoder has more to learn than the text encoder: it gains from a higher rate
     muon_lr=(4.5, 1.5),
-    # ITC within the batch to 85 %: hard negatives teach ITM only when the features are good, and a
+    # ITC within the batch to 90 %: hard negatives teach ITM only when the features are good, and a
     # momentum encoder lags far behind the student until the learning rate is low
-    complete_from=0.85,
+    complete_from=0.9,
     # 32 batches
     queue_size=4096,
     # the paper's score relies on the matching head, which learns little in so short a run

@@ -10,7 +10,7 @@ r"""Pre-train FLIP (arXiv 2407.08515, section 4): schedules, one step, the loop,
 
 A run has two phases: ITC within the batch; complete FLIP, with ITM, momentum encoder, queue and
 soft targets. The paper's run is phase 2 from its first step on; the tiny model's run enters phase 2
-after 85 % of its steps.
+after 90 % of its steps.
 
 Flags, the paper's values and the tiny model's recipe are in config.py; what a run starts from, and
 how it is saved and resumed, is in runs.py. What changes from step to step (learning rate, phase,
@@ -56,9 +56,9 @@ def schedule(step: int, config: Config) -> StepParams:
     """What changes during a run, except the learning rate (optim.py)."""
     if phase(step, config) == 1:
         return StepParams(within_batch=True, with_itm=False)
-    start = config.complete_from
-    alpha = config.alpha * ramp(step / config.steps, start, start + config.alpha_warmup)
-    return StepParams(alpha)
+    start = config.complete_from * config.steps
+    end = start + config.alpha_warmup * (config.steps - start)
+    return StepParams(alpha=config.alpha * ramp(step, start, end))
 
 
 # ---- one step ------------------------------------------------------------------------------------
