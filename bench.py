@@ -109,11 +109,9 @@ def bench_contrastive(B=80, Q=61_440, E=256):
                 {"ours": ours, "direct": direct, "direct, torch.compile": compiled})
 
 
-def bench_step(config=FLIPConfig(), B=8, matrix=8192 if DEVICE == "cuda" else 2048,
-               compiled=False):
-    """Time a training step with both losses and AdamW; with `compiled`, also with compiled
-    encoders. The counted operations are those of PyTorch's matrix products (not those in Triton's
-    kernels); the peak is the speed of one large product."""
+def training_step(config, B):
+    """A model, a function of the dtype that trains it for a step of B pairs, with both losses and
+    AdamW, and the number of tokens of the pairs."""
     torch.manual_seed(0)
     model = FLIP(config).to(DEVICE)
     lengths = torch.normal(35.0, 12.0, (B,)).clamp(10, MAX_TOKENS).long()
@@ -134,6 +132,15 @@ def bench_step(config=FLIPConfig(), B=8, matrix=8192 if DEVICE == "cuda" else 20
         optimizer.step()
         optimizer.zero_grad()
 
+    return model, step, B * (config.vit.num_patches + 1) + len(ids)
+
+
+def bench_step(config=FLIPConfig(), B=8, matrix=8192 if DEVICE == "cuda" else 2048,
+               compiled=False):
+    """Time a training step; with `compiled`, also with compiled encoders. The counted operations
+    are those of PyTorch's matrix products (not those in Triton's kernels); the peak is the speed of
+    one large product."""
+    model, step, tokens = training_step(config, B)
     dtypes = (torch.float32, torch.bfloat16)
     peaks = {}
     operations = {}
@@ -145,8 +152,9 @@ def bench_step(config=FLIPConfig(), B=8, matrix=8192 if DEVICE == "cuda" else 20
         operations[dtype] = counter.get_total_flops()
 
     rows = []
-
-    def add_rows(name):
+    for version in ("", ", compiled") if compiled else ("",):
+        if version:
+            compile_encoders(model)
         for dtype in dtypes:
             begin = time.time()
             step(dtype)
@@ -154,14 +162,8 @@ def bench_step(config=FLIPConfig(), B=8, matrix=8192 if DEVICE == "cuda" else 20
             median = seconds(partial(step, dtype))
             speed = operations[dtype] / median
             percent = 100 * speed / peaks[dtype]
-            rows.append([f"{dtype}{name}", f"{first:.1f}", f"{median:.2f}", f"{speed / 1e9:.0f}",
-                         f"{percent:.0f}"])
-
-    add_rows("")
-    if compiled:
-        compile_encoders(model)
-        add_rows(", compiled")
-    tokens = B * (config.vit.num_patches + 1) + len(ids)
+            rows.append([f"{dtype}{version}", f"{first:.1f}", f"{median:.2f}",
+                         f"{speed / 1e9:.0f}", f"{percent:.0f}"])
     print(f"## A training step: {B} images, {B} captions, {tokens} tokens\n")
     print(markdown_table(["", "first step, s", "median, s", "GFLOP/s", "% of peak"], rows))
 

@@ -122,8 +122,7 @@ class Config(SharedFlags):
             raise ValueError("--vocabulary is for --init; otherwise --bert provides it")
 
 
-# The paper's recipe starts from CLIP and BERT. A short run from random weights needs other values;
-# README.md says what they are worth
+# The paper's recipe starts from CLIP and BERT. A short run from random weights needs other values
 RECIPES = {"base": {}, "tiny": dict(
     # the length of the run, and what follows from it
     steps=1920, max_epochs=30, batch_size=128, fit_batch=True, workers=0, log_every=16,
