@@ -78,8 +78,8 @@ class Config(SharedFlags):
     batch_size: int = flag(80, "pairs per process and micro-batch")
     accumulate: int = flag(1, "micro-batches per step, if a larger batch does not fit in memory")
     compile: bool = flag(False,
-        "compile the encoders with torch.compile, which takes minutes and makes steps faster; on a "
-        "CPU, this needs a C++ compiler")
+        "compile the encoders with torch.compile, which takes minutes; for GPUs (on a CPU, it "
+        "needs a C++ compiler and hardly pays)")
     lr: float = flag(3e-5, "peak learning rate")
     warmup: int = flag(20_000, "steps to the peak learning rate, at most 20 % of the run")
     weight_decay: float = flag(0.05, "weight decay of parameters with two or more dimensions")
