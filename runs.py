@@ -1,4 +1,4 @@
-"""A training run: initial weights, plan, saving, resuming and log. train.py has the loop.
+"""A training run: initial weights, plan, state, saving, resuming and log. train.py has the loop.
 
 A run starts from random weights, or those of CLIP and BERT (`new_model`), from the weights of
 another FLIP (`model_of_init`), or from its own checkpoint (`restore`).
@@ -34,125 +34,6 @@ from evaluation import EvaluationSet
 from flip import FLIP, FLIPConfig, saved_config
 from pretrained import load_bert, load_clip, read_checkpoint, write_checkpoint
 from tokenizer import Tokenizer
-
-
-class Log:
-    """log.jsonl: the configuration, then a line every few steps. The file is locked until it is
-    closed, so that no two runs use one folder. Raises ValueError if another run has locked it."""
-
-    def __init__(self, path: Path, writes: bool = True):
-        self.lines = []
-        self.file = None
-        if writes:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self.file = open(path, "a")
-            try:
-                import fcntl
-                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ValueError(f"{path} is in use by another run; choose another --out") from None
-            except (OSError, ImportError):
-                pass                        # a network disk without locks; Windows
-
-    def restart(self, lines: list[dict]):
-        """Replace all lines. A resumed run does this with the copy in its checkpoint."""
-        if self.file:
-            self.file.truncate(0)
-        for line in lines:
-            self.write(**line)
-
-    def write(self, **line):
-        self.lines.append(line)
-        if self.file:
-            print(json.dumps(line), file=self.file, flush=True)
-
-    def validations(self) -> list[dict]:
-        """The lines with the metrics of a validation."""
-        return [line for line in self.lines if "r_mean" in line]
-
-    def close(self):
-        if self.file:
-            self.file.close()
-
-
-class StepTimer:
-    """Seconds per step, of these the seconds of waiting for data, and pairs per second of all
-    processes, since `restart`."""
-
-    def __init__(self):
-        self.restart()
-
-    def restart(self):
-        self.begin = time.time()
-        self.steps = 0
-        self.pairs = 0
-        self.waited = 0.0
-
-    def next_batches(self, stream, count: int) -> list:
-        """The next `count` batches, those of one step."""
-        begin = time.time()
-        batches = [next(stream) for _ in range(count)]
-        self.waited += time.time() - begin
-        self.steps += 1
-        self.pairs += sum(len(batch.identity) for batch in batches)
-        return batches
-
-    def means(self) -> dict[str, float]:
-        seconds = time.time() - self.begin
-        _, world_size = rank_and_world_size()
-        return {
-            "seconds": seconds / self.steps,
-            "data_seconds": self.waited / self.steps,
-            "pairs_per_second": self.pairs * world_size / seconds,
-        }
-
-
-@dataclass
-class Run:
-    """A training run. Training reassigns only the fields from `steps_done` on."""
-    config: Config                  # as `plan_steps` has completed it
-    model: FLIP
-    parallel_model: nn.Module       # see `data_parallel`
-    optimizers: list[torch.optim.Optimizer]
-    dataset: FaceDataset
-    validation: EvaluationSet
-    log: Log
-    steps_done: int = 0
-    unlogged_losses: list = field(default_factory=list)     # one tensor (3,) per step
-    updating: bool = False          # True while an update is half applied
-    signals: list = field(default_factory=list)             # received so far, see `stop_signals`
-    last_save: float = field(default_factory=time.time)
-
-    @property
-    def is_main(self):
-        """Whether this is the process that prints and writes files."""
-        return rank_and_world_size()[0] == 0
-
-    @property
-    def steps_per_epoch(self):
-        return self.dataset.batches_per_epoch // self.config.accumulate
-
-    def must_stop(self):
-        """Whether a signal asks the run to stop. Several processes agree on this every `log_every`
-        steps, so that all stop after the same one."""
-        if self.config.processes > 1 and self.steps_done % self.config.log_every:
-            return False
-        return any_rank(bool(self.signals), self.model.device)
-
-    def validation_is_due(self) -> bool:
-        """Whether to validate now: every `eval_every` steps, after the last step and, with --init,
-        before the first one; but not if the log has the metrics already."""
-        step = self.steps_done
-        is_due = step % self.config.eval_every == 0 or step == self.config.steps
-        if step == 0:
-            is_due = bool(self.config.init)
-        if not is_due:
-            return False
-        return step not in [line["step"] for line in self.log.validations()]
-
-    def save_is_due(self) -> bool:
-        """Whether the last save was `save_every` minutes ago."""
-        return time.time() - self.last_save > 60 * self.config.save_every
 
 
 # ---- starting ------------------------------------------------------------------------------------
@@ -227,72 +108,6 @@ def model_of_init(config: Config) -> Start:
     return Start(model, faces, validation)
 
 
-def restore(run: Run, saved: dict):
-    """Restore the state of a resumed run. Raises ValueError if it had other faces or another number
-    of processes."""
-    config = run.config
-    path = Path(config.out) / "flip.pt"
-    processes = saved["config"]["processes"]
-    if processes != config.processes:
-        raise ValueError(f"--resume: the run in {path} had {processes} processes, found "
-                         f"{config.processes}; use as many")
-    if saved["digests"] != digests(run):
-        name = config.data or run.dataset.faces.name
-        raise ValueError(f"--resume: the run in {path} had other faces than {name}: their images, "
-                         "captions or annotations differ; use the same, in any folder")
-    for optimizer, state in zip(run.optimizers, saved["optimizers"], strict=True):
-        optimizer.load_state_dict(state)
-    run.log.restart(saved["log"])
-    run.steps_done = saved["step"]
-    run.unlogged_losses = [losses.to(run.model.device) for losses in saved["unlogged_losses"]]
-
-
-# ---- saving --------------------------------------------------------------------------------------
-@contextlib.contextmanager
-def saved_on_error(run: Run):
-    """While the block trains the run, collect signals in `run.signals`; if it fails between two
-    updates, save the run."""
-    with stop_signals() as run.signals:
-        if run.steps_done == 0:
-            save(run)           # so that --resume finds the configuration
-        try:
-            yield
-        except Exception as error:
-            if not run.updating:
-                save(run)
-                note = f"saved after step {run.steps_done}"
-                if not isinstance(error, ValueError):       # which would be raised again
-                    note += "; continue with --resume"
-                if run.is_main:
-                    error.add_note(note)
-            raise
-
-
-def save(run: Run):
-    """Save the run, on rank 0. Raises ValueError, and keeps the previous checkpoint, if weights are
-    NaN or infinite."""
-    if not all(p.isfinite().all() for p in run.model.parameters()):
-        raise ValueError(f"after step {run.steps_done}: some weights are NaN or infinite: training "
-                         "has diverged and is not saved; start a new run with a smaller --lr")
-    run.last_save = time.time()
-    if run.is_main:
-        checkpoint = run.model.checkpoint()
-        checkpoint["training"] = {
-            "config": asdict(run.config),
-            "digests": digests(run),
-            "step": run.steps_done,
-            "log": run.log.lines,
-            "unlogged_losses": run.unlogged_losses,
-            "optimizers": [optimizer.state_dict() for optimizer in run.optimizers],
-        }
-        write_checkpoint(checkpoint, Path(run.config.out) / "flip.pt")
-
-
-def digests(run: Run) -> list[str]:
-    """What a resumed run must have in common: its training and validation faces."""
-    return [run.dataset.faces.digest, run.validation.faces.digest]
-
-
 # ---- data and plan -------------------------------------------------------------------------------
 def open_data(config: Config, size: int) -> tuple[Faces, Faces]:
     """Training and validation faces, for a model with an input of size x size pixels."""
@@ -349,6 +164,65 @@ def plan_steps(config: Config, model: FLIP, faces: Faces) -> tuple[FaceDataset, 
     return dataset, config
 
 
+def sample_captions(faces: Faces, count: int = 3000) -> list[str]:
+    """Two captions of each of the first `count` faces, the same in every call."""
+    texts = []
+    for i in range(min(count, len(faces))):
+        for k in range(2):
+            rng = random_stream("captions for the vocabulary", i, k)
+            texts.append(faces.caption(i, rng))
+    return texts
+
+
+# ---- the run -------------------------------------------------------------------------------------
+@dataclass
+class Run:
+    """A training run. Training reassigns only the fields from `steps_done` on."""
+    config: Config                  # as `plan_steps` has completed it
+    model: FLIP
+    parallel_model: nn.Module       # see `data_parallel`
+    optimizers: list[torch.optim.Optimizer]
+    dataset: FaceDataset
+    validation: EvaluationSet
+    log: "Log"
+    steps_done: int = 0
+    unlogged_losses: list = field(default_factory=list)     # one tensor (3,) per step
+    updating: bool = False          # True while an update is half applied
+    signals: list = field(default_factory=list)             # received so far, see `stop_signals`
+    last_save: float = field(default_factory=time.time)
+
+    @property
+    def is_main(self):
+        """Whether this is the process that prints and writes files."""
+        return rank_and_world_size()[0] == 0
+
+    @property
+    def steps_per_epoch(self):
+        return self.dataset.batches_per_epoch // self.config.accumulate
+
+    def must_stop(self):
+        """Whether a signal asks the run to stop. Several processes agree on this every `log_every`
+        steps, so that all stop after the same one."""
+        if self.config.processes > 1 and self.steps_done % self.config.log_every:
+            return False
+        return any_rank(bool(self.signals), self.model.device)
+
+    def validation_is_due(self) -> bool:
+        """Whether to validate now: every `eval_every` steps, after the last step and, with --init,
+        before the first one; but not if the log has the metrics already."""
+        step = self.steps_done
+        is_due = step % self.config.eval_every == 0 or step == self.config.steps
+        if step == 0:
+            is_due = bool(self.config.init)
+        if not is_due:
+            return False
+        return step not in [line["step"] for line in self.log.validations()]
+
+    def save_is_due(self) -> bool:
+        """Whether the last save was `save_every` minutes ago."""
+        return time.time() - self.last_save > 60 * self.config.save_every
+
+
 def begin_log(run: Run):
     """Begin the log of a new run, and print its plan."""
     run.log.restart([{"config": asdict(run.config)}])
@@ -374,11 +248,139 @@ def print_plan(run: Run):
                   f"{min(unknown)}, ...")
 
 
-def sample_captions(faces: Faces, count: int = 3000) -> list[str]:
-    """Two captions of each of the first `count` faces, the same in every call."""
-    texts = []
-    for i in range(min(count, len(faces))):
-        for k in range(2):
-            rng = random_stream("captions for the vocabulary", i, k)
-            texts.append(faces.caption(i, rng))
-    return texts
+# ---- saving and resuming -------------------------------------------------------------------------
+@contextlib.contextmanager
+def saved_on_error(run: Run):
+    """While the block trains the run, collect signals in `run.signals`; if it fails between two
+    updates, save the run."""
+    with stop_signals() as run.signals:
+        if run.steps_done == 0:
+            save(run)           # so that --resume finds the configuration
+        try:
+            yield
+        except Exception as error:
+            if not run.updating:
+                save(run)
+                note = f"saved after step {run.steps_done}"
+                if not isinstance(error, ValueError):       # which would be raised again
+                    note += "; continue with --resume"
+                if run.is_main:
+                    error.add_note(note)
+            raise
+
+
+def save(run: Run):
+    """Save the run, on rank 0. Raises ValueError, and keeps the previous checkpoint, if weights are
+    NaN or infinite."""
+    if not all(p.isfinite().all() for p in run.model.parameters()):
+        raise ValueError(f"after step {run.steps_done}: some weights are NaN or infinite: training "
+                         "has diverged and is not saved; start a new run with a smaller --lr")
+    run.last_save = time.time()
+    if run.is_main:
+        checkpoint = run.model.checkpoint()
+        checkpoint["training"] = {
+            "config": asdict(run.config),
+            "digests": digests(run),
+            "step": run.steps_done,
+            "log": run.log.lines,
+            "unlogged_losses": run.unlogged_losses,
+            "optimizers": [optimizer.state_dict() for optimizer in run.optimizers],
+        }
+        write_checkpoint(checkpoint, Path(run.config.out) / "flip.pt")
+
+
+def digests(run: Run) -> list[str]:
+    """What a resumed run must have in common: its training and validation faces."""
+    return [run.dataset.faces.digest, run.validation.faces.digest]
+
+
+def restore(run: Run, saved: dict):
+    """Restore the state of a resumed run. Raises ValueError if it had other faces or another number
+    of processes."""
+    config = run.config
+    path = Path(config.out) / "flip.pt"
+    processes = saved["config"]["processes"]
+    if processes != config.processes:
+        raise ValueError(f"--resume: the run in {path} had {processes} processes, found "
+                         f"{config.processes}; use as many")
+    if saved["digests"] != digests(run):
+        name = config.data or run.dataset.faces.name
+        raise ValueError(f"--resume: the run in {path} had other faces than {name}: their images, "
+                         "captions or annotations differ; use the same, in any folder")
+    for optimizer, state in zip(run.optimizers, saved["optimizers"], strict=True):
+        optimizer.load_state_dict(state)
+    run.log.restart(saved["log"])
+    run.steps_done = saved["step"]
+    run.unlogged_losses = [losses.to(run.model.device) for losses in saved["unlogged_losses"]]
+
+
+# ---- the log -------------------------------------------------------------------------------------
+class Log:
+    """log.jsonl: the configuration, then a line every few steps. The file is locked until it is
+    closed, so that no two runs use one folder. Raises ValueError if another run has locked it."""
+
+    def __init__(self, path: Path, writes: bool = True):
+        self.lines = []
+        self.file = None
+        if writes:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.file = open(path, "a")
+            try:
+                import fcntl
+                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"{path} is in use by another run; choose another --out") from None
+            except (OSError, ImportError):
+                pass                        # a network disk without locks; Windows
+
+    def restart(self, lines: list[dict]):
+        """Replace all lines. A resumed run does this with the copy in its checkpoint."""
+        if self.file:
+            self.file.truncate(0)
+        for line in lines:
+            self.write(**line)
+
+    def write(self, **line):
+        self.lines.append(line)
+        if self.file:
+            print(json.dumps(line), file=self.file, flush=True)
+
+    def validations(self) -> list[dict]:
+        """The lines with the metrics of a validation."""
+        return [line for line in self.lines if "r_mean" in line]
+
+    def close(self):
+        if self.file:
+            self.file.close()
+
+
+class StepTimer:
+    """Seconds per step, of these the seconds of waiting for data, and pairs per second of all
+    processes, since `restart`."""
+
+    def __init__(self):
+        self.restart()
+
+    def restart(self):
+        self.begin = time.time()
+        self.steps = 0
+        self.pairs = 0
+        self.waited = 0.0
+
+    def next_batches(self, stream, count: int) -> list:
+        """The next `count` batches, those of one step."""
+        begin = time.time()
+        batches = [next(stream) for _ in range(count)]
+        self.waited += time.time() - begin
+        self.steps += 1
+        self.pairs += sum(len(batch.identity) for batch in batches)
+        return batches
+
+    def means(self) -> dict[str, float]:
+        seconds = time.time() - self.begin
+        _, world_size = rank_and_world_size()
+        return {
+            "seconds": seconds / self.steps,
+            "data_seconds": self.waited / self.steps,
+            "pairs_per_second": self.pairs * world_size / seconds,
+        }
