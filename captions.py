@@ -24,48 +24,48 @@ Wavy_Hair Wearing_Earrings Wearing_Hat Wearing_Lipstick Wearing_Necklace Wearing
 # verb `is`, `has` or `wears`, `noun` for the person, `photo`, or the part of the face that the
 # adjective describes. {his} becomes his, her or their.
 GRAMMAR = {
-    "5_o_Clock_Shadow": (.70, "has a 5 o'clock shadow | has stubble | has some stubble on {his} chin"),
+    "5_o_Clock_Shadow": (.70, "has a 5 o'clock shadow | has stubble | is unshaven"),
     "Arched_Eyebrows": (.55, "eyebrows arched | eyebrows curved"),
-    "Attractive": (.40, "is attractive | is good-looking | has an attractive look"),
+    "Attractive": (.40, "is attractive | is good-looking | has an attractive look | is beautiful"),
     "Bags_Under_Eyes": (.65, "has bags under {his} eyes | has dark circles under {his} eyes"),
     "Bald": (.85, "is bald | has a bald head | is hairless"),
     "Bangs": (.75, "has bangs | has a fringe | has bangs over {his} forehead"),
     "Big_Lips": (.65, "lips full | lips big | lips large"),
     "Big_Nose": (.65, "nose big | nose large"),
-    "Black_Hair": (.70, "hair black | hair jet-black"),
-    "Blond_Hair": (.75, "hair blond | hair blonde | hair golden"),
+    "Black_Hair": (.70, "hair black | hair jet-black | is black-haired"),
+    "Blond_Hair": (.75, "hair blond | hair blonde | hair golden | is blond | is blonde"),
     "Blurry": (.65, "photo blurry | photo blurred"),
-    "Brown_Hair": (.65, "hair brown | hair chestnut"),
+    "Brown_Hair": (.65, "hair brown | hair chestnut | is brown-haired"),
     "Bushy_Eyebrows": (.65, "eyebrows bushy | eyebrows thick"),
-    "Chubby": (.65, "is chubby | is plump"),
+    "Chubby": (.65, "is chubby | is plump | has a chubby face"),
     "Double_Chin": (.70, "has a double chin | has a second chin below the first"),
-    "Eyeglasses": (.90, "wears glasses | wears eyeglasses | wears a pair of glasses"),
-    "Goatee": (.80, "has a goatee | has a small goatee"),
-    "Gray_Hair": (.75, "hair gray | hair grey"),
-    "Heavy_Makeup": (.55, "wears heavy makeup | wears a lot of makeup"),
+    "Eyeglasses": (.90, "wears glasses | wears eyeglasses | wears a pair of glasses | has glasses"),
+    "Goatee": (.80, "has a goatee | has a small goatee | wears a goatee"),
+    "Gray_Hair": (.75, "hair gray | hair grey | is gray-haired | is grey-haired"),
+    "Heavy_Makeup": (.55, "wears heavy makeup | wears a lot of makeup | has heavy makeup"),
     "High_Cheekbones": (.55, "cheekbones high | cheekbones prominent"),
     "Male": (.80, "noun man | noun man | noun guy | noun gentleman"),
-    "Mouth_Slightly_Open": (.65, "mouth slightly open | mouth partly open"),
-    "Mustache": (.80, "has a mustache | has a moustache"),
+    "Mouth_Slightly_Open": (.65, "mouth slightly open | mouth partly open | mouth open"),
+    "Mustache": (.80, "has a mustache | has a moustache | wears a mustache"),
     "Narrow_Eyes": (.65, "eyes narrow | eyes small"),
     "No_Beard": (.50, "is beardless | has a beardless face"),
     "Oval_Face": (.60, "face oval | face oval-shaped"),
-    "Pale_Skin": (.70, "skin pale | skin fair"),
+    "Pale_Skin": (.70, "skin pale | skin fair | is pale | has a pale face"),
     "Pointy_Nose": (.60, "nose pointy | nose pointed"),
     "Receding_Hairline": (.70, "hairline receding | has hair that is receding at the front"),
-    "Rosy_Cheeks": (.65, "cheeks rosy | cheeks flushed"),
-    "Sideburns": (.70, "has sideburns | has sideburns beside {his} ears"),
-    "Smiling": (.65, "is smiling | has a smile | has a smile on {his} face"),
-    "Straight_Hair": (.55, "hair straight | hair smooth"),
-    "Wavy_Hair": (.60, "hair wavy | hair curly"),
-    "Wearing_Earrings": (.65, "wears earrings | wears a pair of earrings"),
-    "Wearing_Hat": (.90, "wears a hat | wears a hat on {his} head"),
-    "Wearing_Lipstick": (.55, "wears lipstick | wears lipstick on {his} lips"),
-    "Wearing_Necklace": (.65, "wears a necklace | wears a necklace around {his} neck"),
-    "Wearing_Necktie": (.80, "wears a tie | wears a necktie"),
-    "Young": (.40, "is young | is youthful"),
+    "Rosy_Cheeks": (.65, "cheeks rosy | cheeks flushed | is rosy-cheeked"),
+    "Sideburns": (.70, "has sideburns | has sideburns beside {his} ears | wears sideburns"),
+    "Smiling": (.65, "is smiling | has a smile | has a smile on {his} face | is happy"),
+    "Straight_Hair": (.55, "hair straight | hair smooth | is straight-haired"),
+    "Wavy_Hair": (.60, "hair wavy | hair curly | is curly-haired"),
+    "Wearing_Earrings": (.65, "wears earrings | wears a pair of earrings | has earrings"),
+    "Wearing_Hat": (.90, "wears a hat | wears a hat on {his} head | has a hat"),
+    "Wearing_Lipstick": (.55, "wears lipstick | wears lipstick on {his} lips | has lipstick"),
+    "Wearing_Necklace": (.65, "wears a necklace | wears a necklace around {his} neck | has a necklace"),
+    "Wearing_Necktie": (.80, "wears a tie | wears a necktie | has a tie"),
+    "Young": (.40, "is young | is youthful | has a young face"),
     "not Male": (.80, "noun woman | noun woman | noun lady"),
-    "not Young": (.60, "is old | is older | is elderly"),
+    "not Young": (.60, "is old | is older | is elderly | has an old face"),
     "not No_Beard": (.60, "has a beard | has a full beard | is bearded"),
 }
 FACTS = ATTRIBUTES + ("not Male", "not Young", "not No_Beard")
@@ -80,6 +80,7 @@ def split_row(phrases: str) -> list:
 PHRASES = [split_row(GRAMMAR[fact][1]) for fact in FACTS]
 MAN_FACT = FACTS.index("Male")
 WOMAN_FACT = FACTS.index("not Male")
+YOUNG_FACT = FACTS.index("Young")
 NEGATABLE = [ATTRIBUTES.index(fact.removeprefix("not ")) for fact in FACTS[len(ATTRIBUTES):]]
 MIN_FACTS = 3               # minimum number of facts per caption, if the face has that many
 SHORTEST, LONGEST = 10, 75  # words per caption; the tokenizer truncates the longest captions
@@ -89,6 +90,7 @@ FACE_PARTS = {  # part of the face: (whether it takes the article "a", its verb)
     "lips": (False, "are"), "mouth": (True, "is"), "nose": (True, "is"), "skin": (False, "is"),
 }
 NEUTRAL_NOUNS = ("person", "person", "individual")  # if the sex is not stated
+YOUNG_NOUNS = {"he": "boy", "she": "girl"}          # may be used if Young and the sex are stated
 SINGULAR = {"is": "is", "has": "has", "wears": "wears"}
 PLURAL = {"is": "are", "has": "have", "wears": "wear"}  # after "they"
 PREDICATES = {
@@ -159,6 +161,8 @@ def compose_sentences(facts, rng):
     else:
         he, his = "they", "their"
     noun = rng.choice(phrases["noun"] or NEUTRAL_NOUNS)
+    if YOUNG_FACT in facts and rng.random() < 0.3:
+        noun = YOUNG_NOUNS.get(he, noun)
 
     sentences = []
     needs_opening = not any(phrases[kind] for kind in SENTENCE_KINDS)

@@ -103,9 +103,9 @@ class Config(SharedFlags):
     lr_min: float = 1e-6
     # how the learning rate decays after the warm-up: "epoch" (x 0.9 per epoch) or "linear"
     lr_decay: str = "epoch"
-    # learning rates of Muon for the matrices of the image and of the text encoder, as multiples of
-    # lr, see `optim.build_optimizers`; (): AdamW updates them
-    muon_lr: tuple[float, ...] = ()
+    # learning rate of Muon for the matrices, as a multiple of lr, see `optim.build_optimizers`;
+    # 0: AdamW updates them
+    muon_lr: float = 0.0
     # fraction of the run at which phase 2 begins, complete FLIP, see `train.schedule`
     complete_from: float = 0.0
     # fraction of phase 2 in which alpha rises from 0, at its beginning
@@ -131,9 +131,8 @@ RECIPES = {"base": {}, "tiny": dict(
     augment=False,
     # larger rates, as nothing is to be kept of CLIP and BERT; and they end near zero
     lr=1e-3, lr_decay="linear",
-    # Muon moves in all directions at the same rate, so that rare attributes are not learned last.
-    # The image encoder has more to learn than the text encoder: it gains from a higher rate
-    muon_lr=(4.5, 1.5),
+    # Muon moves in all directions at the same rate, so that rare attributes are not learned last
+    muon_lr=3.0,
     # ITC within the batch to 90 %: hard negatives teach ITM only when the features are good, and a
     # momentum encoder lags far behind the student until the learning rate is low
     complete_from=0.9,

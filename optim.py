@@ -57,18 +57,17 @@ def newton_schulz(X: torch.Tensor, steps=5) -> torch.Tensor:
     return X
 
 
-def build_optimizers(module: torch.nn.Module, weight_decay, muon_lr=()):
-    """[AdamW, Muon], or [AdamW] without muon_lr; each trained parameter is in exactly one of them.
+def build_optimizers(module: torch.nn.Module, weight_decay, muon_lr=0.0):
+    """[AdamW, Muon], or [AdamW] if muon_lr is 0; each trained parameter is in exactly one of them.
 
     Muon updates all matrices, also the patch convolution and the projections, but neither word and
-    position embeddings nor the matching head. muon_lr: its rates for the image and for the text
-    encoder, as multiples of the learning rate. AdamW updates everything else.
+    position embeddings nor the matching head. AdamW updates everything else. muon_lr: Muon's rate,
+    as a multiple of the learning rate.
 
     Weight decay applies to all parameters with two or more dimensions, also to position embeddings
     and the patch convolution. A parameter without a gradient, such as cross-attention's in a step
     without ITM, is not changed at all."""
-    image_matrices = []     # for Muon
-    text_matrices = []
+    matrices = []           # for Muon
     decayed = []
     not_decayed = []
     for name, p in module.named_parameters():
@@ -76,7 +75,6 @@ def build_optimizers(module: torch.nn.Module, weight_decay, muon_lr=()):
             continue
         is_excepted = any(part in name for part in ("words", "positions", "matching_head"))
         if muon_lr and p.ndim > 1 and not is_excepted:
-            matrices = image_matrices if "student.image" in name else text_matrices
             matrices.append(p)
         elif p.ndim > 1:
             decayed.append(p)
@@ -88,9 +86,7 @@ def build_optimizers(module: torch.nn.Module, weight_decay, muon_lr=()):
     adamw = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, fused=True)
     if not muon_lr:
         return [adamw]
-    image_lr, text_lr = muon_lr
-    groups = [{"params": image_matrices, "weight_decay": weight_decay, "scale": image_lr},
-              {"params": text_matrices, "weight_decay": weight_decay, "scale": text_lr}]
+    groups = [{"params": matrices, "weight_decay": weight_decay, "scale": muon_lr}]
     return [adamw, Muon(groups)]
 
 

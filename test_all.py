@@ -887,8 +887,8 @@ def test_all_names_of_the_official_base_model_load_and_save(tmp_path):
 
 # ---- optim.py: against torch.optim.Muon ----------------------------------------------------------
 @parametrize("muon_lr, matrices", [
-    ((), {}),
-    ((4, 3), {4: 26, 3: 31})])
+    (0, {}),
+    (3, {3: 57})])
 def test_every_trained_parameter_is_in_one_group_and_only_matrices_decay(muon_lr, matrices):
     """matrices: {learning rate: number} of Muon: 6 of each of the image encoder's 4 blocks and the
     patch embedding, 10 of each of the text encoder's 3 layers, and a projection each."""
@@ -1422,7 +1422,7 @@ def fact_patterns():
     words_of = {}                           # {kind of phrase: all words of that kind}
     for kind, words in itertools.chain(*PHRASES):
         words_of.setdefault(kind, []).append(words)
-    pronouns = {"Male": ["he", "his"], "not Male": ["she", "her"]}
+    pronouns = {"Male": ["he", "his", "boy"], "not Male": ["she", "her", "girl"]}
     patterns = []
     for fact, phrases in zip(FACTS, PHRASES):
         alternatives = pronouns.get(fact, [])
@@ -1517,10 +1517,10 @@ def test_captions_and_recipes_are_those_that_all_figures_were_measured_with():
         rng = grammar.random.Random(seed)
         facts = sorted(rng.sample(range(43), 1 + seed % 12))
         texts.append(grammar.verbalize(facts, rng))
-    assert hash_of("\n".join(texts)) == "fdf2d561621c"
+    assert hash_of("\n".join(texts)) == "be1cdba5e954"
     recipes = [train_config.TINY, train_config.RECIPES["tiny"], train_config.TASK_RECIPES,
                train_config.DRAWN_RECIPES, PROBABILITIES.tolist()]
-    assert hash_of(repr(recipes)) == "2c0cec5ef99d"
+    assert hash_of(repr(recipes)) == "14611b3f8b56"
 
 
 @parametrize("names", ["Male Young", "Male Smiling Bald", "Bangs Blond_Hair Young"])
@@ -2709,7 +2709,7 @@ def test_checkpoint_has_the_configured_optimizers(quick, saved):
     training = saved["training"]
     adamw, muon = [optimizer["param_groups"] for optimizer in training["optimizers"]]
     assert {group["scale"] for group in adamw} == {1}
-    assert [group["scale"] for group in muon] == list(config.muon_lr)
+    assert [group["scale"] for group in muon] == [config.muon_lr]
     assert {group["betas"] for group in adamw} == {(0.9, 0.999)}
     assert {group["weight_decay"] for group in adamw + muon} == {0, config.weight_decay}
     assert training["unlogged_losses"] == []
