@@ -210,6 +210,8 @@ class TaskConfig(SharedFlags):
     batch_size: int = flag(64, "samples per step")
     lr: float = flag(3e-5, "peak learning rate, after 10 % of the steps; cosine decay")
     workers: int = flag(8, "data loading processes of retrieval")
+    predict: tuple[str, ...] = flag((),
+        "images: instead of training, print their attributes, predicted by the head in --out")
 
     # these fields are not flags; recipes set them
     # train the matching head in every n-th step

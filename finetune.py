@@ -5,6 +5,8 @@ the test split and print the table (FLIP paper, section 5 and figure 2, panels b
     python finetune.py attributes     predict the 40 attributes of a face
     python finetune.py sketch         find the photo for a sketch that is still being drawn
 
+    python finetune.py attributes --predict IMAGE ...       use the head that has been trained
+
 A task is a class with its batches, loss, metrics and picture; `train_heads` is the loop. Frozen
 means evaluation mode (no dropout) and no gradient. For comparison, the same heads are trained on
 encoders with random weights. Without --data, drawn faces take a few minutes on two CPU cores.
@@ -32,7 +34,7 @@ from tqdm import tqdm
 
 from captions import ATTRIBUTES
 from common.distributed import autocast, use_device
-from common.images import iterate_images
+from common.images import iterate_images, pixel_batches
 from common.pictures import plot_accuracies, plot_retrieval, plot_sketch
 from common.script import markdown_table, run_script
 from common.seeds import derive_seed, random_stream
@@ -42,7 +44,7 @@ from evaluation import EvaluationSet, chance_recalls, evaluate
 from flip import FLIP, StepParams, project
 from losses import clip_loss
 from optim import build_optimizers, set_learning_rate, warmup_decay
-from pretrained import write_checkpoint
+from pretrained import read_file, write_checkpoint
 from runs import Log
 
 
@@ -240,6 +242,29 @@ def pool_tokens(vit, images):
         patches = x[:, 1:]
         vectors += [x[:, 0], patches.mean(1), patches.amax(1)]
     return torch.stack(vectors, dim=1)
+
+
+def load_head(path: Path, model: FLIP):
+    """The `AttributeHead` in a head.pt, and the names of its labels. Raises ValueError if it was
+    trained on another image encoder."""
+    saved = read_file(path)
+    if saved["encoder"] != model.image_encoder_hash():
+        raise ValueError(f"{path} was trained on another --checkpoint")
+    weights = saved["model"]
+    labels, width = weights["linear.weight"].shape
+    head = AttributeHead(len(weights["weights"]), width, labels)
+    head.load_state_dict(weights)
+    return head.to(model.device), saved["labels"]
+
+
+@torch.no_grad()
+def predict_attributes(model: FLIP, head: "AttributeHead", images):
+    """Probabilities (I, labels) of the attributes of images (paths or PIL images)."""
+    probabilities = []
+    for pixels in pixel_batches(images, model.config.vit.image_size):
+        vectors = pool_tokens(model.student.image, pixels.to(model.device, model.dtype))
+        probabilities.append(head(vectors).sigmoid())
+    return torch.cat(probabilities)
 
 
 class AttributeHead(nn.Module):
@@ -487,7 +512,20 @@ def save_task(task: Task, folder: Path):
     if task.trained is task.model:
         write_checkpoint(task.model.checkpoint(), folder / "flip.pt")
     else:
-        write_checkpoint({"model": task.trained.state_dict()}, folder / "head.pt")
+        head = {"model": task.trained.state_dict(), "labels": list(ATTRIBUTES),
+                "encoder": task.model.image_encoder_hash()}
+        write_checkpoint(head, folder / "head.pt")
+
+
+def print_predictions(config: TaskConfig):
+    """Print the probability of each attribute for each image of --predict."""
+    model = FLIP.from_pretrained(config.checkpoint, device=config.device)
+    head, labels = load_head(Path(config.out) / "attributes" / "head.pt", model)
+    percent = 100 * predict_attributes(model, head, config.predict).cpu()           # (I, labels)
+    rows = []
+    for label, values in zip(labels, percent.T):
+        rows.append([label, *[f"{value:.0f}" for value in values]])
+    print(markdown_table(["probability, %", *config.predict], rows))
 
 
 def table(rows, task):
@@ -503,5 +541,15 @@ def table(rows, task):
     return markdown_table(header, cells)
 
 
+def main():
+    config = parse_task_arguments(description=__doc__)
+    if not config.predict:
+        finetune(config)
+    elif config.task == "attributes":
+        print_predictions(config)
+    else:
+        raise ValueError(f"--predict: expected the task attributes, found {config.task}")
+
+
 if __name__ == "__main__":
-    run_script(lambda: finetune(parse_task_arguments(description=__doc__)))
+    run_script(main)

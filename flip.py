@@ -31,6 +31,7 @@ each: `update_momentum`, `enqueue`, `clamp_temperature`. (The official forward d
 Shapes: see attention.py. Run `python flip.py` to trace a batch.
 """
 import copy
+import hashlib
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
@@ -340,9 +341,9 @@ class FLIP(nn.Module):
 
     # ---- use from Python: computes no gradients, leaves the mode (train or eval) unchanged ----
     def preprocess(self, image) -> torch.Tensor:
-        """A path or PIL image -> pixels (3, S, S), resized to a square and normalised, for
-        `encode_image`."""
-        return next(pixel_batches(image, self.config.vit.image_size))[0]
+        """An image (path, PIL image or uint8 array (H, W, 3)) -> pixels (3, S, S), resized to a
+        square and normalised, for `encode_image`."""
+        return next(pixel_batches([image], self.config.vit.image_size))[0]
 
     def require_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
@@ -357,15 +358,14 @@ class FLIP(nn.Module):
         has no known word."""
         if isinstance(texts, Captions):
             return texts.to(self.device)
-        texts = [texts] if isinstance(texts, str) else list(texts)
         check_words(texts, self.require_tokenizer())
         return self.tokenizer(texts).to(self.device)
 
     @torch.no_grad()
     def encode_image(self, images, batch_size: int = 128):
-        """A tensor (I, 3, S, S) from `preprocess`, or a path or PIL image, or a list of them ->
-        features (I, E), float32, of unit norm."""
-        features = []
+        """Pixels (3, S, S) or (I, 3, S, S) from `preprocess`, or what `preprocess` takes, or a list
+        of either -> features (I, E), float32, of unit norm."""
+        features = [torch.empty(0, self.config.embed_dim, device=self.device)]
         for pixels in pixel_batches(images, self.config.vit.image_size, batch_size):
             pixels = pixels.to(self.device, self.dtype)
             features.append(self.student.image_features(pixels))
@@ -374,6 +374,8 @@ class FLIP(nn.Module):
     @torch.no_grad()
     def encode_text(self, texts):
         """What `tokenize` takes -> features (T, E), float32, of unit norm."""
+        if texts == []:
+            return torch.empty(0, self.config.embed_dim, device=self.device)
         return self.student.text_features(self.tokenize(texts))
 
     @torch.no_grad()
@@ -397,12 +399,26 @@ class FLIP(nn.Module):
         logits, _ = self.match_logits(images, texts)
         return logits.softmax(-1)[..., 1]
 
+    def probabilities(self, images, texts):
+        """Zero-shot classification of I images: softmax over the T texts of cosine / temperature,
+        (I, T). (CLIP's logit_scale is the logarithm of 1 / temperature.)"""
+        cosines = self.encode_image(images) @ self.encode_text(texts).T
+        return (cosines / self.temperature).softmax(-1).detach()
+
     def score(self, images, texts):
         """The scores (I, T) that re-ranking sorts by."""
         logits, cosines = self.match_logits(images, texts)
         return self.rerank_score(logits, cosines).detach()
 
     # ---- checkpoints ----
+    def image_encoder_hash(self) -> str:
+        """Hash of the weights that compute the features of images."""
+        digest = hashlib.sha256()
+        for module in (self.student.image, self.student.image_projection):
+            for p in module.parameters():
+                digest.update(p.detach().cpu().view(torch.uint8).numpy())
+        return digest.hexdigest()
+
     def checkpoint(self):
         """Everything `from_pretrained` needs, as plain tensors, numbers and text."""
         tokenizer = self.tokenizer.to_json() if self.tokenizer else None
@@ -438,6 +454,8 @@ class FLIP(nn.Module):
                 tokenizer = Tokenizer.load(vocabulary)
             model = FLIP(config, tokenizer)
         load_flip(model, saved, path)
+        if isinstance(dtype, str):          # such as "bfloat16"
+            dtype = getattr(torch, dtype)
         return model.to(choose_device(device), dtype).eval()
 
 

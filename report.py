@@ -84,7 +84,8 @@ def caption_statistics(texts: list[list[str]], lengths: np.ndarray) -> list[str]
     for words in texts:
         grams.update(zip(words, words[1:], words[2:], words[3:]))
     mode = np.bincount(lengths).argmax()
-    return [f"{len(texts):,} captions: {num_repeated} equal to another, "
+    return [f"{len(texts):,} captions: {num_repeated} equal to another (a pair's caption is then a "
+            "wrong one for the other's image: write more details), "
             f"{len(grams):,} distinct 4-grams",
             f"words per caption: mean {lengths.mean():.1f} (30), mode {mode} (20 to 22), "
             f"{lengths.min()} to {lengths.max()} (10 to 75)"]
@@ -129,6 +130,8 @@ def report_counterfactuals(model: FLIP, path, count=50):
 
     percent["mean"] = np.mean(list(percent.values()), axis=0)
     table = [[name, f"{itc:.0f}", f"{both:.0f}"] for name, (itc, both) in percent.items()]
+    print("The faces of a pair differ in nothing else: to find a combination of attributes among "
+          "many faces (search.py) is harder.")
     print(markdown_table(["correct pairs, %", "ITC", "ITC and ITM"], table))
     legend = "green frame: has the attribute; below it: correct pairs by ITC, and by ITC and ITM"
     rows = [("", tiles[start:start + 10]) for start in range(0, len(tiles), 10)]
@@ -162,16 +165,19 @@ def main():
 
 
 def open_splits(data: str, cache: str, columns: tuple) -> dict:
-    """{split: Faces} of a data set. Splits that cannot be opened are named. Raises ValueError if no
-    split can be opened."""
+    """{split: Faces} of a data set. Splits that cannot be opened are named. Raises the ValueError
+    of the first one if none can be opened."""
     splits = {}
+    errors = []
     for split in SPLITS:
         try:
             splits[split] = open_faces(data, split, cache, columns)
         except ValueError as error:             # an empty split, for example
-            print(f"left out: {error}")
+            errors.append(error)
     if not splits:
-        raise ValueError(f"{data}: no split can be opened")
+        raise errors[0]
+    for error in errors:
+        print(f"left out: {error}")
     return splits
 
 

@@ -1,7 +1,8 @@
-"""Search a folder of face images with a sentence: rank by cosine, then re-rank the best with the
-ITM head.
+"""Search a folder of face images with a sentence, ranked by cosine and re-ranked with the ITM head;
+or with an image, ranked by cosine.
 
-    python search.py --checkpoint out/flip.pt --images DIR "an old man" --without glasses "a hat"
+    python search.py --images DIR "an old man" --without glasses --without "a hat"
+    python search.py --images DIR --like photograph.jpg
 """
 import argparse
 import hashlib
@@ -22,7 +23,7 @@ from common.distributed import autocast, stop_signals
 from common.images import IMAGE_SUFFIXES, iterate_images, load_image, pixel_batches
 from common.pictures import contact_sheet
 from common.script import atomic_write, run_script
-from common.words import known_and_unknown_words, vocabulary
+from common.words import check_words, known_and_unknown_words, vocabulary
 from flip import FLIP
 from pretrained import read_file
 
@@ -39,31 +40,26 @@ def find_images(folder):
         if entry.is_dir(follow_symlinks=False):
             yield from find_images(entry.path)
         elif entry.name.lower().endswith(IMAGE_SUFFIXES) and entry.is_file():
-            yield f"{entry.path} {entry.stat().st_mtime_ns}"
+            status = entry.stat()
+            # `cp -p` keeps the time of the contents, but not that of the metadata
+            yield f"{entry.path} {max(status.st_mtime_ns, status.st_ctime_ns)}"
 
 
 def path_of(image: str) -> str:
     return image.rpartition(" ")[0]
 
 
-def read_features(cache) -> dict:
-    """The folders in a file of features; {} if the file does not exist or is damaged."""
+def read_features(path: Path) -> dict[str, torch.Tensor]:
+    """{image: feature (E,)} in a file that `encode_folder` wrote; {} if it does not exist or is
+    damaged."""
     try:
-        return read_file(Path(cache))["folders"]
+        saved = read_file(path)
+        return dict(zip(saved["images"].split("\0"), saved["features"], strict=True))
     except FileNotFoundError:
         return {}
-    except (ValueError, KeyError, TypeError):
-        warnings.warn(f"{cache} is damaged: encoding all images again")
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError):    # or has other contents
+        warnings.warn(f"{path} is damaged: encoding all images again")
         return {}
-
-
-def encoder_hash(model: FLIP) -> str:
-    """Hash of the weights that compute the features of images."""
-    digest = hashlib.sha256()
-    for module in (model.student.image, model.student.image_projection):
-        for p in module.parameters():
-            digest.update(p.detach().cpu().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 @torch.no_grad()
@@ -97,18 +93,14 @@ def encode_images(model: FLIP, images: list[str]) -> dict[str, torch.Tensor]:
 
 
 def encode_folder(model: FLIP, folder: str | Path, cache: str | Path) -> dict[str, torch.Tensor]:
-    """{path: feature (E,)} of every image in `folder` and its subfolders. The file `cache` keeps
-    the features of every folder, so that only new or changed images are encoded, or all of them if
-    the encoder has changed. Unreadable images are named in a warning. Raises ValueError if no image
-    can be read."""
-    encoder = encoder_hash(model)
+    """{path: feature (E,)} of every image in `folder` and its subfolders. The folder `cache` keeps
+    the features, in a file for each folder and model, so that only new or changed images are
+    encoded. Unreadable images are named in a warning. Raises ValueError if no image can be read."""
     root = os.path.join(os.path.realpath(folder), "")
     images = sorted(find_images(root))
-    folders = read_features(cache)
-    saved = folders.get(root)
-    features = {}
-    if saved and saved["encoder"] == encoder:
-        features = dict(zip(saved["images"].split("\0"), saved["features"]))
+    key = hashlib.sha256(f"{model.image_encoder_hash()} {root}".encode()).hexdigest()
+    path = Path(cache) / f"features-{key[:16]}.pt"
+    features = read_features(path)
     new = [image for image in images if image not in features]
     features |= encode_images(model, new)
     readable = [image for image in images if image in features]
@@ -117,60 +109,89 @@ def encode_folder(model: FLIP, folder: str | Path, cache: str | Path) -> dict[st
                          "none can be read")
 
     if new or len(readable) < len(features):
-        folders[root] = {"encoder": encoder, "images": "\0".join(readable),
-                         "features": torch.stack([features[image] for image in readable])}
-        with atomic_write(cache) as partial:
-            torch.save({"folders": folders}, partial)
+        saved = {"images": "\0".join(readable),
+                 "features": torch.stack([features[image] for image in readable])}
+        with atomic_write(path) as partial:
+            torch.save(saved, partial)
     found = {}
     for image in readable:
-        path = path_of(image).removeprefix(root)
-        found[os.path.join(folder, path)] = features[image]
+        name = path_of(image).removeprefix(root)
+        found[os.path.join(folder, name)] = features[image]
     return found
 
 
 # ---- search --------------------------------------------------------------------------------------
 class SearchResult(NamedTuple):
     path: str
-    score: float            # FLIP.rerank_score of the query, minus those of n exclusions / (n + 1)
-    cosine: float           # of the ITC features, likewise
-    probability: float      # that the image matches the query, from the ITM head; exclusions aside
+    score: float                # see `search`
+    cosine: float               # of the features of image and query
+    probability: float | None   # that the image matches the sentence, from the ITM head
 
     def __str__(self):
-        return f"{self.score:6.2f} {self.cosine:7.3f} {100 * self.probability:6.1f} %  {self.path}"
+        percent = "-" if self.probability is None else f"{100 * self.probability:.1f} %"
+        return f"{self.score:6.2f} {self.cosine:7.3f} {percent:>8}  {self.path}"
+
+
+SILENCE = 0.75              # weight of what a text leaves out, see `beyond_silence`
+
+
+def beyond_silence(scores):
+    """Scores (..., T + 1) of T texts and of the empty text, which is the last -> (..., T).
+
+    The captions in training mention most of what is there, so what a text leaves out counts, too:
+    "a woman with glasses" ranks women with glasses and nothing else first, before those who also
+    wear a hat. In a query, it should not count. The empty text leaves everything out; subtracting
+    most of its score cancels what is counted for leaving out."""
+    return scores[..., :-1] - SILENCE * scores[..., -1:]
 
 
 @torch.no_grad()
-def search(model: FLIP, features: dict, query: str, without=(), top=8) -> list[SearchResult]:
-    """The `top` best of I images, {path: feature (E,)}, for a sentence and a list of exclusions.
-    The ITM head re-ranks the 32 images (or `top`, if more) of highest cosine. Raises ValueError if
-    there are no images or no known words.
+def search(model: FLIP, features: dict, query="", without=(), top=8,
+           image=None) -> list[SearchResult]:
+    """The `top` best of I images, {path: feature (E,)}, for a sentence or an image (a path or a PIL
+    image), and for a list of exclusions. Raises ValueError if there are no images or no known
+    words.
+
+    The score of a text is `beyond_silence`, that of an image is its cosine. For a sentence, the ITM
+    head re-ranks the 32 images (or `top`, if more) with the highest score by cosine.
 
     Captions state what is present, so a model does not learn negations. Instead, n exclusions are
     scored by themselves and subtracted with weight 1 / (n + 1) each, so that the query outweighs
-    them together. T = 1 + n below."""
+    them together."""
     if not features:
         raise ValueError("there are no images to search")
+    if top < 1:
+        raise ValueError(f"top {top}: expected at least 1")
+    if (image is None) == (not query):
+        raise ValueError("expected a sentence or an image to search for")
     negation = re.search(r"\b(without|no|not)\b", query, re.I)
     if negation:
         warnings.warn(f"{negation[0]!r} excludes nothing; use --without (in Python: without=[...])")
     if isinstance(without, str):
         without = [without]
-    texts = [query, *without]
-    weights = torch.full((len(texts),), -1 / len(texts))                            # (T,)
+    texts = [*without] if query == "" else [query, *without]
+    check_words(texts, model.require_tokenizer())
+    captions = model.tokenizer([*texts, ""])                                        # T + 1
+    weights = torch.full((1 + len(without),), -1 / (1 + len(without)))
     weights[0] = 1
 
     paths = list(features)
     image_features = torch.stack([*features.values()])                              # (I, E)
-    text_features = model.encode_text(texts).cpu()          # warns about unknown words
-    cosines = image_features @ text_features.T                                      # (I, T)
+    cosines = image_features @ model.encode_text(captions).cpu().T                  # (I, T + 1)
+    if image is not None:
+        likeness = image_features @ model.encode_image(image).cpu().T               # (I, 1)
+        scores = torch.cat([likeness, beyond_silence(cosines)], dim=1) @ weights    # (I,)
+        best = scores.topk(min(top, len(paths))).indices
+        return [SearchResult(paths[i], scores[i].item(), likeness[i].item(), None) for i in best]
+
     count = min(max(32, top), len(paths))
-    best = (cosines @ weights).topk(count).indices                                  # (k,)
+    best = (beyond_silence(cosines) @ weights).topk(count).indices                  # (k,)
     with fast_autocast(model):
-        logits, _ = model.match_logits([paths[i] for i in best], texts)             # (k, T, 2)
-    logits = logits.cpu()
-    scores = model.rerank_score(logits, cosines[best]) @ weights                    # (k,)
+        logits, _ = model.match_logits([paths[i] for i in best], captions)
+    logits = logits.cpu()                                                           # (k, T + 1, 2)
+    scores = beyond_silence(model.rerank_score(logits, cosines[best])) @ weights    # (k,)
     probabilities = logits[:, 0].softmax(-1)[:, 1]
-    rows = torch.stack([scores, cosines[best] @ weights, probabilities], 1).tolist()
+    rows = torch.stack([scores, cosines[best, 0], probabilities], 1).tolist()
     results = [SearchResult(paths[i], *row) for i, row in zip(best, rows)]
     return sorted(results, key=lambda result: -result.score)[:top]
 
@@ -184,46 +205,60 @@ def split_phrases(query: str, tokenizer) -> list[str]:
     return [phrase.strip() for phrase in phrases if known_and_unknown_words(phrase, tokenizer)[0]]
 
 
-def attribute_patches(model: FLIP, images: list, phrase: str, steps=8) -> torch.Tensor:
-    """Attribution of the ranking score for a phrase to the patches of I images (paths or PIL
-    images), (I, rows, columns). The attributions of an image sum to about its score minus that of a
-    plain grey image.
+def mean_image(model: FLIP, paths: list[str], count=100) -> torch.Tensor:
+    """The mean (1, 3, S, S) of about `count` images, a baseline for `attribute_patches`."""
+    stride = max(1, len(paths) // count)
+    total = 0
+    for pixels in pixel_batches(paths[::stride], model.config.vit.image_size):
+        total += pixels.sum(0, keepdim=True)
+    return total / len(paths[::stride])
 
-    Integrated gradients (arXiv 1703.01365): pixels times gradient, averaged along the path from
-    grey, CLIP's mean colour, to the image. (At the image itself, the gradient vanishes if the
-    matching head is certain.)"""
-    captions = model.tokenize([phrase])
-    text_feature = model.student.text_features(captions)[0].detach()            # (E,)
+
+def attribute_patches(model: FLIP, images: list, phrase: str, baseline, steps=8) -> torch.Tensor:
+    """Attribution of the score of a phrase, `beyond_silence`, to the patches of I images (paths or
+    PIL images), (I, rows, columns). The attributions of an image sum to about its score minus that
+    of the baseline (1, 3, S, S).
+
+    Integrated gradients (arXiv 1703.01365): pixels minus baseline, times the gradient, averaged
+    along the path from the baseline to the image. (At the image itself, the gradient vanishes if
+    the matching head is certain.) The baseline should be a typical face, such as `mean_image`: a
+    plain colour has no face, and most of the score of any face comes from its being one."""
+    captions = model.tokenizer([phrase, ""]).to(model.device)
+    text_features = model.student.text_features(captions).detach()              # (2, E)
     sizes = model.config.vit
+    baseline = baseline.to(model.device, model.dtype)
     attributions = []
     for pixels in pixel_batches(images, sizes.image_size, batch_size=8):
-        pixels = pixels.to(model.device, model.dtype)
-        gradient = torch.zeros_like(pixels)
+        difference = pixels.to(model.device, model.dtype) - baseline
+        gradient = torch.zeros_like(difference)
         for step in range(steps):
-            interpolated = (pixels * (step + 0.5) / steps).requires_grad_()
+            interpolated = baseline + difference * (step + 0.5) / steps
+            interpolated.requires_grad_()
             tokens, features = model.student.image_tokens_and_features(interpolated)
-            logits = model.score_pairs(tokens, captions)
-            scores = model.rerank_score(logits, features @ text_feature)        # (B,)
+            logits = model.score_pairs(tokens, captions).unflatten(0, (-1, 2))  # (B, 2, 2)
+            scores = beyond_silence(model.rerank_score(logits, features @ text_features.T))
             gradient += torch.autograd.grad(scores.sum(), interpolated)[0] / steps
-        by_pixel = (pixels * gradient).sum(1)                                   # (B, S, S)
+        by_pixel = (difference * gradient).sum(1)                               # (B, S, S)
         attributions.append(F.avg_pool2d(by_pixel, sizes.patch_size, divisor_override=1))
     return torch.cat(attributions).cpu()
 
 
-def result_sheet(model: FLIP, query: str, without, results: list[SearchResult], explain: bool):
-    """A contact sheet of the results. Four images are in a row or, if `explain`, one image with its
-    heatmaps."""
+def result_sheet(model: FLIP, query: str, without, results: list[SearchResult], baseline=None):
+    """A contact sheet of the results. Four images are in a row or, given a baseline for
+    `attribute_patches`, one image with its heatmaps."""
     images = [load_image(result.path) for result in results]
     for image in images:
         image.thumbnail((512, 512))
-    if explain:
+    if baseline is not None:
         phrases = [*split_phrases(query, model.tokenizer), *without]
-        return contact_sheet(heatmap_rows(model, images, results, phrases))
+        return contact_sheet(heatmap_rows(model, images, results, phrases, baseline))
 
     tiles = []
     for image, result in zip(images, results):
-        percent = 100 * result.probability
-        tiles.append((image, f"{result.score:.1f}  {result.cosine:.2f}  {percent:.0f} %", False))
+        label = f"{result.score:.1f}  {result.cosine:.2f}"
+        if result.probability is not None:
+            label += f"  {100 * result.probability:.0f} %"
+        tiles.append((image, label, False))
     rows = []
     title = ", without ".join([query, *without])
     for start in range(0, len(tiles), 4):
@@ -232,13 +267,13 @@ def result_sheet(model: FLIP, query: str, without, results: list[SearchResult], 
     return contact_sheet(rows)
 
 
-def heatmap_rows(model: FLIP, images: list, results: list[SearchResult], phrases: list[str]):
+def heatmap_rows(model: FLIP, images, results, phrases: list[str], baseline):
     """A row of `contact_sheet` for each result: the image, and a copy of it for each phrase. The
     copy is dark where the attribution is low, on one scale for all images of a phrase; its label is
     the sum of the attribution."""
     rows = [(str(result).strip(), [(image, "", False)]) for result, image in zip(results, images)]
     for phrase in phrases:
-        attributions = attribute_patches(model, images, phrase)
+        attributions = attribute_patches(model, images, phrase, baseline)
         heatmaps = attributions.clamp(min=0) / attributions.max().clamp(min=1e-6)
         for i, image in enumerate(images):
             mask = Image.fromarray((255 * heatmaps[i]).byte().numpy()).resize(image.size)
@@ -258,6 +293,7 @@ EXAMPLES = [        # query, without, explain
 def serve(model: FLIP, features: dict, query: str, without: str, top: int):
     """Open a local web page that answers queries, until a signal arrives."""
     import gradio
+    baseline = mean_image(model, list(features))
 
     def answer(query, excluded, explain):
         without = [phrase.strip() for phrase in excluded.split(",") if phrase.strip()]
@@ -269,7 +305,7 @@ def serve(model: FLIP, features: dict, query: str, without: str, top: int):
                 return gradio.skip(), gradio.skip()
         for warning in caught:
             gradio.Warning(str(warning.message))
-        sheet = result_sheet(model, query, without, results, explain)
+        sheet = result_sheet(model, query, without, results, baseline if explain else None)
         return sheet, "\n".join(map(str, results))
 
     with tempfile.TemporaryDirectory() as copies, stop_signals() as stopped:
@@ -292,7 +328,10 @@ def main():
     parser = argparse.ArgumentParser(description="Search a folder of face images with a sentence.")
     add = parser.add_argument
     add("query", nargs="?", default="", help='a sentence: "a smiling woman with blond hair"')
-    add("--without", nargs="+", default=[], metavar="PHRASE", help='such as: glasses "a hat"')
+    add("--without", action="append", default=[], metavar="PHRASE",
+        help='exclude, such as "a hat"; may be repeated')
+    add("--like", metavar="IMAGE", help="search with an image instead of a sentence: a photograph "
+        "or, with the checkpoint of the sketch task, a drawing")
     add("--checkpoint", default="out/flip.pt", help="from train.py, or the official one")
     add("--images", default="faces", help="folder of images, including its subfolders")
     add("--vocabulary", help="for the official checkpoint: bert-base-uncased, or its folder")
@@ -302,22 +341,31 @@ def main():
     add("--words", action="store_true", help="print the words in the model's vocabulary")
     add("--serve", action="store_true", help="open a web page (pip install 'gradio>=6')")
     args = parser.parse_args()
+    if args.like and (args.query or args.explain or args.serve):
+        parser.error("--like takes neither a sentence nor --explain nor --serve")
+    if args.top < 1:
+        parser.error(f"--top {args.top}: expected at least 1")
+    if args.out.suffix.lower() not in Image.registered_extensions():
+        parser.error(f"--out {args.out}: expected the name of an image, such as search.png")
+    if not (args.words or os.path.isdir(args.images)):
+        parser.error(f"--images {args.images}: expected a folder")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     model = FLIP.from_pretrained(args.checkpoint, vocabulary=args.vocabulary, device="auto")
     if args.words:
         return print(*vocabulary(model.require_tokenizer()))
-    features = encode_folder(model, args.images, args.out.parent / "features.pt")
+    features = encode_folder(model, args.images, args.out.parent)
     if args.serve:
         root = os.path.join(os.path.realpath(args.images), "")
         for path in list(features):
             if not os.path.realpath(path).startswith(root):     # a link to another folder
                 del features[path]
         return serve(model, features, args.query, ", ".join(args.without), args.top)
-    results = search(model, features, args.query, args.without, args.top)
-    print(f" score  cosine   match    best of {len(features)} faces")
+    results = search(model, features, args.query, args.without, args.top, args.like)
+    baseline = mean_image(model, list(features)) if args.explain else None
+    title = args.query or f"like {args.like}"
+    result_sheet(model, title, args.without, results, baseline).save(args.out)
+    print(f" score  cosine    match  best of {len(features)} faces")
     print(*results, sep="\n")
-    sheet = result_sheet(model, args.query, args.without, results, args.explain)
-    sheet.save(args.out)
     print(f"contact sheet: {args.out}")
 
 

@@ -63,8 +63,8 @@ class Captions:
 
 class Tokenizer:
     """BERT's WordPiece: lower-case, split at spaces and punctuation, then greedily into the longest
-    known pieces. Calling it on a list of captions cleans them, truncates them to MAX_TOKENS and
-    returns packed `Captions`: [CLS] pieces [SEP]."""
+    known pieces. Calling it on a caption or a list of captions cleans them, truncates them to
+    MAX_TOKENS and returns packed `Captions`: [CLS] pieces [SEP]."""
 
     def __init__(self, wordpiece: tokenizers.Tokenizer):
         self.wordpiece = wordpiece
@@ -83,8 +83,9 @@ class Tokenizer:
         """Number of embeddings the model needs: all word pieces, [DEC] and [ENC]."""
         return self.wordpiece.get_vocab_size() + 2
 
-    def __call__(self, texts: list[str]) -> Captions:
-        assert not isinstance(texts, str), "expected a list of captions"
+    def __call__(self, texts: str | list[str]) -> Captions:
+        if isinstance(texts, str):
+            texts = [texts]
         cleaned = [clean_caption(text) for text in texts]
         ids = []
         lengths = []

@@ -31,15 +31,19 @@ def normalize_batch(arrays) -> torch.Tensor:
 
 def pixel_batches(images, size: int, batch_size: int = 128):
     """Yield normalised pixels (B, 3, S, S), at most batch_size at a time, of an image or a list of
-    images (paths or PIL images). Pixels, (3, S, S) or (I, 3, S, S), are only divided into
-    batches."""
-    if torch.is_tensor(images):
-        if images.ndim == 3:
-            images = images[None]
-        yield from images.split(batch_size)
-        return
-    if isinstance(images, (str, Path, Image.Image)):
+    images (paths, PIL images or uint8 arrays (H, W, 3)). Pixels, (3, S, S) or (I, 3, S, S), or a
+    list of these, are only divided into batches. Raises ValueError if they are integers."""
+    if isinstance(images, (str, Path, Image.Image, np.ndarray)):
         images = [images]
+    if len(images) and torch.is_tensor(images[0]):
+        pixels = images if torch.is_tensor(images) else torch.stack(list(images))
+        if not pixels.is_floating_point():
+            raise ValueError(f"expected normalised pixels, found {pixels.dtype}; pass images as"
+                             " paths, PIL images or arrays")
+        if pixels.ndim == 3:
+            pixels = pixels[None]
+        yield from pixels.split(batch_size)
+        return
     for start in range(0, len(images), batch_size):
         batch = [load_image(image, size=size) for image in images[start:start + batch_size]]
         yield normalize_batch([resize_to_array(image, size) for image in batch])
@@ -50,10 +54,12 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".avif", ".heic")
 
 @contextlib.contextmanager
 def open_image(file, name):
-    """Open an image, reading only its header, or copy a PIL image, and yield it. Raises a
-    ValueError that begins with `name` if the file is not an image, or if Pillow fails inside the
-    block."""
+    """Open an image, reading only its header, or copy a PIL image or uint8 array (H, W, 3), and
+    yield it. Raises a ValueError that begins with `name` if the file is not an image, or if Pillow
+    fails inside the block."""
     try:
+        if isinstance(file, np.ndarray):
+            file = Image.fromarray(file)
         with file.copy() if isinstance(file, Image.Image) else Image.open(file) as image:
             if image.mode[0] in "IF":       # 16 or 32 bits, which convert("RGB") would clip
                 raise ValueError("expected 8 bits per channel, found Pillow's mode "

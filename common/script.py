@@ -3,6 +3,7 @@ import argparse
 import contextlib
 import ctypes
 import os
+import sys
 import traceback
 import typing
 import warnings
@@ -33,8 +34,11 @@ def run_script(main):
     warnings.formatwarning = lambda message, *_: f"{message}\n"
     try:
         main()
+        sys.stdout.flush()
     except KeyboardInterrupt:
         raise SystemExit("interrupted")
+    except BrokenPipeError:         # the reader of the output, such as `head`, has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:
         notes = getattr(error, "__notes__", [])
         lines = str(error).strip().splitlines() or [""]
