@@ -13,12 +13,11 @@ summarise the caption; the matching loss trains [ENC] to tell whether the captio
 The two inputs differ only in the embedding of this first token, and the output at its position is
 the result.
 
-Captions are packed (attention.py). In each layer an image's keys and values are projected once; the
-captions that attend to it are stored contiguously and form one long query sequence.
-
-Unlike the official code, we pack captions instead of padding them to 65 tokens; and we project an
-image's keys and values once rather than once per caption. BERT's token-type embedding is constant
-here (type 0): pretrained.py adds it to the position embeddings, the official code drops it.
+Unlike the official code, we pack captions (attention.py) instead of padding them to 65 tokens; and
+in each layer we project an image's keys and values once rather than once per caption: the captions
+that attend to an image are stored contiguously and form one long query sequence. BERT's token-type
+embedding is constant here (type 0): pretrained.py adds it to the position embeddings, the official
+code drops it.
 
 Shapes: see attention.py; N tokens of P captions, which attend to I images of L tokens.
 """
@@ -125,7 +124,8 @@ class Bert(nn.Module):
     def init_weights(self):
         """Random initial values, larger than BERT's: with 0.02 and width 128, [CLS] would barely
         depend on the caption. Word embeddings are larger than positions, so that captions differ
-        from the first step on. (With --bert, `load_bert` replaces all of them.)"""
+        from the first step on. (With --bert, `load_bert` loads BERT's weights, and redraws with std
+        0.02 what BERT lacks.)"""
         nn.init.normal_(self.words.weight, std=0.1)
         nn.init.normal_(self.positions, std=0.02)
         for module in self.modules():

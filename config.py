@@ -15,7 +15,7 @@ from readers.index import COLUMNS
 from vit import ViTConfig
 
 # image encoder, text encoder (the vocabulary sets vocab_size), dimension of the features. The tiny
-# model has no dropout: every epoch writes new captions
+# model has no dropout: for drawn faces, every epoch writes new captions
 TINY = (ViTConfig(image_size=48, patch_size=8, width=128, depth=3, heads=4),
         BertConfig(vocab_size=1, width=128, depth=2, heads=4, positions=66, dropout=0.0),
         128)
@@ -58,8 +58,8 @@ class SharedFlags:
 # ---- train.py ------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Config(SharedFlags):
-    """The default values are the paper's, but for the tiny model `RECIPES` replaces some. Warm-up,
-    weight decay, momentum and alpha stay the paper's."""
+    """The defaults are the paper's, as far as it has a value. For the tiny model, `RECIPES`
+    replaces some, but not warm-up, weight decay, momentum and alpha."""
     model: Literal[*MODELS] = flag("tiny",
         "tiny (for drawn faces, trains on two CPU cores) or base (the paper's ViT-B/16 and "
         "BERT-base)")
@@ -129,7 +129,7 @@ RECIPES = {"base": {}, "tiny": dict(
     eval_every=960, k_test=16,
     # in six epochs, with new captions in each, there is little to overfit; --data turns it on
     augment=False,
-    # larger rates, as nothing is to be kept of CLIP and BERT; and they end near zero
+    # larger rates, as there are no pretrained weights to preserve; and they end near zero
     lr=1e-3, lr_decay="linear",
     # Muon moves in all directions at the same rate, so that rare attributes are not learned last
     muon_lr=3.0,
@@ -138,7 +138,8 @@ RECIPES = {"base": {}, "tiny": dict(
     complete_from=0.9,
     # 32 batches
     queue_size=4096,
-    # the paper's score relies on the matching head, which learns little in so short a run
+    # the paper's score relies on the matching head, which is hardly trained: for the last 192
+    # steps, at less than an eighth of the peak learning rate
     rerank_by_pmi=True)}
 
 

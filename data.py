@@ -245,8 +245,8 @@ class FaceDataset(torch.utils.data.Dataset):
 
     def iterate_from(self, number: int):
         """Yield batches without end, starting with batch `number`, counted from 0 over all epochs.
-        Damaged images are named once; raises ValueError if they exceed 1 % of the images read so
-        far, counted as at least 1,000 (or as all faces, if these are fewer)."""
+        Damaged images are named once. Raises ValueError if they exceed 1 %: of the images read so
+        far, or of the first 1,000 while fewer have been read (of all faces, if these are fewer)."""
         context = None
         if self.workers and sys.platform == "linux":
             context = "fork"        # forked workers share the memory-mapped index

@@ -96,11 +96,11 @@ class EvaluationSet(NamedTuple):
 
 
 @torch.no_grad()
-def evaluate(model: FLIP, validation: EvaluationSet, config):
+def evaluate(model: FLIP, validation: EvaluationSet, config, reranks=True):
     """Every rank encodes the whole validation set; the pairs to re-rank are divided among them.
     Returns `retrieval_metrics` after re-ranking and by cosine alone ("itc_..."), and the re-ranked
-    text-to-image scores (T, I). config: precision and k_test. The caller puts the model into
-    evaluation mode."""
+    text-to-image scores (T, I). reranks: False if the matching head is not trained yet; then both
+    are by cosine. config: precision and k_test. The caller puts the model into evaluation mode."""
     device = model.device
     captions = model.tokenizer(validation.texts).to(device)
     image_of_text = validation.image_of_text.to(device)
@@ -108,9 +108,12 @@ def evaluate(model: FLIP, validation: EvaluationSet, config):
         image_tokens, image_features = encode_faces(model, validation.faces, config.precision)
         text_features = model.student.text_features(captions)
     similarity = image_features @ text_features.T                       # (I, T), in float32
-    with autocast(config.precision, device):
-        image_to_text, text_to_image = rerank(model, image_tokens, captions, similarity,
-                                              config.k_test)
+    image_to_text = similarity
+    text_to_image = similarity.T
+    if reranks:
+        with autocast(config.precision, device):
+            image_to_text, text_to_image = rerank(model, image_tokens, captions, similarity,
+                                                  config.k_test)
 
     metrics = retrieval_metrics(image_to_text, text_to_image, image_of_text)
     for name, value in retrieval_metrics(similarity, similarity.T, image_of_text).items():

@@ -151,8 +151,9 @@ class Retrieval(Task):
         self.tokenizer = model.require_tokenizer()
         self.sets = {split: EvaluationSet.from_faces(splits[split]) for split in ("val", "test")}
         self.baseline = "chance", chance_recalls(self.sets["test"].image_of_text)
-        if not config.data:
-            self.note = "The drawn faces are grey: in colour, there is nothing left to learn.\n"
+        if not config.data:     # `draw_faces`
+            self.note = ("The drawn faces of this task are grey: in colour, there is nothing left "
+                         "to learn.\n")
 
     def batches(self, samples):
         config = self.config

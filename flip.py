@@ -25,8 +25,9 @@ random weights in minutes, and in two phases (train.py):
 Phase 2 starts with a copy of the student as momentum encoder, and with a queue of the features of
 phase 1's last batches.
 
-`forward` computes the losses and changes no state. The training loop changes state, with one call
-each: `update_momentum`, `enqueue`, `clamp_temperature`. (The official forward does all of this.)
+`forward` computes the losses and changes no state. After each step, the training loop calls
+`enqueue`, the optimisers, `clamp_temperature` and `update_momentum`, in this order. (The official
+forward does all of this but the optimisers' part.)
 
 Shapes: see attention.py. Run `python flip.py` to trace a batch.
 """
@@ -199,15 +200,15 @@ class FLIP(nn.Module):
 
             cosine / tau + (logit 1 - logit 0) / 2
 
-        This is the mean of two estimates of the pointwise mutual information (PMI) of image i and
-        text t, one by ITC alone and one by both. Let p be the distribution of true pairs, and q
-        that of the sampled negatives. Up to constants:
+        It estimates the pointwise mutual information (PMI) of image i and text t. Let p be the
+        distribution of true pairs, and n that of the sampled negatives. Up to constants:
 
             ITC learns               log p(i, t) / (p(i) p(t))  ~  cosine / tau
-            negatives are sampled    log q(i, t) / (p(i) p(t))  =  cosine / tau
-            ITM learns               log p(i, t) / q(i, t)      ~  logit 1 - logit 0
+            negatives are sampled    log n(i, t) / (p(i) p(t))  =  cosine / tau
+            ITM learns               log p(i, t) / n(i, t)      ~  logit 1 - logit 0
 
-        The first line is one estimate, the sum of the last two is the other. (An approximation:
+        The first line is ITC's own estimate of the PMI; the sum of the last two is ITC's and ITM's:
+        cosine / tau + logit 1 - logit 0. The score is the mean of both. (An approximation:
         negatives are sampled in both directions, normalised per row.)"""
         if not self.config.rerank_by_pmi:
             return logits[..., 1] + cosine
@@ -288,8 +289,9 @@ class FLIP(nn.Module):
 
     def itm_loss(self, image_tokens, captions, negative_image, negative_text):
         """ITM over 3 A pairs: the true pairs, each caption with its negative image, each image with
-        its negative caption. Each rank scores the pairs whose image it owns: captions are gathered,
-        a few bytes each, while image tokens and their gradients stay on their rank.
+        its negative caption. With several processes, each rank scores the pairs whose image is in
+        its batch: captions are gathered, a few bytes each, while image tokens and their gradients
+        stay on their rank. (With one process, `own` is all pairs, sorted by image.)
 
         Two processes with B = 2; rank 0 owns the pairs 0 and 1, rank 1 the pairs 2 and 3; with
         negative_image = [1, 2, 0, 0] and negative_text = [3, 0, 1, 2]:
@@ -309,7 +311,7 @@ class FLIP(nn.Module):
         own = own[image_index[own].argsort(stable=True)]                # sorted by image
         captions_per_image = (image_index[own] - rank * B).bincount()
         logits = self.itm_logits(image_tokens, captions.select(text_index[own]), captions_per_image)
-        is_match = (own < world_size * B).long()
+        is_match = (own < world_size * B).long()                        # the first block is true
         is_match = is_match.to(image_tokens.device, non_blocking=True)
         return losses.matching_loss(logits, is_match, denominator=3 * B)
 

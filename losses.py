@@ -2,9 +2,10 @@
 
     ITC  image-text contrastive loss: an image's feature should be closer to its caption's feature
          than to any other's. Cross-entropy between softmax(cosines / temperature) and a target
-         distribution over the keys (`soft_targets`). `contrastive_loss_reference` is its
-         definition; training calls `contrastive_loss`, which computes the same in chunks of keys
-         and stores no logits. Within the batch, it is CLIP's loss (`clip_loss`)
+         distribution over the keys (`soft_targets`). With momentum encoder and queue,
+         `contrastive_loss_reference` is its definition; training calls `contrastive_loss`, which
+         computes the same in chunks of keys and stores no logits. Within the batch, it is CLIP's
+         loss, `clip_loss`
     ITM  image-text matching: binary classification of image-caption pairs, true ones and hard
          negatives: wrong pairs, sampled with a probability that grows with their cosine
 
@@ -111,8 +112,11 @@ def matching_loss(logits, is_match, denominator: int):
 # log-sum-exp; and an average under a softmax is *attention with the keys as values*. It is computed
 # as in FlashAttention: the keys are processed in chunks, and each row keeps the largest logit so
 # far, the sum of weights and the weighted sum of keys. One pass over the keys gives the loss and
-# both gradients; the backward pass only scales them. In the code, q is `feature`, m
-# `momentum_feature`, k' `student_key` and k* `target_key`; s and t are the two rows of `logits`.
+# both gradients; the backward pass only scales them. In the code:
+#
+#     q   feature                s_j, t_j   the two rows of `logits`
+#     m   momentum_feature       k'         student_mean, the average under softmax(s)
+#     k*  target_mean            alpha momentum_mean + (1 - alpha) positive_mean
 
 
 def average_keys(feature, momentum_feature, keys, identity, key_identity, temperature, chunk=2048):
@@ -137,9 +141,9 @@ def average_keys(feature, momentum_feature, keys, identity, key_identity, temper
         if same.any():                              # most chunks have no positives
             num_positives += same.sum(-1)
             positive_sum += same.to(k.dtype) @ k
-    student_key, momentum_key = key_sum / weight_sum[..., None]
-    positive_key = positive_sum / num_positives[:, None]
-    return max_logit[0] + weight_sum[0].log(), student_key, momentum_key, positive_key
+    student_mean, momentum_mean = key_sum / weight_sum[..., None]
+    positive_mean = positive_sum / num_positives[:, None]
+    return max_logit[0] + weight_sum[0].log(), student_mean, momentum_mean, positive_mean
 
 
 class ContrastiveLoss(torch.autograd.Function):
@@ -149,11 +153,11 @@ class ContrastiveLoss(torch.autograd.Function):
         if supports_contrastive(feature):
             average = triton_average_keys
         with torch.autocast(feature.device.type, enabled=False):
-            log_sum_exp, student_key, momentum_key, positive_key = average(
+            log_sum_exp, student_mean, momentum_mean, positive_mean = average(
                 feature, momentum_feature, keys, identity, key_identity, temperature)
-        target_key = alpha * momentum_key + (1 - alpha) * positive_key  # (B, E)
-        loss = log_sum_exp - (feature * target_key).sum(1) / temperature  # (B,)
-        d_feature = (student_key - target_key) / temperature
+        target_mean = alpha * momentum_mean + (1 - alpha) * positive_mean       # (B, E)
+        loss = log_sum_exp - (feature * target_mean).sum(1) / temperature       # (B,)
+        d_feature = (student_mean - target_mean) / temperature
         d_temperature = -(feature * d_feature).sum(1) / temperature
         ctx.save_for_backward(d_feature / len(feature), d_temperature.mean())
         return loss.mean()

@@ -44,8 +44,8 @@ class Muon(torch.optim.Optimizer):
 def newton_schulz(X: torch.Tensor, steps=5) -> torch.Tensor:
     """Matrices U S V^T (n, rows, columns) -> approximately U V^T, by Newton-Schulz iteration. Each
     step maps a singular value s to a s + b s^3 + c s^5; after five steps, every singular value that
-    was above 0.0016 times the Frobenius norm is between 0.68 and 1.21. (It runs in the precision of
-    --precision; torch.optim.Muon always uses bfloat16.)"""
+    was above 0.0016 times the Frobenius norm is between 0.68 and 1.21. (Under autocast it
+    runs in bf16; torch.optim.Muon always does.)"""
     if X.shape[1] > X.shape[2]:                 # X X^T is smaller for wide matrices
         return newton_schulz(X.mT, steps).mT
     a, b, c = 3.4445, -4.7750, 2.0315           # Keller Jordan's coefficients
@@ -81,19 +81,19 @@ def build_optimizers(module: torch.nn.Module, weight_decay, muon_lr=0.0):
         else:
             not_decayed.append(p)
 
-    groups = [{"params": decayed, "weight_decay": weight_decay, "scale": 1.0},
-              {"params": not_decayed, "weight_decay": 0.0, "scale": 1.0}]
+    groups = [{"params": decayed, "weight_decay": weight_decay, "lr_multiple": 1.0},
+              {"params": not_decayed, "weight_decay": 0.0, "lr_multiple": 1.0}]
     adamw = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, fused=True)
     if not muon_lr:
         return [adamw]
-    groups = [{"params": matrices, "weight_decay": weight_decay, "scale": muon_lr}]
+    groups = [{"params": matrices, "weight_decay": weight_decay, "lr_multiple": muon_lr}]
     return [adamw, Muon(groups)]
 
 
 def set_learning_rate(optimizers, lr):
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = lr * group["scale"]
+            group["lr"] = lr * group["lr_multiple"]
 
 
 # ---- schedules -----------------------------------------------------------------------------------

@@ -132,8 +132,8 @@ def data_parallel(model: FLIP, config: Config) -> nn.Module:
 
 
 def compile_encoders(model: FLIP):
-    """Replace the blocks of all four encoders by compiled ones. The twelve blocks of an encoder
-    share their code, so that each kind of call is compiled once."""
+    """Replace the blocks of all four encoders by compiled ones. All blocks of an encoder share
+    their code, so that each kind of call is compiled once."""
     for encoders in (model.student, model.momentum_encoder):
         for block in encoders.image.blocks:
             block.compile()

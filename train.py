@@ -48,7 +48,7 @@ PHASES = {1: "ITC within the batch", 2: "complete FLIP"}
 
 
 def phase(step: int, config: Config) -> int:
-    """The phase of a step, see PHASES. The paper's run is phase 2 from its first step on."""
+    """The phase of a step, see PHASES."""
     return 1 if step < config.complete_from * config.steps else 2
 
 
@@ -212,13 +212,16 @@ def mean_losses(run: Run):
 
 
 def validate(run: Run):
-    """Evaluate the model, log the metrics, draw the plots."""
+    """Evaluate the model, log the metrics, draw the plots. In phase 1, the matching head is not
+    trained, unless --init has trained it."""
+    config = run.config
     run.model.eval()
-    metrics, text_to_image = evaluate(run.model, run.validation, run.config)
+    head_is_trained = bool(config.init) or phase(run.steps_done, config) == 2
+    metrics, text_to_image = evaluate(run.model, run.validation, config, reranks=head_is_trained)
     run.model.train()
     run.log.write(step=run.steps_done, **metrics)
     if run.is_main:
-        folder = Path(run.config.out)
+        folder = Path(config.out)
         plot_curves(run.log.lines, run.validation, folder / "curves.png")
         plot_retrieval(run.validation, text_to_image, folder / "retrieval.png")
 

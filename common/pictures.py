@@ -95,7 +95,7 @@ def plot_curves(log: list[dict], validation, path: Path):
         right.plot(steps, column(evaluations, f"img_r{k}"), "o-", color=colour, label=f"R@{k}")
         for recalls, style in zip(validation.references.values(), (":", "--")):
             right.axhline(recalls[i], color=colour, linestyle=style, linewidth=0.8)
-    title = "recall, text to image, re-ranked"
+    title = "recall, text to image, re-ranked in phase 2"
     if validation.references:
         title += "\n(dotted: attribute match, dashed: Bayes optimum)"
     right.set(xlabel="step", ylabel="%", ylim=(0, 100), xlim=(0, None), title=title)
