@@ -245,6 +245,21 @@ def pool_tokens(vit, images):
     return torch.stack(vectors, dim=1)
 
 
+class AttributeHead(nn.Module):
+    """Pooled vectors (B, V, D) -> logits (B, labels): LayerNorm, learned weighted sum over V,
+    linear."""
+
+    def __init__(self, vectors, width, labels):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.weights = nn.Parameter(torch.full((vectors,), 1 / vectors))
+        self.linear = nn.Linear(width, labels)
+
+    def forward(self, x):
+        pooled = torch.einsum("v,bvd->bd", self.weights, self.norm(x))
+        return self.linear(pooled)
+
+
 def load_head(path: Path, model: FLIP):
     """The `AttributeHead` in a head.pt, and the names of its labels. Raises ValueError if it was
     trained on another image encoder."""
@@ -259,28 +274,13 @@ def load_head(path: Path, model: FLIP):
 
 
 @torch.no_grad()
-def predict_attributes(model: FLIP, head: "AttributeHead", images):
+def predict_attributes(model: FLIP, head: AttributeHead, images):
     """Probabilities (I, labels) of the attributes of images (paths or PIL images)."""
     probabilities = []
     for pixels in pixel_batches(images, model.config.vit.image_size):
         vectors = pool_tokens(model.student.image, pixels.to(model.device, model.dtype))
-        probabilities.append(head(vectors).sigmoid())
+        probabilities.append(head(vectors.float()).sigmoid())
     return torch.cat(probabilities)
-
-
-class AttributeHead(nn.Module):
-    """Pooled vectors (B, V, D) -> logits (B, labels): LayerNorm, learned weighted sum over V,
-    linear."""
-
-    def __init__(self, vectors, width, labels):
-        super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.weights = nn.Parameter(torch.full((vectors,), 1 / vectors))
-        self.linear = nn.Linear(width, labels)
-
-    def forward(self, x):
-        pooled = torch.einsum("v,bvd->bd", self.weights, self.norm(x))
-        return self.linear(pooled)
 
 
 def accuracies(predicted, truth):

@@ -311,7 +311,7 @@ class FLIP(nn.Module):
         own = own[image_index[own].argsort(stable=True)]                # sorted by image
         captions_per_image = (image_index[own] - rank * B).bincount()
         logits = self.itm_logits(image_tokens, captions.select(text_index[own]), captions_per_image)
-        is_match = (own < world_size * B).long()                        # the first block is true
+        is_match = (own < world_size * B).long()                        # the true pairs come first
         is_match = is_match.to(image_tokens.device, non_blocking=True)
         return losses.matching_loss(logits, is_match, denominator=3 * B)
 

@@ -84,8 +84,8 @@ def caption_statistics(texts: list[list[str]], lengths: np.ndarray) -> list[str]
     for words in texts:
         grams.update(zip(words, words[1:], words[2:], words[3:]))
     mode = np.bincount(lengths).argmax()
-    return [f"{len(texts):,} captions: {num_repeated} equal to another (a pair's caption is then a "
-            "wrong one for the other's image: write more details), "
+    return [f"{len(texts):,} captions: {num_repeated} equal to another, although "
+            "training takes them for wrong captions of each other's images, "
             f"{len(grams):,} distinct 4-grams",
             f"words per caption: mean {lengths.mean():.1f} (30), mode {mode} (20 to 22), "
             f"{lengths.min()} to {lengths.max()} (10 to 75)"]

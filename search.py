@@ -169,21 +169,37 @@ def search(model: FLIP, features: dict, query="", without=(), top=8,
         warnings.warn(f"{negation[0]!r} excludes nothing; use --without (in Python: without=[...])")
     if isinstance(without, str):
         without = [without]
-    texts = [*without] if query == "" else [query, *without]
-    check_words(texts, model.require_tokenizer())
-    captions = model.tokenizer([*texts, ""])                                        # T + 1
     weights = torch.full((1 + len(without),), -1 / (1 + len(without)))
     weights[0] = 1
-
-    paths = list(features)
-    image_features = torch.stack([*features.values()])                              # (I, E)
-    cosines = image_features @ model.encode_text(captions).cpu().T                  # (I, T + 1)
     if image is not None:
-        likeness = image_features @ model.encode_image(image).cpu().T               # (I, 1)
-        scores = torch.cat([likeness, beyond_silence(cosines)], dim=1) @ weights    # (I,)
-        best = scores.topk(min(top, len(paths))).indices
-        return [SearchResult(paths[i], scores[i].item(), likeness[i].item(), None) for i in best]
+        return search_by_image(model, features, image, without, weights, top)
+    return search_by_sentence(model, features, [query, *without], weights, top)
 
+
+def text_cosines(model: FLIP, features: dict, texts):
+    """The captions (T + 1) of T texts and the empty one, and their cosines with I images (I, T +
+    1)."""
+    check_words(texts, model.require_tokenizer())
+    captions = model.tokenizer([*texts, ""])
+    image_features = torch.stack([*features.values()])                              # (I, E)
+    return captions, image_features @ model.encode_text(captions).cpu().T
+
+
+def search_by_image(model: FLIP, features: dict, image, without, weights, top):
+    """See `search`; weights (1 + number of exclusions,)."""
+    likeness = torch.stack([*features.values()]) @ model.encode_image(image).cpu().T    # (I, 1)
+    _, cosines = text_cosines(model, features, without)
+    scores = torch.cat([likeness, beyond_silence(cosines)], dim=1) @ weights        # (I,)
+    results = []
+    for path, score, cosine in zip(features, scores.tolist(), likeness[:, 0].tolist()):
+        results.append(SearchResult(path, score, cosine, None))
+    return sorted(results, key=lambda result: -result.score)[:top]
+
+
+def search_by_sentence(model: FLIP, features: dict, texts, weights, top):
+    """See `search`; texts: the sentence and the exclusions, with their weights (T,)."""
+    paths = list(features)
+    captions, cosines = text_cosines(model, features, texts)                        # (I, T + 1)
     count = min(max(32, top), len(paths))
     best = (beyond_silence(cosines) @ weights).topk(count).indices                  # (k,)
     with fast_autocast(model):
@@ -205,13 +221,14 @@ def split_phrases(query: str, tokenizer) -> list[str]:
     return [phrase.strip() for phrase in phrases if known_and_unknown_words(phrase, tokenizer)[0]]
 
 
-def mean_image(model: FLIP, paths: list[str], count=100) -> torch.Tensor:
-    """The mean (1, 3, S, S) of about `count` images, a baseline for `attribute_patches`."""
-    stride = max(1, len(paths) // count)
+def mean_image(model: FLIP, images: list, count=100) -> torch.Tensor:
+    """The mean (1, 3, S, S) of `count` to 2 x `count` of the images, or of all if there are fewer:
+    a baseline for `attribute_patches`."""
+    images = images[::max(1, len(images) // count)]
     total = 0
-    for pixels in pixel_batches(paths[::stride], model.config.vit.image_size):
+    for pixels in pixel_batches(images, model.config.vit.image_size):
         total += pixels.sum(0, keepdim=True)
-    return total / len(paths[::stride])
+    return total / len(images)
 
 
 def attribute_patches(model: FLIP, images: list, phrase: str, baseline, steps=8) -> torch.Tensor:
@@ -221,8 +238,8 @@ def attribute_patches(model: FLIP, images: list, phrase: str, baseline, steps=8)
 
     Integrated gradients (arXiv 1703.01365): pixels minus baseline, times the gradient, averaged
     along the path from the baseline to the image. (At the image itself, the gradient vanishes if
-    the matching head is certain.) The baseline should be a typical face, such as `mean_image`: a
-    plain colour has no face, and most of the score of any face comes from its being one."""
+    the matching head is certain.) The baseline should be a typical face, such as `mean_image`:
+    with a plain colour, fewer maps peak at the phrase's part of the face."""
     captions = model.tokenizer([phrase, ""]).to(model.device)
     text_features = model.student.text_features(captions).detach()              # (2, E)
     sizes = model.config.vit

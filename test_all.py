@@ -3781,8 +3781,8 @@ EXCLUSIONS = {
     "a man with black hair - a hat - a tie": "Male Black_Hair !Wearing_Hat !Wearing_Necktie",
     "a woman with bangs - a smile": "!Male Bangs !Smiling",
     "a man with a mustache - glasses": "Male Mustache !Eyeglasses",
-    "an old woman - gray hair - glasses - a tie":
-        "!Male !Young !Gray_Hair !Eyeglasses !Wearing_Necktie",
+    "an old woman - gray hair - glasses - a double chin":
+        "!Male !Young !Gray_Hair !Eyeglasses !Double_Chin",
     "a person with wavy hair - bangs": "Wavy_Hair !Bangs",
     "a man with a big nose - bags under the eyes": "Male Big_Nose !Bags_Under_Eyes"}
 
@@ -3982,6 +3982,15 @@ def test_imports_run_down_only():
             assert all(name.startswith("common/") for name in imported), file
         if file != "test_all":
             assert not imported & COMMANDS, file
+
+
+def test_output_that_its_reader_closes_early_is_no_error():
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, ROOT / "losses.py"], stdout=writer,
+                          stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_train_imports_without_triton():

@@ -212,11 +212,11 @@ def mean_losses(run: Run):
 
 
 def validate(run: Run):
-    """Evaluate the model, log the metrics, draw the plots. In phase 1, the matching head is not
-    trained, unless --init has trained it."""
+    """Evaluate the model, log the metrics, draw the plots. The matching head re-ranks only if it is
+    trained: by steps of phase 2, or in the model of --init."""
     config = run.config
     run.model.eval()
-    head_is_trained = bool(config.init) or phase(run.steps_done, config) == 2
+    head_is_trained = bool(config.init) or phase(run.steps_done - 1, config) == 2
     metrics, text_to_image = evaluate(run.model, run.validation, config, reranks=head_is_trained)
     run.model.train()
     run.log.write(step=run.steps_done, **metrics)

@@ -36,10 +36,12 @@ def vocabulary(tokenizer) -> list[str]:
     return sorted(piece for piece in pieces if piece.isalpha() and len(piece) > 1)
 
 
-def check_words(texts: list[str], tokenizer):
+def check_words(texts: str | list[str], tokenizer):
     """Warn about words that are not in the vocabulary. Raises ValueError if a text has no known
     words."""
-    for text in [texts] if isinstance(texts, str) else texts:
+    if isinstance(texts, str):
+        texts = [texts]
+    for text in texts:
         known, unknown = known_and_unknown_words(text, tokenizer)
         named = ", ".join(unknown)
         if not known:
