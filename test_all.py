@@ -3987,7 +3987,7 @@ def test_imports_run_down_only():
 def test_output_that_its_reader_closes_early_is_no_error():
     reader, writer = os.pipe()
     os.close(reader)
-    done = subprocess.run([sys.executable, ROOT / "losses.py"], stdout=writer,
+    done = subprocess.run([sys.executable, ROOT / "flip.py"], stdout=writer,
                           stderr=subprocess.PIPE, text=True)
     os.close(writer)
     assert (done.returncode, done.stderr) == (0, "")
