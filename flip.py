@@ -157,64 +157,7 @@ class FLIP(nn.Module):
     def dtype(self):
         return self.temperature.dtype
 
-    def itm_logits(self, image_tokens, captions: Captions, captions_per_image=None):
-        """ITM logits (P, 2), class 1 = match, of P captions with the images (I, L, D) they attend
-        to: the first captions_per_image[0] captions with image 0, and so on (on the CPU; None: one
-        each)."""
-        captions = captions.with_first_token(self.student.text.enc_id)
-        first = self.student.text(captions, image_tokens, captions_per_image, first_token_only=True)
-        head = self.matching_head
-        with torch.autocast(first.device.type, enabled=False):      # in float32, for ranking
-            return F.linear(first.float(), head.weight.float(), head.bias.float())
-
-    def score_pairs(self, image_tokens, captions: Captions, pairs=None):
-        """ITM logits (P, 2) of pairs (P, 2), indices of image and caption, a CPU tensor sorted by
-        image (None: all combinations). image_tokens may be on any device, in any dtype."""
-        if pairs is None:
-            images = torch.arange(len(image_tokens))
-            pairs = torch.cartesian_prod(images, torch.arange(len(captions)))
-        # so many pairs that the MLP's activations, in float32, fit a CPU's cache or occupy a GPU
-        tokens_per_caption = captions.sequences.num_tokens / len(captions)
-        bytes_per_pair = tokens_per_caption * 4 * self.config.bert.width * 4
-        chunk_bytes = 2 ** 29 if self.device.type == "cuda" else 2 ** 23
-        chunks = pairs.split(1 + int(chunk_bytes / bytes_per_pair))
-
-        logits = []
-        rank, _ = rank_and_world_size()
-        hide_bar = None         # shown on a terminal only
-        if rank > 0 or len(chunks) < 10:
-            hide_bar = True
-        for chunk in tqdm(chunks, "re-ranking", disable=hide_bar, leave=False):
-            image_index, text_index = chunk.T
-            start = int(image_index[0])
-            stop = int(image_index[-1]) + 1
-            tokens = image_tokens[start:stop].to(self.device, self.dtype)
-            captions_per_image = (image_index - start).bincount()
-            logits.append(self.itm_logits(tokens, captions.select(text_index), captions_per_image))
-        return torch.cat(logits)
-
-    def rerank_score(self, logits, cosine):
-        """The score that re-ranks candidates: ITM logits (..., 2) and cosines (...) -> (...).
-
-        The paper uses logit 1 + cosine. With `rerank_by_pmi`, the score is
-
-            cosine / tau + (logit 1 - logit 0) / 2
-
-        It estimates the pointwise mutual information (PMI) of image i and text t. Let p be the
-        distribution of true pairs, and n that of the sampled negatives. Up to constants:
-
-            ITC learns               log p(i, t) / (p(i) p(t))  ~  cosine / tau
-            negatives are sampled    log n(i, t) / (p(i) p(t))  =  cosine / tau
-            ITM learns               log p(i, t) / n(i, t)      ~  logit 1 - logit 0
-
-        The first line is ITC's own estimate of the PMI; the sum of the last two is ITC's and ITM's:
-        cosine / tau + logit 1 - logit 0. The score is the mean of both. (An approximation:
-        negatives are sampled in both directions, normalised per row.)"""
-        if not self.config.rerank_by_pmi:
-            return logits[..., 1] + cosine
-        pmi_of_itc = cosine / self.temperature.to(cosine)
-        return pmi_of_itc + (logits[..., 1] - logits[..., 0]) / 2
-
+    # ---- training: the losses, without a change of state ----
     def forward(self, images, captions: Captions, identity, params=StepParams(), generator=None):
         """Both losses of B pairs, a `FLIPOutput`: images (B, 3, S, S), packed captions, identity
         (B,), where equal numbers mean the same person. generator: a CPU generator for sampling
@@ -315,6 +258,16 @@ class FLIP(nn.Module):
         is_match = is_match.to(image_tokens.device, non_blocking=True)
         return losses.matching_loss(logits, is_match, denominator=3 * B)
 
+    def itm_logits(self, image_tokens, captions: Captions, captions_per_image=None):
+        """ITM logits (P, 2), class 1 = match, of P captions with the images (I, L, D) they attend
+        to: the first captions_per_image[0] captions with image 0, and so on (on the CPU; None: one
+        each)."""
+        captions = captions.with_first_token(self.student.text.enc_id)
+        first = self.student.text(captions, image_tokens, captions_per_image, first_token_only=True)
+        head = self.matching_head
+        with torch.autocast(first.device.type, enabled=False):      # in float32, for ranking
+            return F.linear(first.float(), head.weight.float(), head.bias.float())
+
     # ---- state changes, called by the training loop ----
     @torch.no_grad()
     def update_momentum(self, momentum: float):
@@ -340,6 +293,55 @@ class FLIP(nn.Module):
     @torch.no_grad()
     def clamp_temperature(self):
         self.temperature.clamp_(0.001, 0.5)
+
+    # ---- re-ranking, see `rerank` ----
+    def score_pairs(self, image_tokens, captions: Captions, pairs=None):
+        """ITM logits (P, 2) of pairs (P, 2), indices of image and caption, a CPU tensor sorted by
+        image (None: all combinations). image_tokens may be on any device, in any dtype."""
+        if pairs is None:
+            images = torch.arange(len(image_tokens))
+            pairs = torch.cartesian_prod(images, torch.arange(len(captions)))
+        # so many pairs that the MLP's activations, in float32, fit a CPU's cache or occupy a GPU
+        tokens_per_caption = captions.sequences.num_tokens / len(captions)
+        bytes_per_pair = tokens_per_caption * 4 * self.config.bert.width * 4
+        chunk_bytes = 2 ** 29 if self.device.type == "cuda" else 2 ** 23
+        chunks = pairs.split(1 + int(chunk_bytes / bytes_per_pair))
+
+        logits = []
+        rank, _ = rank_and_world_size()
+        hide_bar = None         # shown on a terminal only
+        if rank > 0 or len(chunks) < 10:
+            hide_bar = True
+        for chunk in tqdm(chunks, "re-ranking", disable=hide_bar, leave=False):
+            image_index, text_index = chunk.T
+            start = int(image_index[0])
+            stop = int(image_index[-1]) + 1
+            tokens = image_tokens[start:stop].to(self.device, self.dtype)
+            captions_per_image = (image_index - start).bincount()
+            logits.append(self.itm_logits(tokens, captions.select(text_index), captions_per_image))
+        return torch.cat(logits)
+
+    def rerank_score(self, logits, cosine):
+        """The score that re-ranks candidates: ITM logits (..., 2) and cosines (...) -> (...).
+
+        The paper uses logit 1 + cosine. With `rerank_by_pmi`, the score is
+
+            cosine / tau + (logit 1 - logit 0) / 2
+
+        It estimates the pointwise mutual information (PMI) of image i and text t. Let p be the
+        distribution of true pairs, and n that of the sampled negatives. Up to constants:
+
+            ITC learns               log p(i, t) / (p(i) p(t))  ~  cosine / tau
+            negatives are sampled    log n(i, t) / (p(i) p(t))  =  cosine / tau
+            ITM learns               log p(i, t) / n(i, t)      ~  logit 1 - logit 0
+
+        The first line is ITC's own estimate of the PMI; the sum of the last two is ITC's and ITM's:
+        cosine / tau + logit 1 - logit 0. The score is the mean of both. (An approximation:
+        negatives are sampled in both directions, normalised per row.)"""
+        if not self.config.rerank_by_pmi:
+            return logits[..., 1] + cosine
+        pmi_of_itc = cosine / self.temperature.to(cosine)
+        return pmi_of_itc + (logits[..., 1] - logits[..., 0]) / 2
 
     # ---- use from Python: computes no gradients, leaves the mode (train or eval) unchanged ----
     def preprocess(self, image) -> torch.Tensor:

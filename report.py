@@ -79,14 +79,13 @@ def read_sample(faces, indices, rng):
 
 def caption_statistics(texts: list[list[str]], lengths: np.ndarray) -> list[str]:
     """Lines about captions, given as lists of words, and their lengths in words."""
-    num_repeated = len(texts) - len({tuple(words) for words in texts})
+    num_different = len({tuple(words) for words in texts})
     grams = set()
     for words in texts:
         grams.update(zip(words, words[1:], words[2:], words[3:]))
     mode = np.bincount(lengths).argmax()
-    return [f"{len(texts):,} captions: {num_repeated} equal to another, although "
-            "training takes them for wrong captions of each other's images, "
-            f"{len(grams):,} distinct 4-grams",
+    return [f"{len(texts):,} captions, {num_different:,} of them different, with {len(grams):,} "
+            "different 4-grams; a model learns only what its captions tell apart",
             f"words per caption: mean {lengths.mean():.1f} (30), mode {mode} (20 to 22), "
             f"{lengths.min()} to {lengths.max()} (10 to 75)"]
 

@@ -3274,6 +3274,20 @@ def test_clip_loss_is_the_symmetric_cross_entropy_over_identities():
         close(ours, theirs, 1e-9)
 
 
+def test_equal_captions_may_be_negatives_or_positives_of_each_other():
+    images = unit(5, 8).double().requires_grad_()
+    captions = unit(2, 8).double().requires_grad_()
+    caption_of_image = torch.tensor([0, 1, 0, 0, 1])
+    temperature = torch.tensor(0.07, dtype=torch.float64)
+    results = []
+    for identity in (torch.arange(5), caption_of_image):
+        texts = captions[caption_of_image]
+        loss = clip_loss(images, texts, images, texts, identity, identity, temperature)
+        results.append(with_gradients(loss, (images, captions)))
+    for negatives, positives in zip(*results):
+        close(negatives, positives, 1e-12)
+
+
 HEADS = "student.image_projection", "student.text_projection", "matching_head", "temperature"
 
 
@@ -3899,7 +3913,7 @@ def test_report_counts_duplicates_damage_and_words(tmp_path, monkeypatch, printe
     output = printed()
     for line in ("train: 30 faces\n",
                  "29 images, 1 unreadable, 5 copies, mean size 60 x 50 pixels",
-                 "30 captions: 22 equal to another",
+                 "30 captions, 8 of them different",
                  ", 6 to 8 (10 to 75)",
                  "val: expected at least one face in this split"):
         assert line in output, line

@@ -41,7 +41,6 @@ from data import Batch
 from evaluation import EvaluationSet, evaluate, recall_table
 from flip import StepParams
 from optim import build_optimizers, learning_rate, ramp, set_learning_rate
-from runs import Log, Run, StepTimer
 
 # ---- schedules: pure functions of the step -------------------------------------------------------
 PHASES = {1: "ITC within the batch", 2: "complete FLIP"}
@@ -62,7 +61,7 @@ def schedule(step: int, config: Config) -> StepParams:
 
 
 # ---- one step ------------------------------------------------------------------------------------
-def compute_gradients(run: Run, micro_batches: list[Batch], step: int):
+def compute_gradients(run: runs.Run, micro_batches: list[Batch], step: int):
     """Compute the gradients of one step on `accumulate` micro-batches. Returns the outputs of
     `FLIP.forward` and a tensor (3,): sum of ITC, sum of ITM, number of micro-batches with ITM; each
     averaged over processes."""
@@ -95,7 +94,7 @@ def compute_gradients(run: Run, micro_batches: list[Batch], step: int):
     return outputs, step_losses
 
 
-def update(run: Run, outputs, step: int):
+def update(run: runs.Run, outputs, step: int):
     """Change everything that a step changes: queue, weights, temperature and momentum encoder. The
     queue is filled in phase 1, too, so that phase 2 begins with features of earlier batches."""
     config = run.config
@@ -120,7 +119,7 @@ def train(config: Config):
     """Run the training; returns the model and its final validation metrics."""
     device = init_distributed(config.device)
     rank, _ = rank_and_world_size()
-    log = Log(Path(config.out) / "log.jsonl", writes=rank == 0)
+    log = runs.Log(Path(config.out) / "log.jsonl", writes=rank == 0)
     with contextlib.closing(log):
         run = build_run(config, device, log)
         with runs.saved_on_error(run):
@@ -133,7 +132,7 @@ def train(config: Config):
     return run.model, metrics[-1]
 
 
-def build_run(config: Config, device: torch.device, log: Log) -> Run:
+def build_run(config: Config, device: torch.device, log: runs.Log) -> runs.Run:
     """Model, data and optimisers, new or from the checkpoint in --out."""
     start = runs.starting_point(config)
     model = start.model.to(device).train()
@@ -144,7 +143,7 @@ def build_run(config: Config, device: torch.device, log: Log) -> Run:
     validation = EvaluationSet.from_faces(start.validation, start.faces,
                                           config.batch_size * config.processes)
     parallel_model = runs.data_parallel(model, config)
-    run = Run(config, model, parallel_model, optimizers, dataset, validation, log)
+    run = runs.Run(config, model, parallel_model, optimizers, dataset, validation, log)
     if start.state:
         runs.restore(run, start.state)
     else:
@@ -152,7 +151,7 @@ def build_run(config: Config, device: torch.device, log: Log) -> Run:
     return run
 
 
-def training_loop(run: Run):
+def training_loop(run: runs.Run):
     """Train until the last step, or until a signal asks to stop."""
     config = run.config
     if run.validation_is_due():
@@ -160,7 +159,7 @@ def training_loop(run: Run):
     first = run.steps_done
     steps = range(first, config.steps)
     bar = tqdm(steps, initial=first, total=config.steps, disable=not run.is_main)
-    timer = StepTimer()
+    timer = runs.StepTimer()
     with contextlib.closing(run.dataset.iterate_from(first * config.accumulate)) as stream:
         for step in bar:
             bar.set_description(f"phase {phase(step, config)}: {PHASES[phase(step, config)]}")
@@ -191,7 +190,7 @@ def training_loop(run: Run):
                 raise SystemExit(f"stopped after step {run.steps_done}; continue with --resume")
 
 
-def mean_losses(run: Run):
+def mean_losses(run: runs.Run):
     """Mean losses since the last line of the log; ITM is None if no step trained it. "itm_skipped"
     is the number of micro-batches without ITM because they show one person. Raises ValueError if
     the losses are not finite."""
@@ -211,7 +210,7 @@ def mean_losses(run: Run):
     }
 
 
-def validate(run: Run):
+def validate(run: runs.Run):
     """Evaluate the model, log the metrics, draw the plots. The matching head re-ranks only if it is
     trained: by steps of phase 2, or in the model of --init."""
     config = run.config
