@@ -228,7 +228,11 @@ class Attributes(Task):
         return metrics, accuracy
 
     def draw(self, accuracy, path):
-        plot_accuracies(ATTRIBUTES, accuracy, self.majority, self.config.checkpoint, path)
+        config = self.config
+        title = (f"{len(self.labels['test']):,} test faces; head trained on "
+                 f"{100 * config.fractions[-1]:g} % of {len(self.labels['train']):,}, seed "
+                 f"{config.seed}")
+        plot_accuracies(ATTRIBUTES, accuracy, self.majority, title, path)
 
 
 def pool_tokens(vit, images):

@@ -27,8 +27,8 @@ from toyfaces import draw, sample_attributes
 # ---- a data set ----------------------------------------------------------------------------------
 def report_data(splits: dict, path):
     """Print statistics of {split: Faces}, with FLIP's (section 3) in brackets, and save a page with
-    these, histograms and some faces. Everything but the numbers of faces describes a sample of the
-    first split."""
+    these, a histogram of the captions' lengths and some faces. Everything but the numbers of faces
+    describes a sample of the first split."""
     faces = next(iter(splits.values()))
     rng = random_stream("report")
     order = rng.permutation(len(faces)).tolist()
@@ -39,18 +39,16 @@ def report_data(splits: dict, path):
     lines.append(f"{len(sizes):,} images, {num_unreadable:,} unreadable, {num_copies:,} copies, "
                  f"mean size {width:.0f} x {height:.0f} pixels (285 x 285)")
 
-    figure, (faces_axis, sizes_axis, words_axis) = new_figure(13, 8, columns=3)
+    figure, (faces_axis, words_axis) = new_figure(11, 7.5, columns=2)
     faces_axis.imshow(contact_sheet(rows))
     faces_axis.axis("off")
-    sizes_axis.hist(np.prod(sizes, axis=1) ** 0.5, 40)
-    sizes_axis.set(title="sqrt(width x height) in pixels (285)")
     if faces.has_text:
         texts = [faces.caption(i, rng).split() for i in order[:10_000]]
         lengths = np.array([len(words) for words in texts])
         lines += caption_statistics(texts, lengths)
         words_axis.hist(lengths, np.arange(80))
-        words_axis.set(title="words per caption (mode 20 to 22)")
-    figure.suptitle("\n".join([faces.name, *lines]))
+        words_axis.set(title="words per caption")
+    figure.suptitle("\n".join([f"{faces.name} (in brackets: FaceCaption-15M)", *lines]))
     figure.savefig(path, dpi=90)
     print("\n  ".join([faces.name, *lines]))
 
@@ -125,16 +123,18 @@ def report_counterfactuals(model: FLIP, path, count=50):
             percent[name].append(100 * is_correct.double().mean().item())
         absent, present = pairs[0]
         itc, both = percent[name]
-        tiles += [(absent, name, False), (present, f"{itc:.0f}, {both:.0f} %", True)]
+        tiles += [(absent, name.replace("_", " "), False),
+                  (present, f"{itc:.0f}, {both:.0f} %", False)]
 
     percent["mean"] = np.mean(list(percent.values()), axis=0)
     table = [[name, f"{itc:.0f}", f"{both:.0f}"] for name, (itc, both) in percent.items()]
     print("The faces of a pair differ in nothing else: to find a combination of attributes among "
           "many faces (search.py) is harder.")
     print(markdown_table(["correct pairs, %", "ITC", "ITC and ITM"], table))
-    legend = "green frame: has the attribute; below it: correct pairs by ITC, and by ITC and ITM"
+    legend = ("left: without the attribute; right: with it; below: correct pairs by ITC, and by "
+              "ITC and ITM")
     rows = [("", tiles[start:start + 10]) for start in range(0, len(tiles), 10)]
-    contact_sheet(rows, 96, legend).save(path)
+    contact_sheet(rows, 116, legend).save(path)
 
 
 def main():

@@ -285,17 +285,19 @@ def result_sheet(model: FLIP, query: str, without, results: list[SearchResult], 
 
 
 def heatmap_rows(model: FLIP, images, results, phrases: list[str], baseline):
-    """A row of `contact_sheet` for each result: the image, and a copy of it for each phrase. The
-    copy is dark where the attribution is low, on one scale for all images of a phrase; its label is
-    the sum of the attribution."""
-    rows = [(str(result).strip(), [(image, "", False)]) for result, image in zip(results, images)]
+    """A row of `contact_sheet` for each result: the image, and a grey copy of it for each phrase.
+    The copy is the redder the higher the attribution, on one scale for all images of a phrase; its
+    label is the sum of the attribution."""
+    rows = []
+    for result, image in zip(results, images):
+        rows.append((result.path, [(image, f"score {result.score:.1f}", False)]))
     for phrase in phrases:
         attributions = attribute_patches(model, images, phrase, baseline)
         heatmaps = attributions.clamp(min=0) / attributions.max().clamp(min=1e-6)
         for i, image in enumerate(images):
-            mask = Image.fromarray((255 * heatmaps[i]).byte().numpy()).resize(image.size)
-            dark = image.point(lambda value: value // 4)
-            heatmap = Image.composite(image, dark, mask)
+            mask = Image.fromarray((220 * heatmaps[i]).byte().numpy()).resize(image.size)
+            grey = image.convert("L").convert("RGB")
+            heatmap = Image.composite(Image.new("RGB", image.size, "red"), grey, mask)
             _, tiles = rows[i]
             tiles.append((heatmap, f"{attributions[i].sum():+.1f} {phrase}", False))
     return rows

@@ -14,14 +14,14 @@ def contact_sheet(rows, tile=128, legend="") -> Image.Image:
     """An image of rows (title, [(image, label, framed)]), with images of tile x tile pixels. A
     title is above its row, a label below each image, shortened to fit, and the legend at the
     bottom. Framed images have green frames."""
-    font = ImageFont.load_default(max(11, tile // 9))
+    font = ImageFont.load_default(max(11, tile // 10))
     line_height = font.size + 4
     width = MARGIN + max(len(tiles) for _, tiles in rows) * (tile + MARGIN)
     chars_per_line = int((width - 2 * MARGIN) / font.getlength("n"))
     titles = [textwrap.wrap(title, chars_per_line) for title, _ in rows]
     legend = textwrap.wrap(legend, chars_per_line)
     heights = [(len(lines) + 1) * line_height + tile + 2 * MARGIN for lines in titles]
-    bottom_margin = MARGIN + line_height * len(legend)
+    bottom_margin = 2 * MARGIN + line_height * len(legend)
     sheet = Image.new("RGB", (width, sum(heights) + bottom_margin), "white")
     draw = ImageDraw.Draw(sheet)
 
@@ -38,11 +38,11 @@ def contact_sheet(rows, tile=128, legend="") -> Image.Image:
             image = image.convert("RGB")
             image = ImageOps.pad(image, (tile, tile), Image.Resampling.LANCZOS, color="white")
             sheet.paste(image, (x, y))
-            while font.getlength(label) > tile + MARGIN:
+            while font.getlength(label) > tile:
                 label = label[:-2] + "…"
             draw.text((x, y + tile + 4), label, fill=GREY, font=font)
             x += tile + MARGIN
-    draw.text((MARGIN, bottom), "\n".join(legend), fill=GREEN, font=font, spacing=4)
+    draw.text((MARGIN, bottom + MARGIN), "\n".join(legend), fill=GREEN, font=font, spacing=4)
     return sheet
 
 
@@ -53,7 +53,7 @@ def new_figure(width, height, columns=1):
     return figure, figure.subplots(1, columns)
 
 
-def plot_retrieval(validation, text_to_image, path: Path, queries=6, top=5):
+def plot_retrieval(validation, text_to_image, path: Path, queries=3, top=5):
     """Save the top-ranked faces for some captions, with scores; the caption's own face is
     framed."""
     rows = []
@@ -64,7 +64,8 @@ def plot_retrieval(validation, text_to_image, path: Path, queries=6, top=5):
             is_own = i == validation.image_of_text[t]
             tiles.append((validation.faces.picture(i), f"score {scores[i]:.1f}", is_own))
         rows.append((validation.texts[t], tiles))
-    contact_sheet(rows, legend="green frame: the face the caption was written for").save(path)
+    legend = f"green: the face the caption was written for (no green: not among these {top})"
+    contact_sheet(rows, 104, legend).save(path)
 
 
 def column(lines: list[dict], name: str) -> list:
@@ -103,17 +104,18 @@ def plot_curves(log: list[dict], validation, path: Path):
     figure.savefig(path, dpi=110)
 
 
-def plot_accuracies(attributes: list[str], accuracy, majority, label: str, path: Path):
-    """Plot the accuracy for each attribute, (40,) in percent, beside that of the majority class."""
+def plot_accuracies(attributes: list[str], accuracy, majority, title: str, path: Path):
+    """Plot the accuracy for each attribute, (40,) in percent, beside that of the majority class,
+    sorted by their difference."""
     order = (accuracy - majority).argsort()
     ticks = np.arange(len(order))
     names = [attributes[n].replace("_", " ") for n in order]
     figure, axes = new_figure(9, 1.5 + 0.28 * len(order))
-    axes.barh(ticks, accuracy[order].numpy(), label=label, color="lightblue")
+    axes.barh(ticks, accuracy[order].numpy(), label="trained head", color="lightblue")
     axes.plot(majority[order].numpy(), ticks, "k|", label="majority class")
     axes.set(yticks=ticks, yticklabels=names, xlim=(50, 100), ylim=(-1, len(ticks)),
-             xlabel="accuracy on the test split, %")
-    figure.legend(loc="outside upper right", ncols=2)
+             xlabel="accuracy in % (from 50)", title=title)
+    figure.legend(loc="outside lower right", ncols=2)
     figure.savefig(path, dpi=110)
 
 
