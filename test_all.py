@@ -3963,7 +3963,7 @@ def test_bench_prints_its_tables(monkeypatch, printed):
         assert int(share) == pytest.approx(100 * int(rate) * 1e6 / (2 * 32 ** 3), rel=0.05)
 
 
-# ---- layout, scripts and README: against import statements, and the commands in README.md --------
+# ---- layout, scripts and pages: against import statements, and the commands on the pages ---------
 ORDER = """kernels/__init__ kernels/attention kernels/contrastive common/seeds common/script
     common/images common/pictures common/words common/distributed pretrained optim attention vit
     tokenizer bert losses flip captions optimum drawing/portrait drawing/sketch toyfaces
@@ -4029,8 +4029,9 @@ def test_invalid_arguments_of_a_script_end_in_a_one_line_error(monkeypatch, argu
 
 
 def code_blocks(language):
-    readme = (ROOT / "README.md").read_text()
-    return re.findall(rf"```{language}\n(.*?)```", readme, re.DOTALL)
+    """The code in this language on the pages, in reading order."""
+    pages = [(ROOT / f"{name}.md").read_text() for name in ("README", "DATA", "PAPER", "RESULTS")]
+    return re.findall(rf"```{language}\n(.*?)```", "\n".join(pages), re.DOTALL)
 
 
 LESS = {
@@ -4039,7 +4040,7 @@ LESS = {
     "finetune.py": "--faces 16 --validation 3 --test 6 --epochs 1"}
 
 
-def test_every_command_of_the_readme_works(monkeypatch):
+def test_every_command_of_the_pages_works(monkeypatch):
     """On less data, and with stand-ins for downloads; commands for 8 GPUs are only parsed."""
     write_celeba(Path("DIR"), count=40)
     small = ViTConfig(32, 8, 64, 1, 1), BertConfig(81, 64, 1, 1, 66), 16, 4, None
