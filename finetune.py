@@ -228,10 +228,10 @@ class Attributes(Task):
         return metrics, accuracy
 
     def draw(self, accuracy, path):
-        config = self.config
-        title = (f"{len(self.labels['test']):,} test faces; head trained on "
-                 f"{100 * config.fractions[-1]:g} % of {len(self.labels['train']):,}, seed "
-                 f"{config.seed}")
+        test = self.splits["test"]
+        percent = 100 * self.config.fractions[-1]
+        title = (f"{test.name}: {len(test):,}; head trained on {percent:g} % of "
+                 f"{len(self.splits['train']):,} others")
         plot_accuracies(ATTRIBUTES, accuracy, self.majority, title, path)
 
 

@@ -130,6 +130,6 @@ def plot_sketch(faces, sketch: int, similarity, ranks, path: Path, shown=6, top=
         tiles = [(faces.sketch(sketch, t), "", False)]
         for i in similarity[t].argsort(descending=True)[:top].tolist():
             tiles.append((faces.picture(i), f"{similarity[t, i]:.2f}", i == sketch))
-        title = f"stage {t + 1} of {stages}: the true photo ranks {ranks[t]} of {len(faces)}"
+        title = f"stage {t + 1} of {stages}: its own image ranks {ranks[t]} of {len(faces)}"
         rows.append((title, tiles))
-    contact_sheet(rows, tile=112, legend="green frame: the true photo").save(path)
+    contact_sheet(rows, tile=112, legend="green frame: the sketch's own image").save(path)
