@@ -7,9 +7,9 @@ sequence i. It serves three uses:
 
     self-attention of images       queries = keys = image tokens, all sequences equally long
     self-attention of captions     queries = keys = text tokens, lengths differ
-    cross-attention                queries = the tokens of all captions that attend to image i (the
-                                   matching loss pairs it with several), as one sequence, since
-                                   queries do not interact; keys = the tokens of image i
+    cross-attention                queries = the tokens of all captions that attend to image i, as
+                                   one sequence, since queries do not interact; keys = the tokens of
+                                   image i (the matching loss pairs an image with several captions)
 
 `padded_attention`, in plain PyTorch, pads all sequences to the longest, computes softmax(q k^T /
 sqrt(d)) v and removes the padding. On NVIDIA GPUs from A100 on, kernels/attention.py computes the
@@ -41,7 +41,7 @@ from kernels.attention import TritonAttention, supports_attention
 @dataclass(frozen=True)
 class Sequences:
     """Layout of B sequences packed into one tensor of N tokens: tokens[offsets[i]:offsets[i + 1]]
-    is sequence i. Everything except `lengths` is on the tokens' device."""
+    is sequence i. `offsets` is on the tokens' device, `lengths` on the CPU."""
     lengths: Tensor     # (B,) int64, always on the CPU: sizes are known without waiting for a GPU
     offsets: Tensor     # (B + 1,) int32
     max_length: int     # L_max

@@ -122,10 +122,10 @@ class Bert(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """Random initial values, larger than BERT's: with 0.02 and width 128, [CLS] would barely
-        depend on the caption. Word embeddings are larger than positions, so that captions differ
-        from the first step on. (With --bert, `load_bert` loads BERT's weights, and redraws with std
-        0.02 what BERT lacks.)"""
+        """Random initial values. Those of words and linear layers are larger than BERT's: with std
+        0.02 and width 128, [CLS] would barely depend on the caption. Word embeddings are larger
+        than positions, so that captions differ from the first step on. (With --bert, `load_bert`
+        loads BERT's weights, and redraws with std 0.02 what BERT lacks.)"""
         nn.init.normal_(self.words.weight, std=0.1)
         nn.init.normal_(self.positions, std=0.02)
         for module in self.modules():

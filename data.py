@@ -6,9 +6,8 @@
 
 `open_faces` opens a data set on disk (readers/index.py says how), `load_toy_faces` the drawn faces.
 
-Departures from the official code: a face without captions gets a new one from the grammar
-(captions.py) in every epoch, instead of a stored one: "The woman is seen wearing earrings. She is
-elderly. In addition, her eyebrows are arched and her hair is curly." The order of the samples is a
+Departures from the official code: a face without captions gets a new caption from the grammar
+(captions.py) in every epoch; the official code uses a stored one. The order of the samples is a
 function of (seed, epoch), and caption and augmentation are functions of (seed, epoch, index), so a
 run resumed at any step, with any number of workers, sees the batches of an uninterrupted one. If an
 image is damaged, its name is printed and the next face is used instead.
@@ -36,8 +35,8 @@ from readers.layouts import LAYOUTS
 @dataclass
 class Faces:
     """I face images with optional attributes, captions and sketches. For a data set on disk, all
-    fields are views of a memory-mapped index: arrays, or `Column`s, which also accept an index
-    array."""
+    fields are read from a memory-mapped file, as numpy arrays or, for lists of texts and paths, as
+    `readers.index.Column`s, which are indexed like arrays."""
     name: str                       # for errors: "CelebA train"
     images: object                  # uint8 (I, S, S, 3), or a sequence of Path or TarImage
     identity: np.ndarray            # int64 (I,): equal numbers mean the same person
@@ -145,7 +144,8 @@ def affine(image, a, b, c, d, e, f):
                            Image.Resampling.BILINEAR, fillcolor=GREY)
 
 
-# FLIP's nine operations, which are BLIP's without AutoContrast
+# FLIP's nine operations, which are BLIP's without AutoContrast. (Three change nothing: identity,
+# and brightness and sharpness, whose factor is 1 at FLIP's strength)
 OPERATIONS = ("identity", "brightness", "sharpness", "equalize", "shear x", "shear y",
               "translate x", "translate y", "rotate")
 
@@ -245,8 +245,8 @@ class FaceDataset(torch.utils.data.Dataset):
 
     def iterate_from(self, number: int):
         """Yield batches without end, starting with batch `number`, counted from 0 over all epochs.
-        Damaged images are named once. Raises ValueError if they exceed 1 %: of the images read so
-        far, or of the first 1,000 while fewer have been read (of all faces, if these are fewer)."""
+        Damaged images are named once. Raises ValueError if they exceed 1 % of the images read so
+        far. (Before 1,000 are read: 1 % of 1,000, or of all faces, if there are fewer.)"""
         context = None
         if self.workers and sys.platform == "linux":
             context = "fork"        # forked workers share the memory-mapped index

@@ -141,7 +141,7 @@ def encode_faces(model: FLIP, faces, precision):
 
 # ---- the table -----------------------------------------------------------------------------------
 def chance_recalls(image_of_text):
-    """Expected recalls in percent of a random ranking, which misses all n captions of an image in
+    """Expected recalls, in percent, of a random ranking. It misses all n captions of an image in
     its top k with probability C(T - n, k) / C(T, k)."""
     T = len(image_of_text)
     counts = image_of_text.bincount().tolist()      # captions of each image

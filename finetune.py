@@ -15,11 +15,14 @@ encoders with random weights. Without --data, drawn faces take a few minutes on 
 head.pt for attributes, otherwise a complete flip.pt (with the momentum encoder and queue left from
 pre-training).
 
-Departures from the official code. Here, the validation split selects the weights, and every head is
-trained on the training split; the official code selects on the test split, and trains LFWA's head
-on it. Here, frozen encoders run without dropout, and neither momentum encoder nor queue is used;
-the official code uses all three. Here, AdamW trains all heads; the official code trains that of
-attributes with SGD and, for sketches, also trains a matching head, which no metric uses.
+Departures from the official code:
+
+    the official code                                       here
+    selects weights on the test split, and trains           selects on the validation split, trains
+    LFWA's head on it                                       on the training split
+    frozen encoders have dropout, momentum encoder, queue   none of these
+    trains the attribute head with SGD                      with AdamW
+    also trains a matching head for sketches                does not: no metric uses it
 """
 import contextlib
 import math
@@ -55,7 +58,8 @@ class Task:
 
     It sets two attributes: `trained`, the module to optimise (the model or a new head; only
     parameters that require gradients); `baseline`, the first row of the table, as (name, metrics),
-    whose metrics also define the columns. The methods of a task:
+    whose metrics also define the columns. `tune` sets a third, `details`, for the picture. The
+    methods of a task:
 
         batches(samples)    an endless stream of batches of the given training faces, an index array
         loss(batch, step)   a scalar tensor
@@ -140,8 +144,9 @@ def encode(compute, read, count, model, config):
 
 # ---- retrieval: find the face for a caption, and the caption for a face --------------------------
 class Retrieval(Task):
-    """Frozen: both encoders; they run in every step, as the grammar writes new captions in every
-    epoch. Trained: projections, matching head, temperature. Loss: ITC + ITM within the batch, that
+    """Frozen: both encoders. They run in every step, the text encoder because the grammar writes
+    new captions in every epoch, the image encoder because the matching head attends to all of its
+    tokens. Trained: projections, matching head, temperature. Loss: ITC + ITM within the batch, that
     is `FLIP.forward` without momentum encoder, queue and soft targets. Metrics: recall after
     re-ranking."""
     selected_by = "r_mean"

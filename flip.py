@@ -25,9 +25,9 @@ random weights in minutes, and in two phases (train.py):
 Phase 2 starts with a copy of the student as momentum encoder, and with a queue of the features of
 phase 1's last batches.
 
-`forward` computes the losses and changes no state. After each step, the training loop calls
-`enqueue`, the optimisers, `clamp_temperature` and `update_momentum`, in this order. (The official
-forward does all of this but the optimisers' part.)
+`forward` computes the losses and changes no state. In each step, after the backward pass, the
+training loop calls `enqueue`, steps the optimisers, and calls `clamp_temperature` and, in phase 2,
+`update_momentum`. (The official forward does all of this but the optimisers' part.)
 
 Shapes: see attention.py. Run `python flip.py` to trace a batch.
 """
@@ -301,7 +301,7 @@ class FLIP(nn.Module):
         if pairs is None:
             images = torch.arange(len(image_tokens))
             pairs = torch.cartesian_prod(images, torch.arange(len(captions)))
-        # so many pairs that the MLP's activations, in float32, fit a CPU's cache or occupy a GPU
+        # chunks whose activations in the MLP, in float32, fit a CPU's cache or occupy a GPU
         tokens_per_caption = captions.sequences.num_tokens / len(captions)
         bytes_per_pair = tokens_per_caption * 4 * self.config.bert.width * 4
         chunk_bytes = 2 ** 29 if self.device.type == "cuda" else 2 ** 23
@@ -328,16 +328,17 @@ class FLIP(nn.Module):
 
             cosine / tau + (logit 1 - logit 0) / 2
 
-        It estimates the pointwise mutual information (PMI) of image i and text t. Let p be the
-        distribution of true pairs, and n that of the sampled negatives. Up to constants:
+        It estimates the pointwise mutual information of image i and text t, PMI = log p(i, t) /
+        (p(i) p(t)), where p(i, t) is the probability of a true pair and p(i), p(t) are its
+        marginals. Let n(i, t) be that of a sampled negative. Up to constants:
 
             ITC learns               log p(i, t) / (p(i) p(t))  ~  cosine / tau
             negatives are sampled    log n(i, t) / (p(i) p(t))  =  cosine / tau
             ITM learns               log p(i, t) / n(i, t)      ~  logit 1 - logit 0
 
-        The first line is ITC's own estimate of the PMI; the sum of the last two is ITC's and ITM's:
-        cosine / tau + logit 1 - logit 0. The score is the mean of both. (An approximation:
-        negatives are sampled in both directions, normalised per row.)"""
+        The first line is one estimate of the PMI, cosine / tau. The second and third line add up to
+        another one, cosine / tau + logit 1 - logit 0. The score is the mean of the two estimates.
+        (An approximation: negatives are sampled in both directions, normalised per row.)"""
         if not self.config.rerank_by_pmi:
             return logits[..., 1] + cosine
         pmi_of_itc = cosine / self.temperature.to(cosine)

@@ -44,8 +44,9 @@ class Muon(torch.optim.Optimizer):
 def newton_schulz(X: torch.Tensor, steps=5) -> torch.Tensor:
     """Matrices U S V^T (n, rows, columns) -> approximately U V^T, by Newton-Schulz iteration. Each
     step maps a singular value s to a s + b s^3 + c s^5; after five steps, every singular value that
-    was above 0.0016 times the Frobenius norm is between 0.68 and 1.21. (Under autocast it
-    runs in bf16; torch.optim.Muon always does.)"""
+    was above 0.0016 times the Frobenius norm is between 0.68 and 1.21. (train.py steps the
+    optimisers under autocast, so it runs in bf16 there; torch.optim.Muon's always does. The letters
+    are those of Muon's authors.)"""
     if X.shape[1] > X.shape[2]:                 # X X^T is smaller for wide matrices
         return newton_schulz(X.mT, steps).mT
     a, b, c = 3.4445, -4.7750, 2.0315           # Keller Jordan's coefficients
@@ -60,9 +61,9 @@ def newton_schulz(X: torch.Tensor, steps=5) -> torch.Tensor:
 def build_optimizers(module: torch.nn.Module, weight_decay, muon_lr=0.0):
     """[AdamW, Muon], or [AdamW] if muon_lr is 0; each trained parameter is in exactly one of them.
 
-    Muon updates all matrices, also the patch convolution and the projections, but neither word and
-    position embeddings nor the matching head. AdamW updates everything else. muon_lr: Muon's rate,
-    as a multiple of the learning rate.
+    Muon updates all matrices, including the patch convolution and the projections, except the word
+    and position embeddings and the matching head. AdamW updates everything else. muon_lr: Muon's
+    rate, as a multiple of the learning rate.
 
     Weight decay applies to all parameters with two or more dimensions, also to position embeddings
     and the patch convolution. A parameter without a gradient, such as cross-attention's in a step

@@ -108,7 +108,7 @@ def model_of_init(config: Config) -> Start:
     return Start(model, faces, validation)
 
 
-# ---- data and plan -------------------------------------------------------------------------------
+# ---- data ----------------------------------------------------------------------------------------
 def open_data(config: Config, size: int) -> tuple[Faces, Faces]:
     """Training and validation faces, for a model with an input of size x size pixels."""
     if not config.data:
@@ -123,6 +123,7 @@ def open_data(config: Config, size: int) -> tuple[Faces, Faces]:
     return train, readable(validation, size)
 
 
+# ---- processes and compilation -------------------------------------------------------------------
 def data_parallel(model: FLIP, config: Config) -> nn.Module:
     """The model itself or, if there are several processes, a DistributedDataParallel around it."""
     if config.processes == 1:
@@ -141,6 +142,7 @@ def compile_encoders(model: FLIP):
             layer.compile(dynamic=True)         # the number of tokens differs between batches
 
 
+# ---- the plan ------------------------------------------------------------------------------------
 def plan_steps(config: Config, model: FLIP, faces: Faces) -> tuple[FaceDataset, Config]:
     """The data set, and the configuration completed by the run's batch size, steps, precision and
     number of processes."""
@@ -335,6 +337,7 @@ class Log:
 
     def restart(self, lines: list[dict]):
         """Replace all lines. A resumed run does this with the copy in its checkpoint."""
+        self.lines = []
         if self.file:
             self.file.truncate(0)
         for line in lines:
@@ -354,6 +357,7 @@ class Log:
             self.file.close()
 
 
+# ---- the clock -----------------------------------------------------------------------------------
 class StepTimer:
     """Seconds per step, of these the seconds of waiting for data, and pairs per second of all
     processes, since `restart`."""

@@ -1029,7 +1029,6 @@ def test_token_ids_are_the_official_ones_from_either_file_or_their_folder(tmp_pa
 def test_captions_are_cleaned_and_truncated_like_the_official_ones():
     cleaned = clean_caption("She (is) YOUNG, o'clock!  With; a hat?\n")
     assert cleaned == "she is young, o'clock with a hat?"
-    assert len(clean_caption("word " * 100).split()) == 65
     long = Tokenizer.train(["word"])(["word " * 100])
     assert long.sequences.max_length == 65
     assert long.ids[-1] == 3, "[SEP] is the last token"
@@ -1066,7 +1065,7 @@ def test_vocabulary_is_loaded_line_by_line_and_rejected_without_the_special_toke
     assert Tokenizer.load(tmp_path).to_json() == expected.to_json()
 
     twice = error_of(Tokenizer.from_vocabulary, [*SPECIAL, "man", "man"])
-    assert "missing: some of its ids" in twice
+    assert "missing: ids without gaps or repetitions" in twice
     without = error_of(Tokenizer.from_vocabulary, ["[PAD]", "[UNK]", "[SEP]", "woman"])
     assert "missing: [CLS]" in without
 

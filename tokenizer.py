@@ -14,16 +14,14 @@ from attention import Sequences
 from common.script import naming
 from pretrained import resolve_file
 
-MAX_WORDS = 65
 MAX_TOKENS = 65     # with [CLS] and [SEP]
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
 def clean_caption(text: str) -> str:
-    """Lower-case a caption, replace the punctuation . ! " ( ) * # : ; ~ by spaces and keep the
-    first MAX_WORDS words, as BLIP does."""
-    words = re.sub(r'[.!"()*#:;~]', " ", text.lower()).split()
-    return " ".join(words[:MAX_WORDS])
+    """Lower-case a caption and replace the punctuation . ! " ( ) * # : ; ~ and repeated spaces by
+    one space, as BLIP does. (BLIP also keeps at most 65 words, which MAX_TOKENS implies.)"""
+    return " ".join(re.sub(r'[.!"()*#:;~]', " ", text.lower()).split())
 
 
 @dataclass(frozen=True)
@@ -71,7 +69,7 @@ class Tokenizer:
         vocabulary = wordpiece.get_vocab()
         missing = [piece for piece in ("[UNK]", "[CLS]", "[SEP]") if piece not in vocabulary]
         if sorted(vocabulary.values()) != list(range(len(vocabulary))):
-            missing.append("some of its ids")
+            missing.append("ids without gaps or repetitions")
         if missing:
             raise ValueError("expected a vocabulary like bert-base-uncased's, without repetitions; "
                              f"missing: {', '.join(missing)}")
@@ -80,7 +78,8 @@ class Tokenizer:
 
     @property
     def vocab_size(self):
-        """Number of embeddings the model needs: all word pieces, [DEC] and [ENC]."""
+        """Number of embeddings the model needs: all word pieces, [DEC] (which only BLIP's caption
+        decoder uses) and [ENC] (bert.py)."""
         return self.wordpiece.get_vocab_size() + 2
 
     def __call__(self, texts: str | list[str]) -> Captions:

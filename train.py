@@ -186,6 +186,7 @@ def training_loop(run: runs.Run):
             must_stop = run.must_stop()     # because of a signal
             if must_stop or run.save_is_due():
                 runs.save(run)
+                timer.restart()
             if must_stop and run.steps_done < config.steps:
                 raise SystemExit(f"stopped after step {run.steps_done}; continue with --resume")
 

@@ -121,7 +121,7 @@ class ViT(nn.Module):
     @torch.no_grad()
     def init_weights(self):
         """Random initial values. Those of the positions are on the scale of the patch embeddings,
-        so that an eyebrow can be told from a moustache."""
+        so that an eyebrow can be told from a mustache."""
         nn.init.normal_(self.class_token, std=0.02)
         nn.init.normal_(self.positions, std=0.5)
         nn.init.normal_(self.patch_embedding.weight, std=0.02)
