@@ -27,7 +27,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from attention import Attention, Sequences
+from attention import Attention, Dropout, Sequences
 from tokenizer import Captions
 
 
@@ -54,12 +54,12 @@ class BertLayer(nn.Module):
         self.up = nn.Linear(D, 4 * D)
         self.down = nn.Linear(4 * D, D)
         self.norm_mlp = nn.LayerNorm(D, eps=1e-12)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, tokens, sequences, image_context=None, first_token_only=False):
-        """tokens (N, D) packed -> (N, D); with first_token_only -> (P, D): computes only first
-        tokens; they still attend to their whole caption. image_context: (packed image tokens, their
-        Sequences, captions_per_image)."""
+        """tokens (N, D) packed -> (N, D); with first_token_only -> (P, D): computes only the first
+        token of each caption, which still attends to all others. image_context: (packed image
+        tokens, their Sequences, captions_per_image)."""
         x = tokens
         x_sequences = sequences
         if first_token_only:
@@ -85,7 +85,7 @@ class Bert(nn.Module):
         self.words = nn.Embedding(config.vocab_size, config.width)
         self.positions = nn.Parameter(torch.empty(config.positions, config.width))
         self.norm = nn.LayerNorm(config.width, eps=1e-12)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         layers = [BertLayer(config, image_width) for _ in range(config.depth)]
         self.layers = nn.ModuleList(layers)
         self.init_weights()

@@ -32,7 +32,7 @@ class SharedFlags:
     data: str = flag("", "folder or JSON list of faces; default: drawn faces, cached in --cache")
     cache: str = flag("cache", "folder for drawn faces and for the index of --data")
     columns: tuple[Literal[*COLUMNS], ...] = flag(("caption", "face_caption"),
-        "caption columns of FaceCaption-15M; caption and face_caption are names of the same one")
+        "caption columns of FaceCaption-15M; caption and face_caption are two names of one column")
     vocabulary: str = flag("",
         "for a checkpoint without one (the official one): file, folder or hub name")
     device: str = flag("auto",
@@ -108,7 +108,7 @@ class Config(SharedFlags):
     muon_lr: float = 0.0
     # fraction of the run at which phase 2 begins, complete FLIP, see `train.schedule`
     complete_from: float = 0.0
-    # fraction of phase 2 in which alpha rises from 0, at its beginning
+    # first part of phase 2, as a fraction of it, in which alpha rises from 0 to its final value
     alpha_warmup: float = 2 / 15
     # re-rank by pointwise mutual information, see `FLIP.rerank_score`, instead of by the paper's
     # score; always, if the model of --init was trained with it
@@ -139,7 +139,7 @@ RECIPES = {"base": {}, "tiny": dict(
     # 32 batches
     queue_size=4096,
     # the paper's score relies on the matching head, which is hardly trained: for the last 192
-    # steps, at less than an eighth of the peak learning rate
+    # steps, at no more than an eighth of the peak learning rate
     rerank_by_pmi=True)}
 
 
@@ -161,7 +161,7 @@ def parse_arguments(argv: list[str] | None = None, description: str | None = __d
         recipe["max_epochs"] = 0
     if "batch_size" in given:
         recipe["fit_batch"] = False
-    if "data" in given:
+    if given.get("data"):
         recipe["augment"] = True
     return Config(**recipe | given)
 

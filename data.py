@@ -246,7 +246,7 @@ class FaceDataset(torch.utils.data.Dataset):
     def iterate_from(self, number: int):
         """Yield batches without end, starting with batch `number`, counted from 0 over all epochs.
         Damaged images are named once. Raises ValueError if they exceed 1 % of the images read so
-        far. (Before 1,000 are read: 1 % of 1,000, or of all faces, if there are fewer.)"""
+        far. (Until 1,000 are read, 10 may be damaged, or 1 % of all faces if there are fewer.)"""
         context = None
         if self.workers and sys.platform == "linux":
             context = "fork"        # forked workers share the memory-mapped index

@@ -61,7 +61,7 @@ class Task:
     whose metrics also define the columns. `tune` sets a third, `details`, for the picture. The
     methods of a task:
 
-        batches(samples)    an endless stream of batches of the given training faces, an index array
+        batches(samples)    an endless stream of batches; samples: indices of the faces to train on
         loss(batch, step)   a scalar tensor
         metrics(split)      metrics in percent, and details for the picture
         draw(details, path) the picture, from the details of the test split

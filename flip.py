@@ -26,8 +26,8 @@ Phase 2 starts with a copy of the student as momentum encoder, and with a queue 
 phase 1's last batches.
 
 `forward` computes the losses and changes no state. In each step, after the backward pass, the
-training loop calls `enqueue`, steps the optimisers, and calls `clamp_temperature` and, in phase 2,
-`update_momentum`. (The official forward does all of this but the optimisers' part.)
+training loop calls `enqueue`, steps the optimisers, and calls `clamp_temperature` and, if the next
+step is in phase 2, `update_momentum`. (The official forward does all but the optimisers' part.)
 
 Shapes: see attention.py. Run `python flip.py` to trace a batch.
 """
@@ -328,16 +328,16 @@ class FLIP(nn.Module):
 
             cosine / tau + (logit 1 - logit 0) / 2
 
-        It estimates the pointwise mutual information of image i and text t, PMI = log p(i, t) /
-        (p(i) p(t)), where p(i, t) is the probability of a true pair and p(i), p(t) are its
-        marginals. Let n(i, t) be that of a sampled negative. Up to constants:
+        It estimates the pointwise mutual information (PMI) of image i and text t. Let p(i, t) be
+        the probability of a true pair, p(i) and p(t) its marginals, and n(i, t) the probability of
+        a sampled negative pair. Up to constants:
 
             ITC learns               log p(i, t) / (p(i) p(t))  ~  cosine / tau
             negatives are sampled    log n(i, t) / (p(i) p(t))  =  cosine / tau
             ITM learns               log p(i, t) / n(i, t)      ~  logit 1 - logit 0
 
-        The first line is one estimate of the PMI, cosine / tau. The second and third line add up to
-        another one, cosine / tau + logit 1 - logit 0. The score is the mean of the two estimates.
+        The left side of the first line is the PMI, so cosine / tau is one estimate of it. The other
+        two lines add up to another one, cosine / tau + logit 1 - logit 0. The score is their mean.
         (An approximation: negatives are sampled in both directions, normalised per row.)"""
         if not self.config.rerank_by_pmi:
             return logits[..., 1] + cosine
@@ -475,6 +475,7 @@ def saved_config(saved: dict) -> FLIPConfig:
     return FLIPConfig(**{**sizes, "vit": vit, "bert": bert})
 
 
+# ---- re-ranking ----------------------------------------------------------------------------------
 @torch.no_grad()
 def rerank(model: FLIP, image_tokens, captions: Captions, similarity, k: int):
     """Re-rank each query's k most similar candidates with the matching head (BLIP's evaluation; the
@@ -513,6 +514,7 @@ def rerank(model: FLIP, image_tokens, captions: Captions, similarity, k: int):
     return image_to_text, text_to_image.T
 
 
+# ---- a small example -----------------------------------------------------------------------------
 @torch.no_grad()
 def main():
     """Trace a batch of four pairs through the forward pass and the queue: shapes and values."""
@@ -536,7 +538,7 @@ def main():
     print("cosines, images x captions:", image @ text.T, sep="\n")
 
     wrong_images, wrong_texts = model.sample_negatives(image, text, identity)
-    print(f"ITM pairs the captions with images {wrong_images.tolist()}, too,")
+    print(f"negatives of ITM: the captions with images {wrong_images.tolist()},")
     print(f"and the images with captions {wrong_texts.tolist()}")
     out = model(images, captions, identity)
     print(f"ITC {out.itc:.4f}, ITM {out.itm:.4f} (0.6365 if P(match) is always 1/3)")

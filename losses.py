@@ -198,7 +198,7 @@ def main():
     show("Cosines of the student, images x captions:", student)
     show("Cosines of the momentum encoder:", momentum)
     shared = identity, identity, temperature, alpha
-    show("ITC targets: 0.6 on the person's captions, 0.4 x the momentum encoder's softmax:",
+    show("ITC targets: 0.6 over the person's captions + 0.4 x the momentum encoder's softmax:",
          soft_targets(momentum, keys, *shared))
     show("ITC loss, their cross-entropy with the student's softmax:",
          contrastive_loss_reference(student, momentum, keys, *shared))

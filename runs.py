@@ -221,7 +221,7 @@ class Run:
         return step not in [line["step"] for line in self.log.validations()]
 
     def save_is_due(self) -> bool:
-        """Whether the last save was `save_every` minutes ago."""
+        """Whether the last save was more than `save_every` minutes ago."""
         return time.time() - self.last_save > 60 * self.config.save_every
 
 
@@ -252,9 +252,9 @@ def print_plan(run: Run):
 
 # ---- saving and resuming -------------------------------------------------------------------------
 @contextlib.contextmanager
-def saved_on_error(run: Run):
-    """While the block trains the run, collect signals in `run.signals`; if it fails between two
-    updates, save the run."""
+def resumable(run: Run):
+    """While the block trains the run, keep it resumable: save a new run before the first step,
+    collect signals in `run.signals`, and save the run if the block fails between two updates."""
     with stop_signals() as run.signals:
         if run.steps_done == 0:
             save(run)           # so that --resume finds the configuration
@@ -264,7 +264,7 @@ def saved_on_error(run: Run):
             if not run.updating:
                 save(run)
                 note = f"saved after step {run.steps_done}"
-                if not isinstance(error, ValueError):       # which would be raised again
+                if not isinstance(error, ValueError):       # it would only recur
                     note += "; continue with --resume"
                 if run.is_main:
                     error.add_note(note)

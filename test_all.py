@@ -62,7 +62,7 @@ import search
 import toyfaces
 import train
 import vit
-from attention import Attention, Sequences, attention
+from attention import Attention, Dropout, Sequences, attention
 from bert import Bert, BertConfig, BertLayer
 from captions import ATTRIBUTES, FACTS, MIN_FACTS, PHRASES, PROBABILITIES, sample_caption
 from common import distributed
@@ -465,6 +465,16 @@ def test_dropout_drops_the_same_weights_forward_and_backward_and_rescales_the_re
     factors = [mask.double() / 0.7 for mask in kept]
     expected = expected_attention(inputs, sequences, grad, factors)
     assert_near(attention_and_gradients(inputs, sequences, grad, 0.3), expected, TOLERANCE[dtype])
+
+
+def test_dropout_of_hidden_states_drops_the_given_share_and_rescales_the_rest():
+    dropout = Dropout(0.3)
+    x = torch.ones(100, 1000, requires_grad=True)
+    out, gradient = with_gradients(dropout(x), [x], torch.ones_like(x))
+    same(out, gradient)
+    close(out[out > 0], torch.tensor(1 / 0.7).expand((out > 0).sum()))
+    assert (out > 0).double().mean().item() == pytest.approx(0.7, abs=0.0073)      # 5 deviations
+    assert dropout.eval()(x) is x
 
 
 @parametrize("device", ["triton"], indirect=True)

@@ -122,7 +122,7 @@ def train(config: Config):
     log = runs.Log(Path(config.out) / "log.jsonl", writes=rank == 0)
     with contextlib.closing(log):
         run = build_run(config, device, log)
-        with runs.saved_on_error(run):
+        with runs.resumable(run):
             training_loop(run)
     metrics = log.validations()
     if run.is_main:

@@ -89,7 +89,7 @@ class ViT(nn.Module):
 
         first_token_only: return the class tokens (B, D) and skip all others in the last block.
         return_hidden: also return the list of all tokens after each block, before the final
-        LayerNorm. The two exclude each other."""
+        LayerNorm. The two flags are mutually exclusive."""
         assert not (first_token_only and return_hidden), "the hidden tokens would be incomplete"
         size = self.config.image_size
         if images.shape[1:] != (3, size, size):
