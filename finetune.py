@@ -382,10 +382,9 @@ class Sketch(Task):
         return early_retrieval(sketch_ranks(similarity), len(photo)), similarity
 
     def draw(self, similarity, path):
-        """One sketch, of median difficulty."""
+        """The sketch of median rank when finished."""
         ranks = sketch_ranks(similarity)
-        mean_reciprocal_rank = (1 / ranks.double()).mean(1)
-        i = int(mean_reciprocal_rank.argsort()[len(ranks) // 2])
+        i = int(ranks[:, -1].argsort()[len(ranks) // 2])
         plot_sketch(self.splits["test"], i, similarity[i], ranks[i], path)
 
 

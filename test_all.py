@@ -3185,8 +3185,8 @@ def test_default_run_finds_faces_more_often_than_matching_all_attributes(default
     references = EvaluationSet.from_faces(held_out).references
     assert 60 <= references["attribute match"][1] <= 80
     assert references["Bayes optimum"][0] > 65
-    assert metrics["img_r1"] >= 48
-    assert metrics["img_r5"] >= 78
+    assert metrics["img_r1"] >= 52
+    assert metrics["img_r5"] >= 79
     assert metrics["img_r10"] >= 86
 
 
