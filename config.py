@@ -20,7 +20,7 @@ TINY = (ViTConfig(image_size=48, patch_size=8, width=128, depth=3, heads=4),
         BertConfig(vocab_size=1, width=128, depth=2, heads=4, positions=66, dropout=0.0),
         128)
 MODELS = {"tiny": TINY, "base": (ViTConfig(), BertConfig(), 256)}
-AT_LEAST_ONE = ("faces validation epochs batch_size accumulate queue_size log_every eval_every "
+AT_LEAST_ONE = ("faces validation epochs batch_size queue_size log_every eval_every "
                 "k_test").split()
 AT_MOST_ONE = "alpha momentum fractions".split()
 CHANGEABLE_ON_RESUME = "data cache device workers log_every eval_every save_every".split()
@@ -75,8 +75,7 @@ class Config(SharedFlags):
     bert: str = flag("", "start the text encoder from BERT, with its vocabulary: likewise")
     epochs: int = flag(15, "epochs to train, if --steps is 0")
     steps: int = flag(0, "length of the run in steps (overrides --epochs)")
-    batch_size: int = flag(80, "pairs per process and micro-batch")
-    accumulate: int = flag(1, "micro-batches per step, if a larger batch does not fit in memory")
+    batch_size: int = flag(80, "pairs per process")
     compile: bool = flag(False,
         "compile the encoders with torch.compile, which takes minutes; for GPUs (on a CPU, it "
         "needs a C++ compiler and hardly pays)")

@@ -33,7 +33,7 @@ Shapes: see attention.py. Run `python flip.py` to trace a batch.
 """
 import copy
 import hashlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -74,11 +74,10 @@ class StepParams(NamedTuple):
 
 class FLIPOutput(NamedTuple):
     itc: torch.Tensor                   # the two losses, each (); the paper minimises their sum
-    itm: torch.Tensor
+    itm: torch.Tensor                   # 0 if `StepParams` skips it
     image_keys: torch.Tensor            # keys from all processes (A, E), for `enqueue`
     text_keys: torch.Tensor
     identity: torch.Tensor              # (A,)
-    has_itm: bool                       # False if ITM was skipped; it is 0 then
 
 
 # ---- the model -----------------------------------------------------------------------------------
@@ -189,15 +188,11 @@ class FLIP(nn.Module):
 
         # ITM: the true pairs, and two wrong ones for each
         itm = itc.new_zeros(())
-        has_itm = params.with_itm
         if params.with_itm:
             negatives = self.sample_negatives(all_gather(image_features), all_gather(text_features),
                                               all_identity, generator)
-            has_itm = negatives is not None
-            if not has_itm:     # a loss of 0 that still depends on all weights, for DDP
-                negatives = 2 * [torch.arange(len(all_identity))]
-            itm = has_itm * self.itm_loss(image_tokens, captions, *negatives)
-        return FLIPOutput(itc, itm, image_keys.detach(), text_keys.detach(), all_identity, has_itm)
+            itm = self.itm_loss(image_tokens, captions, *negatives)
+        return FLIPOutput(itc, itm, image_keys.detach(), text_keys.detach(), all_identity)
 
     @torch.no_grad()
     def momentum_features(self, images, captions):
@@ -208,13 +203,13 @@ class FLIP(nn.Module):
     @torch.no_grad()
     def sample_negatives(self, image_features, text_features, identity, generator=None):
         """Sample a negative image for every caption and a negative caption for every image: two CPU
-        tensors (A,), or None if all pairs show one person. Raises ValueError if features are not
-        finite.
+        tensors (A,). Raises ValueError if all pairs show one person or features are not finite.
 
         Rank 0 samples for all ranks, because rounding differs between ranks. The CPU must wait
         here, since the sampled captions determine the number of tokens."""
         if (identity == identity[0]).all():
-            return None
+            raise ValueError("all pairs of a batch show one person, so none of them is a negative; "
+                             "use a larger --batch_size, or faces of more people")
         with torch.autocast(image_features.device.type, enabled=False):
             text_to_image = text_features @ image_features.T            # cosines (A, A)
         shared = identity, self.temperature
@@ -436,20 +431,22 @@ class FLIP(nn.Module):
         write_folder(self.checkpoint(), folder)
 
     @staticmethod
-    def from_pretrained(path, config=None, vocabulary=None, device="cpu", dtype=torch.float32,
-                        saved=None):
+    def from_pretrained(path, config=None, vocabulary=None, image_size=0, device="cpu",
+                        dtype=torch.float32):
         """Load a model, in evaluation mode, from one of our checkpoints or the official
         FLIP-base.pth: a file, a folder containing it, or a hub name. Raises ValueError if it is
         damaged or does not fit.
 
-        config: a FLIPConfig for an official checkpoint (which does not store its sizes; the default
-        is base) or for another image size, to which the position embeddings are resized. vocabulary
-        (file, folder or hub name): for checkpoints without one, such as the official. saved: what
-        `read_checkpoint` has read already."""
-        saved = saved or read_checkpoint(path)
+        config: a FLIPConfig for an official checkpoint, which does not store its sizes; the default
+        is base. vocabulary (file, folder or hub name): for checkpoints without one, such as the
+        official. image_size: another one than the checkpoint's, to which the position embeddings
+        are resized."""
+        saved = read_checkpoint(path)
         with naming(path):
             if config is None:
                 config = saved_config(saved)
+            if image_size:
+                config = replace(config, vit=replace(config.vit, image_size=image_size))
             tokenizer = None
             if saved.get("tokenizer"):
                 tokenizer = Tokenizer.from_json(saved["tokenizer"])

@@ -13,7 +13,6 @@ import json
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -23,55 +22,41 @@ from common.distributed import (
     any_rank,
     choose_precision,
     rank_and_world_size,
-    rank_zero_first,
     stop_signals,
 )
 from common.seeds import derive_seed, random_stream
 from common.words import known_and_unknown_words
 from config import MODELS, Config
-from data import FaceDataset, Faces, load_toy_faces, open_faces, readable
+from data import Batch, FaceDataset, Faces, load_toy_faces, open_faces, readable
 from evaluation import EvaluationSet
-from flip import FLIP, FLIPConfig, saved_config
+from flip import FLIP, FLIPConfig
 from pretrained import load_bert, load_clip, read_checkpoint, write_checkpoint
 from tokenizer import Tokenizer
 
 
 # ---- starting ------------------------------------------------------------------------------------
-class Start(NamedTuple):
-    """What a run starts from."""
-    model: FLIP
-    faces: Faces
-    validation: Faces
-    state: dict | None = None       # of a resumed run: what the checkpoint has under "training"
-
-
-def starting_point(config: Config) -> Start:
-    """Open the data and create the model: new, from --init, or from the checkpoint in --out. Raises
-    ValueError if --out has a checkpoint that --resume does not ask for."""
+def starting_model(config: Config) -> FLIP:
+    """The model that a run starts from: new, that of --init, or that of the checkpoint in --out.
+    Raises ValueError if --out has a checkpoint that --resume does not ask for."""
     path = Path(config.out) / "flip.pt"
-    if path.exists() and not config.resume:
+    if config.resume:
+        return FLIP.from_pretrained(path)
+    if path.exists():
         raise ValueError(f"{path} already exists; use --resume, or choose another --out")
-    with rank_zero_first():     # it draws or indexes the data and downloads weights for all ranks
-        if config.resume:
-            saved = read_checkpoint(path)
-            model = FLIP.from_pretrained(path, saved=saved)
-            faces, validation = open_data(config, model.config.vit.image_size)
-            return Start(model, faces, validation, saved["training"])
-        if config.init:
-            return model_of_init(config)
-        return new_model(config)
+    if config.init:
+        return model_of_init(config)
+    return new_model(config)
 
 
-def new_model(config: Config) -> Start:
+def new_model(config: Config) -> FLIP:
     """A model with random weights or, if given, those of --clip and --bert. Without --bert, the
-    vocabulary is built from captions."""
+    vocabulary is built from captions of the training faces."""
     vit, bert, embed_dim = MODELS[config.model]
     vit = replace(vit, image_size=config.image_size or vit.image_size)
-    faces, validation = open_data(config, vit.image_size)
     if config.bert:
         tokenizer = Tokenizer.load(config.bert)
     else:
-        tokenizer = Tokenizer.train(sample_captions(faces))
+        tokenizer = Tokenizer.train(sample_captions(training_faces(config, vit.image_size)))
     bert = replace(bert, vocab_size=tokenizer.vocab_size)
     torch.manual_seed(derive_seed("initial weights", config.seed))
     sizes = FLIPConfig(vit, bert, embed_dim, config.queue_size, config.rerank_by_pmi)
@@ -81,46 +66,45 @@ def new_model(config: Config) -> Start:
     if config.bert:
         load_bert(model.student.text, config.bert)
     model.update_momentum(0)        # the momentum encoder starts as a copy of the student
-    return Start(model, faces, validation)
+    return model
 
 
-@torch.no_grad()
-def model_of_init(config: Config) -> Start:
+def model_of_init(config: Config) -> FLIP:
     """A model with the learned weights of --init and with a fresh queue and momentum encoder."""
-    saved = read_checkpoint(config.init)
-    sizes = saved_config(saved)
-    width = MODELS[config.model][0].width
-    if sizes.vit.width != width:
-        raise ValueError(f"--init {config.init}: its image encoder has width {sizes.vit.width}, "
-                         f"but --model {config.model} has {width}; choose the --model of that "
-                         "width")
-    if config.image_size:
-        sizes = replace(sizes, vit=replace(sizes.vit, image_size=config.image_size))
-    model = FLIP.from_pretrained(config.init, sizes, config.vocabulary, saved=saved)
+    model = FLIP.from_pretrained(config.init, vocabulary=config.vocabulary,
+                                 image_size=config.image_size)
     model.require_tokenizer()
-    faces, validation = open_data(config, sizes.vit.image_size)
+    found = model.config.vit.width
+    width = MODELS[config.model][0].width
+    if found != width:
+        raise ValueError(f"--init {config.init}: its image encoder has width {found}, but --model "
+                         f"{config.model} has {width}; choose the --model of that width")
 
-    by_pmi = config.rerank_by_pmi or sizes.rerank_by_pmi
+    by_pmi = config.rerank_by_pmi or model.config.rerank_by_pmi
     torch.manual_seed(derive_seed("initial queue", config.seed))
-    model.config = replace(sizes, queue_size=config.queue_size, rerank_by_pmi=by_pmi)
+    model.config = replace(model.config, queue_size=config.queue_size, rerank_by_pmi=by_pmi)
     model.init_queue()
     model.update_momentum(0)        # the momentum encoder starts as a copy of the student
-    return Start(model, faces, validation)
+    return model
 
 
 # ---- data ----------------------------------------------------------------------------------------
-def open_data(config: Config, size: int) -> tuple[Faces, Faces]:
-    """Training and validation faces, for a model with an input of size x size pixels."""
+def training_faces(config: Config, size: int) -> Faces:
+    """The faces to train on, drawn in size x size pixels or those of --data."""
     if not config.data:
-        train = load_toy_faces(config.faces, size, seed=0, folder=config.cache)
-        validation = load_toy_faces(config.validation, size, seed=1, folder=config.cache)
-        return train, validation
-    train = open_faces(config.data, "train", config.cache, config.columns)
-    validation = open_faces(config.data, "val", config.cache, config.columns)
-    if not train.has_text:
-        raise ValueError(f"{train.name}: expected captions, or attributes to write them from")
-    validation = validation.subset(range(min(config.validation, len(validation))))
-    return train, readable(validation, size)
+        return load_toy_faces(config.faces, size, seed=0, folder=config.cache)
+    faces = open_faces(config.data, "train", config.cache, config.columns)
+    if not faces.has_text:
+        raise ValueError(f"{faces.name}: expected captions, or attributes to write them from")
+    return faces
+
+
+def validation_faces(config: Config, size: int) -> Faces:
+    """The faces to evaluate on, at most --validation of them; those of --data can be read."""
+    if not config.data:
+        return load_toy_faces(config.validation, size, seed=1, folder=config.cache)
+    faces = open_faces(config.data, "val", config.cache, config.columns)
+    return readable(faces.subset(range(min(config.validation, len(faces)))), size)
 
 
 # ---- processes and compilation -------------------------------------------------------------------
@@ -152,14 +136,9 @@ def plan_steps(config: Config, model: FLIP, faces: Faces) -> tuple[FaceDataset, 
         batch_size = min(batch_size, max(2, len(faces) // (4 * world_size)))
     dataset = FaceDataset(faces, model.tokenizer, model.config.vit.image_size, batch_size,
                           config.seed, config.augment, rank, world_size, config.workers)
-    steps_per_epoch = dataset.batches_per_epoch // config.accumulate
-    if steps_per_epoch == 0:
-        raise ValueError(f"--accumulate {config.accumulate} needs as many batches in an epoch, "
-                         f"found {dataset.batches_per_epoch}; use a smaller value, or a smaller "
-                         "--batch_size")
-    steps = config.steps or config.epochs * steps_per_epoch
+    steps = config.steps or config.epochs * dataset.batches_per_epoch
     if config.max_epochs:
-        steps = min(steps, config.max_epochs * steps_per_epoch)
+        steps = min(steps, config.max_epochs * dataset.batches_per_epoch)
     precision = choose_precision(config.precision, model.device)
     config = replace(config, batch_size=batch_size, steps=steps, precision=precision,
                      processes=world_size)
@@ -188,7 +167,7 @@ class Run:
     validation: EvaluationSet
     log: "Log"
     steps_done: int = 0
-    unlogged_losses: list = field(default_factory=list)     # one tensor (3,) per step
+    unlogged_losses: list = field(default_factory=list)     # one tensor (2,) per step
     updating: bool = False          # True while an update is half applied
     signals: list = field(default_factory=list)             # received so far, see `stop_signals`
     last_save: float = field(default_factory=time.time)
@@ -197,10 +176,6 @@ class Run:
     def is_main(self):
         """Whether this is the process that prints and writes files."""
         return rank_and_world_size()[0] == 0
-
-    @property
-    def steps_per_epoch(self):
-        return self.dataset.batches_per_epoch // self.config.accumulate
 
     def must_stop(self):
         """Whether a signal asks the run to stop. Several processes agree on this every `log_every`
@@ -237,7 +212,7 @@ def print_plan(run: Run):
     config = run.config
     faces = run.dataset.faces
     validation = run.validation.faces
-    pairs = config.batch_size * config.accumulate * config.processes
+    pairs = config.batch_size * config.processes
     epochs = config.steps * pairs / len(faces)
     print(f"{faces.name}: {len(faces):,} faces; {validation.name}: {len(validation):,} faces")
     print(f"{config.steps:,} steps of {pairs} pairs are {epochs:.1f} epochs, in {config.precision}")
@@ -296,11 +271,12 @@ def digests(run: Run) -> list[str]:
     return [run.dataset.faces.digest, run.validation.faces.digest]
 
 
-def restore(run: Run, saved: dict):
-    """Restore the state of a resumed run. Raises ValueError if it had other faces or another number
-    of processes."""
+def restore(run: Run):
+    """Restore the state of a resumed run, except the model, from the checkpoint in --out. Raises
+    ValueError if it had other faces or another number of processes."""
     config = run.config
     path = Path(config.out) / "flip.pt"
+    saved = read_checkpoint(path)["training"]
     processes = saved["config"]["processes"]
     if processes != config.processes:
         raise ValueError(f"--resume: the run in {path} had {processes} processes, found "
@@ -359,8 +335,7 @@ class Log:
 
 # ---- the clock -----------------------------------------------------------------------------------
 class StepTimer:
-    """Seconds per step, of these the seconds of waiting for data, and pairs per second of all
-    processes, since `restart`."""
+    """Seconds per step, and of these the seconds of waiting for data, since `restart`."""
 
     def __init__(self):
         self.restart()
@@ -368,23 +343,15 @@ class StepTimer:
     def restart(self):
         self.begin = time.time()
         self.steps = 0
-        self.pairs = 0
         self.waited = 0.0
 
-    def next_batches(self, stream, count: int) -> list:
-        """The next `count` batches, those of one step."""
+    def next_batch(self, batches) -> Batch:
         begin = time.time()
-        batches = [next(stream) for _ in range(count)]
+        batch = next(batches)
         self.waited += time.time() - begin
         self.steps += 1
-        self.pairs += sum(len(batch.identity) for batch in batches)
-        return batches
+        return batch
 
     def means(self) -> dict[str, float]:
         seconds = time.time() - self.begin
-        _, world_size = rank_and_world_size()
-        return {
-            "seconds": seconds / self.steps,
-            "data_seconds": self.waited / self.steps,
-            "pairs_per_second": self.pairs * world_size / seconds,
-        }
+        return {"seconds": seconds / self.steps, "data_seconds": self.waited / self.steps}

@@ -32,14 +32,19 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import runs
-from common.distributed import autocast, init_distributed, rank_and_world_size
+from common.distributed import (
+    autocast,
+    init_distributed,
+    rank_and_world_size,
+    rank_zero_first,
+)
 from common.pictures import plot_curves, plot_retrieval
 from common.script import run_script
 from common.seeds import derive_seed
 from config import Config, parse_arguments
 from data import Batch
 from evaluation import EvaluationSet, evaluate, recall_table
-from flip import StepParams
+from flip import FLIPOutput, StepParams
 from optim import build_optimizers, learning_rate, ramp, set_learning_rate
 
 # ---- schedules: pure functions of the step -------------------------------------------------------
@@ -61,10 +66,9 @@ def schedule(step: int, config: Config) -> StepParams:
 
 
 # ---- one step ------------------------------------------------------------------------------------
-def compute_gradients(run: runs.Run, micro_batches: list[Batch], step: int):
-    """Compute the gradients of one step on `accumulate` micro-batches. Returns the outputs of
-    `FLIP.forward` and a tensor (3,): sum of ITC, sum of ITM, number of micro-batches with ITM; each
-    averaged over processes."""
+def compute_gradients(run: runs.Run, batch: Batch, step: int):
+    """Compute the gradients of one step. Returns the output of `FLIP.forward` and a tensor (2,):
+    ITC and ITM, averaged over processes."""
     config = run.config
     device = run.model.device
     rank, world_size = rank_and_world_size()
@@ -72,37 +76,28 @@ def compute_gradients(run: runs.Run, micro_batches: list[Batch], step: int):
     torch.manual_seed(derive_seed("dropout", config.seed, step, rank))
     generator = torch.Generator().manual_seed(derive_seed("negatives", config.seed, step))
 
-    step_losses = torch.zeros(3, device=device)
-    outputs = []
-    for number, batch in enumerate(micro_batches, start=1):
-        # DistributedDataParallel averages gradients in the last backward pass only
-        run.parallel_model.require_backward_grad_sync = number == len(micro_batches)
-        batch = batch.to(device)
-        with autocast(config.precision, device):
-            out = run.parallel_model(batch.images, batch.captions, batch.identity, params,
-                                     generator)
-        loss = (out.itc + out.itm) / len(micro_batches)
-        loss.backward()
-        outputs.append(out)
-        step_losses[0] += out.itc.detach()
-        step_losses[1] += out.itm.detach()
-        step_losses[2] += out.has_itm
+    batch = batch.to(device)
+    with autocast(config.precision, device):
+        out = run.parallel_model(batch.images, batch.captions, batch.identity, params, generator)
+    loss = out.itc + out.itm
+    loss.backward()
 
+    step_losses = torch.stack([out.itc, out.itm]).detach()
     if world_size > 1:
         dist.all_reduce(step_losses)
         step_losses /= world_size
-    return outputs, step_losses
+    return out, step_losses
 
 
-def update(run: runs.Run, outputs, step: int):
+def update(run: runs.Run, out: FLIPOutput, step: int):
     """Change everything that a step changes: queue, weights, temperature and momentum encoder. The
     queue is filled in phase 1, too, so that phase 2 begins with features of earlier batches."""
     config = run.config
     model = run.model
-    for out in outputs:
-        model.enqueue(out.image_keys, out.text_keys, out.identity)
+    model.enqueue(out.image_keys, out.text_keys, out.identity)
 
-    set_learning_rate(run.optimizers, learning_rate(step, config, run.steps_per_epoch))
+    lr = learning_rate(step, config, run.dataset.batches_per_epoch)
+    set_learning_rate(run.optimizers, lr)
     for optimizer in run.optimizers:
         with autocast(config.precision, model.device):      # for Muon's matrix products
             optimizer.step()
@@ -134,18 +129,23 @@ def train(config: Config):
 
 def build_run(config: Config, device: torch.device, log: runs.Log) -> runs.Run:
     """Model, data and optimisers, new or from the checkpoint in --out."""
-    start = runs.starting_point(config)
-    model = start.model.to(device).train()
+    with rank_zero_first():     # it draws or indexes the data and downloads weights for all ranks
+        model = runs.starting_model(config)
+        image_size = model.config.vit.image_size
+        faces = runs.training_faces(config, image_size)
+        validation_faces = runs.validation_faces(config, image_size)
+
+    model.to(device).train()
     if config.compile:
         runs.compile_encoders(model)
-    dataset, config = runs.plan_steps(config, model, start.faces)
+    dataset, config = runs.plan_steps(config, model, faces)
     optimizers = build_optimizers(model, config.weight_decay, config.muon_lr)
-    validation = EvaluationSet.from_faces(start.validation, start.faces,
+    validation = EvaluationSet.from_faces(validation_faces, faces,
                                           config.batch_size * config.processes)
     parallel_model = runs.data_parallel(model, config)
     run = runs.Run(config, model, parallel_model, optimizers, dataset, validation, log)
-    if start.state:
-        runs.restore(run, start.state)
+    if config.resume:
+        runs.restore(run)
     else:
         runs.begin_log(run)
     return run
@@ -160,13 +160,13 @@ def training_loop(run: runs.Run):
     steps = range(first, config.steps)
     bar = tqdm(steps, initial=first, total=config.steps, disable=not run.is_main)
     timer = runs.StepTimer()
-    with contextlib.closing(run.dataset.iterate_from(first * config.accumulate)) as stream:
+    with contextlib.closing(run.dataset.iterate_from(first)) as batches:
         for step in bar:
             bar.set_description(f"phase {phase(step, config)}: {PHASES[phase(step, config)]}")
-            micro_batches = timer.next_batches(stream, config.accumulate)
-            outputs, step_losses = compute_gradients(run, micro_batches, step)
+            batch = timer.next_batch(batches)
+            out, step_losses = compute_gradients(run, batch, step)
             run.updating = True             # if this fails halfway, the run is not saved
-            update(run, outputs, step)
+            update(run, out, step)
             run.unlogged_losses.append(step_losses)
             run.steps_done = step + 1
             run.updating = False
@@ -174,8 +174,7 @@ def training_loop(run: runs.Run):
             if run.steps_done % config.log_every == 0 or run.steps_done == config.steps:
                 line = mean_losses(run) | timer.means()
                 run.log.write(step=run.steps_done, **line)
-                bar.set_postfix(itc=line["itc"], itm=line["itm"],
-                                pairs_per_second=line["pairs_per_second"])
+                bar.set_postfix(itc=line["itc"], itm=line["itm"])
                 run.unlogged_losses = []
                 timer.restart()
 
@@ -192,22 +191,20 @@ def training_loop(run: runs.Run):
 
 
 def mean_losses(run: runs.Run):
-    """Mean losses since the last line of the log; ITM is None if no step trained it. "itm_skipped"
-    is the number of micro-batches without ITM because they show one person. Raises ValueError if
-    the losses are not finite."""
+    """Mean losses since the last line of the log; that of ITM over the steps that train it (None if
+    no step does). Raises ValueError if the losses are not finite."""
     config = run.config
     steps = range(run.steps_done - len(run.unlogged_losses), run.steps_done)
-    itc, itm, num_with_itm = torch.stack(run.unlogged_losses).sum(0).tolist()
+    itc, itm = torch.stack(run.unlogged_losses).sum(0).tolist()
     if not math.isfinite(itc + itm):
         raise ValueError(f"the loss of steps {steps[0] + 1} to {steps[-1] + 1} is NaN or infinite")
-    num_scheduled = config.accumulate * sum(schedule(step, config).with_itm for step in steps)
+    num_with_itm = sum(schedule(step, config).with_itm for step in steps)
     return {
         "phase": phase(steps[-1], config),
-        "itc": itc / (config.accumulate * len(steps)),
+        "itc": itc / len(steps),
         "itm": itm / num_with_itm if num_with_itm else None,
-        "itm_skipped": num_scheduled - int(num_with_itm),
         "temperature": run.model.temperature.item(),
-        "lr": learning_rate(steps[-1], config, run.steps_per_epoch),
+        "lr": learning_rate(steps[-1], config, run.dataset.batches_per_epoch),
     }
 
 
