@@ -22,10 +22,10 @@ from PIL import Image
 from common.distributed import autocast, stop_signals
 from common.images import IMAGE_SUFFIXES, iterate_images, load_image, pixel_batches
 from common.pictures import contact_sheet
-from common.script import atomic_write, run_script
+from common.script import run_script
 from common.words import check_words, known_and_unknown_words, vocabulary
 from flip import FLIP
-from pretrained import read_file
+from pretrained import read_file, write_checkpoint
 
 
 def fast_autocast(model: FLIP):
@@ -65,28 +65,28 @@ def read_features(path: Path) -> dict[str, torch.Tensor]:
 @torch.no_grad()
 def encode_images(model: FLIP, images: list[str]) -> dict[str, torch.Tensor]:
     """{image: feature (E,)} of the images that can be read. The others are named in a warning."""
-    unreadable = set()
+    unreadable = []
     grey = []
 
     def read(i, size):
         try:
             image = load_image(path_of(images[i]), size=size)
-        except (ValueError, OSError) as error:
+        except ValueError as error:
             warnings.warn(f"skipped: {error}")
-            unreadable.add(i)
+            unreadable.append(images[i])
             return Image.new("RGB", (size, size))
         grey.append(np.ptp(image, axis=2).mean() < 4)       # of 255
         return image
 
-    features = {}
+    encoded = []
     size = model.config.vit.image_size
-    show = len(images) > 128
-    for indices, pixels in iterate_images(read, len(images), size, "encoding images", show=show):
+    for _, pixels in iterate_images(read, len(images), size, "encoding images"):
         with fast_autocast(model):
-            encoded = model.student.image_features(pixels.to(model.device, model.dtype)).cpu()
-        for i, feature in zip(indices, encoded):
-            if i not in unreadable:
-                features[images[i]] = feature
+            pixels = pixels.to(model.device, model.dtype)
+            encoded.extend(model.student.image_features(pixels).cpu())
+    features = dict(zip(images, encoded))
+    for image in unreadable:
+        del features[image]
     if sum(grey) > len(grey) / 2:
         warnings.warn("most images are grey; a model trained on colour images ranks them badly")
     return features
@@ -100,23 +100,20 @@ def encode_folder(model: FLIP, folder: str | Path, cache: str | Path) -> dict[st
     images = sorted(find_images(root))
     key = hashlib.sha256(f"{model.image_encoder_hash()} {root}".encode()).hexdigest()
     path = Path(cache) / f"features-{key[:16]}.pt"
-    features = read_features(path)
-    new = [image for image in images if image not in features]
-    features |= encode_images(model, new)
-    readable = [image for image in images if image in features]
-    if not readable:
+    cached = read_features(path)
+    known = cached | encode_images(model, [image for image in images if image not in cached])
+    features = {image: known[image] for image in images if image in known}
+    if not features:
         raise ValueError(f"{folder}: expected images ({', '.join(IMAGE_SUFFIXES)}), "
                          "none can be read")
 
-    if new or len(readable) < len(features):
-        saved = {"images": "\0".join(readable),
-                 "features": torch.stack([features[image] for image in readable])}
-        with atomic_write(path) as partial:
-            torch.save(saved, partial)
+    if features.keys() != cached.keys():
+        stacked = torch.stack(list(features.values()))
+        write_checkpoint({"images": "\0".join(features), "features": stacked}, path)
     found = {}
-    for image in readable:
+    for image, feature in features.items():
         name = path_of(image).removeprefix(root)
-        found[os.path.join(folder, name)] = features[image]
+        found[os.path.join(folder, name)] = feature
     return found
 
 
