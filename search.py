@@ -168,44 +168,30 @@ def search(model: FLIP, features: dict, query="", without=(), top=8,
         without = [without]
     weights = torch.full((1 + len(without),), -1 / (1 + len(without)))
     weights[0] = 1
-    if image is not None:
-        return search_by_image(model, features, image, without, weights, top)
-    return search_by_sentence(model, features, [query, *without], weights, top)
 
-
-def text_cosines(model: FLIP, features: dict, texts):
-    """The captions (T + 1) of T texts and the empty one, and their cosines with I images (I, T +
-    1)."""
+    texts = [query, *without] if image is None else without
     check_words(texts, model.require_tokenizer())
     captions = model.tokenizer([*texts, ""])
-    image_features = torch.stack([*features.values()])                              # (I, E)
-    return captions, image_features @ model.encode_text(captions).cpu().T
-
-
-def search_by_image(model: FLIP, features: dict, image, without, weights, top):
-    """See `search`; weights (1 + number of exclusions,)."""
-    likeness = torch.stack([*features.values()]) @ model.encode_image(image).cpu().T    # (I, 1)
-    _, cosines = text_cosines(model, features, without)
-    scores = torch.cat([likeness, beyond_silence(cosines)], dim=1) @ weights        # (I,)
-    results = []
-    for path, score, cosine in zip(features, scores.tolist(), likeness[:, 0].tolist()):
-        results.append(SearchResult(path, score, cosine, None))
-    return sorted(results, key=lambda result: -result.score)[:top]
-
-
-def search_by_sentence(model: FLIP, features: dict, texts, weights, top):
-    """See `search`; texts: the sentence and the exclusions, with their weights (T,)."""
     paths = list(features)
-    captions, cosines = text_cosines(model, features, texts)                        # (I, T + 1)
-    count = min(max(32, top), len(paths))
-    best = (beyond_silence(cosines) @ weights).topk(count).indices                  # (k,)
-    with fast_autocast(model):
-        logits, _ = model.match_logits([paths[i] for i in best], captions)
-    logits = logits.cpu()                                                           # (k, T + 1, 2)
-    scores = beyond_silence(model.rerank_score(logits, cosines[best])) @ weights    # (k,)
-    probabilities = logits[:, 0].softmax(-1)[:, 1]
-    rows = torch.stack([scores, cosines[best, 0], probabilities], 1).tolist()
-    results = [SearchResult(paths[i], *row) for i, row in zip(best, rows)]
+    image_features = torch.stack([*features.values()])                      # (I, E)
+    cosines = image_features @ model.encode_text(captions).cpu().T          # (I, texts + 1)
+    scores = beyond_silence(cosines)                                        # (I, texts)
+    if image is None:
+        best = (scores @ weights).topk(min(max(32, top), len(paths))).indices       # (k,)
+        paths = [paths[i] for i in best]
+        with fast_autocast(model):
+            logits, _ = model.match_logits(paths, captions)
+        logits = logits.cpu()                                               # (k, texts + 1, 2)
+        scores = beyond_silence(model.rerank_score(logits, cosines[best]))
+        likeness = cosines[best, 0]
+        probabilities = logits[:, 0].softmax(-1)[:, 1].tolist()
+    else:
+        likeness = (image_features @ model.encode_image(image).cpu().T)[:, 0]       # (I,)
+        scores = torch.column_stack([likeness, scores])
+        probabilities = [None] * len(paths)
+
+    scores = scores @ weights
+    results = map(SearchResult, paths, scores.tolist(), likeness.tolist(), probabilities)
     return sorted(results, key=lambda result: -result.score)[:top]
 
 
