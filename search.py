@@ -208,10 +208,8 @@ def mean_image(model: FLIP, images: list, count=100) -> torch.Tensor:
     """The mean (1, 3, S, S) of `count` to 2 x `count` of the images, or of all if there are fewer:
     a baseline for `attribute_patches`."""
     images = images[::max(1, len(images) // count)]
-    total = 0
-    for pixels in pixel_batches(images, model.config.vit.image_size):
-        total += pixels.sum(0, keepdim=True)
-    return total / len(images)
+    batches = pixel_batches(images, model.config.vit.image_size)
+    return sum(pixels.sum(0, keepdim=True) for pixels in batches) / len(images)
 
 
 def attribute_patches(model: FLIP, images: list, phrase: str, baseline, steps=8) -> torch.Tensor:
@@ -345,13 +343,6 @@ def main():
     args = parser.parse_args()
     if args.like and (args.query or args.explain or args.serve):
         parser.error("--like takes neither a sentence nor --explain nor --serve")
-    if args.top < 1:
-        parser.error(f"--top {args.top}: expected at least 1")
-    if args.out.suffix.lower() not in Image.registered_extensions():
-        parser.error(f"--out {args.out}: expected the name of an image, such as search.png")
-    if not (args.words or os.path.isdir(args.images)):
-        parser.error(f"--images {args.images}: expected a folder")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     model = FLIP.from_pretrained(args.checkpoint, vocabulary=args.vocabulary, device="auto")
     if args.words:
         return print(*vocabulary(model.require_tokenizer()))
@@ -365,9 +356,9 @@ def main():
     results = search(model, features, args.query, args.without, args.top, args.like)
     baseline = mean_image(model, list(features)) if args.explain else None
     title = args.query or f"like {args.like}"
-    result_sheet(model, title, args.without, results, baseline).save(args.out)
     print(f" score  cosine    match  best of {len(features)} faces")
     print(*results, sep="\n")
+    result_sheet(model, title, args.without, results, baseline).save(args.out)
     print(f"contact sheet: {args.out}")
 
 
