@@ -277,8 +277,8 @@ def heatmap_rows(model: FLIP, images, results, phrases: list[str], baseline):
         heatmaps = attributions.clamp(min=0) / attributions.max().clamp(min=1e-6)
         for i, image in enumerate(images):
             mask = Image.fromarray((220 * heatmaps[i]).byte().numpy()).resize(image.size)
-            grey = image.convert("L").convert("RGB")
-            heatmap = Image.composite(Image.new("RGB", image.size, "red"), grey, mask)
+            heatmap = image.convert("L").convert("RGB")
+            heatmap.paste("red", mask=mask)
             _, tiles = rows[i]
             tiles.append((heatmap, f"{attributions[i].sum():+.1f} {phrase}", False))
     return rows

@@ -17,33 +17,33 @@ def contact_sheet(rows, tile=128, legend="") -> Image.Image:
     font = ImageFont.load_default(max(11, tile // 10))
     line_height = font.size + 4
     width = MARGIN + max(len(tiles) for _, tiles in rows) * (tile + MARGIN)
-    chars_per_line = int((width - 2 * MARGIN) / font.getlength("n"))
-    titles = [textwrap.wrap(title, chars_per_line) for title, _ in rows]
-    legend = textwrap.wrap(legend, chars_per_line)
-    heights = [(len(lines) + 1) * line_height + tile + 2 * MARGIN for lines in titles]
-    bottom_margin = 2 * MARGIN + line_height * len(legend)
-    sheet = Image.new("RGB", (width, sum(heights) + bottom_margin), "white")
-    draw = ImageDraw.Draw(sheet)
 
-    bottom = 0
-    for (_, tiles), lines, height in zip(rows, titles, heights):
-        title = "\n".join(lines)
-        draw.text((MARGIN, bottom + MARGIN), title, fill="black", font=font, spacing=4)
-        bottom += height
+    def strip(text, colour, height):
+        """The wrapped lines of a text, above an area of this height."""
+        lines = textwrap.wrap(text, int((width - 2 * MARGIN) / font.getlength("n")))
+        image = Image.new("RGB", (width, len(lines) * line_height + MARGIN + height), "white")
+        text = "\n".join(lines)
+        ImageDraw.Draw(image).text((MARGIN, 0), text, fill=colour, font=font, spacing=4)
+        return image
+
+    strips = [Image.new("RGB", (width, MARGIN), "white")]
+    for title, tiles in rows:
+        row = strip(title, "black", tile + line_height + MARGIN)
+        draw = ImageDraw.Draw(row)
         x = MARGIN
-        y = bottom - tile - line_height                         # top edge of this row's images
+        y = row.height - tile - line_height - MARGIN                    # top edge of the images
         for image, label, framed in tiles:
             if framed:
                 draw.rectangle((x - 4, y - 4, x + tile + 3, y + tile + 3), fill=GREEN)
-            image = image.convert("RGB")
             image = ImageOps.pad(image, (tile, tile), Image.Resampling.LANCZOS, color="white")
-            sheet.paste(image, (x, y))
+            row.paste(image, (x, y))
             while font.getlength(label) > tile:
                 label = label[:-2] + "…"
             draw.text((x, y + tile + 4), label, fill=GREY, font=font)
             x += tile + MARGIN
-    draw.text((MARGIN, bottom + MARGIN), "\n".join(legend), fill=GREEN, font=font, spacing=4)
-    return sheet
+        strips.append(row)
+    strips.append(strip(legend, GREEN, 0))
+    return Image.fromarray(np.concatenate(strips))
 
 
 def new_figure(width, height, columns=1):

@@ -43,9 +43,7 @@ def check_words(texts: str | list[str], tokenizer):
         texts = [texts]
     for text in texts:
         known, unknown = known_and_unknown_words(text, tokenizer)
-        named = ", ".join(unknown)
         if not known:
-            raise ValueError(f"no word of {text!r} is in the model's vocabulary: "
-                             f"{named or 'no words'}")
+            raise ValueError(f"no word of {text!r} is in the model's vocabulary")
         if unknown:
-            warnings.warn(f"not in the model's vocabulary: {named}")
+            warnings.warn(f"not in the model's vocabulary: {', '.join(unknown)}")
