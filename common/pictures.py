@@ -78,24 +78,23 @@ def plot_curves(log: list[dict], validation, path: Path):
     for name in ("itc", "itm"):
         lines = [line for line in log if line.get(name) is not None]
         left.plot(column(lines, "step"), column(lines, name), label=name.upper())
-    trained = [line for line in log if "phase" in line]
-    within_batch = [line["step"] for line in trained if line["phase"] == 1]
-    if within_batch and validation.ideal_itc:
-        left.plot([0, within_batch[-1]], [validation.ideal_itc] * 2, "--", color="tab:blue",
+    last_step = {line["phase"]: line["step"] for line in log if "phase" in line}
+    if 1 in last_step and validation.ideal_itc:
+        left.plot([0, last_step[1]], [validation.ideal_itc] * 2, "--", color="tab:blue",
                   label="ideal ITC")
-    if within_batch and len(within_batch) < len(trained):   # more keys, soft targets: ITC jumps
-        left.axvline(within_batch[-1], color="grey", linestyle=":", linewidth=0.8)
-        left.annotate("complete FLIP", (within_batch[-1], 0.98), color="grey",
+    if len(last_step) == 2:                     # more keys, soft targets: ITC jumps
+        left.axvline(last_step[1], color="grey", linestyle=":", linewidth=0.8)
+        left.annotate("complete FLIP", (last_step[1], 0.98), color="grey",
                       xycoords=("data", "axes fraction"), va="top", rotation=90)
     left.set(xlabel="step", title="training losses")
     left.legend()
 
     evaluations = [line for line in log if "img_r10" in line]
-    for i, (k, colour) in enumerate({1: "tab:blue", 5: "tab:orange", 10: "tab:green"}.items()):
+    for i, k in enumerate((1, 5, 10)):
         steps = column(evaluations, "step")
-        right.plot(steps, column(evaluations, f"img_r{k}"), "o-", color=colour, label=f"R@{k}")
+        right.plot(steps, column(evaluations, f"img_r{k}"), "o-", label=f"R@{k}")
         for recalls, style in zip(validation.references.values(), (":", "--")):
-            right.axhline(recalls[i], color=colour, linestyle=style, linewidth=0.8)
+            right.axhline(recalls[i], color=f"C{i}", linestyle=style, linewidth=0.8)
     title = "recall, text to image, re-ranked in phase 2"
     if validation.references:
         title += "\n(dotted: attribute match, dashed: Bayes optimum)"
@@ -119,16 +118,16 @@ def plot_accuracies(attributes: list[str], accuracy, majority, title: str, path:
     figure.savefig(path, dpi=110)
 
 
-def plot_sketch(faces, sketch: int, similarity, ranks, path: Path, shown=6, top=5):
-    """Save a sketch at several stages, each beside its top-ranked photos; its own photo is framed.
+def plot_sketch(faces, sketch: int, similarity, ranks, path: Path):
+    """Save a sketch at six stages, each beside its top-ranked photos; its own photo is framed.
 
     faces: the photos and their sketches; sketch: an index; similarity (stages, photos) and ranks
     (stages,) of the true photo: those of this sketch."""
     stages = len(similarity)
     rows = []
-    for t in sorted({max(0, stages * n // shown - 1) for n in range(1, shown + 1)}):
+    for t in sorted({max(0, stages * n // 6 - 1) for n in range(1, 7)}):
         tiles = [(faces.sketch(sketch, t), "", False)]
-        for i in similarity[t].argsort(descending=True)[:top].tolist():
+        for i in similarity[t].argsort(descending=True)[:5].tolist():
             tiles.append((faces.picture(i), f"{similarity[t, i]:.2f}", i == sketch))
         title = f"stage {t + 1} of {stages}: its own image ranks {ranks[t]} of {len(faces)}"
         rows.append((title, tiles))
