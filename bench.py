@@ -120,8 +120,7 @@ def training_step(config, B):
     size = config.vit.image_size
     images = torch.randn(B, 3, size, size, device=DEVICE)
     identity = torch.arange(B, device=DEVICE)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
 
     def step(dtype):
         model.update_momentum(0.995)
