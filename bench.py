@@ -9,7 +9,6 @@ include launch overhead. Compare times only within a table, which is measured in
 import argparse
 import datetime
 import platform
-import time
 from functools import partial
 
 import torch
@@ -21,7 +20,6 @@ from attention import Sequences, attention, pad, unpad
 from common.script import markdown_table, run_script
 from flip import FLIP, FLIPConfig, StepParams
 from losses import contrastive_loss, contrastive_loss_reference
-from runs import compile_encoders
 from tokenizer import MAX_TOKENS, Captions
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -110,7 +108,7 @@ def bench_contrastive(B=80, Q=61_440, E=256):
 
 
 def training_step(config, B):
-    """A model, a function of the dtype that trains it for a step of B pairs, with both losses and
+    """A function of the dtype that trains a model for a step of B pairs, with both losses and
     AdamW, and the number of tokens of the pairs."""
     torch.manual_seed(0)
     model = FLIP(config).to(DEVICE)
@@ -131,50 +129,32 @@ def training_step(config, B):
         optimizer.step()
         optimizer.zero_grad()
 
-    return model, step, B * (config.vit.num_patches + 1) + len(ids)
+    return step, B * (config.vit.num_patches + 1) + len(ids)
 
 
-def bench_step(config=FLIPConfig(), B=8, matrix=8192 if DEVICE == "cuda" else 2048,
-               compiled=False):
-    """Time a training step; with `compiled`, also with compiled encoders. The counted operations
-    are those of PyTorch's matrix products (not those in Triton's kernels); the peak is the speed of
-    one large product."""
-    model, step, tokens = training_step(config, B)
-    dtypes = (torch.float32, torch.bfloat16)
-    peaks = {}
-    operations = {}
-    for dtype in dtypes:
+def bench_step(config=FLIPConfig(), B=8, matrix=8192 if DEVICE == "cuda" else 2048):
+    """Time a training step. The counted operations are those of PyTorch's matrix products (not
+    those in Triton's kernels); the peak is the speed of one large product."""
+    step, tokens = training_step(config, B)
+    rows = []
+    for dtype in (torch.float32, torch.bfloat16):
         square = torch.randn(matrix, matrix, device=DEVICE, dtype=dtype)
-        peaks[dtype] = 2 * matrix ** 3 / seconds(partial(torch.matmul, square, square))
+        peak = 2 * matrix ** 3 / seconds(partial(torch.matmul, square, square))
         with FlopCounterMode(display=False) as counter:
             step(dtype)
-        operations[dtype] = counter.get_total_flops()
-
-    rows = []
-    for version in ("", ", compiled") if compiled else ("",):
-        if version:
-            compile_encoders(model)
-        for dtype in dtypes:
-            begin = time.time()
-            step(dtype)
-            first = time.time() - begin
-            median = seconds(partial(step, dtype))
-            speed = operations[dtype] / median
-            percent = 100 * speed / peaks[dtype]
-            rows.append([f"{dtype}{version}", f"{first:.1f}", f"{median:.2f}",
-                         f"{speed / 1e9:.0f}", f"{percent:.0f}"])
+        median = seconds(partial(step, dtype))
+        speed = counter.get_total_flops() / median
+        percent = 100 * speed / peak
+        rows.append([dtype, f"{median:.2f}", f"{speed / 1e9:.0f}", f"{percent:.0f}"])
     print(f"## A training step: {B} images, {B} captions, {tokens} tokens\n")
-    print(markdown_table(["", "first step, s", "median, s", "GFLOP/s", "% of peak"], rows))
+    print(markdown_table(["", "median, s", "GFLOP/s", "% of peak"], rows))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("which", nargs="?", choices=["attention", "contrastive", "step"])
-    parser.add_argument("--compile", action="store_true",
-                        help="step: also with compiled encoders (minutes more)")
-    args = parser.parse_args()
-    which = args.which
+    which = parser.parse_args().which
     device = f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
     if DEVICE == "cuda":
         device = torch.cuda.get_device_name()
@@ -184,7 +164,7 @@ def main():
     if which in (None, "contrastive"):
         bench_contrastive()
     if which == "step":
-        bench_step(compiled=args.compile)
+        bench_step()
 
 
 if __name__ == "__main__":

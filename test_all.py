@@ -3923,15 +3923,14 @@ def test_bench_prints_its_tables(monkeypatch, printed):
     monkeypatch.setattr(torch, "compile", lambda function: function)
     bench.bench_attention(images=2)
     bench.bench_contrastive(B=4, Q=50, E=16)
-    monkeypatch.setattr(bench, "compile_encoders", lambda model: None)
-    bench.bench_step(replace(GOLDEN_CONFIG, queue_size=40), B=4, matrix=32, compiled=True)
+    bench.bench_step(replace(GOLDEN_CONFIG, queue_size=40), B=4, matrix=32)
     output = printed()
     assert output.count("| ours | 1.00 | 1.00 |") == 4
     assert output.count("padded | 1.00 | 1.00 |") == 3
     [tokens] = re.findall(r", (\d+) tokens", output)
     assert 4 * (17 + 10) <= int(tokens) <= 4 * (17 + 65)    # 17 of an image, 10 to 65 of a caption
-    rows = re.findall(r"float32(, compiled)? \| [\d.]+ \| 0.00 \| (\d+) \| (\d+) \|", output)
-    assert [name for name, *_ in rows] == ["", ", compiled"]
+    rows = re.findall(r"(float32|bfloat16) \| 0.00 \| (\d+) \| (\d+) \|", output)
+    assert [name for name, *_ in rows] == ["float32", "bfloat16"]
     for _, rate, share in rows:
         assert int(share) == pytest.approx(100 * int(rate) * 1e6 / (2 * 32 ** 3), rel=0.05)
 
