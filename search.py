@@ -49,19 +49,6 @@ def path_of(image: str) -> str:
     return image.rpartition(" ")[0]
 
 
-def read_features(path: Path) -> dict[str, torch.Tensor]:
-    """{image: feature (E,)} in a file that `encode_folder` wrote; {} if it does not exist or is
-    damaged."""
-    try:
-        saved = read_file(path)
-        return dict(zip(saved["images"].split("\0"), saved["features"], strict=True))
-    except FileNotFoundError:
-        return {}
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError):    # or has other contents
-        warnings.warn(f"{path} is damaged: encoding all images again")
-        return {}
-
-
 @torch.no_grad()
 def encode_images(model: FLIP, images: list[str]) -> dict[str, torch.Tensor]:
     """{image: feature (E,)} of the images that can be read. The others are named in a warning."""
@@ -100,7 +87,10 @@ def encode_folder(model: FLIP, folder: str | Path, cache: str | Path) -> dict[st
     images = sorted(find_images(root))
     key = hashlib.sha256(f"{model.image_encoder_hash()} {root}".encode()).hexdigest()
     path = Path(cache) / f"features-{key[:16]}.pt"
-    cached = read_features(path)
+    cached = {}
+    if path.exists():
+        saved = read_file(path)
+        cached = dict(zip(saved["images"].split("\0"), saved["features"]))
     known = cached | encode_images(model, [image for image in images if image not in cached])
     features = {image: known[image] for image in images if image in known}
     if not features:
