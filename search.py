@@ -212,7 +212,7 @@ def attribute_patches(model: FLIP, images: list, phrase: str, baseline, steps=8)
     the matching head is certain.) The baseline should be a typical face, such as `mean_image`:
     with a plain colour, fewer maps peak at the phrase's part of the face."""
     captions = model.tokenizer([phrase, ""]).to(model.device)
-    text_features = model.student.text_features(captions).detach()              # (2, E)
+    text_features = model.encode_text(captions)                                 # (2, E)
     sizes = model.config.vit
     baseline = baseline.to(model.device, model.dtype)
     attributions = []

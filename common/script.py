@@ -41,8 +41,8 @@ def run_script(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:
         notes = getattr(error, "__notes__", [])
-        lines = str(error).strip().splitlines() or [""]
-        message = "; ".join([lines[-1], *notes])
+        last_line = str(error).strip().rpartition("\n")[2]
+        message = "; ".join([last_line, *notes])
         if not isinstance(error, (ValueError, OSError)):
             if not any(note.startswith("in ") for note in notes):
                 raise
