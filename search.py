@@ -23,7 +23,7 @@ from common.distributed import autocast, stop_signals
 from common.images import IMAGE_SUFFIXES, iterate_images, load_image, pixel_batches
 from common.pictures import contact_sheet
 from common.script import run_script
-from common.words import check_words, known_and_unknown_words, vocabulary
+from common.words import check_words, known_and_unknown_words
 from flip import FLIP
 from pretrained import read_file, write_checkpoint
 
@@ -335,7 +335,8 @@ def main():
         parser.error("--like takes neither a sentence nor --explain nor --serve")
     model = FLIP.from_pretrained(args.checkpoint, vocabulary=args.vocabulary, device="auto")
     if args.words:
-        return print(*vocabulary(model.require_tokenizer()))
+        pieces = model.require_tokenizer().wordpiece.get_vocab()
+        return print(*sorted(piece for piece in pieces if piece.isalpha() and len(piece) > 1))
     features = encode_folder(model, args.images, args.out.parent)
     if args.serve:
         root = os.path.join(os.path.realpath(args.images), "")

@@ -30,12 +30,6 @@ def known_and_unknown_words(text: str, tokenizer) -> tuple[list[str], list[str]]
     return known, unknown
 
 
-def vocabulary(tokenizer) -> list[str]:
-    """The words of two or more letters in the vocabulary, sorted."""
-    pieces = tokenizer.wordpiece.get_vocab()
-    return sorted(piece for piece in pieces if piece.isalpha() and len(piece) > 1)
-
-
 def check_words(texts: str | list[str], tokenizer):
     """Warn about words that are not in the vocabulary. Raises ValueError if a text has no known
     words."""
