@@ -6,7 +6,6 @@ import math
 import textwrap
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
 
 from bert import BertConfig
 from common.script import flag, parse_flags
@@ -31,14 +30,16 @@ class SharedFlags:
     """Flags of both train.py and finetune.py."""
     data: str = flag("", "folder or JSON list of faces; default: drawn faces, cached in --cache")
     cache: str = flag("cache", "folder for drawn faces and for the index of --data")
-    columns: tuple[Literal[*COLUMNS], ...] = flag(("caption", "face_caption"),
-        "caption columns of FaceCaption-15M; caption and face_caption are two names of one column")
+    columns: tuple[str, ...] = flag(("caption", "face_caption"),
+        "caption columns of FaceCaption-15M; caption and face_caption are two names of one column",
+        type=str, nargs="+", choices=COLUMNS)
     vocabulary: str = flag("",
         "for a checkpoint without one (the official one): file, folder or hub name")
     device: str = flag("auto",
         "cpu, cuda, mps (Apple; untried), or auto: CUDA if available, else the CPU")
-    precision: Literal["auto", "float32", "bf16"] = flag("auto",
-        "auto: bf16 on GPUs from A100 on, on CPUs with AVX512-BF16 or AMX; else float32")
+    precision: str = flag("auto",
+        "auto: bf16 on GPUs from A100 on, on CPUs with AVX512-BF16 or AMX; else float32",
+        choices=("auto", "float32", "bf16"))
     k_test: int = flag(256, "candidates per query to re-rank with the ITM head")
 
     def __post_init__(self):
@@ -60,9 +61,9 @@ class SharedFlags:
 class Config(SharedFlags):
     """The defaults are the paper's, as far as it has a value. For the tiny model, `RECIPES`
     replaces some, but not warm-up, weight decay, momentum and alpha."""
-    model: Literal[*MODELS] = flag("tiny",
+    model: str = flag("tiny",
         "tiny (for drawn faces, trains on two CPU cores) or base (the paper's ViT-B/16 and "
-        "BERT-base)")
+        "BERT-base)", choices=tuple(MODELS))
     out: str = flag("out", "folder for checkpoint, log and plots")
     faces: int = flag(40_000, "number of faces to draw for training")
     validation: int = flag(1000, "maximum number of validation faces")
@@ -204,14 +205,16 @@ class TaskConfig(SharedFlags):
     validation: int = flag(1000, "number of validation faces to draw; with --data the maximum")
     test: int = flag(5000, "number of test faces to draw; with --data the maximum (0: all)")
     fractions: tuple[float, ...] = flag((1.0,),
-        "parts of the training split to train on, each from the same initial weights")
+        "parts of the training split to train on, each from the same initial weights",
+        type=float, nargs="+")
     seed: int = flag(0, "seed of random encoders, new weights, data and negatives")
     epochs: int = flag(50, "epochs; a smaller fraction has the same number of steps")
     batch_size: int = flag(64, "samples per step")
     lr: float = flag(3e-5, "peak learning rate, after 10 % of the steps; cosine decay")
     workers: int = flag(8, "data loading processes of retrieval")
     predict: tuple[str, ...] = flag((),
-        "images: instead of training, print their attributes, predicted by the head in --out")
+        "images: instead of training, print their attributes, predicted by the head in --out",
+        type=str, nargs="+")
 
     # these fields are not flags; recipes set them
     # train the matching head in every n-th step

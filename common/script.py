@@ -5,7 +5,6 @@ import ctypes
 import os
 import sys
 import traceback
-import typing
 import warnings
 from dataclasses import field, fields
 from pathlib import Path
@@ -81,9 +80,10 @@ def markdown_table(header, rows):
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
-def flag(default, text: str):
-    """A dataclass field that is also a command-line flag: its default value and help text."""
-    return field(default=default, metadata={"help": text})
+def flag(default, text: str, **options):
+    """A dataclass field that is also a command-line flag: its default value and help text, and
+    options of `add_argument`; without a type among them, the flag has that of the field."""
+    return field(default=default, metadata={"help": text, **options})
 
 
 def parse_flags(parser: argparse.ArgumentParser, config, argv):
@@ -94,19 +94,11 @@ def parse_flags(parser: argparse.ArgumentParser, config, argv):
         text = each.metadata["help"]
         if each.default not in ("", ()):
             text += f" ({each.default})"
-        options = {"default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
-        kind = each.type
-        if typing.get_origin(kind) is tuple:
-            options["nargs"] = "+"
-            kind = typing.get_args(kind)[0]
-        if typing.get_origin(kind) is typing.Literal:
-            options["choices"] = typing.get_args(kind)
-            kind = str
-        if kind is bool:
+        options = {"type": each.type, **each.metadata, "help": text.replace("%", "%%")}
+        if each.type is bool:
+            del options["type"]
             options["action"] = argparse.BooleanOptionalAction
-        else:
-            options["type"] = kind
-        parser.add_argument(f"--{each.name}", **options)
+        parser.add_argument(f"--{each.name}", default=argparse.SUPPRESS, **options)
     given = vars(parser.parse_args(argv))
     for name, value in given.items():
         if isinstance(value, list):
