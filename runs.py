@@ -1,7 +1,8 @@
 """A training run: initial weights, plan, state, saving, resuming and log. train.py has the loop.
 
 A run starts from random weights, or those of CLIP and BERT (`new_model`), from the weights of
-another FLIP (`model_of_init`), or from its own checkpoint (`restore`).
+another FLIP (`model_of_init`), or from its own checkpoint (`starting_model` loads the model, and
+`restore` the rest).
 
 A checkpoint contains what `FLIP.checkpoint` returns (weights, momentum encoder, queues, vocabulary)
 and, under "training", the states of the optimisers, the step, the configuration, the log, and the

@@ -82,7 +82,8 @@ def encode_images(model: FLIP, images: list[str]) -> dict[str, torch.Tensor]:
 def encode_folder(model: FLIP, folder: str | Path, cache: str | Path) -> dict[str, torch.Tensor]:
     """{path: feature (E,)} of every image in `folder` and its subfolders. The folder `cache` keeps
     the features, in a file for each folder and model, so that only new or changed images are
-    encoded. Unreadable images are named in a warning. Raises ValueError if no image can be read."""
+    encoded. Unreadable images are named in a warning. Raises ValueError if no image can be read, or
+    if that file is damaged; it can be deleted."""
     root = os.path.join(os.path.realpath(folder), "")
     images = sorted(find_images(root))
     key = hashlib.sha256(f"{model.image_encoder_hash()} {root}".encode()).hexdigest()
@@ -159,14 +160,16 @@ def search(model: FLIP, features: dict, query="", without=(), top=8,
     weights = torch.full((1 + len(without),), -1 / (1 + len(without)))
     weights[0] = 1
 
-    texts = [query, *without] if image is None else without
+    texts = list(without)
+    if image is None:
+        texts = [query, *without]
     check_words(texts, model.require_tokenizer())
     captions = model.tokenizer([*texts, ""])
     paths = list(features)
     image_features = torch.stack([*features.values()])                      # (I, E)
     cosines = image_features @ model.encode_text(captions).cpu().T          # (I, texts + 1)
     scores = beyond_silence(cosines)                                        # (I, texts)
-    if image is None:
+    if image is None:               # a sentence: re-rank the best
         best = (scores @ weights).topk(min(max(32, top), len(paths))).indices       # (k,)
         paths = [paths[i] for i in best]
         with fast_autocast(model):
@@ -175,7 +178,7 @@ def search(model: FLIP, features: dict, query="", without=(), top=8,
         scores = beyond_silence(model.rerank_score(logits, cosines[best]))
         likeness = cosines[best, 0]
         probabilities = logits[:, 0].softmax(-1)[:, 1].tolist()
-    else:
+    else:                           # an image: its cosines take the place of the sentence's score
         likeness = (image_features @ model.encode_image(image).cpu().T)[:, 0]       # (I,)
         scores = torch.column_stack([likeness, scores])
         probabilities = [None] * len(paths)

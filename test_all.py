@@ -3055,6 +3055,10 @@ def test_log_has_the_mean_itm_of_the_steps_that_trained_it(quick):
     assert losses["itc"] == 4
     assert losses["itm"] == 2
 
+    run.unlogged_losses = [torch.tensor([3.0, 0.0])]
+    run.steps_done = 1
+    assert train.mean_losses(run)["itm"] is None
+
 
 @pytest.fixture
 def init_flags(uninterrupted, model, monkeypatch):
