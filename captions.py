@@ -9,20 +9,12 @@ from collections import defaultdict
 
 import numpy as np
 
-ATTRIBUTES = tuple("""
-5_o_Clock_Shadow Arched_Eyebrows Attractive Bags_Under_Eyes Bald Bangs Big_Lips Big_Nose
-Black_Hair Blond_Hair Blurry Brown_Hair Bushy_Eyebrows Chubby Double_Chin Eyeglasses Goatee
-Gray_Hair Heavy_Makeup High_Cheekbones Male Mouth_Slightly_Open Mustache Narrow_Eyes No_Beard
-Oval_Face Pale_Skin Pointy_Nose Receding_Hairline Rosy_Cheeks Sideburns Smiling Straight_Hair
-Wavy_Hair Wearing_Earrings Wearing_Hat Wearing_Lipstick Wearing_Necklace Wearing_Necktie Young
-""".split())
-
-
 # ---- the grammar ---------------------------------------------------------------------------------
-# A fact is an attribute that is true, or one of three that are false ("not Male" and so on). Its
-# row contains the probability of stating it, and its phrases. Each phrase begins with its kind: the
-# verb `is`, `has` or `wears`, `noun` for the person, `photo`, or the part of the face that the
-# adjective describes. {his} becomes his, her or their.
+# A fact is an attribute that is true (the first 40 rows, in CelebA's order), or one of three that
+# are false ("not Male" and so on). So every face has at least three facts. A row contains the
+# probability of stating the fact, and its phrases. Each phrase begins with its kind: the verb `is`,
+# `has` or `wears`, `noun` for the person, `photo`, or the part of the face that the adjective
+# describes. {his} becomes his, her or their.
 GRAMMAR = {
     "5_o_Clock_Shadow": (.70, "has a 5 o'clock shadow | has stubble | is unshaven"),
     "Arched_Eyebrows": (.55, "eyebrows arched | eyebrows curved"),
@@ -68,27 +60,17 @@ GRAMMAR = {
     "not Young": (.60, "is old | is older | is elderly | has an old face"),
     "not No_Beard": (.60, "has a beard | has a full beard | is bearded"),
 }
-FACTS = ATTRIBUTES + ("not Male", "not Young", "not No_Beard")
+FACTS = tuple(GRAMMAR)
+ATTRIBUTES = FACTS[:40]
+NEGATABLE = [FACTS.index(name) for name in ("Male", "Young", "No_Beard")]
 PROBABILITIES = np.array([GRAMMAR[fact][0] for fact in FACTS])      # (43,), of being stated
-
-
-def split_row(phrases: str) -> list:
-    """The phrases of a row of GRAMMAR as [kind, words]."""
-    return [phrase.split(" ", 1) for phrase in phrases.split(" | ")]
-
-
-PHRASES = [split_row(GRAMMAR[fact][1]) for fact in FACTS]
-MAN_FACT = FACTS.index("Male")
-WOMAN_FACT = FACTS.index("not Male")
-YOUNG_FACT = FACTS.index("Young")
-NEGATABLE = [ATTRIBUTES.index(fact.removeprefix("not ")) for fact in FACTS[len(ATTRIBUTES):]]
-MIN_FACTS = 3               # minimum number of facts per caption, if the face has that many
+MIN_FACTS = 3               # minimum number of facts per caption
 SHORTEST, LONGEST = 10, 75  # words per caption; the tokenizer truncates the longest captions
-FACE_PARTS = {  # part of the face: (whether it takes the article "a", its verb)
-    "cheekbones": (False, "are"), "cheeks": (False, "are"), "eyebrows": (False, "are"),
-    "eyes": (False, "are"), "face": (True, "is"), "hair": (False, "is"), "hairline": (True, "is"),
-    "lips": (False, "are"), "mouth": (True, "is"), "nose": (True, "is"), "skin": (False, "is"),
+FACE_PARTS = {  # part of the face: its verb
+    "cheekbones": "are", "cheeks": "are", "eyebrows": "are", "eyes": "are", "face": "is",
+    "hair": "is", "hairline": "is", "lips": "are", "mouth": "is", "nose": "is", "skin": "is",
 }
+PARTS_WITH_ARTICLE = ("face", "hairline", "mouth", "nose")
 NEUTRAL_NOUNS = ("person", "person", "individual")  # if the sex is not stated
 YOUNG_NOUNS = {"he": "boy", "she": "girl"}          # may be used if Young and the sex are stated
 SINGULAR = {"is": "is", "has": "has", "wears": "wears"}
@@ -117,30 +99,26 @@ def facts_of(attributes: np.ndarray) -> np.ndarray:
 
 
 def sample_caption(attributes: np.ndarray, rng: np.random.Generator) -> tuple[str, np.ndarray]:
-    """Sample a caption of a face with attributes bool (40,); return (text, stated int8 (40,)).
-
-    `stated` is 1 if the text states that the attribute is true, -1 if it states that the attribute
-    is false (NEGATABLE only) and 0 if it does not mention it. Facts are sampled independently with
-    PROBABILITIES, and resampled until at least MIN_FACTS (or all, if fewer) are stated; optimum.py
-    assumes exactly this."""
+    """Sample a caption of a face with attributes bool (40,); return the text and which FACTS it
+    states, bool (43,). Facts are sampled independently with PROBABILITIES, and resampled until at
+    least MIN_FACTS are stated; optimum.py assumes exactly this."""
     facts = np.flatnonzero(facts_of(attributes))
-    chosen = facts[:0]
-    while len(chosen) < min(MIN_FACTS, len(facts)):
+    chosen = []
+    while len(chosen) < MIN_FACTS:
         chosen = facts[rng.random(len(facts)) < PROBABILITIES[facts]]
-    by_fact = np.zeros(len(FACTS), dtype=np.int8)
-    by_fact[chosen] = 1
-    stated = by_fact[:len(ATTRIBUTES)]
-    stated[NEGATABLE] -= by_fact[len(ATTRIBUTES):]
-    text = verbalize(chosen.tolist(), random.Random(int(rng.integers(2**62))))
+    stated = np.zeros(len(FACTS), dtype=bool)
+    stated[chosen] = True
+    names = [FACTS[fact] for fact in chosen]
+    text = verbalize(names, random.Random(int(rng.integers(2**62))))
     return text, stated
 
 
-def verbalize(facts: list[int], rng: random.Random) -> str:
-    """A text of SHORTEST to LONGEST words that states exactly these facts (indices into FACTS).
-    Longer texts are generated again, not truncated."""
+def verbalize(facts: list[str], rng: random.Random) -> str:
+    """A text of SHORTEST to LONGEST words that states exactly these FACTS. Longer texts are
+    generated again, not truncated."""
     for _ in range(20):         # enough for every realistic face
         sentences = compose_sentences(facts, rng)
-        while sum(text.count(" ") + 1 for text in sentences) < SHORTEST:
+        while len(" ".join(sentences).split()) < SHORTEST:
             sentences.append(rng.choice([text for text in NEUTRAL if text not in sentences]))
         text = " ".join(sentences)
         if text.count(" ") < LONGEST:
@@ -154,14 +132,14 @@ def compose_sentences(facts, rng):
     # captions
     verbosity = rng.random()**1.5 * min(1, 10 / len(facts))
     phrases = choose_phrases(facts, verbosity, rng)
-    if MAN_FACT in facts:
+    if "Male" in facts:
         he, his = "he", "his"
-    elif WOMAN_FACT in facts:
+    elif "not Male" in facts:
         he, his = "she", "her"
     else:
         he, his = "they", "their"
     noun = rng.choice(phrases["noun"] or NEUTRAL_NOUNS)
-    if YOUNG_FACT in facts and rng.random() < 0.3:
+    if "Young" in facts and rng.random() < 0.3:
         noun = YOUNG_NOUNS.get(he, noun)
 
     sentences = []
@@ -188,16 +166,18 @@ def choose_phrases(facts, verbosity, rng):
     phrases = defaultdict(list)
     adjectives = defaultdict(list)          # {part of the face: [adjective]}
     for fact in rng.sample(facts, len(facts)):
-        kind, words = rng.choice(PHRASES[fact])
+        _, choices = GRAMMAR[fact]
+        kind, words = rng.choice(choices.split(" | ")).split(" ", 1)
         group = adjectives if kind in FACE_PARTS else phrases
         group[kind].append(words)
     for part, words in adjectives.items():
-        article, verb = FACE_PARTS[part]
         if rng.random() < 0.15 + 0.5 * verbosity:
-            phrases["part"].append(f"{{his}} {part} {verb} {' and '.join(words)}")
+            phrases["part"].append(f"{{his}} {part} {FACE_PARTS[part]} {' and '.join(words)}")
         else:
             phrase = f"{', '.join(words)} {part}"
-            phrases["has"].append(with_article(phrase) if article else phrase)
+            if part in PARTS_WITH_ARTICLE:
+                phrase = with_article(phrase)
+            phrases["has"].append(phrase)
     rng.shuffle(phrases["has"])
     return phrases
 
@@ -268,8 +248,3 @@ def join_phrases(phrases, rng):
 
 def with_article(words):
     return ("an " if words[0] in "aeiou" else "a ") + words
-
-
-def stated_facts(stated: np.ndarray) -> np.ndarray:
-    """Which FACTS each caption states, bool (T, 43), given stated int8 (T, 40)."""
-    return np.concatenate([stated > 0, stated[..., NEGATABLE] < 0], axis=-1)

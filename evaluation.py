@@ -76,7 +76,6 @@ class EvaluationSet(NamedTuple):
                 counts.append(len(captions))
             return EvaluationSet(faces, texts, images.repeat_interleave(torch.tensor(counts)))
 
-        # stated (I, 40): 1 or -1 if the text says that the attribute is present or absent, else 0
         stated = []
         for i, attributes in enumerate(faces.attributes):
             rng = random_stream(f"captions to evaluate on, {faces.name}", i)

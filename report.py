@@ -115,7 +115,7 @@ def report_counterfactuals(model: FLIP, path, count=50):
     tiles = []
     for attribute, name in enumerate(tqdm(ATTRIBUTES, "comparing", leave=False)):
         pairs = counterfactual_pairs(attribute, count, model.config.vit.image_size)
-        sentence = verbalize([attribute], random.Random(derive_seed("sentence", attribute)))
+        sentence = verbalize([name], random.Random(derive_seed("sentence", attribute)))
         logits, cosines = model.match_logits([*itertools.chain(*pairs)], [sentence])
         percent[name] = []
         for scores in (cosines, model.rerank_score(logits, cosines)):
