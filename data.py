@@ -26,7 +26,7 @@ from tqdm import tqdm
 import toyfaces
 from captions import sample_caption
 from common.distributed import iterate_with_workers, start_worker
-from common.images import load_image, normalize_batch, resize_to_array
+from common.images import load_image, normalize_batch
 from common.seeds import random_stream
 from readers.index import TarImage, check_invalid, open_split, require_few
 from readers.layouts import LAYOUTS
@@ -233,8 +233,7 @@ class FaceDataset(torch.utils.data.Dataset):
         if self.augmented:
             image = augment(image, rng)
         text = self.faces.caption(index, rng)
-        pixels = resize_to_array(image, self.image_size)    # already this size: only converts
-        return pixels, text, self.faces.identity[index], damaged
+        return np.asarray(image), text, self.faces.identity[index], damaged
 
     def collate(self, samples):
         """Samples, as `__getitem__` returns them -> `Batch`."""

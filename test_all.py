@@ -66,7 +66,7 @@ from attention import Attention, Dropout, Sequences, attention
 from bert import Bert, BertConfig, BertLayer
 from captions import ATTRIBUTES, FACTS, GRAMMAR, MIN_FACTS, PROBABILITIES, sample_caption
 from common import distributed
-from common.images import load_image, normalize_batch, resize_to_array
+from common.images import load_image, normalize_batch
 from common.pictures import plot_retrieval
 from common.script import markdown_table, naming, run_script
 from common.seeds import derive_seed, random_stream
@@ -604,7 +604,7 @@ def test_images_are_loaded_upright_but_boxes_are_of_the_stored_image():
 
 def test_pixels_are_normalised_by_clips_published_mean_and_deviation_in_rgb_order():
     image = plain((255, 51, 0), (4, 4))
-    pixels = normalize_batch([resize_to_array(image, 4)])           # (1, 3, 4, 4)
+    pixels = normalize_batch([image])                               # (1, 3, 4, 4)
     mean = torch.tensor([0.48145466, 0.4578275, 0.40821073])
     deviation = torch.tensor([0.26862954, 0.26130258, 0.27577711])
     close(pixels[0, :, 0, 0], (torch.tensor([1.0, 0.2, 0.0]) - mean) / deviation, 1e-6)

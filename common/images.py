@@ -15,17 +15,10 @@ SCALE = 1 / (255 * STD)
 OFFSET = MEAN / STD         # (x / 255 - MEAN) / STD = x * SCALE - OFFSET
 
 
-def resize_to_array(image: Image.Image, size):
-    """A PIL RGB image -> uint8 (S, S, 3), resized to a square without cropping (FLIP paper, section
-    4.2)."""
-    if image.size != (size, size):                          # else PIL would copy the image
-        image = image.resize((size, size), Image.Resampling.BICUBIC)
-    return np.asarray(image)
-
-
-def normalize_batch(arrays) -> torch.Tensor:
-    """B arrays uint8 (S, S, 3) -> float32 (B, 3, S, S), normalised with CLIP's statistics."""
-    pixels = torch.from_numpy(np.stack(arrays)).float()
+def normalize_batch(images) -> torch.Tensor:
+    """B RGB images, arrays uint8 (S, S, 3) or PIL images -> float32 (B, 3, S, S), normalised with
+    CLIP's statistics."""
+    pixels = torch.from_numpy(np.stack(images)).float()
     return pixels.mul_(SCALE).sub_(OFFSET).permute(0, 3, 1, 2)
 
 
@@ -46,7 +39,7 @@ def pixel_batches(images, size: int, batch_size: int = 128):
         return
     for start in range(0, len(images), batch_size):
         batch = [load_image(image, size=size) for image in images[start:start + batch_size]]
-        yield normalize_batch([resize_to_array(image, size) for image in batch])
+        yield normalize_batch(batch)
 
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".avif", ".heic")
@@ -79,9 +72,10 @@ def load_image(file, name=None, box=None, size=None) -> Image.Image:
     orientation, or the box (x1, y1, x2, y2) in stored pixels. Raises ValueError if it is not an
     image or is damaged.
 
-    If a size is given, the image is resized to size x size pixels; pixels just outside the box
-    blend into the outermost ones. A JPEG at least twice as large is decoded at 1/2, 1/4 or 1/8 of
-    its scale in the DCT domain, which is several times as fast."""
+    If a size is given, the image is resized to size x size pixels, without cropping (FLIP paper,
+    section 4.2); pixels just outside the box blend into the outermost ones. A JPEG at least twice
+    as large is decoded at 1/2, 1/4 or 1/8 of its scale in the DCT domain, which is several times as
+    fast."""
     with open_image(file, name or file) as image:
         full_width = image.width
         if size:
@@ -96,9 +90,8 @@ def load_image(file, name=None, box=None, size=None) -> Image.Image:
     if image.has_transparency_data:                 # shown on white, not with its hidden colours
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    if image.mode != "RGB":
-        image = image.convert("RGB")
-    if box and size:
+    image = image.convert("RGB")
+    if box:
         box = [min(edge / scale, limit) for edge, limit in zip(box, image.size * 2)]
     if size:
         return image.resize((size, size), Image.Resampling.BICUBIC, box or None)
@@ -111,14 +104,14 @@ def iterate_images(read, count, size, title, batch_size=128, show=True):
     """Yield (indices, pixels (B, 3, S, S)) of the images read(0, size), ..., read(count - 1, size),
     in batches. Threads on all cores load the next batch while the caller uses this one."""
     def load_one(i):
-        return resize_to_array(read(i, size), size)
+        return load_image(read(i, size), size=size)
 
-    batches = [range(count)[start:start + batch_size] for start in range(0, count, batch_size)]
+    indices = range(count)
     hide = None if show else True           # None: only shown on a terminal
     with ThreadPool() as pool:
-        loading = pool.map_async(load_one, range(count)[:batch_size])
-        for indices in tqdm(batches, title, leave=False, disable=hide):
-            arrays = loading.get()
-            next_indices = range(count)[indices.stop:indices.stop + batch_size]     # may be empty
-            loading = pool.map_async(load_one, next_indices)
-            yield indices, normalize_batch(arrays)
+        loading = pool.map_async(load_one, indices[:batch_size])
+        for start in tqdm(indices[::batch_size], title, leave=False, disable=hide):
+            images = loading.get()
+            end = start + batch_size
+            loading = pool.map_async(load_one, indices[end:end + batch_size])       # may be empty
+            yield indices[start:end], normalize_batch(images)
