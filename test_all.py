@@ -1632,7 +1632,7 @@ def test_sketch_grows_by_equal_amounts_of_ink_and_never_loses_any():
 
 
 def test_neighbouring_points_of_a_stroke_touch_and_a_tilted_head_keeps_its_shape():
-    look, shapes = portrait.build_shapes(set(), default_rng(0))
+    look, shapes = portrait.build_shapes(np.zeros(40, bool), default_rng(0))
     points, lengths = toyfaces.stroke_points(look, shapes)
     between = (lengths[1:] + lengths[:-1]) / 2
     touching = np.isclose(distances(points), between, rtol=0.01)
@@ -1684,7 +1684,7 @@ def test_written_faces_open_as_celeba_with_their_splits_attributes_and_pixels(
 def test_faces_are_drawn_three_times_as_large_and_reduced():
     rng = random_stream("face", 3, 5)
     attributes = toyfaces.sample_attributes(rng)
-    look, shapes = portrait.build_shapes(toyfaces.names_of(attributes), rng)
+    look, shapes = portrait.build_shapes(attributes, rng)
     assert toyfaces.face(5, 3, 48)[0] == portrait.render(look, shapes, 144).reduce(3)
 
 

@@ -14,7 +14,7 @@ Every attribute is visible. Most are drawn literally; these follow a convention:
 - High_Cheekbones: a highlight on the cheekbone with a shadow below.
 - Pointy_Nose: an angular, sharp tip.
 - Pale_Skin: nearly white.
-- No_Beard: if absent, and so are the four BEARDS, a full beard.
+- No_Beard: if absent, and so are stubble, goatee, mustache and sideburns, a full beard.
 - No hair colour: copper, auburn or dyed hair.
 - Straight_Hair, Wavy_Hair: loose hair, to the nape for men; if both are absent, hair is put up
   (women) or cropped (men).
@@ -110,18 +110,13 @@ def sample_attributes(rng: np.random.Generator) -> np.ndarray:
     return np.array([has[name] for name in ATTRIBUTES])
 
 
-def names_of(attributes: np.ndarray) -> set[str]:
-    """The names of the attributes, bool (40,), that are present."""
-    return {name for name, value in zip(ATTRIBUTES, attributes) if value}
-
-
 # ---- faces and sketches --------------------------------------------------------------------------
 def draw(attributes: np.ndarray, rng: np.random.Generator, size=64) -> Image.Image:
     """Render one face, size x size pixels; `rng` determines only what no attribute describes."""
-    look, shapes = build_shapes(names_of(attributes), rng)
+    look, shapes = build_shapes(attributes, rng)
     oversampling = 3 if size < 128 else 2
     image = render(look, shapes, size * oversampling).reduce(oversampling)
-    if attributes[ATTRIBUTES.index("Blurry")]:
+    if look.Blurry:
         image = image.filter(ImageFilter.GaussianBlur(size / 26))
     return image
 
@@ -139,7 +134,7 @@ def sketch(index: int, seed=0, size=64, stages=70) -> np.ndarray:
     size). Every stage adds the same stroke length; the last is the complete sketch."""
     rng = random_stream("face", seed, index)            # the same face as in `face`
     attributes = sample_attributes(rng)
-    look, shapes = build_shapes(names_of(attributes), rng)
+    look, shapes = build_shapes(attributes, rng)
     points, lengths = stroke_points(look, shapes)
     drawn = np.cumsum(lengths)
     stage = np.ceil(drawn / drawn[-1] * stages).astype(int) - 1

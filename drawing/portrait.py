@@ -6,6 +6,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw
 
+from captions import ATTRIBUTES
+
 
 # ---- shapes, curves and rendering ----------------------------------------------------------------
 class Shape(NamedTuple):
@@ -22,9 +24,9 @@ class Shape(NamedTuple):
 BODY = {"neck", "clothes", "tie", "necklace"}  # parts that do not move with the head
 
 
-def build_shapes(has: set[str], rng: np.random.Generator):
-    """Return (look, shapes) of a person with a set of CelebA's 40 attributes: colours and
-    proportions, and the shapes to paint, back to front.
+def build_shapes(attributes: np.ndarray, rng: np.random.Generator):
+    """Return (look, shapes) of a person with CelebA's attributes, bool (40,): `look` contains the
+    attributes, colours and proportions by name; the shapes are to be painted back to front.
 
     The random numbers do not depend on the attributes, so adding or removing an attribute changes
     nothing else in the image."""
@@ -36,12 +38,13 @@ def build_shapes(has: set[str], rng: np.random.Generator):
     def pick(options):
         return options[int(next(numbers) * len(options))]
 
+    has = SimpleNamespace(**dict(zip(ATTRIBUTES, attributes.tolist())))
     colours = choose_colours(has, uniform, pick)
     proportions = choose_proportions(has, uniform, pick)
-    look = SimpleNamespace(**colours, **proportions)
+    look = SimpleNamespace(**vars(has), **colours, **proportions)
     shapes = []
     for part_shapes in PART_FUNCTIONS:
-        shapes += part_shapes(has, look)
+        shapes += part_shapes(look)
     return look, shapes
 
 
@@ -92,7 +95,6 @@ def render(look, shapes: list[Shape], canvas: int) -> Image.Image:
 
 
 # ---- colours, proportions, and one function per part of the portrait -----------------------------
-BEARDS = ("5_o_Clock_Shadow", "Goatee", "Mustache", "Sideburns")
 CIRCLE = [(float(np.cos(angle)), float(np.sin(angle))) for angle in np.arange(8) * np.pi / 4]
 
 
@@ -134,16 +136,16 @@ FRAMES = ((30, 30, 36), (120, 40, 40), (60, 44, 30))
 def choose_colours(has, uniform, pick):
     """All colours of an image. Colours that no attribute determines are random."""
     skin = mix(*pick(tuple(zip(SKINS, SKINS[1:]))), uniform(0, 1))
-    if "Pale_Skin" in has:
+    if has.Pale_Skin:
         skin = mix(skin, (255, 242, 238), 0.84)
-    hair = next((colour for name, colour in HAIRS.items() if name in has), pick(OTHER_HAIRS))
+    hair = next((colour for name, colour in HAIRS.items() if getattr(has, name)), pick(OTHER_HAIRS))
     shade = uniform(-0.12, 0.12)
     hair = mix(hair, WHITE if shade > 0 else BLACK, abs(shade))
     lipstick, cloth, backdrop, second = pick(LIPSTICKS), pick(CLOTHES), pick(BACKDROPS), pick(BACKDROPS)
     return dict(
         skin=skin, skin_dark=mix(skin, (76, 24, 28), 0.28), skin_light=mix(skin, WHITE, 0.42),
         hair=hair, hair_dark=mix(hair, BLACK, 0.36), hair_light=mix(hair, WHITE, 0.22),
-        lips=lipstick if "Wearing_Lipstick" in has else mix(skin, (160, 56, 60), 0.46),
+        lips=lipstick if has.Wearing_Lipstick else mix(skin, (160, 56, 60), 0.46),
         cloth=cloth, cloth_dark=mix(cloth, BLACK, 0.25), line=mix(skin, (40, 10, 14), 0.58),
         iris=pick(IRISES), eye_shadow=pick(EYE_SHADOWS), metal=pick(METALS), frame=pick(FRAMES),
         accent=pick(CLOTHES[:5]), backdrop=[mix(backdrop, second, uniform(0, 0.6)) for _ in range(4)])
@@ -151,19 +153,17 @@ def choose_colours(has, uniform, pick):
 
 def choose_proportions(has, uniform, pick):
     """Positions and sizes: attributes set the ranges, from which `uniform` samples."""
-    male = "Male" in has
-    oval_face = "Oval_Face" in has
-    chubby = "Chubby" in has
-    young = "Young" in has
     return dict(
-        skew=pick((-1, 1)) * uniform(0.05, 0.075) * ("Attractive" not in has),
-        width=uniform(0.73, 0.79) - 0.11 * oval_face + 0.13 * chubby,
-        jaw=uniform(0.58, 0.63) + 0.06 * male - 0.13 * oval_face + 0.18 * chubby + 0.03 * (not young),
-        chin=uniform(0.24, 0.29) + 0.07 * male - 0.06 * oval_face + 0.10 * chubby,
+        skew=pick((-1, 1)) * uniform(0.05, 0.075) * (not has.Attractive),
+        width=uniform(0.73, 0.79) - 0.11 * has.Oval_Face + 0.13 * has.Chubby,
+        jaw=(uniform(0.58, 0.63) + 0.06 * has.Male - 0.13 * has.Oval_Face + 0.18 * has.Chubby
+             + 0.03 * (not has.Young)),
+        chin=uniform(0.24, 0.29) + 0.07 * has.Male - 0.06 * has.Oval_Face + 0.10 * has.Chubby,
         eye_x=uniform(0.32, 0.35), eye_y=uniform(-0.10, -0.04), eye_width=uniform(0.19, 0.215),
-        eye_height=uniform(0.125, 0.145) * (0.36 if "Narrow_Eyes" in has else 1), gaze=uniform(-0.03, 0.03),
+        eye_height=uniform(0.125, 0.145) * (0.36 if has.Narrow_Eyes else 1), gaze=uniform(-0.03, 0.03),
         brow_y=uniform(-0.35, -0.30), nose_y=uniform(0.27, 0.33),
-        mouth_y=uniform(0.60, 0.65), mouth_width=uniform(0.22, 0.26), neck=0.33 + 0.11 * male + 0.10 * chubby,
+        mouth_y=uniform(0.60, 0.65), mouth_width=uniform(0.22, 0.26),
+        neck=0.33 + 0.11 * has.Male + 0.10 * has.Chubby,
         volume=uniform(0.12, 0.22), parting=uniform(-0.2, 0.2), length=uniform(0.95, 1.7),
         hat_height=uniform(0.32, 0.5), brimmed=pick((False, True)), round_glasses=pick((False, True)),
         spots=[(uniform(-0.5, 0.5), uniform(-0.5, 0.75), uniform(0.034, 0.05)) for _ in range(6)],
@@ -179,52 +179,51 @@ def face_outline(look, grow=0.0):
                       (jaw, 0.60), (chin, 0.93 + grow), (0, 1.0 + grow)])
 
 
-def back_hair(has, look):
+def back_hair(look):
     """Hair behind the head, to the nape for men. Women's hair is put up if it is neither straight
     nor wavy."""
     w, top = look.width, -1 - look.volume
-    end = 0.42 if "Male" in has else look.length
-    if "Wavy_Hair" in has:
+    end = 0.42 if look.Male else look.length
+    if look.Wavy_Hair:
         heights = np.linspace(-0.5, end, 8).tolist()
         side = [(w + 0.09 + 0.11 * (i % 2) + 0.06 * (y + 0.5), y) for i, y in enumerate(heights)]
         outline = symmetric([(0, top), (0.6, top + 0.25), *side, (w * 0.6, end + 0.1)])
         yield Shape("hair", outline, look.hair_dark, depth=0)
-    elif "Straight_Hair" in has:
+    elif look.Straight_Hair:
         outline = symmetric([(w * 0.8, -0.6), (w + 0.08, -0.1), (w + 0.15, end)])
         yield Shape("hair", outline, look.hair_dark, smooth=False, depth=0)
-    elif not has & {"Bald", "Wearing_Hat", "Male"}:
+    elif not (look.Bald or look.Wearing_Hat or look.Male):
         yield Shape("hair", oval(look.parting / 2, top - 0.06, 0.34, 0.27), look.hair_dark, depth=0)
 
 
-def bust(has, look):
+def bust(look):
     """Neck, shoulders, collar and necklace; with a necktie, a dark jacket over a white shirt."""
-    tie = "Wearing_Necktie" in has
     w = look.neck
     yield Shape("neck", symmetric([(w, 0.5), (w + 0.04, 1.3), (0, 1.75)]), look.skin, smooth=False)
     shadow = [(x, y + 0.16) for x, y in face_outline(look, -0.1)]
     yield Shape("shade", shadow, look.skin_dark, depth=0.4)
-    shoulder, dip = (1.42, 1.32) if "Male" in has else (1.2, 1.5)
+    shoulder, dip = (1.42, 1.32) if look.Male else (1.2, 1.5)
     outline = symmetric([(0, dip), (w + 0.02, 1.16), (shoulder * 0.8, 1.32),
                          (shoulder, 1.5), (shoulder + 0.15, 2.2)])
-    yield Shape("clothes", outline, (40, 44, 58) if tie else look.cloth, smooth=False)
+    yield Shape("clothes", outline, (40, 44, 58) if look.Wearing_Necktie else look.cloth, smooth=False)
     for side in (-1, 1):
         collar = mirrored(side, (w + 0.03, 1.12), (0.02, dip + 0.06), (0.26, dip + 0.2), (w + 0.16, 1.22))
-        yield Shape("clothes", collar, WHITE if tie else look.cloth_dark, smooth=False)
-    if tie:
+        yield Shape("clothes", collar, WHITE if look.Wearing_Necktie else look.cloth_dark, smooth=False)
+    if look.Wearing_Necktie:
         yield Shape("tie", symmetric([(0.5, 1.2), (0.3, 2.2)]), (244, 244, 246), smooth=False)
         yield Shape("tie", symmetric([(0.13, 1.2), (0.09, 1.36), (0.2, 2.2)]), look.accent, smooth=False)
-    if "Wearing_Necklace" in has:
+    if look.Wearing_Necklace:
         chain = [(-w - 0.03, 1.08), (-0.22, 1.28), (0, 1.35), (0.22, 1.28), (w + 0.03, 1.08)]
         yield Shape("necklace", chain, look.metal, 0.075)
         yield Shape("necklace", oval(0, 1.40, 0.11, 0.12), look.metal)
 
 
-def head(has, look):
+def head(look):
     """Ears, face, shading of the side away from the light, and a double chin."""
     for x in (-look.width, look.width):
         yield Shape("ear", oval(x, 0.02, 0.11, 0.19), mix(look.skin, look.skin_dark, 0.4), depth=0)
         yield Shape("ear", oval(x * 1.04, 0.02, 0.05, 0.10), look.skin_dark, depth=0)
-    if "Double_Chin" in has:
+    if look.Double_Chin:
         below = oval(0, 0.9, look.chin + 0.25, 0.46)
         yield Shape("chin", below, mix(look.skin, look.skin_dark, 0.7), depth=0.6)
         yield Shape("chin", [(-0.4, 1.2), (0, 1.34), (0.4, 1.2)], look.line, 0.08, depth=0.6)
@@ -233,26 +232,26 @@ def head(has, look):
     edge = mirrored(-look.light, *outline[1:8])
     inner = [(x * 0.74, y * 0.96) for x, y in edge[:-1]]
     yield Shape("shade", edge + inner[::-1], (*look.skin_dark, look.shading))
-    if "Double_Chin" in has:
+    if look.Double_Chin:
         yield Shape("chin", [(-0.3, 0.93), (0, 1.0), (0.3, 0.93)], look.line, 0.08)
 
 
-def skin(has, look):
+def skin(look):
     """High cheekbones, rosy cheeks, blemishes, and wrinkles on the forehead and beside mouth and
     eyes."""
     for side in (-1, 1):
-        if "High_Cheekbones" in has:
+        if look.High_Cheekbones:
             hollow = mirrored(side, (0.34, 0.42), (0.5, 0.29), (0.68, 0.1), (0.66, 0.3), (0.55, 0.46))
             bone = mirrored(side, (0.3, 0.22), (0.42, 0.1), (0.6, 0.0), (0.65, 0.08), (0.5, 0.23))
             yield Shape("cheek", hollow, (*look.skin_dark, 180))
             yield Shape("cheek", bone, (*look.skin_light, 150))
-        if "Rosy_Cheeks" in has:
+        if look.Rosy_Cheeks:
             yield Shape("cheek", oval(side * 0.45, 0.26, 0.19, 0.15), (236, 60, 84, 70))
             yield Shape("cheek", oval(side * 0.45, 0.26, 0.13, 0.10), (236, 60, 84, 90))
-    if "Attractive" not in has:
+    if not look.Attractive:
         for x, y, radius in look.spots:
             yield Shape("blemish", oval(x, y, radius, radius), mix(look.skin, (150, 40, 40), 0.5))
-    if "Young" not in has:
+    if not look.Young:
         for y in (-0.58, -0.48):
             yield Shape("wrinkle", [(-0.28, y), (0, y - 0.03), (0.28, y)], look.line, 0.035)
         for side in (-1, 1):
@@ -262,19 +261,20 @@ def skin(has, look):
                 yield Shape("wrinkle", crow_foot, look.line, 0.035)
 
 
-def beard(has, look):
+def beard(look):
     """All facial hair except the moustache, which is painted over the lips (see `mouth`)."""
-    full = not has & {"No_Beard", *BEARDS}
-    if full or "5_o_Clock_Shadow" in has:  # cheeks below `top`, chin and upper lip
+    stubble = getattr(look, "5_o_Clock_Shadow")     # the name is not an identifier
+    full = not (look.No_Beard or stubble or look.Goatee or look.Mustache or look.Sideburns)
+    if full or stubble:  # cheeks below `top`, chin and upper lip
         top, reach, colour = (0.05, 1.04, look.hair_dark) if full else (0.28, 0.97, (48, 50, 64, 90))
         edge = [(look.width * 0.95 * reach, top), (look.jaw * reach, 0.60), (look.chin * reach, 0.93 * reach)]
         inner = [(look.width * 0.82, top + 0.02), (look.jaw * 0.72, 0.45), (0.1, 0.45)]
         outline = [*symmetric([*edge, (0, reach)]), *mirrored(-1, *inner), *inner[::-1]]
         yield Shape("beard", outline, colour)
-    if "Goatee" in has:
+    if look.Goatee:
         outline = symmetric([(0.10, 0.76), (0.22, 0.72), (0.24, 0.92), (0.12, 1.08), (0, 1.14)])
         yield Shape("beard", outline, look.hair_dark)
-    if "Sideburns" in has:
+    if look.Sideburns:
         w = look.width
         for side in (-1, 1):
             outline = mirrored(side, (w + 0.02, -0.3), (w + 0.02, 0.25), (look.jaw + 0.02, 0.56),
@@ -282,11 +282,10 @@ def beard(has, look):
             yield Shape("beard", outline, look.hair_dark)
 
 
-def nose(has, look):
-    big = "Big_Nose" in has
+def nose(look):
     light = look.light
-    x, y, w = look.skew, look.nose_y + 0.06 * big, 0.26 if big else 0.13
-    if "Pointy_Nose" in has:
+    x, y, w = look.skew, look.nose_y + 0.06 * look.Big_Nose, 0.26 if look.Big_Nose else 0.13
+    if look.Pointy_Nose:
         tip, wing, shadow = (x, y + 0.08), w * 0.85 * light, mix(look.skin_dark, look.line, 0.3)
         yield Shape("nose", [(-0.04 * light, -0.1), (-wing, y - 0.02), tip], shadow, smooth=False, depth=1.25)
         yield Shape("nose", [(-0.02 * light, -0.1), tip, (wing, y - 0.02)], look.line, 0.06, False, 1.25)
@@ -298,8 +297,8 @@ def nose(has, look):
         yield Shape("nose", base, look.line, 0.035, depth=1.2)
 
 
-def eyes(has, look):
-    makeup = "Heavy_Makeup" in has
+def eyes(look):
+    makeup = look.Heavy_Makeup
     w, h = look.eye_width, look.eye_height
     for side in (-1, 1):
         x, y = side * look.eye_x, look.eye_y + side * look.skew
@@ -313,7 +312,7 @@ def eyes(has, look):
             shadow = [*place((-1, 0)), (x - side * w / 2, above), (x + side * w / 2, above),
                       *place((1.5, -1.3), (1, 0))]
             yield Shape("makeup", shadow, (*look.eye_shadow, 210))
-        if "Bags_Under_Eyes" in has:
+        if look.Bags_Under_Eyes:
             bag = symmetric([(0, 0.05), (w, 0), (w * 0.6, 0.13), (0, 0.17)])
             bag = [(x + px, y + h + py) for px, py in bag]
             yield Shape("eye bag", bag, mix(look.skin, (52, 14, 64), 0.4))
@@ -325,15 +324,15 @@ def eyes(has, look):
         yield Shape("pupil", oval(centre, y, 0.045, min(0.05, h * 0.8)), BLACK)
         yield Shape("glint", oval(centre + 0.035 * look.light, y - h * 0.35, 0.024, 0.024), WHITE)
         yield Shape("lid", lid, BLACK if makeup else mix(look.line, BLACK, 0.5), 0.075 if makeup else 0.04)
-        if "Male" not in has:
+        if not look.Male:
             reach, thick = (0.14, 0.06) if makeup else (0.06, 0.03)
             lash = [(x + side * w * 0.8, y - 0.03), (x + side * (w + reach), y - 0.03 - reach * 0.7)]
             yield Shape("lash", lash, BLACK, thick)
 
 
-def brows(has, look):
-    thick = (0.17 if "Bushy_Eyebrows" in has else 0.05) + 0.02 * ("Male" in has)
-    rise = 0.16 if "Arched_Eyebrows" in has else 0.03
+def brows(look):
+    thick = (0.17 if look.Bushy_Eyebrows else 0.05) + 0.02 * look.Male
+    rise = 0.16 if look.Arched_Eyebrows else 0.03
     for side in (-1, 1):
         y = look.brow_y - 1.2 * side * look.skew - thick / 2
         upper = [(0.14, y - 0.01), (0.26, y - rise * 0.75), (0.40, y - rise), (0.50, y - rise * 0.5)]
@@ -342,14 +341,13 @@ def brows(has, look):
                     mix(look.hair_dark, BLACK, 0.35))
 
 
-def mouth(has, look):
+def mouth(look):
     """Lips, teeth and moustache. A smile raises the corners and lowers the middle."""
-    smile = "Smiling" in has
-    gap = 0.085 if "Mouth_Slightly_Open" in has else 0.0
-    lip = 0.125 if "Big_Lips" in has else 0.05
-    w = look.mouth_width + 0.08 * smile
-    rise = 0.12 if smile else 0.015
-    middle, corner = look.mouth_y + 0.06 * smile, look.mouth_y - rise
+    gap = 0.085 if look.Mouth_Slightly_Open else 0.0
+    lip = 0.125 if look.Big_Lips else 0.05
+    w = look.mouth_width + 0.08 * look.Smiling
+    rise = 0.12 if look.Smiling else 0.015
+    middle, corner = look.mouth_y + 0.06 * look.Smiling, look.mouth_y - rise
     left, right = (-w, corner - look.skew), (w, corner + look.skew)
     top, bottom = middle - gap, middle + gap
     yield Shape("lips", [left, (-0.09, top - lip), (0, top - lip * 0.7), (0.09, top - lip), right,
@@ -364,26 +362,26 @@ def mouth(has, look):
         y = middle + rise * 0.1
         line = [left, (-w / 2, y), (0, middle + 0.01), (w / 2, y), right]
         yield Shape("mouth", line, mix(look.lips, BLACK, 0.55), 0.035)
-    if "Mustache" in has:
+    if look.Mustache:
         y = look.mouth_y
         right = [(0, y - 0.17), (0.08, y - 0.2), (0.24, y - 0.12), (0.32, y + 0.04), (0.14, y - 0.04),
                  (0, y - 0.05)]
         yield Shape("moustache", symmetric(right), look.hair_dark)
 
 
-def top_hair(has, look):
+def top_hair(look):
     """Hair on top of the head: an outer arc over the skull, with the hairline as inner edge."""
-    if "Bald" in has:
+    if look.Bald:
         yield Shape("shine", oval(look.light * 0.3, -0.75, 0.16, 0.09), (*look.skin_light, 170))
         return
     w = look.width
-    wavy = "Wavy_Hair" in has
-    receding = "Receding_Hairline" in has
+    wavy = look.Wavy_Hair
+    receding = look.Receding_Hairline
     rise = 0.76 + (0.06 if receding else look.volume)
     angles = np.linspace(np.pi, 2 * np.pi, 14 if wavy else 8)
     bumps = 1 + 0.06 * wavy * (-1.0) ** np.arange(len(angles))
     outer = np.stack([bumps * (w + 0.08) * np.cos(angles), bumps * rise * np.sin(angles) - 0.25], 1).tolist()
-    temple = -0.1 if receding else 0.02 if "Male" in has else 0.25
+    temple = -0.1 if receding else 0.02 if look.Male else 0.25
     if receding:
         right, middle = [(w - 0.03, temple), (w - 0.06, -0.5), (0.42, -0.97), (0.2, -0.88)], (0, -0.82)
     else:
@@ -392,18 +390,18 @@ def top_hair(has, look):
     yield Shape("hair", [(-w - 0.06, temple), *outer, (w + 0.06, temple), *line], look.hair)
 
 
-def strands(has, look):
+def strands(look):
     """Strands of loose hair from the parting down; a sheen on hair that is neither straight nor
     wavy."""
-    if has & {"Bald", "Receding_Hairline", "Wearing_Hat"}:
+    if look.Bald or look.Receding_Hairline or look.Wearing_Hat:
         return
     top = -0.97 - look.volume * 0.6
-    if not has & {"Straight_Hair", "Wavy_Hair"}:
+    if not (look.Straight_Hair or look.Wavy_Hair):
         sheen = mirrored(look.light, (0.15, top + 0.03), (0.4, top + 0.14), (0.58, top + 0.36))
         yield Shape("hair", sheen, look.hair_light, 0.05)
         return
     t = np.linspace(0, 1, 6)
-    ripple = 0.06 * np.sin(11 * t) * ("Wavy_Hair" in has)
+    ripple = 0.06 * np.sin(11 * t) * look.Wavy_Hair
     for side in (-1, 1):
         for low, colour in ((0.3, look.hair_light), (0.62, look.hair_dark)):
             start, end = look.parting + side * 0.08, side * (look.width - 0.02)
@@ -412,10 +410,10 @@ def strands(has, look):
             yield Shape("hair", path, colour, 0.035)
 
 
-def locks(has, look):
+def locks(look):
     """A woman's loose hair, in front of her shoulders."""
-    if "Male" not in has and has & {"Straight_Hair", "Wavy_Hair"}:
-        wavy = "Wavy_Hair" in has
+    if not look.Male and (look.Straight_Hair or look.Wavy_Hair):
+        wavy = look.Wavy_Hair
         heights = np.linspace(-0.3, look.length - 0.1, 7).tolist()
         middle = [(look.width - 0.01 + 0.08 * wavy * (i % 2) + 0.008 * i, y) for i, y in enumerate(heights)]
         outline = [(x + 0.08, y) for x, y in middle] + [(x - 0.07, y) for x, y in middle[::-1]]
@@ -423,8 +421,8 @@ def locks(has, look):
             yield Shape("hair", mirrored(side, *outline), look.hair, smooth=wavy, depth=0)
 
 
-def bangs(has, look):
-    if "Bangs" in has:
+def bangs(look):
+    if look.Bangs:
         w = look.width * 0.88
         fringe = [(x, -0.35 - 0.07 * (i % 2)) for i, x in enumerate(np.linspace(w, -w, 9).tolist())]
         outline = [(-w, -0.55), (-0.4, -0.95), (0.4, -0.95), (w, -0.55), *fringe]
@@ -433,16 +431,16 @@ def bangs(has, look):
             yield Shape("bangs", [(x * 0.7, -0.9), (x, y - 0.06)], look.hair_dark, 0.03)
 
 
-def accessories(has, look):
+def accessories(look):
     """Hat, glasses, earrings."""
-    if "Wearing_Hat" in has:
+    if look.Wearing_Hat:
         w, top = look.width + 0.1, -1.05 - look.hat_height
         crown = symmetric([(0, top), (w * 0.6, top + 0.06), (w, -0.85), (w, -0.62)])
         edge = w + (0.35 if look.brimmed else 0.02)
         brim = symmetric([(0, -0.8), (w, -0.76), (edge, -0.6), (w * 0.8, -0.52), (0, -0.48)])
         yield Shape("hat", crown, look.accent, depth=0.3)
         yield Shape("hat", brim, mix(look.accent, BLACK, 0.3), depth=0.3)
-    if "Eyeglasses" in has:
+    if look.Eyeglasses:
         x, y, w, h = look.eye_x, look.eye_y + 0.03, 0.25, 0.23 if look.round_glasses else 0.17
         lens = oval(x, y, w, h) if look.round_glasses else [
             (x - w, y - h), (x + w, y - h), (x + w * 0.9, y + h), (x - w * 0.9, y + h)]
@@ -453,7 +451,7 @@ def accessories(has, look):
             yield Shape("glasses", mirrored(side, (x + w, y - 0.06), (look.width, y - 0.08)),
                         look.frame, 0.06)
         yield Shape("glasses", [(w - x, y - 0.04), (0, y - 0.08), (x - w, y - 0.04)], look.frame, 0.06)
-    if "Wearing_Earrings" in has:
+    if look.Wearing_Earrings:
         for side in (-1, 1):
             yield Shape("earring", oval(side * (look.width + 0.04), 0.34, 0.075, 0.11), look.metal, depth=0)
 
