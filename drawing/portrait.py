@@ -30,17 +30,12 @@ def build_shapes(attributes: np.ndarray, rng: np.random.Generator):
 
     The random numbers do not depend on the attributes, so adding or removing an attribute changes
     nothing else in the image."""
-    numbers = iter(rng.random(80).tolist())
-
-    def uniform(low, high):
-        return low + (high - low) * next(numbers)
-
     def pick(options):
-        return options[int(next(numbers) * len(options))]
+        return options[int(rng.uniform(0, len(options)))]
 
     has = SimpleNamespace(**dict(zip(ATTRIBUTES, attributes.tolist())))
-    colours = choose_colours(has, uniform, pick)
-    proportions = choose_proportions(has, uniform, pick)
+    colours = choose_colours(has, rng.uniform, pick)
+    proportions = choose_proportions(has, rng.uniform, pick)
     look = SimpleNamespace(**vars(has), **colours, **proportions)
     shapes = []
     for part_shapes in PART_FUNCTIONS:
