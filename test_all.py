@@ -1615,11 +1615,6 @@ def test_ideal_loss_is_known_for_drawn_faces_and_whole_batches():
 
 
 # ---- drawing/, toyfaces.py: against edges of the drawn images ------------------------------------
-def distances(points):
-    """From each point to the next."""
-    return np.hypot(*np.diff(points, axis=0).T)
-
-
 def test_sketch_grows_by_equal_amounts_of_ink_and_never_loses_any():
     for i in range(20):
         frames = toyfaces.sketch(i, seed=3, size=48)
@@ -1635,14 +1630,14 @@ def test_neighbouring_points_of_a_stroke_touch_and_a_tilted_head_keeps_its_shape
     look, shapes = portrait.build_shapes(np.zeros(40, bool), default_rng(0))
     points, lengths = toyfaces.stroke_points(look, shapes)
     between = (lengths[1:] + lengths[:-1]) / 2
-    touching = np.isclose(distances(points), between, rtol=0.01)
+    touching = np.isclose(np.abs(np.diff(points)), between, rtol=0.01)
     assert touching.mean() > 0.9                # the others are ends of lines
 
     head = [shape for shape in shapes if shape.part not in portrait.BODY]
     sides = []
     for look.roll in (0.0, 0.3):
         outlines = portrait.project_outlines(look, head, 1, 1)
-        sides.append(distances(np.concatenate(outlines)))
+        sides.append(np.abs(np.diff(np.concatenate(outlines))))
     assert np.allclose(*sides)
 
 

@@ -22,6 +22,7 @@ class Shape(NamedTuple):
 
 
 BODY = {"neck", "clothes", "tie", "necklace"}  # parts that do not move with the head
+CATMULL_ROM = np.array([(-1, 3, -3, 1), (2, -5, 4, -1), (-1, 0, 1, 0), (0, 2, 0, 0)]) / 2
 
 
 def build_shapes(attributes: np.ndarray, rng: np.random.Generator):
@@ -43,47 +44,49 @@ def build_shapes(attributes: np.ndarray, rng: np.random.Generator):
     return look, shapes
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def spline(count, closed, segments):
-    """Matrix (n, count) that maps control points (count, 2) to a Catmull-Rom curve through them,
-    with `segments` straight lines between neighbours (1: only the control points). A closed curve
-    ends at its first point."""
-    t = np.arange(segments) / segments
-    basis = np.stack([-t + 2 * t**2 - t**3, 2 - 5 * t**2 + 3 * t**3, t + 4 * t**2 - 3 * t**3, t**3 - t**2], 1)
+    """Matrix (n, count) that maps control points (count,) to a Catmull-Rom curve through them, with
+    `segments` straight lines between neighbours (1: only the control points). A closed curve ends
+    at its first point."""
+    basis = np.vander(np.arange(segments) / segments, 4) @ CATMULL_ROM
     corners = np.arange(count + closed)
     neighbours = corners[:, None] + (-1, 0, 1, 2)  # that shape the curve up to the next corner
-    neighbours = neighbours % count if closed else neighbours.clip(0, count - 1)
-    curve = (basis / 2) @ np.eye(count)[neighbours]  # (corners, segments, count)
+    mode = "wrap" if closed else "clip"
+    curve = basis @ np.eye(count).take(neighbours, 0, mode=mode)  # (corners, segments, count)
     return curve.reshape(-1, count)[:segments * (len(corners) - 1) + 1]
 
 
 def project_outlines(look, shapes: list[Shape], canvas, segments):
-    """Outlines in pixels, one array (n, 2) per shape, after yaw, pitch and roll of the head about
-    the neck. Curves have `segments` straight lines between neighbouring control points."""
+    """Outlines in pixels, a complex array x + iy per shape, after yaw, pitch and roll of the head
+    about the neck. Curves have `segments` straight lines between neighbouring control points."""
     counts = [len(shape.points) for shape in shapes]
-    x, y = np.array([point for shape in shapes for point in shape.points]).T
-    depth = np.repeat([shape.depth * (shape.part not in BODY) for shape in shapes], counts)
-    roll = np.repeat([look.roll * (shape.part not in BODY) for shape in shapes], counts)
-    z = 0.74 * depth * np.maximum(0, 1 - (x / look.width) ** 2 - (y / 1.15) ** 2)
-    x, y = x + z * look.yaw, y + z * look.pitch - 1.0
-    x, y = x * np.cos(roll) - y * np.sin(roll), x * np.sin(roll) + y * np.cos(roll) + 1.0
-    pixels = (np.stack([x, y], 1) * look.scale + look.centre) * canvas
-    return [spline(len(points), shape.width == 0, segments if shape.smooth else 1) @ points
-            for shape, points in zip(shapes, np.split(pixels, np.cumsum(counts)[:-1]))]
+    x, y = np.concatenate([shape.points for shape in shapes]).T
+    of_shapes = [(shape.depth, shape.part not in BODY) for shape in shapes]
+    depth, turns = np.repeat(of_shapes, counts, axis=0).T
+    z = 0.74 * depth * turns * np.maximum(0, 1 - (x / look.width) ** 2 - (y / 1.15) ** 2)
+    points = x + z * look.yaw + 1j * (y + z * look.pitch - 1)
+    points = points * np.exp(1j * look.roll * turns) + 1j
+    pixels = (points * look.scale + look.centre) * canvas
+    outlines = []
+    for shape, own in zip(shapes, np.split(pixels, np.cumsum(counts))):
+        detail = segments if shape.smooth else 1
+        outlines.append(spline(len(own), shape.width == 0, detail) @ own)
+    return outlines
 
 
 def render(look, shapes: list[Shape], canvas: int) -> Image.Image:
     """Paint the shapes in order over a gradient between four corner colours. Returns an image of
     canvas x canvas pixels."""
-    corners = Image.frombytes("RGB", (2, 2), bytes(np.ravel(look.backdrop).tolist()))
+    corners = Image.new("RGB", (2, 2))
+    corners.putdata(look.backdrop)
     image = corners.resize((canvas, canvas), Image.BILINEAR, box=(0.5, 0.5, 1.5, 1.5))
     pen = ImageDraw.Draw(image, "RGBA")
     lines = project_outlines(look, shapes, canvas, 3 + canvas // 100)
     for shape, line in zip(shapes, lines):
-        points = line.ravel().tolist()
+        points = line.view(float).tolist()
         if shape.width:
-            width = round(shape.width * look.scale * canvas)
-            pen.line(points, shape.colour, max(1, width))
+            pen.line(points, shape.colour, round(shape.width * look.scale * canvas))
         else:
             pen.polygon(points, shape.colour)
     return image
@@ -164,7 +167,7 @@ def choose_proportions(has, uniform, pick):
         spots=[(uniform(-0.5, 0.5), uniform(-0.5, 0.75), uniform(0.034, 0.05)) for _ in range(6)],
         light=pick((-1, 1)), shading=int(uniform(30, 75)),
         yaw=uniform(-0.28, 0.28), pitch=uniform(-0.10, 0.10), roll=uniform(-0.10, 0.10),
-        scale=uniform(0.33, 0.36), centre=(uniform(0.475, 0.525), uniform(0.465, 0.495)))
+        scale=uniform(0.33, 0.36), centre=uniform(0.475, 0.525) + 1j * uniform(0.465, 0.495))
 
 
 def face_outline(look, grow=0.0):
