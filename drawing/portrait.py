@@ -319,13 +319,13 @@ def eyes(look):
         centre = x + look.gaze
         iris = [(px, min(max(py, y - h * 0.95), y + h * 0.8)) for px, py in oval(centre, y, 0.105, 0.115)]
         yield Shape("iris", iris, look.iris)
-        yield Shape("pupil", oval(centre, y, 0.045, min(0.05, h * 0.8)), BLACK)
+        yield Shape("eye", oval(centre, y, 0.045, min(0.05, h * 0.8)), BLACK)
         yield Shape("glint", oval(centre + 0.035 * look.light, y - h * 0.35, 0.024, 0.024), WHITE)
         yield Shape("lid", lid, BLACK if makeup else mix(look.line, BLACK, 0.5), 0.075 if makeup else 0.04)
         if not look.Male:
             reach, thick = (0.14, 0.06) if makeup else (0.06, 0.03)
             lash = [(x + side * w * 0.8, y - 0.03), (x + side * (w + reach), y - 0.03 - reach * 0.7)]
-            yield Shape("lash", lash, BLACK, thick)
+            yield Shape("eye", lash, BLACK, thick)
 
 
 def brows(look):
@@ -424,9 +424,9 @@ def bangs(look):
         w = look.width * 0.88
         fringe = [(x, -0.35 - 0.07 * (i % 2)) for i, x in enumerate(np.linspace(w, -w, 9).tolist())]
         outline = [(-w, -0.55), (-0.4, -0.95), (0.4, -0.95), (w, -0.55), *fringe]
-        yield Shape("bangs", outline, look.hair, smooth=False)
+        yield Shape("hair", outline, look.hair, smooth=False)
         for x, y in fringe[2:-1:2]:
-            yield Shape("bangs", [(x * 0.7, -0.9), (x, y - 0.06)], look.hair_dark, 0.03)
+            yield Shape("hair", [(x * 0.7, -0.9), (x, y - 0.06)], look.hair_dark, 0.03)
 
 
 def accessories(look):

@@ -6,23 +6,21 @@ from PIL import Image, ImageDraw
 from drawing.portrait import project_outlines
 
 DRAWING_ORDER = (  # without light, shade, make-up and parts too small for a pen
-    ("face",), ("chin",), ("hair", "bangs"), ("eye", "pupil", "lash"), ("brow",), ("nose",),
-    ("lips", "mouth"), ("ear",), ("neck", "clothes"), ("glasses",), ("beard", "moustache"),
-    ("wrinkle", "eye bag"), ("hat",), ("earring", "necklace", "tie"), ("blemish",))
-ORDER_OF_PART = {part: turn for turn, parts in enumerate(DRAWING_ORDER) for part in parts}
+    "face", "chin", "hair", "eye", "brow", "nose", "lips", "mouth", "ear", "neck", "clothes", "glasses",
+    "beard", "moustache", "wrinkle", "eye bag", "hat", "tie", "necklace", "earring", "blemish")
 CANVAS = 400    # pixels per image width in which lines are split and `visible` looks
 
 
 def stroke_points(look, shapes: list) -> tuple[np.ndarray, np.ndarray]:
     """Pen positions x + iy (m,), and the stroke length (m,) that each represents, in image widths.
 
-    They are in DRAWING_ORDER and, within a turn, in painting order. Only visible edges are drawn,
+    They are in DRAWING_ORDER and, within a part, in painting order. Only visible edges are drawn,
     where areas of different colours meet. Transparent shapes have no outline."""
-    shapes = [shape for shape in shapes if shape.part in ORDER_OF_PART and len(shape.colour) == 3]
+    shapes = [shape for shape in shapes if shape.part in DRAWING_ORDER and len(shape.colour) == 3]
     lines = project_outlines(look, shapes, CANVAS, 6)
     points, direction, shape_index = split_lines(lines)
     shown = np.flatnonzero(visible(shapes, lines, points, direction, shape_index))
-    rank = np.array([ORDER_OF_PART[shape.part] for shape in shapes])
+    rank = np.array([DRAWING_ORDER.index(shape.part) for shape in shapes])
     order = shown[np.argsort(rank[shape_index[shown]], kind="stable")]
     return points[order] / CANVAS, np.abs(direction[order]) / CANVAS
 
@@ -54,9 +52,9 @@ def visible(shapes, lines, points, direction, shape_index):
     for index, (shape, line) in enumerate(zip(shapes, lines)):
         if not shape.width and shape.part != "beard":  # a beard does not hide the face's outline
             pen.polygon(line.view(float).tolist(), index)
-        # all hair is one surface, and so are areas of one colour in one turn of the drawing order
-        colour = "hair" if shape.part in ("hair", "bangs") else shape.colour
-        surfaces.append((ORDER_OF_PART[shape.part], colour))
+        # all hair is one surface, and so are areas of one colour in other parts
+        colour = None if shape.part == "hair" else shape.colour
+        surfaces.append((shape.part, colour))
     uppermost = np.asarray(image).T  # index of the shape visible at each pixel, -1 for none
     surface = np.array([*map(surfaces.index, surfaces), -1])    # last: the background
 
