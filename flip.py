@@ -170,8 +170,8 @@ class FLIP(nn.Module):
         # ITC: within the batch, or against the momentum encoder's keys and those in the queue
         all_identity = all_gather(identity)                                     # (A,)
         if params.within_batch:
-            image_keys = all_gather(image_features, with_gradient=True)         # (A, E)
-            text_keys = all_gather(text_features, with_gradient=True)
+            image_keys = all_gather(image_features)                             # (A, E)
+            text_keys = all_gather(text_features)
             itc = losses.clip_loss(image_features, text_features, image_keys, text_keys, identity,
                                    all_identity, self.temperature)
         else:

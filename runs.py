@@ -20,7 +20,7 @@ import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 
 from common.distributed import (
-    any_rank,
+    all_gather_objects,
     choose_precision,
     rank_and_world_size,
     stop_signals,
@@ -183,7 +183,7 @@ class Run:
         steps, so that all stop after the same one."""
         if self.config.processes > 1 and self.steps_done % self.config.log_every:
             return False
-        return any_rank(bool(self.signals), self.model.device)
+        return any(all_gather_objects(bool(self.signals)))
 
     def validation_is_due(self) -> bool:
         """Whether to validate now: every `eval_every` steps, after the last step and, with --init,

@@ -1,7 +1,7 @@
 """Signals, worker processes, devices and ranks.
 
 Ranks exchange features and identities (ITC's keys, and to sample negatives) and captions (for ITM).
-Only the features of CLIP's loss have gradients. Image tokens stay on their rank."""
+Only CLIP's loss sends gradients between ranks. Image tokens stay on their rank."""
 import atexit
 import contextlib
 import ctypes
@@ -36,10 +36,10 @@ def stop_signals():
     terminal) are added to the list and do not end the process. Signals that were ignored before
     (nohup) are still ignored."""
     received = []
-    previous = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    previous = {}
     for number in STOP_SIGNALS:
-        if previous[number] != signal.SIG_IGN:
-            signal.signal(number, lambda number, frame: received.append(number))
+        if signal.getsignal(number) != signal.SIG_IGN:
+            previous[number] = signal.signal(number, lambda number, _: received.append(number))
     try:
         yield received
     finally:
@@ -135,9 +135,9 @@ def init_distributed(device_name: str) -> torch.device:
     is_launched = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
     is_cuda = choose_device(device_name).type == "cuda"
     if is_cuda and is_launched:
-        device_name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        device_name = f"cuda:{os.environ['LOCAL_RANK']}"
     device = use_device(device_name)
-    if is_launched and not dist.is_initialized():
+    if is_launched:
         end_with_parent(number=signal.SIGTERM)      # if torchrun is killed, stop and save
         backend = "nccl" if is_cuda else "gloo"
         # a long timeout: the other ranks wait while rank 0 draws faces or validates the data set
@@ -165,26 +165,13 @@ def rank_zero_first():
         dist.barrier()
 
 
-def all_gather(x: torch.Tensor, with_gradient=False) -> torch.Tensor:
-    """x (B, ...) of all processes -> (A, ...), in rank order, without gradient or with the sum of
-    the gradients of all processes."""
+def all_gather(x: torch.Tensor) -> torch.Tensor:
+    """x (B, ...) of all processes -> (A, ...), in rank order. The gradient of x is the sum of those
+    of all processes."""
     _, world_size = rank_and_world_size()
     if world_size == 1:
-        return x if with_gradient else x.detach()
-    if with_gradient:
-        return torch.cat(differentiable_all_gather(x.contiguous()))
-    chunks = [torch.empty_like(x) for _ in range(world_size)]
-    dist.all_gather(chunks, x.detach().contiguous())
-    return torch.cat(chunks)
-
-
-def any_rank(flag: bool, device: torch.device) -> bool:
-    """Whether the flag of any process is True."""
-    if rank_and_world_size()[1] == 1:
-        return flag
-    flags = torch.tensor(float(flag), device=device)
-    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-    return bool(flags)
+        return x
+    return torch.cat(differentiable_all_gather(x.contiguous()))
 
 
 def all_gather_objects(obj) -> list:
