@@ -12,7 +12,6 @@ import functools
 import glob
 import hashlib
 import io
-import itertools
 import json
 import os
 import re
@@ -63,7 +62,8 @@ class TarImage(NamedTuple):
         return load_image(self.content(), self, self.box, size)
 
 
-class Record(NamedTuple):
+@dataclass
+class Record:
     """One face as annotated on disk, not yet validated. To support another layout, add a row to
     `LAYOUTS` and a reader. The reader yields the records of all splits and, in place of a record
     that is invalid, a ValueError."""
@@ -151,29 +151,25 @@ def open_index(path: Path, folder: Path, layout, cache: str | Path, columns: tup
     for source in sources - {index.parent}:
         status = os.stat(source)
         changed = max(changed, status.st_mtime, status.st_ctime)    # a copy may keep its st_mtime
-
-    contents = None
     if index.exists() and index.stat().st_mtime > changed:
-        contents = read_index(index)
-    if contents is None:
-        index_job = functools.partial(index_records, layout.reader, layout.image_folders, folder,
-                                      columns)
-        write_index(index, layout, path, index_job)
-        contents = read_index(index)
-    return contents
+        try:
+            return read_index(index)
+        except (ValueError, OSError, EOFError):
+            print(f"{index} is damaged: indexing the data set again")
+    index_job = functools.partial(index_records, layout.reader, layout.image_folders, folder,
+                                  columns)
+    write_index(index, layout, path, index_job)
+    return read_index(index)
 
 
 def read_index(index: Path):
-    """Rows and text of an index, both memory-mapped, or None if it is damaged."""
-    try:
-        rows = np.asarray(np.load(index, mmap_mode="r"))
-        text = np.asarray(np.memmap(index.with_suffix(".jsonl"), mode="r"))
-        if rows.dtype == ROW and rows["length"].sum() == len(text):
-            return rows, text
-    except (ValueError, OSError, EOFError):
-        pass
-    print(f"{index} is damaged: indexing the data set again")
-    return None
+    """Rows and text of an index, both memory-mapped. Raises ValueError, OSError or EOFError if it
+    is damaged."""
+    rows = np.load(index, mmap_mode="r")
+    text = np.memmap(index.with_suffix(".jsonl"), mode="r")
+    if rows["length"].sum() != len(text):
+        raise ValueError(f"{index}: the lengths of rows and text differ")
+    return rows, text
 
 
 def parse_line(text: np.ndarray, row):
@@ -222,7 +218,7 @@ def check_invalid(messages, count: int, name: str, shown: int | None = 1):
     require_few(len(messages), count, f"{name}: {messages[0]}")
     if rank_and_world_size()[0] == 0:
         print(f"{name}: {len(messages):,} of {count:,} are invalid and left out:")
-        print(*itertools.islice(messages, shown), sep="\n")
+        print(*messages[:shown], sep="\n")
 
 
 # ---- writing -------------------------------------------------------------------------------------
@@ -309,8 +305,7 @@ def find_image(record: Record, image_folders: tuple, folder: Path):
     for base in image_folders:
         path = os.path.join(folder, base, image or "")
         if os.path.isfile(path):
-            path = relative(path, folder)
-            return path, os.path.getsize(os.path.join(folder, path))
+            return relative(path, folder), os.path.getsize(path)
     raise ValueError(f"{record.where}: the image {image!r} does not exist")
 
 

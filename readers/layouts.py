@@ -27,9 +27,9 @@ def load_json(path: Path, kind):
 
 def hold_out_validation(records: list, fraction: float):
     """Move the last `fraction` of the training records, at least one, to the validation split."""
-    training = [i for i, record in enumerate(records) if record.split == "train"]
-    for i in training[-max(1, round(fraction * len(training))):]:
-        records[i] = records[i]._replace(split="val")
+    training = [record for record in records if record.split == "train"]
+    for record in training[-max(1, round(fraction * len(training))):]:
+        record.split = "val"
     return records
 
 
@@ -95,17 +95,15 @@ def read_lfwa(folder: Path):
     also contains the images of the test list, which are left out here. Without a test list, half of
     the persons are the test split, as in LFWA itself. 5 % of the others are the validation
     split."""
-    rows = [*read_attributes(folder, "list_attr_lfwa")]
     test = []
-    has_test = (folder / "list_attr_lfwa_test.csv").is_file()
-    if has_test:
+    if (folder / "list_attr_lfwa_test.csv").is_file():
         test = [*read_attributes(folder, "list_attr_lfwa_test")]
     in_test = {image for _, image, _ in test}
-    rest = [row for row in rows if row[1] not in in_test]
+    rest = [row for row in read_attributes(folder, "list_attr_lfwa") if row[1] not in in_test]
     for where, image, values in test + rest:
         person_id = Path(image).parent.name
         number = stable_hash(person_id)
-        is_test = image in in_test if has_test else number % 2 == 0
+        is_test = image in in_test if test else number % 2 == 0
         if is_test:
             split = "test"
         elif number // 2 % 20 == 0:
@@ -116,19 +114,18 @@ def read_lfwa(folder: Path):
 
 
 # ---- faces with captions -------------------------------------------------------------------------
-def read_caption_lists(path: Path):
-    """JSON lists in the format of BLIP and the official code: train.json, val.json and test.json of
-    a folder, the folder's only list, or a list given by name. A single list is split by person,
-    with at least one person in the validation split. Equal ids mean the same person; an image
-    without an id is a person of its own. Raises ValueError if it is unclear which list to use."""
-    if (path / "train.json").is_file():
-        records = []
-        for split in SPLITS:
-            file = path / f"{split}.json"
-            if file.is_file():
-                records += read_caption_list(file, split)
-        return records
+def read_caption_splits(folder: Path):
+    """The JSON lists train.json, val.json and test.json, see `read_caption_list`."""
+    for split in SPLITS:
+        file = folder / f"{split}.json"
+        if file.is_file():
+            yield from read_caption_list(file, split)
 
+
+def read_single_caption_list(path: Path):
+    """A folder's only JSON list, or a list given by name, see `read_caption_list`. It is split by
+    person, with at least one person in the validation split. Raises ValueError if it is unclear
+    which list to use."""
     files = [path] if path.is_file() else sorted(path.glob("*.json"))
     if len(files) > 1:
         raise ValueError(f"{path}: expected train.json or one list, found {len(files)}; "
@@ -138,14 +135,16 @@ def read_caption_lists(path: Path):
         raise ValueError(f"{path}: found {file.name}, but no train.json")
     records = read_caption_list(file)
     if "val" not in {record.split for record in records}:
-        for i, record in enumerate(records):
+        for record in records:
             if record.person_id == records[-1].person_id:
-                records[i] = record._replace(split="val")
+                record.split = "val"
     return records
 
 
 def read_caption_list(file: Path, split: str | None = None) -> list[Record]:
-    """Records of a JSON list, all of one split, or by default split by person."""
+    """Records of a JSON list in the format of BLIP and the official code, all of one split, or by
+    default split by person. Equal ids mean the same person; an image without an id is a person of
+    its own."""
     records = []
     for number, item in enumerate(load_json(file, list)):
         item = item if isinstance(item, dict) else {}
@@ -281,9 +280,8 @@ def with_captions(records: list, folder: Path, photos: dict):
     the lists train.json, test.json and captions.json beside photo/. If a photo of a split has
     captions, all its photos need them."""
     captions = defaultdict(lambda: defaultdict(list))       # {photo: {column: texts}}
-    lists = [folder / name for name in ("train.json", "test.json", "captions.json")]
-    for path in lists:
-        for record in read_caption_list(path) if path.is_file() else ():
+    for path in files_of(folder, "train.json test.json captions.json"):
+        for record in read_caption_list(path):
             name = re.sub("^(.*/)?photo/", "", str(record.image)).replace("/", "_")
             photo = photos.get(name.rpartition(".")[0])     # None: of another split or data set
             for column in COLUMNS:
@@ -292,9 +290,9 @@ def with_captions(records: list, folder: Path, photos: dict):
 
     records = sorted(records, key=lambda record: record.image)
     captioned = {record.split for record in records if record.image in captions}
-    for i, record in enumerate(records):
+    for record in records:
         if record.split in captioned:
-            records[i] = record._replace(captions=captions.get(record.image, {}))
+            record.captions = captions[record.image]
     return hold_out_validation(records, 0.1)
 
 
@@ -435,30 +433,24 @@ def box_in_stored_image(box, stored, original):
     the image (--resize_mode keep_ratio) and padded it with white to a square (border, its default).
     Raises ValueError if less than half of the box, or at most one row or column of pixels, is
     inside."""
-    W, H = original
-    stored_W, stored_H = stored
-    x_scale = stored_W / W
-    y_scale = stored_H / H
-    x_margin = 0
-    y_margin = 0
-    differs = abs(x_scale - y_scale) * max(W, H) > 1        # by more than rounding
-    is_padded = stored_W == stored_H and differs
-    if is_padded:
-        x_scale = y_scale = min(x_scale, y_scale)
-        x_margin = int((stored_W - round(W * x_scale)) / 2)
-        y_margin = int((stored_H - round(H * y_scale)) / 2)
+    scales = [after / before for before, after in zip(original, stored)]        # of x and y
+    margins = [0, 0]
+    differs = abs(scales[0] - scales[1]) * max(original) > 1        # by more than rounding
+    if stored[0] == stored[1] and differs:                          # padded
+        scales = [min(scales)] * 2
+        margins = [int((stored[0] - round(side * scales[0])) / 2) for side in original]
 
-    x1, y1, x2, y2, *_ = box
-    x1, x2 = (x * x_scale + x_margin for x in (x1, x2))
-    y1, y2 = (y * y_scale + y_margin for y in (y1, y2))
-    left, right = (min(max(x, 0), stored_W) for x in (x1, x2))
-    top, bottom = (min(max(y, 0), stored_H) for y in (y1, y2))
+    edges = [edge * scale + margin
+             for edge, scale, margin in zip(box, scales * 2, margins * 2)]
+    inside = [min(max(edge, 0), size) for edge, size in zip(edges, stored * 2)]
+    x1, y1, x2, y2 = edges
+    left, top, right, bottom = inside
     area = (right - left) * (bottom - top)
     is_inside = min(right - left, bottom - top) > 1 and area >= (x2 - x1) * (y2 - y1) / 2
     if not is_inside:
         raise ValueError(f"expected half of the box {box} inside the image of {original}, "
                          f"stored as {stored}")
-    return [round(edge, 2) for edge in (left, top, right, bottom)]
+    return [round(edge, 2) for edge in inside]
 
 
 # ---- table of layouts ----------------------------------------------------------------------------
@@ -485,9 +477,9 @@ LAYOUTS = (             # the first match applies, and the last row to a JSON fi
     Layout("text/celeba-caption/*.txt t*/*.pickle images",
            "MM-CelebA-HQ", read_mm_celeba, ("images",)),
     Layout("train.json val.json test.json **/",
-           "JSON annotations", read_caption_lists, ("", "images")),
+           "JSON annotations", read_caption_splits, ("", "images")),
     Layout(TARS,
            "webdataset", read_tar, jobs=find_tars, may_be_beside=True),
     Layout("*.json **/",
-           "JSON annotations", read_caption_lists, ("", "images"), may_be_beside=True),
+           "JSON annotations", read_single_caption_list, ("", "images"), may_be_beside=True),
 )
