@@ -61,9 +61,8 @@ import runs
 import search
 import toyfaces
 import train
-import vit
 from attention import Attention, Dropout, Sequences, attention
-from bert import Bert, BertConfig, BertLayer
+from bert import Bert, BertConfig
 from captions import ATTRIBUTES, FACTS, GRAMMAR, MIN_FACTS, PROBABILITIES, sample_caption
 from common import distributed
 from common.images import load_image, normalize_batch
@@ -916,34 +915,7 @@ def test_muon_matches_torchs_without_bfloat16(monkeypatch):
         close(p.flatten(1), q, 1e-5)
 
 
-# ---- vit.py: against torch.nn.TransformerEncoderLayer and CLIP's initialisation ------------------
-def with_our_weights(theirs, ours, **parts):
-    """torch's layer with the weights of ours, which are sampled first: many start at 0 or 1."""
-    torch.manual_seed(0)
-    for parameter in ours.parameters():
-        nn.init.normal_(parameter, std=0.3)
-    parts |= dict(self_attn=ours.attention, linear1=ours.up, linear2=ours.down)
-    parts |= dict(norm1=ours.norm_attention)
-    for name, part in parts.items():
-        state = part.state_dict()
-        if isinstance(part, vit.Attention):
-            for kind in ("weight", "bias"):
-                joined = [state.pop(f"{role}.{kind}") for role in ("query", "key", "value")]
-                state[f"in_proj_{kind}"] = torch.cat(joined)
-                state[f"out_proj.{kind}"] = state.pop(f"out.{kind}")
-        getattr(theirs, name).load_state_dict(state)
-    return theirs
-
-
-def test_vit_block_matches_torchs_encoder_layer():
-    block = vit.ViTBlock(ViTConfig(width=32, heads=4))
-    theirs = nn.TransformerEncoderLayer(
-        32, 4, 128, 0.0, vit.quick_gelu, batch_first=True, norm_first=True)
-    with_our_weights(theirs, block, norm2=block.norm_mlp)
-    x = torch.randn(3, 7, 32)
-    close(block(x.flatten(0, 1), Sequences.uniform(3, 7)), theirs(x).flatten(0, 1))
-
-
+# ---- vit.py, bert.py: against the official sizes; flip.py compares what they compute -------------
 def test_heads_and_epsilons_are_those_of_vit_b_16_and_bert_base():
     """The shapes of the weights determine all other sizes."""
     assert ViTConfig().heads == BertConfig().heads == 12
@@ -951,24 +923,6 @@ def test_heads_and_epsilons_are_those_of_vit_b_16_and_bert_base():
     for model, eps in ((ViT(GOLDEN_VIT), 1e-5), (Bert(GOLDEN_BERT, 64), 1e-12)):
         norms = [module for module in model.modules() if isinstance(module, nn.LayerNorm)]
         assert {norm.eps for norm in norms} == {eps}
-
-
-# ---- bert.py: against torch.nn.TransformerDecoderLayer and official token ids --------------------
-def test_bert_layer_matches_torchs_decoder_layer_or_without_images_its_encoder_layer():
-    layer = BertLayer(BertConfig(width=32, heads=4, dropout=0.0), image_width=32)
-    options = 32, 4, 128, 0.0, F.gelu, 1e-12, True
-    encoder = nn.TransformerEncoderLayer(*options)
-    decoder = nn.TransformerDecoderLayer(*options)
-    with_our_weights(encoder, layer, norm2=layer.norm_mlp)
-    with_our_weights(decoder, layer, multihead_attn=layer.cross_attention,
-                     norm2=layer.norm_cross_attention, norm3=layer.norm_mlp)
-
-    text = torch.randn(3, 6, 32)
-    images = torch.randn(3, 9, 32)
-    context = images.flatten(0, 1), Sequences.uniform(3, 9), None
-    for attended, expected in ((None, encoder(text)), (context, decoder(text, images))):
-        actual = layer(text.flatten(0, 1), Sequences.uniform(3, 6), attended)
-        close(actual, expected.flatten(0, 1))
 
 
 def test_every_dropout_is_active_in_training_and_off_in_evaluation():
@@ -991,6 +945,7 @@ def test_every_dropout_is_active_in_training_and_off_in_evaluation():
         setattr(module, name, 0.0)
 
 
+# ---- tokenizer.py: against official token ids ----------------------------------------------------
 @parametrize("source", ["vocab.txt", "tokenizer.json", "."])
 def test_token_ids_are_the_official_ones_from_either_file_or_their_folder(tmp_path, source):
     """Even if a tokenizer.json has settings for padding, truncation and other special tokens, which
