@@ -510,9 +510,8 @@ def test_contrastive_kernel_and_plain_forms_match_float64(
         monkeypatch, shape, programs, dtype, temperature, alpha):
     """Keys in half precision are rounded when stored; the computation with them is exact."""
     case = contrastive_case(*shape, temperature, dtype)
-    feature, momentum, keys, *rest, tau = case
-    expected = expected_contrastive(*case, alpha)
-    tripled = [3 * exact for exact in expected]
+    feature, *_, tau = case
+    tripled = [3 * exact for exact in expected_contrastive(*case, alpha)]
     monkeypatch.setattr(losses, "supports_contrastive", lambda feature: False)
     plain = partial(losses.average_keys, chunk=16)
     kernel = partial(losses.triton_average_keys, programs=programs)
@@ -520,9 +519,6 @@ def test_contrastive_kernel_and_plain_forms_match_float64(
         monkeypatch.setattr(losses, "average_keys", average)
         actual = with_gradients(3 * contrastive_loss(*case, alpha), (feature, tau))
         assert_near(actual, tripled, 1e-5)
-
-    direct = losses.contrastive_loss_reference(feature, momentum, keys.float(), *rest, tau, alpha)
-    assert_near([direct], expected[:1], 1e-5)
 
 
 def test_contrastive_loss_is_float32_under_autocast_and_for_half_precision_features():
@@ -1226,20 +1222,17 @@ def features(model, paths, tmp_path, monkeypatch):
 
 def test_similarity_and_match_probability_are_those_of_itc_and_itm(model, pictures, paths):
     texts = ["a smiling woman", "a man"]
+    tokens, features = model.student.image_tokens_and_features(
+        normalize_batch([np.asarray(picture) for picture in pictures]))
+    expected = features @ model.student.text_features(model.tokenizer(texts)).T
     cosines = cosines_of(model, paths * 30, texts)                      # more than one batch
-    matches = model.match_probability(paths, texts)
-    assert cosines.shape == (150, 2)
     assert not cosines.requires_grad
-    text_features = model.student.text_features(model.tokenizer(texts))
-    for i, picture in enumerate(pictures):
-        pixels = normalize_batch([np.asarray(picture)])
-        tokens, feature = model.student.image_tokens_and_features(pixels)
-        close(cosines[i], (feature @ text_features.T)[0], 1e-6)
-        for t, text in enumerate(texts):
-            logits = model.itm_logits(tokens, model.tokenizer([text]))
-            close(matches[i, t], logits.softmax(1)[0, 1])
-            score = model.score(picture, text)[0, 0]
-            close(score, model.rerank_score(logits, cosines[i, t])[0], 1e-4)
+    close(cosines, expected.repeat(30, 1), 1e-6)
+
+    of_text = [model.itm_logits(tokens, model.tokenizer([text] * 5)) for text in texts]
+    logits = torch.stack(of_text, 1)                                    # (5, 2, 2)
+    close(model.match_probability(paths, texts), logits.softmax(-1)[..., 1])
+    close(model.score(paths, texts), model.rerank_score(logits, expected), 1e-4)
 
 
 def test_words_that_a_model_does_not_know_are_named(model):
@@ -1568,7 +1561,6 @@ def test_drawn_faces_have_images_attributes_and_sketches(tmp_path):
     assert_array_equal(faces.images[4], image)
     assert_array_equal(faces.attributes[4], attributes)
     assert_array_equal(faces.sketches[2], toyfaces.sketch(2, 3, 24, 6))
-    assert faces.sketch_stages == 6
     sketch = np.array(faces.subset([2]).sketch(0, 5))
     assert (sketch == 255 - faces.sketches[2, 5][..., None]).all(), "of equal red, green and blue"
 
@@ -2018,8 +2010,6 @@ def test_celeba_is_read_in_its_own_and_in_kaggles_layout(tmp_path, kaggle):
     assert_array_equal(val.attributes, attributes[4:5])
     assert_array_equal(test.attributes, attributes[5:])
     assert len(set(train.identity)) == 4
-    assert val.picture(0).size == (178, 218)
-    assert val.images[0].name == "000005.jpg"
     text, _ = sample_caption(attributes[4], default_rng(0))
     assert val.caption(0, default_rng(0)) == text
 
@@ -2127,39 +2117,34 @@ def test_fs2k_has_one_sketch_per_photo_and_no_text(tmp_path):
     assert (np.asarray(test.sketch(0, 0)) == light).all(), "dark on light"
 
 
-def write_sde(folder, style="{photo}_{stage}", photo="photo1/image01{n:02d}"):
+def write_sde(folder, prefix="photo1_"):
     """20 photos, 15 of them for training, with sketches of 12 stages."""
-    files = grey_images(f"photo/{photo.format(n=n)}.jpg" for n in range(20))
+    files = grey_images(f"photo/photo1/image01{n:02d}.jpg" for n in range(20))
     for n, stage in itertools.product(range(20), range(1, 13)):
         split = "train" if n < 15 else "test"
-        flat = photo.format(n=n).replace("/", "_")
-        name = style.format(photo=flat, stem=flat[-9:], stage=stage)
-        files[f"sketch/{split}/{name}.png"] = plain((10 * stage,) * 3)
+        name = f"sketch/{split}/{prefix}image01{n:02d}_{stage}.png"
+        files[name] = plain((10 * stage,) * 3)
     return write_files(folder, files)
 
 
-@parametrize("style, photo", [
-    ("{photo}_{stage}", "photo1/image01{n:02d}"),
-    ("{stem}_{stage}", "photo1/image01{n:02d}"),
-    ("{photo}_{stage}", "photo1_image01{n:02d}"),
-    ("{stem}_{stage}", "image01{n:02d}")])
+@parametrize("prefix", ["photo1_", ""])
 def test_fs2k_sde_has_sketches_sorted_by_stage_and_captions_from_a_list_beside_them(
-        tmp_path, style, photo):
-    train, val, test = open_splits(write_sde(tmp_path, style, photo))
+        tmp_path, prefix):
+    train, val, test = open_splits(write_sde(tmp_path, prefix))
     assert [len(train), len(val), len(test)] == [13, 2, 5]
     assert train.captions is None
     assert train.sketch_stages == 12
-    assert [path.stem[-9:] for path in val.images] == ["image0113", "image0114"]
+    assert image_names(val) == ["image0113", "image0114"]
     darkness = [255 - train.sketch(2, stage).getpixel((0, 0))[0] for stage in range(12)]
     assert darkness == list(range(10, 130, 10))
     for path, sketches in zip(test.images, test.sketches):
-        assert path.stem[-9:] in str(sketches[0])
-
+        assert path.stem in str(sketches[0])
 
     of_another_set = {"image": "of/another/set.jpg", "caption": "another"}
     records = [of_another_set]
     for n in range(15):
-        records.append({"photo": f"photo/{photo.format(n=n)}.jpg", "caption": [f"face {n}"] * 2})
+        photo = f"photo/photo1/image01{n:02d}.jpg"
+        records.append({"photo": photo, "caption": [f"face {n}"] * 2})
     write_files(tmp_path, {"train.json": records[1:] + records[:1]})
     assert list(open_faces(tmp_path).captions) == [[f"face {n}"] * 2 for n in range(13)]
     assert open_faces(tmp_path, "test").captions is None
@@ -2235,11 +2220,11 @@ SDE_SKETCH = "sketch/train/photo1_image0104_7.png"
 OTHER_STAGES = "photo1/image0104.jpg has other stages than most photos: [1, 2, 3, 4, 5"
 
 
-@parametrize("style, name, change, message", [
-    ("{photo}_{stage}", SDE_SKETCH, None, OTHER_STAGES),
-    ("{stem}_{stage}", "photo/photo2/image0104.jpg", b"", "found no such photo")])
-def test_invalid_fs2k_sde_is_rejected(tmp_path, style, name, change, message):
-    assert message in error_after(write_sde(tmp_path, style), name, change)
+@parametrize("prefix, name, change, message", [
+    ("photo1_", SDE_SKETCH, None, OTHER_STAGES),
+    ("", "photo/photo2/image0104.jpg", b"", "found no such photo")])
+def test_invalid_fs2k_sde_is_rejected(tmp_path, prefix, name, change, message):
+    assert message in error_after(write_sde(tmp_path, prefix), name, change)
 
 
 @parametrize("changes, message", [
@@ -2403,8 +2388,7 @@ def test_damaged_image_is_named_and_replaced_by_the_next_face(tmp_path, capfd, w
     assert "2 of 200 are invalid and" in capfd.readouterr().out
 
     write_files(images, {"000050.jpg": "not an image"})
-    with pytest.raises(ValueError, match=r"000\d+.jpg .* \(3 of 200 are invalid, more than 1 %\)"):
-        take(loader, 0, 4)
+    assert "(3 of 200 are invalid, more than 1 %)" in error_of(take, loader, 0, 4)
     write_files(images, {path.name: "not an image" for path in images.iterdir()})
     assert "(200 of 200 are invalid, more than 1 %)" in error_of(data.readable, faces, 16)
     with pytest.raises(ValueError, match="is not an image, and 99 images before it"):
@@ -3876,12 +3860,7 @@ def test_every_command_of_the_pages_works(monkeypatch):
 def test_results_name_tests_that_exist():
     tests = [name for name in globals() if name.startswith("test_")]
     _, section = (ROOT / "RESULTS.md").read_text().split("## Known failure modes")
-    table, solutions = section.split("Solutions of the exercises")
-    rows = re.findall(r"^\| .*", table, re.MULTILINE)[1:]
-    named = re.findall(r"`(\w+)`", solutions)
-    for row in rows:
-        cell = row.split("|")[-2]
-        named += re.findall(r"`(\w+)`", cell)
+    named = re.findall(r"`(\w+_\w+)`", section)
     assert len(named) > 10
     for name in named:
         assert any(name in test for test in tests), name
