@@ -576,7 +576,6 @@ def test_transparent_images_are_loaded_on_white():
     for mode in ("RGBA", "P", "LA"):
         transparent.convert(mode).save("a.png")
         loaded = load_image("a.png")
-
         assert loaded.getpixel((7, 0)) == (255, 255, 255)
         assert loaded.getpixel((0, 0)) != (255, 255, 255)
 
@@ -591,7 +590,6 @@ def test_images_are_loaded_upright_but_boxes_are_of_the_stored_image():
     for file in (path, Image.open(path)):
         upright = load_image(file, size=30)
         assert upright.getpixel((25, 3)) < (9, 9, 9)
-
     assert np.asarray(load_image(path, box=(1, 1, 99, 99), size=16)).max() < 9
 
 
@@ -710,7 +708,6 @@ def test_misspelt_paths_are_not_looked_up_on_the_hub(tmp_path, hub):
 def test_model_is_saved_as_safetensors_and_loaded_again(model, tmp_path):
     folder = tmp_path / "saved"
     model.save_pretrained(folder)
-
     for path in (folder, folder / "model.safetensors"):
         other = FLIP.from_pretrained(path)
         assert other.config == model.config
@@ -750,7 +747,6 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 37
     ("flip.pt", "cut off", "central directory"),
     ("flip.pt", b"", ""),
     ("FLIP-base.pth", POINTER, "Weights only load failed"),
-
     ("model.safetensors", POINTER, "header too large")])
 def test_damaged_or_foreign_file_is_rejected_in_one_line_with_its_name(
         uninterrupted, tmp_path, name, content, cause):
@@ -1254,7 +1250,6 @@ def test_images_and_texts_of_every_kind_have_the_same_features_in_any_batches(
         model, pictures, paths):
     pixels = torch.stack([model.preprocess(path) for path in paths])
     expected = model.encode_image(paths)
-
     array = np.array(pictures[0])
     for images in (pictures, pixels, [*pixels], [Path(paths[0]), *pictures[1:]],
                    [array, *paths[1:]]):
@@ -1263,7 +1258,6 @@ def test_images_and_texts_of_every_kind_have_the_same_features_in_any_batches(
         close(model.encode_image(image)[0], expected[3], 1e-6)
     assert model.encode_image([]).shape == model.encode_text([]).shape == (0, 128)
     assert "found torch.uint8" in error_of(model.encode_image, torch.from_numpy(array)[None])
-
     assert "missing.png cannot be read" in error_of(model.encode_image, [paths[0], "missing.png"])
 
     texts = ["a man", "a smiling woman", "an old man"]
@@ -1288,7 +1282,6 @@ def test_models_of_other_precision_agree_with_float32(
     texts = ["a man", "a smiling woman"]
     other = FLIP.from_pretrained(uninterrupted, dtype=dtype)
     close(cosines_of(other, pictures, texts), cosines_of(model, pictures, texts), tolerance)
-
     close(other.score(pictures, texts), model.score(pictures, texts), 3 * tolerance)
 
     def search_with(model, capabilities):
@@ -2432,7 +2425,6 @@ def test_help_shows_the_texts_of_the_configuration_and_its_defaults(printed):
     ("--momentum nan", "--momentum nan: expected a number from 0 to 1"),
     ("--batch_size 0", "--batch_size 0: expected a number from 1 to inf"),
     ("--steps -5", "--steps -5: expected a number from 0 to inf"),
-
     ("--init a --clip b", "--init has all weights"),
     ("--vocabulary a", "--vocabulary is for --init")])
 def test_values_of_flags_are_checked_before_the_run(flags, message):
@@ -2440,7 +2432,6 @@ def test_values_of_flags_are_checked_before_the_run(flags, message):
 
 
 @parametrize("flags, message", [
-
     ("retrieval --k_test 0", "--k_test 0: expected a number from 1 to inf"),
     ("attributes --fractions 0.5 2", "--fractions 2.0: expected a number from 0 to 1")])
 def test_values_of_the_flags_of_finetuning_are_checked_before_the_run(flags, message):
@@ -2491,7 +2482,7 @@ def test_recall_table_contains_chance_and_both_references(quick):
         "this model, ITC alone",
         "this model, re-ranked"]
     assert [row[1] for row in rows[3:]] == ["7.0", "8.0", "10.0"]
-
+    assert rows[0][1:4] == ["5.0", "25.0", "50.0"]
     optimum = validation.references["Bayes optimum"][:5]
     assert rows[2][1:6] == [f"{value:.1f}" for value in optimum]
 
@@ -2530,7 +2521,6 @@ def test_schedule_of_base_is_the_papers(step):
 def test_schedule_of_tiny_starts_with_itc_alone_and_ends_with_a_low_learning_rate():
     config = parse_flags()
     assert train.schedule(0, config) == StepParams(within_batch=True, with_itm=False)
-
     rates = [learning_rate(step, config, 312) for step in (0, 383, 384, 385, 1919)]
     assert max(rates) == rates[2] == config.lr, "after 20 % of the run"
     assert rates[0] < config.lr / 100
@@ -3333,7 +3323,6 @@ def test_features_are_cached_for_a_folder_by_any_name(tmp_path, encode):
     os.mkfifo(folder / "pipe.png")                              # is skipped
     assert [*encode(folder, "a/0.png a/b/1.png")] == [f"{folder}/0.png", f"{folder}/b/1.png"]
     assert [*encode("a", "")] == ["a/0.png", "a/b/1.png"]
-
     (tmp_path / "link").symlink_to("a")
     assert [*encode("link", "")] == ["link/0.png", "link/b/1.png"]
 
