@@ -46,8 +46,8 @@ def compare(title, inputs, forwards: dict, tolerance):
         with torch.no_grad():
             alone = seconds(forward)
         both = seconds(partial(forward_and_backward, forward))
-        rows.append([name, f"{1000 * alone:.2f}", f"{1000 * both:.2f}"])
-    table = markdown_table(["", "forward, ms", "forward and backward, ms"], rows)
+        rows.append([name, 1000 * alone, 1000 * both])
+    table = markdown_table(["", "forward, ms", "forward and backward, ms"], rows, digits=2)
     print(f"## {title}\n\n{table}\n")
 
 

@@ -15,7 +15,6 @@ image is damaged, its name is printed and the next face is used instead.
 import itertools
 import sys
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -61,12 +60,7 @@ class Faces:
     def _load(self, stored, size=None):
         if isinstance(stored, TarImage):
             return stored.open(size)
-        if isinstance(stored, Path):
-            return load_image(stored, size=size)
-        image = Image.fromarray(stored).convert("RGB")
-        if size:
-            image = image.resize((size, size), Image.Resampling.BICUBIC)
-        return image
+        return load_image(stored, size=size)
 
     @property
     def has_text(self):

@@ -145,7 +145,7 @@ def chance_recalls(image_of_text):
     T = len(image_of_text)
     counts = image_of_text.bincount().tolist()      # captions of each image
     I = len(counts)
-    recalls = {f"img_r{k}": 100 * min(1, k / I) for k in (1, 5, 10)}
+    recalls = {f"img_r{k}": 100 * min(1.0, k / I) for k in (1, 5, 10)}
     for k in (1, 5, 10):
         subsets = math.comb(T, min(k, T))
         missed = [math.comb(T - n, min(k, T)) / subsets for n in counts]
@@ -168,11 +168,8 @@ def recall_table(metrics: dict, validation: EvaluationSet, initial: dict | None 
     rows["this model, re-ranked"] = recalls(metrics)
 
     header = ["recall in %", "text to image R@1", "R@5", "R@10", "image to text R@1", "R@5", "R@10"]
-    cells = []
-    for name, row in rows.items():
-        cells.append([name, *[f"{value:.1f}" for value in row]])
-    table = markdown_table(header, cells)
+    table = markdown_table(header, [[name, *row] for name, row in rows.items()])
     if validation.ideal_itc:
-        ideal = f"{validation.ideal_itc:.2f}"
-        table += f"\nideal ITC loss, without queue and soft targets: {ideal}"
+        table += ("\nideal ITC loss, without queue and soft targets: "
+                  f"{validation.ideal_itc:.2f}")
     return table

@@ -530,11 +530,9 @@ def print_predictions(config: TaskConfig):
     """Print the probability of each attribute for each image of --predict."""
     model = FLIP.from_pretrained(config.checkpoint, device=config.device)
     head, labels = load_head(Path(config.out) / "attributes" / "head.pt", model)
-    percent = 100 * predict_attributes(model, head, config.predict).cpu()           # (I, labels)
-    rows = []
-    for label, values in zip(labels, percent.T):
-        rows.append([label, *[f"{value:.0f}" for value in values]])
-    print(markdown_table(["probability, %", *config.predict], rows))
+    percent = 100 * predict_attributes(model, head, config.predict)                 # (I, labels)
+    rows = [[label, *values] for label, values in zip(labels, percent.T.tolist())]
+    print(markdown_table(["probability, %", *config.predict], rows, digits=0))
 
 
 def table(rows, task):
@@ -546,7 +544,7 @@ def table(rows, task):
         header.append(column.replace("txt_r", "image to text R@"))
     cells = []
     for name, metrics in rows:
-        cells.append([name, *[f"{metrics[column]:.1f}" for column in baseline]])
+        cells.append([name, *[metrics[column] for column in baseline]])
     return markdown_table(header, cells)
 
 

@@ -304,9 +304,7 @@ class FLIP(nn.Module):
 
         logits = []
         rank, _ = rank_and_world_size()
-        hide_bar = None         # shown on a terminal only
-        if rank > 0 or len(chunks) < 10:
-            hide_bar = True
+        hide_bar = True if rank > 0 else None       # None: only shown on a terminal
         for chunk in tqdm(chunks, "re-ranking", disable=hide_bar, leave=False):
             image_index, text_index = chunk.T
             start = int(image_index[0])
@@ -365,7 +363,7 @@ class FLIP(nn.Module):
     def encode_image(self, images, batch_size: int = 128):
         """Pixels (3, S, S) or (I, 3, S, S) from `preprocess`, or what `preprocess` takes, or a list
         of either -> features (I, E), float32, of unit norm."""
-        features = [torch.empty(0, self.config.embed_dim, device=self.device)]
+        features = []
         for pixels in pixel_batches(images, self.config.vit.image_size, batch_size):
             pixels = pixels.to(self.device, self.dtype)
             features.append(self.student.image_features(pixels))
@@ -374,8 +372,6 @@ class FLIP(nn.Module):
     @torch.no_grad()
     def encode_text(self, texts):
         """What `tokenize` takes -> features (T, E), float32, of unit norm."""
-        if texts == []:
-            return torch.empty(0, self.config.embed_dim, device=self.device)
         return self.student.text_features(self.tokenize(texts))
 
     @torch.no_grad()
@@ -456,8 +452,6 @@ class FLIP(nn.Module):
                 tokenizer = Tokenizer.load(vocabulary)
             model = FLIP(config, tokenizer)
         load_flip(model, saved, path)
-        if isinstance(dtype, str):          # such as "bfloat16"
-            dtype = getattr(torch, dtype)
         return model.to(choose_device(device), dtype).eval()
 
 
@@ -502,12 +496,11 @@ def rerank(model: FLIP, image_tokens, captions: Captions, similarity, k: int):
     if world_size > 1:
         dist.all_reduce(scores)
 
-    # all others get scores below the worst candidate's, ordered by cosine
-    image_to_text = similarity + (scores.min() - 2)
-    text_to_image = image_to_text.clone()
-    for ranking, candidates in ((image_to_text, for_image), (text_to_image, for_text)):
-        is_candidate = candidates[image_index, text_index]              # (P,)
-        ranking[image_index[is_candidate], text_index[is_candidate]] = scores[is_candidate]
+    reranked = torch.zeros_like(similarity)
+    reranked[image_index, text_index] = scores
+    others = similarity + (scores.min() - 2)            # below the worst candidate, by cosine
+    image_to_text = torch.where(for_image, reranked, others)
+    text_to_image = torch.where(for_text, reranked, others)
     return image_to_text, text_to_image.T
 
 

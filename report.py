@@ -127,10 +127,10 @@ def report_counterfactuals(model: FLIP, path, count=50):
                   (present, f"{itc:.0f}, {both:.0f} %", False)]
 
     percent["mean"] = np.mean(list(percent.values()), axis=0)
-    table = [[name, f"{itc:.0f}", f"{both:.0f}"] for name, (itc, both) in percent.items()]
+    table = [[name, *values] for name, values in percent.items()]
     print("The faces of a pair differ in nothing else: to find a combination of attributes among "
           "many faces (search.py) is harder.")
-    print(markdown_table(["correct pairs, %", "ITC", "ITC and ITM"], table))
+    print(markdown_table(["correct pairs, %", "ITC", "ITC and ITM"], table, digits=0))
     legend = ("left: without the attribute; right: with it; below: correct pairs by ITC, and by "
               "ITC and ITM")
     rows = [("", tiles[start:start + 10]) for start in range(0, len(tiles), 10)]

@@ -28,7 +28,7 @@ from common.distributed import (
 from common.seeds import derive_seed, random_stream
 from common.words import known_and_unknown_words
 from config import MODELS, Config
-from data import Batch, FaceDataset, Faces, load_toy_faces, open_faces, readable
+from data import FaceDataset, Faces, load_toy_faces, open_faces, readable
 from evaluation import EvaluationSet
 from flip import FLIP, FLIPConfig
 from pretrained import load_bert, load_clip, read_checkpoint, write_checkpoint
@@ -332,27 +332,3 @@ class Log:
     def close(self):
         if self.file:
             self.file.close()
-
-
-# ---- the clock -----------------------------------------------------------------------------------
-class StepTimer:
-    """Seconds per step, and of these the seconds of waiting for data, since `restart`."""
-
-    def __init__(self):
-        self.restart()
-
-    def restart(self):
-        self.begin = time.time()
-        self.steps = 0
-        self.waited = 0.0
-
-    def next_batch(self, batches) -> Batch:
-        begin = time.time()
-        batch = next(batches)
-        self.waited += time.time() - begin
-        self.steps += 1
-        return batch
-
-    def means(self) -> dict[str, float]:
-        seconds = time.time() - self.begin
-        return {"seconds": seconds / self.steps, "data_seconds": self.waited / self.steps}

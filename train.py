@@ -25,6 +25,7 @@ an uninterrupted one does. Random numbers are seeded by their purpose and these 
 """
 import contextlib
 import math
+import time
 from pathlib import Path
 
 import torch
@@ -159,11 +160,9 @@ def training_loop(run: runs.Run):
     first = run.steps_done
     steps = range(first, config.steps)
     bar = tqdm(steps, initial=first, total=config.steps, disable=not run.is_main)
-    timer = runs.StepTimer()
     with contextlib.closing(run.dataset.iterate_from(first)) as batches:
-        for step in bar:
+        for step, batch in zip(bar, batches):
             bar.set_description(f"phase {phase(step, config)}: {PHASES[phase(step, config)]}")
-            batch = timer.next_batch(batches)
             out, step_losses = compute_gradients(run, batch, step)
             run.updating = True             # if this fails halfway, the run is not saved
             update(run, out, step)
@@ -172,20 +171,17 @@ def training_loop(run: runs.Run):
             run.updating = False
 
             if run.steps_done % config.log_every == 0 or run.steps_done == config.steps:
-                line = mean_losses(run) | timer.means()
-                run.log.write(step=run.steps_done, **line)
-                bar.set_postfix(itc=line["itc"], itm=line["itm"])
+                means = mean_losses(run)
+                run.log.write(step=run.steps_done, time=time.time(), **means)
+                bar.set_postfix(itc=means["itc"], itm=means["itm"])
                 run.unlogged_losses = []
-                timer.restart()
 
             if run.validation_is_due():
                 validate(run)
                 runs.save(run)
-                timer.restart()
             must_stop = run.must_stop()     # because of a signal
             if must_stop or run.save_is_due():
                 runs.save(run)
-                timer.restart()
             if must_stop and run.steps_done < config.steps:
                 raise SystemExit(f"stopped after step {run.steps_done}; continue with --resume")
 

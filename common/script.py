@@ -74,10 +74,14 @@ def atomic_write(path: str | Path):
         partial.unlink(missing_ok=True)
 
 
-def markdown_table(header, rows):
-    """Format a header and rows of cells as a Markdown table."""
+def markdown_table(header, rows, digits=1):
+    """Format a header and rows of cells as a Markdown table, floats with this number of decimal
+    digits."""
+    def text(cell):
+        return f"{cell:.{digits}f}" if isinstance(cell, float) else str(cell)
+
     lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(map(text, line)) + " |" for line in lines)
 
 
 def flag(default, text: str, **options):
