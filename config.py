@@ -1,7 +1,6 @@
 """The configuration of train.py and finetune.py: the paper's values (FLIP paper, sections 4 and 5)
 as defaults; the tiny model's recipe, with reasons; the tasks' recipes. A field whose default is
 wrapped in `flag` is also a command-line flag."""
-import argparse
 import math
 import textwrap
 from dataclasses import dataclass, fields
@@ -146,13 +145,10 @@ RECIPES = {"base": {}, "tiny": dict(
 def parse_arguments(argv: list[str] | None = None, description: str | None = __doc__) -> Config:
     """The configuration of the command line; with --resume, that of the checkpoint in --out."""
     tiny = ", ".join(f"{name} {value}" for name, value in RECIPES["tiny"].items())
-    parser = argparse.ArgumentParser(
-        description=description, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Defaults in brackets are those of base. The tiny model, the default, has\n"
-               f"{textwrap.fill(tiny, 100)}\n(augment True with --data). With --resume, flags come "
-               f"from the checkpoint, except\n{', '.join(CHANGEABLE_ON_RESUME)}")
-    given = parse_flags(parser, Config, argv)       # only the flags that argv contains
+    epilog = ("Defaults in brackets are those of base. The tiny model, the default, has\n"
+              f"{textwrap.fill(tiny, 100)}\n(augment True with --data). With --resume, flags come "
+              f"from the checkpoint, except\n{', '.join(CHANGEABLE_ON_RESUME)}")
+    given = parse_flags(Config, argv, description, epilog)      # only the flags that argv contains
     if given.get("resume"):
         return resumed_config(Path(given.get("out", Config.out)), given)
     recipe = dict(RECIPES[given.get("model", Config.model)])
@@ -240,13 +236,9 @@ DRAWN_RECIPES = {
 
 def parse_task_arguments(argv: list[str] | None = None, description: str | None = None):
     """The `TaskConfig` of the command line."""
-    parser = argparse.ArgumentParser(
-        description=description, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Defaults in brackets are for retrieval.\n"
-               f"Other tasks: {TASK_RECIPES}\nDrawn faces: {DRAWN_RECIPES}")
-    parser.add_argument("task", choices=tuple(TASK_RECIPES))
-    given = parse_flags(parser, TaskConfig, argv)
+    epilog = ("Defaults in brackets are for retrieval.\n"
+              f"Other tasks: {TASK_RECIPES}\nDrawn faces: {DRAWN_RECIPES}")
+    given = parse_flags(TaskConfig, argv, description, epilog, task=tuple(TASK_RECIPES))
     values = TASK_RECIPES[given["task"]]
     if not given.get("data"):
         values = values | DRAWN_RECIPES[given["task"]]

@@ -90,8 +90,13 @@ def flag(default, text: str, **options):
     return field(default=default, metadata={"help": text, **options})
 
 
-def parse_flags(parser: argparse.ArgumentParser, config, argv):
-    """Add a flag for every `flag` of a dataclass. Returns {name: value} of the flags in `argv`."""
+def parse_flags(config, argv, description: str, epilog: str, **positional):
+    """Parse `argv` with a flag for every `flag` of a dataclass, and with positional arguments,
+    given by name with their choices. Returns {name: value} of the arguments in `argv`."""
+    parser = argparse.ArgumentParser(description=description, epilog=epilog, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, choices in positional.items():
+        parser.add_argument(name, choices=choices)
     for each in fields(config):
         if not each.metadata:
             continue
