@@ -12,10 +12,10 @@ sequence i. It serves three uses:
                                    image i (the matching loss pairs an image with several captions)
 
 `padded_attention`, in plain PyTorch, pads all sequences to the longest, computes softmax(q k^T /
-sqrt(d)) v and removes the padding. On NVIDIA GPUs from A100 on, kernels/attention.py computes the
-same without padding.
+sqrt(d)) v and removes the padding. On NVIDIA A100 and newer GPUs, kernels/attention.py computes
+the same without padding.
 
-Capital letters denote sizes and mean the same in every file:
+Capital letters denote sizes:
 
     B  items of a batch on one process; in this file, sequences of any kind
     N  tokens of all sequences         L  tokens of an image: 1 + patches
@@ -23,9 +23,9 @@ Capital letters denote sizes and mean the same in every file:
     S  pixels on a side of an image    P  captions; in ITM, one per image-caption pair
     E  dimension of the features       I, T  images and texts in one call or in one split
     Q  entries of the queue            K  keys of the contrastive loss
-    A  B x processes, the pairs of all processes
+    A  pairs of all processes together: B x number of processes
 
-A file that adds a letter says so. Run `python bench.py attention` to check and time attention.
+Run `python bench.py attention` to check and time attention.
 """
 from dataclasses import dataclass, replace
 
@@ -41,9 +41,9 @@ from kernels.attention import TritonAttention, supports_attention
 @dataclass(frozen=True)
 class Sequences:
     """Layout of B sequences packed into one tensor of N tokens: tokens[offsets[i]:offsets[i + 1]]
-    is sequence i. `offsets` is on the tokens' device, `lengths` on the CPU."""
+    is sequence i."""
     lengths: Tensor     # (B,) int64, always on the CPU: sizes are known without waiting for a GPU
-    offsets: Tensor     # (B + 1,) int32
+    offsets: Tensor     # (B + 1,) int32, on the tokens' device
     max_length: int     # L_max
     num_tokens: int     # N
 
@@ -65,9 +65,9 @@ class Sequences:
         """Merge consecutive sequences, such as the captions of one image: the first counts[0], the
         next counts[1], ... (int64, on the CPU). Lengths [3, 2, 4] and counts [2, 1] give the
         lengths [5, 4]."""
-        token_ends = F.pad(self.lengths.cumsum(0), (1, 0))              # [0, 3, 5, 9]
-        group_ends = token_ends[F.pad(counts.cumsum(0), (1, 0))]        # [0, 5, 9]
-        return Sequences.from_lengths(group_ends.diff(), self.offsets.device)
+        offsets = F.pad(self.lengths.cumsum(0), (1, 0))                 # [0, 3, 5, 9]
+        group_offsets = offsets[F.pad(counts.cumsum(0), (1, 0))]        # [0, 5, 9]
+        return Sequences.from_lengths(group_offsets.diff(), self.offsets.device)
 
     def to(self, device):
         return replace(self, offsets=self.offsets.to(device, non_blocking=True))
@@ -124,28 +124,6 @@ def unpad(padded, sequences):
 
 
 # ---- attention -----------------------------------------------------------------------------------
-def dropout_mask(weights, dropout):
-    """A mask like `weights`: 0 with probability `dropout`, else 1.
-
-    It uses 16 random bits per weight, four from each random 64-bit integer. On a CPU, drawing a
-    float for each weight would take longer than the rest of attention."""
-    count = weights.numel()
-    words = torch.randint(-2 ** 63, 2 ** 63 - 1, ((count + 3) // 4,), device=weights.device)
-    random = words.view(torch.int16)[:count].view(weights.shape)    # uniform from -2^15 to 2^15 - 1
-    threshold = round(dropout * 2 ** 16) - 2 ** 15
-    return (random >= threshold).to(weights.dtype)
-
-
-class Dropout(nn.Dropout):
-    """nn.Dropout, on a CPU with `dropout_mask`: a step of the base model takes 2 to 4 % less."""
-
-    def forward(self, x):
-        if x.is_cuda or not self.training or self.p == 0:
-            return super().forward(x)
-        scale = dropout_mask(x, self.p).div_(1 - self.p)
-        return x * scale
-
-
 def padded_attention(query, key, value, query_sequences, key_sequences, dropout=0.0):
     """`attention` in plain PyTorch, on sequences padded to one length."""
     # Lq and Lk: the lengths of the longest sequence of queries and of keys
@@ -170,8 +148,8 @@ def attention(query: Tensor, key: Tensor, value: Tensor, query_sequences: Sequen
     """softmax(q k^T / sqrt(d)) v for every head; query sequence i attends to key sequence i.
 
     query: (N, H, d), packed as `query_sequences`; key, value: likewise, packed as `key_sequences`;
-    dropout: the probability of dropping an attention weight. Returns a tensor of query's shape,
-    under autocast in autocast's dtype."""
+    dropout: the probability of dropping an attention weight. Returns a tensor of query's shape;
+    under autocast, it has autocast's dtype."""
     assert len(query) == query_sequences.num_tokens, "query_sequences does not match query"
     assert len(key) == key_sequences.num_tokens, "key_sequences does not match key"
     assert len(query_sequences) == len(key_sequences), "queries and keys of different sequences"
@@ -183,7 +161,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, query_sequences: Sequen
         value = value.to(dtype)
     if not supports_attention(query):
         return padded_attention(query, key, value, query_sequences, key_sequences, dropout)
-    key_offsets = key_sequences.offsets[:]      # a view: torch.compile accepts no tensor twice
+    key_offsets = key_sequences.offsets[:]      # a view: torch.compile takes no tensor twice
     return TritonAttention.apply(
         query, key, value, query_sequences.offsets, key_offsets,
         query_sequences.max_length, key_sequences.max_length, dropout)
@@ -210,3 +188,27 @@ class Attention(nn.Module):
         dropout = self.dropout if self.training else 0.0
         mixed = attention(query, key, value, x_sequences, context_sequences, dropout)
         return self.out(mixed.flatten(1))                               # (Nx, D)
+
+
+# ---- dropout -------------------------------------------------------------------------------------
+def dropout_mask(weights, dropout):
+    """A mask like `weights`: 0 with probability `dropout`, else 1.
+
+    It uses 16 random bits per weight, four from each random 64-bit integer. On a CPU, drawing a
+    float for each weight would take longer than the rest of attention."""
+    count = weights.numel()
+    words = torch.randint(-2 ** 63, 2 ** 63 - 1, ((count + 3) // 4,), device=weights.device)
+    random = words.view(torch.int16)[:count].view(weights.shape)    # uniform from -2^15 to 2^15 - 1
+    threshold = round(dropout * 2 ** 16) - 2 ** 15
+    return (random >= threshold).to(weights.dtype)
+
+
+class Dropout(nn.Dropout):
+    """nn.Dropout, on a CPU with `dropout_mask`: a step of the base model takes 2 to 4 % less
+    time."""
+
+    def forward(self, x):
+        if x.is_cuda or not self.training or self.p == 0:
+            return super().forward(x)
+        scale = dropout_mask(x, self.p).div_(1 - self.p)
+        return x * scale

@@ -8,16 +8,16 @@ design is BLIP's).
     Each sublayer has a residual connection followed by LayerNorm (post-norm; the ViT is pre-norm).
 
 Image-grounded mode is used if image tokens are passed. Both modes share all weights except those of
-cross-attention; the first token tells the model its role. The contrastive loss trains [CLS] to
-summarise the caption; the matching loss trains [ENC] to tell whether the caption fits the image.
-The two inputs differ only in the embedding of this first token, and the output at its position is
-the result.
+cross-attention; the first token tells the model which of the two modes it is in. The contrastive
+loss trains [CLS] to summarise the caption; the matching loss trains [ENC] to tell whether the
+caption fits the image. The two inputs differ only in the embedding of this first token, and only
+the output at its position is used.
 
 Unlike the official code, we pack captions (attention.py) instead of padding them to 65 tokens; and
 in each layer we project an image's keys and values once rather than once per caption: the captions
 that attend to an image are stored contiguously and form one long query sequence. BERT's token-type
-embedding is constant here (type 0): pretrained.py adds it to the position embeddings, the official
-code drops it.
+embedding is constant here (type 0); pretrained.py adds it to the position embeddings, whereas the
+official code drops it.
 
 Shapes: see attention.py; N tokens of P captions, which attend to I images of L tokens.
 """

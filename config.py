@@ -13,7 +13,8 @@ from readers.index import COLUMNS
 from vit import ViTConfig
 
 # image encoder, text encoder (the vocabulary sets vocab_size), dimension of the features. The tiny
-# model has no dropout: for drawn faces, every epoch writes new captions
+# model has no dropout: for drawn faces, every epoch writes new captions, of up to 65 tokens
+# (tokenizer.py)
 TINY = (ViTConfig(image_size=48, patch_size=8, width=128, depth=3, heads=4),
         BertConfig(vocab_size=1, width=128, depth=2, heads=4, positions=66, dropout=0.0),
         128)
@@ -39,7 +40,7 @@ class SharedFlags:
     precision: str = flag("auto",
         "auto: bf16 on GPUs from A100 on, on CPUs with AVX512-BF16 or AMX; else float32",
         choices=("auto", "float32", "bf16"))
-    k_test: int = flag(256, "candidates per query to re-rank with the ITM head")
+    k_test: int = flag(256, "candidates per query to re-rank with the matching head")
 
     def __post_init__(self):
         """Raise ValueError unless every number is at least 0 (at least 1 for AT_LEAST_ONE) and, for
@@ -59,7 +60,7 @@ class SharedFlags:
 @dataclass(frozen=True)
 class Config(SharedFlags):
     """The defaults are the paper's, as far as it has a value. For the tiny model, `RECIPES`
-    replaces some, but not warm-up, weight decay, momentum and alpha."""
+    replaces some of them; warm-up, weight decay, momentum and alpha stay."""
     model: str = flag("tiny",
         "tiny (for drawn faces, trains on two CPU cores) or base (the paper's ViT-B/16 and "
         "BERT-base)", choices=tuple(MODELS))
@@ -91,20 +92,21 @@ class Config(SharedFlags):
     eval_every: int = flag(5000, "steps between evaluations; each also saves a checkpoint")
     save_every: float = flag(10.0, "minutes between further checkpoints")
 
-    # these fields are not flags: the run sets the number of processes, recipes set all others
+    # these fields are not flags: the run sets the number of processes; the others are constants of
+    # the paper, some of which the tiny recipe replaces
     processes: int = 1
     # upper limit on the run's length, in epochs; 0: none
     max_epochs: int = 0
-    # limit a batch to a quarter of the faces
+    # limit a batch to a quarter of the faces, so that an epoch has at least four steps
     fit_batch: bool = False
     # learning rate at step 0, and at the end of its decay
     lr_start: float = 1e-6
     lr_min: float = 1e-6
     # how the learning rate decays after the warm-up: "epoch" (x 0.9 per epoch) or "linear"
     lr_decay: str = "epoch"
-    # learning rate of Muon for the matrices, as a multiple of lr, see `optim.build_optimizers`;
-    # 0: AdamW updates them
-    muon_lr: float = 0.0
+    # Muon's learning rate for the matrices, as a multiple of lr, see `optim.build_optimizers`; 0:
+    # AdamW updates them
+    muon_multiple: float = 0.0
     # fraction of the run at which phase 2 begins, complete FLIP, see `train.schedule`
     complete_from: float = 0.0
     # first part of phase 2, as a fraction of it, in which alpha rises from 0 to its final value
@@ -126,12 +128,13 @@ RECIPES = {"base": {}, "tiny": dict(
     # the length of the run, and what follows from it
     steps=1920, max_epochs=30, batch_size=128, fit_batch=True, workers=0, log_every=16,
     eval_every=960, k_test=16,
-    # in six epochs, with new captions in each, there is little to overfit; --data turns it on
+    # in six epochs, with new captions in each, there is little to overfit; --data turns
+    # augmentation on
     augment=False,
-    # larger rates, as there are no pretrained weights to preserve; and they end near zero
+    # larger rates, as there are no pretrained weights to preserve, that decay to nearly zero
     lr=1e-3, lr_decay="linear",
     # Muon moves in all directions at the same rate, so that rare attributes are not learned last
-    muon_lr=3.0,
+    muon_multiple=3.0,
     # ITC within the batch to 90 %: hard negatives teach ITM only when the features are good, and a
     # momentum encoder lags far behind the student until the learning rate is low
     complete_from=0.9,
@@ -213,7 +216,7 @@ class TaskConfig(SharedFlags):
         type=str, nargs="+")
 
     # these fields are not flags; recipes set them
-    # train the matching head in every n-th step
+    # train the matching head every n-th step
     itm_every: int = 1
     # number of stages in which a sketch is drawn
     sketch_stages: int = 70

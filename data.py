@@ -1,4 +1,4 @@
-"""Faces with captions, augmented and in batches: the training data (FLIP paper, section 4.2).
+"""The training data: batches of augmented faces with captions (FLIP paper, section 4.2).
 
     Faces          the images of one split of a data set, with captions, attributes or sketches
     augment        FLIP's random augmentation of an image
@@ -36,14 +36,14 @@ class Faces:
     """I face images with optional attributes, captions and sketches. For a data set on disk, all
     fields are read from a memory-mapped file, as numpy arrays or, for lists of texts and paths, as
     `readers.index.Column`s, which are indexed like arrays."""
-    name: str                       # for errors: "CelebA train"
+    name: str                       # "CelebA train"; seeds generated captions to evaluate on
     images: object                  # uint8 (I, S, S, 3), or a sequence of Path or TarImage
     identity: np.ndarray            # int64 (I,): equal numbers mean the same person
     attributes: object = None       # bool (I, 40), in the order of captions.ATTRIBUTES
     captions: object = None         # a list of texts per image; None: the grammar writes them
     sketches: object = None         # uint8 (I, stages, S, S), white on black, or per image the
                                     # paths of its sketch at each stage
-    digest: str = ""                # differs for other images, annotations or captions
+    digest: str = ""                # of the whole split: other images or annotations, other digest
 
     def __post_init__(self):
         for values in (self.identity, self.attributes, self.captions, self.sketches):
@@ -114,8 +114,8 @@ def load_toy_faces(count: int, size: int, seed: int, folder: str, stages: int = 
 
 
 def readable(faces: Faces, size: int) -> Faces:
-    """The faces whose images can be read at this size. The others are printed by name; if they
-    exceed 1 %, raises ValueError."""
+    """The faces whose images can be read at this size. Prints the others by name; raises ValueError
+    if they exceed 1 %."""
     valid = []
     errors = []
     for i in tqdm(range(len(faces)), "checking images", leave=False):
@@ -138,8 +138,8 @@ def affine(image, a, b, c, d, e, f):
                            Image.Resampling.BILINEAR, fillcolor=GREY)
 
 
-# FLIP's nine operations, which are BLIP's without AutoContrast. (Three change nothing: identity,
-# and brightness and sharpness, whose factor is 1 at FLIP's strength)
+# FLIP's nine operations, which are BLIP's without AutoContrast. Identity, brightness and sharpness
+# have no effect: at FLIP's strength, 5 of 10, the factor of the last two is 0.1 + 1.8 * 5 / 10 = 1
 OPERATIONS = ("identity", "brightness", "sharpness", "equalize", "shear x", "shear y",
               "translate x", "translate y", "rotate")
 
@@ -158,8 +158,7 @@ def apply_operation(name: str, image: Image.Image, sign: int) -> Image.Image:
         return affine(image, 1, 0, 0, 0, 1, sign * 5 / 224 * image.height)
     if name == "rotate":
         return image.rotate(sign * 15, Image.Resampling.BILINEAR, fillcolor=GREY)
-    # at strength 5, brightness and sharpness are multiplied by 0.1 + 1.8 * 5 / 10 = 1
-    return image
+    return image        # identity, brightness, sharpness
 
 
 def augment(image: Image.Image, rng: np.random.Generator) -> Image.Image:
@@ -187,8 +186,8 @@ class Batch(NamedTuple):
 
 
 class FaceDataset(torch.utils.data.Dataset):
-    """Samples of one process, and an endless stream of batches of them. An item is the sample of
-    (epoch, index), a pure function of these and the seed. Each epoch permutes the faces and cuts
+    """Samples of one process, and an endless stream of batches of them. Item (epoch, index)
+    is a sample, a pure function of these two and the seed. Each epoch permutes the faces and cuts
     the permutation into batches_per_epoch global batches; rank r takes the r-th part of each, so
     that together the ranks process the batches that a single process would."""
 

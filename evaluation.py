@@ -17,7 +17,7 @@ from optimum import ideal_contrastive_loss, reference_recall
 
 # ---- retrieval metrics ---------------------------------------------------------------------------
 def match_ranks(scores, image_of_row, image_of_column):
-    """Rank (0 = first) of the best-ranked match in each row: scores (rows, columns), the image of
+    """Rank, 1 is best, of the best-ranked match in each row: scores (rows, columns), the image of
     each row and of each column -> (rows,).
 
     Ties and NaN count against the match: an item ranks below it only if its score is strictly
@@ -26,7 +26,7 @@ def match_ranks(scores, image_of_row, image_of_column):
     for chunk, image in zip(scores.split(1000), image_of_row.split(1000)):
         is_match = image[:, None] == image_of_column
         best = chunk.masked_fill(~is_match, -torch.inf).amax(1, keepdim=True)
-        ranks.append((~(chunk < best) & ~is_match).sum(1))
+        ranks.append(1 + (~(chunk < best) & ~is_match).sum(1))
     return torch.cat(ranks)
 
 
@@ -41,13 +41,13 @@ def retrieval_metrics(image_to_text, text_to_image, image_of_text):
     ranks = {"txt": match_ranks(image_to_text, images, image_of_text),
              "img": match_ranks(text_to_image, image_of_text, images)}
     metrics = {}
-    for way, rank in ranks.items():
+    for direction, rank in ranks.items():
         recalls = []
         for k in (1, 5, 10):
-            recall = 100 * (rank < k).cpu().double().mean().item()
-            metrics[f"{way}_r{k}"] = recall
+            recall = 100 * (rank <= k).cpu().double().mean().item()
+            metrics[f"{direction}_r{k}"] = recall
             recalls.append(recall)
-        metrics[f"{way}_r_mean"] = sum(recalls) / 3
+        metrics[f"{direction}_r_mean"] = sum(recalls) / 3
     metrics["r_mean"] = (metrics["txt_r_mean"] + metrics["img_r_mean"]) / 2
     return metrics
 
@@ -96,10 +96,11 @@ class EvaluationSet(NamedTuple):
 
 @torch.no_grad()
 def evaluate(model: FLIP, validation: EvaluationSet, config, reranks=True):
-    """Every rank encodes the whole validation set; the pairs to re-rank are divided among them.
-    Returns `retrieval_metrics` after re-ranking and by cosine alone ("itc_..."), and the re-ranked
-    text-to-image scores (T, I). reranks: False if the matching head is not trained yet; then both
-    are by cosine. config: precision and k_test. The caller puts the model into evaluation mode."""
+    """Evaluate retrieval. Every process encodes the whole validation set; the pairs to re-rank are
+    divided among them. Returns `retrieval_metrics` after re-ranking and by cosine alone
+    ("itc_..."), and the re-ranked text-to-image scores (T, I). reranks: False if the matching head
+    is not trained yet; then all scores are cosines. config: precision and k_test. The caller puts
+    the model into evaluation mode."""
     device = model.device
     captions = model.tokenizer(validation.texts).to(device)
     image_of_text = validation.image_of_text.to(device)
@@ -125,7 +126,7 @@ def encode_faces(model: FLIP, faces, precision):
     vit = model.config.vit
     dtype = torch.float32
     if choose_precision(precision, model.device) == "bf16":
-        dtype = torch.bfloat16      # cross-attention casts to it anyway; takes half of the memory
+        dtype = torch.bfloat16      # cross-attention casts to it anyway; this halves the memory
     tokens = torch.empty(len(faces), vit.num_patches + 1, vit.width, dtype=dtype)
     features = []
     rank, _ = rank_and_world_size()

@@ -56,15 +56,18 @@ class Task:
     """What the three tasks have in common. A task is made of a model with frozen encoders, on its
     device, and the faces of each split ("train", "val", "test").
 
-    It sets two attributes: `trained`, the module to optimise (the model or a new head; only
-    parameters that require gradients); `baseline`, the first row of the table, as (name, metrics),
-    whose metrics also define the columns. `tune` sets a third, `details`, for the picture. The
-    methods of a task:
+    It sets two attributes:
+
+        trained             the module to optimise: the model, of which only parameters that require
+                            gradients are trained, or a new head
+        baseline            the first row of the table, (name, metrics), which defines the columns
+
+    and has four methods:
 
         batches(samples)    an endless stream of batches; samples: indices of the faces to train on
         loss(batch, step)   a scalar tensor
         metrics(split)      metrics in percent, and details for the picture
-        draw(details, path) the picture, from the details of the test split
+        draw(details, path) saves the picture, from the details of the test split
     """
     selected_by: str        # the metric of the validation split that chooses the weights
     note = ""               # printed below the table
@@ -144,11 +147,11 @@ def encode(compute, read, count, model, config):
 
 # ---- retrieval: find the face for a caption, and the caption for a face --------------------------
 class Retrieval(Task):
-    """Frozen: both encoders. They run in every step, the text encoder because the grammar writes
-    new captions in every epoch, the image encoder because the matching head attends to all of its
-    tokens. Trained: projections, matching head, temperature. Loss: ITC + ITM within the batch, that
-    is `FLIP.forward` without momentum encoder, queue and soft targets. Metrics: recall after
-    re-ranking."""
+    """Both encoders are frozen. They run in every step: the text encoder because the grammar writes
+    new captions in every epoch, and the image encoder because the matching head attends to all of
+    its tokens. Projections, matching head and temperature are trained. The loss is ITC + ITM within
+    the batch, that is `FLIP.forward` without momentum encoder, queue and soft targets. The metrics
+    are recalls after re-ranking."""
     selected_by = "r_mean"
 
     def __init__(self, model, splits, config):
@@ -156,9 +159,9 @@ class Retrieval(Task):
         self.tokenizer = model.require_tokenizer()
         self.sets = {split: EvaluationSet.from_faces(splits[split]) for split in ("val", "test")}
         self.baseline = "chance", chance_recalls(self.sets["test"].image_of_text)
-        if not config.data:     # `draw_faces`
-            self.note = ("The drawn faces of this task are grey: in colour, there is nothing left "
-                         "to learn.\n")
+        if not config.data:     # see `draw_faces`
+            self.note = ("The drawn faces of this task are grey: on colour faces, there is nothing "
+                         "left to gain.\n")
 
     def batches(self, samples):
         config = self.config
@@ -186,9 +189,9 @@ class Retrieval(Task):
 
 # ---- attributes: predict the 40 attributes of a face ---------------------------------------------
 class Attributes(Task):
-    """Frozen: the image encoder; it encodes each image once. Trained: a new `AttributeHead`. Loss:
-    binary cross-entropy, mean over faces and labels. Metrics: accuracy and balanced accuracy, means
-    over labels."""
+    """The image encoder is frozen and encodes each image once. A new `AttributeHead` is trained.
+    The loss is binary cross-entropy, averaged over faces and labels; the metrics are accuracy and
+    balanced accuracy, averaged over labels."""
     selected_by = "accuracy"
 
     def __init__(self, model, splits, config):
@@ -234,7 +237,7 @@ class Attributes(Task):
 
     def draw(self, accuracy, path):
         test = self.splits["test"]
-        percent = 100 * self.config.fractions[-1]
+        percent = 100 * max(self.config.fractions)
         title = (f"{test.name}: {len(test):,}; head trained on {percent:g} % of "
                  f"{len(self.splits['train']):,} others")
         plot_accuracies(ATTRIBUTES, accuracy, self.majority, title, path)
@@ -258,11 +261,11 @@ class AttributeHead(nn.Module):
     """Pooled vectors (B, V, D) -> logits (B, labels): LayerNorm, learned weighted sum over V,
     linear."""
 
-    def __init__(self, vectors, width, labels):
+    def __init__(self, num_vectors, width, num_labels):
         super().__init__()
         self.norm = nn.LayerNorm(width)
-        self.weights = nn.Parameter(torch.full((vectors,), 1 / vectors))
-        self.linear = nn.Linear(width, labels)
+        self.weights = nn.Parameter(torch.full((num_vectors,), 1 / num_vectors))
+        self.linear = nn.Linear(width, num_labels)
 
     def forward(self, x):
         pooled = torch.einsum("v,bvd->bd", self.weights, self.norm(x))
@@ -275,10 +278,10 @@ def load_head(path: Path, model: FLIP):
     saved = read_file(path)
     if saved["encoder"] != model.image_encoder_hash():
         raise ValueError(f"{path} was trained on another --checkpoint")
-    weights = saved["model"]
-    labels, width = weights["linear.weight"].shape
-    head = AttributeHead(len(weights["weights"]), width, labels)
-    head.load_state_dict(weights)
+    state = saved["model"]
+    num_labels, width = state["linear.weight"].shape
+    head = AttributeHead(len(state["weights"]), width, num_labels)
+    head.load_state_dict(state)
     return head.to(model.device), saved["labels"]
 
 
@@ -305,29 +308,30 @@ def accuracies(predicted, truth):
 
 # ---- sketch: find the photo for a sketch that is still being drawn -------------------------------
 class Sketch(Task):
-    """Frozen: both encoders; each photo, each stage of each sketch and one caption per face is
-    encoded once. Trained: projections and temperature; photos and sketches share theirs. Loss: IIC
-    (image-image contrastive loss) between a random stage of the sketch and its photo, plus ITC of
-    the photo if it has captions. Metrics: `early_retrieval`."""
+    """Both encoders are frozen; each photo, each stage of each sketch and one caption per face are
+    encoded once. Projections and temperature are trained; photos and sketches share a projection.
+    The loss is IIC (image-image contrastive loss) between a random stage of the sketch and its
+    photo, plus ITC of the photo if it has captions. The metrics are those of `early_retrieval`."""
     selected_by = "m@B"
     note = ("m@A: mean rank percentile of the photo, m@B: mean reciprocal rank, over all stages;\n"
             "w@A, w@B: early stages weighted more; A: the percentile for the finished sketch.\n")
 
     def __init__(self, model, splits, config):
         super().__init__(model, splits, config)
-        self.photos = {}        # {split: class tokens of the photos (I, D)}
-        self.sketches = {}      # {split: those of the sketches (I, stages, D)}
+        self.photo_tokens = {}      # {split: class tokens of the photos (I, D)}
+        self.sketch_tokens = {}     # {split: those of the sketches (I, stages, D)}
         for split, faces in splits.items():
-            self.photos[split] = encode(self.class_tokens, faces.picture, len(faces), model, config)
-            self.sketches[split] = self.encode_sketches(faces)
-        self.captions = None
+            tokens = encode(self.class_tokens, faces.picture, len(faces), model, config)
+            self.photo_tokens[split] = tokens
+            self.sketch_tokens[split] = self.encode_sketches(faces)
+        self.caption_tokens = None
         if splits["train"].has_text:
-            self.captions = self.encode_captions(splits["train"])
+            self.caption_tokens = self.encode_captions(splits["train"])
 
-        photos = len(splits["test"])
+        num_photos = len(splits["test"])
         stages = splits["test"].sketch_stages
-        every_rank = torch.arange(1, photos + 1)[:, None].expand(-1, stages)
-        self.baseline = "chance", early_retrieval(every_rank, photos)
+        every_rank = torch.arange(1, num_photos + 1)[:, None].expand(-1, stages)
+        self.baseline = "chance", early_retrieval(every_rank, num_photos)
 
     def class_tokens(self, images):
         return self.model.student.image(images, first_token_only=True)
@@ -362,22 +366,22 @@ class Sketch(Task):
         student = self.model.student
         faces = self.splits["train"]
         stage = torch.randint(faces.sketch_stages, batch.shape)
-        sketch_tokens = self.sketches["train"][batch, stage]
+        sketch_tokens = self.sketch_tokens["train"][batch, stage]
         sketch = project(sketch_tokens, student.image_projection)               # (B, E)
-        photo = project(self.photos["train"][batch], student.image_projection)
+        photo = project(self.photo_tokens["train"][batch], student.image_projection)
         identity = torch.from_numpy(faces.identity[batch.numpy()]).to(photo.device)
         shared = identity, identity, self.model.temperature
         iic = clip_loss(sketch, photo, sketch, photo, *shared)
-        if self.captions is None:
+        if self.caption_tokens is None:
             return iic
-        text = project(self.captions[batch], student.text_projection)
+        text = project(self.caption_tokens[batch], student.text_projection)
         return iic + clip_loss(photo, text, photo, text, *shared)
 
     @torch.no_grad()
     def metrics(self, split):
         projection = self.model.student.image_projection
-        photo = project(self.photos[split], projection)                         # (I, E)
-        sketch = project(self.sketches[split], projection)                      # (I, stages, E)
+        photo = project(self.photo_tokens[split], projection)                   # (I, E)
+        sketch = project(self.sketch_tokens[split], projection)                 # (I, stages, E)
         similarity = (sketch @ photo.T).cpu()                                   # (I, stages, I)
         return early_retrieval(sketch_ranks(similarity), len(photo)), similarity
 
@@ -395,13 +399,13 @@ def sketch_ranks(similarity):
     return (~(similarity < true[..., None])).sum(-1)
 
 
-def early_retrieval(ranks, photos):
-    """Metrics in percent from ranks (I, stages) among `photos` photos: m@A (mean rank percentile)
-    and m@B (mean reciprocal rank) over all stages; w@A and w@B weight stage t of n by exp(-t / n),
-    without normalisation, so that their maximum is about 63; A, the percentile of the finished
-    sketch."""
+def early_retrieval(ranks, num_photos):
+    """Metrics in percent from ranks (I, stages) among `num_photos` photos: m@A (mean rank
+    percentile) and m@B (mean reciprocal rank) over all stages; w@A and w@B weight stage t of n by
+    exp(-t / n), without normalisation, so that their maximum is about 63; A, the percentile of the
+    finished sketch."""
     stages = ranks.shape[1]
-    percentile = 100 * (photos - ranks.double()) / (photos - 1)
+    percentile = 100 * (num_photos - ranks.double()) / (num_photos - 1)
     inverse = 100 / ranks.double()
     weight = torch.exp(-torch.arange(1, stages + 1, dtype=torch.float64) / stages)
     return {
@@ -420,9 +424,9 @@ TASKS = {"retrieval": Retrieval, "attributes": Attributes, "sketch": Sketch}
 def open_splits(config: TaskConfig, size: int) -> dict[str, Faces]:
     """The splits of --data, or drawn faces that train.py never uses."""
     if config.data:
-        return {"train": open_split(config, "train", 0, size),
-                "val": open_split(config, "val", config.validation, size),
-                "test": open_split(config, "test", config.test, size)}
+        return {"train": open_task_split(config, "train", 0, size),
+                "val": open_task_split(config, "val", config.validation, size),
+                "test": open_task_split(config, "test", config.test, size)}
     return {"train": draw_faces(config, 10, config.faces, size),
             "val": draw_faces(config, 11, config.validation, size),
             "test": draw_faces(config, 12, config.test, size)}
@@ -439,14 +443,14 @@ def draw_faces(config: TaskConfig, seed: int, count: int, size: int) -> Faces:
     return replace(faces, images=grey.round().astype(np.uint8))
 
 
-def open_split(config: TaskConfig, split: str, count: int, size: int) -> Faces:
+def open_task_split(config: TaskConfig, split: str, count: int, size: int) -> Faces:
     """At most `count` faces of a split of --data (0: all). Raises ValueError if it lacks what the
     task needs."""
     faces = open_faces(config.data, split, config.cache, config.columns)
     available = {"retrieval": faces.has_text, "attributes": faces.attributes is not None,
                  "sketch": faces.sketches is not None}
     if not available[config.task]:
-        raise ValueError(f"{faces.name}: has nothing to train {config.task} on")
+        raise ValueError(f"{faces.name} lacks the annotations that {config.task} needs")
     if split == "train" and config.task == "retrieval":     # whose batches replace damaged images
         return faces
     if count:
@@ -460,18 +464,19 @@ def finetune(config: TaskConfig) -> list[tuple[str, dict]]:
     device = use_device(config.device)
     folder = Path(config.out) / config.task
     if (folder / "table.md").exists():
-        raise ValueError(f"{folder} already contains results; remove it, or choose another --out")
+        raise ValueError(f"{folder} already contains results; remove the folder, or choose another "
+                         "--out")
     model = FLIP.from_pretrained(config.checkpoint, vocabulary=config.vocabulary)
     splits = open_splits(config, model.config.vit.image_size)
     torch.manual_seed(derive_seed("random encoders", config.seed))
-    encoders = {config.checkpoint: model}
+    models = {config.checkpoint: model}
     if config.random:
-        encoders["random weights"] = FLIP(model.config, model.tokenizer)
+        models["random weights"] = FLIP(model.config, model.tokenizer)
 
     rows = []
     with contextlib.closing(Log(folder / "log.jsonl")) as log:
         log.restart([{"config": asdict(config)}])
-        for name, model in encoders.items():
+        for name, model in models.items():
             model.to(device).eval()
             model.student.image.requires_grad_(False)
             model.student.text.requires_grad_(False)
@@ -480,9 +485,10 @@ def finetune(config: TaskConfig) -> list[tuple[str, dict]]:
             task = TASKS[config.task](model, splits, config)
             if not rows:
                 rows.append(task.baseline)
-            rows += tune(task, name, log)
+            tuned, details = tune(task, name, log)
+            rows += tuned
             if name == config.checkpoint:
-                save_task(task, folder)
+                save_task(task, details, folder)
     text = table(rows, config.task)
     # written last, because a folder with a table counts as finished
     (folder / "table.md").write_text(text + "\n", encoding="utf-8")
@@ -490,9 +496,9 @@ def finetune(config: TaskConfig) -> list[tuple[str, dict]]:
     return rows
 
 
-def tune(task: Task, name: str, log: Log) -> list[tuple[str, dict]]:
+def tune(task: Task, name: str, log: Log):
     """Train on each fraction of the training split, always from the same weights; returns the
-    table's rows. The details of the last one are left in `task.details`."""
+    table's rows, and the details of the last one for the picture."""
     config = task.config
     rows = []
     if task.trained is task.model:
@@ -506,18 +512,18 @@ def tune(task: Task, name: str, log: Log) -> list[tuple[str, dict]]:
         count = max(1, round(fraction * num_faces))
         task.restore(initial)
         train_heads(task, order[:count], steps, log)
-        metrics, task.details = task.metrics("test")
+        metrics, details = task.metrics("test")
         log.write(encoder=name, fraction=fraction, test=metrics)
         row = f"{name}, tuned"
         if config.fractions != (1.0,):
             row += f" on {100 * fraction:g} % of the faces"
         rows.append((row, metrics))
-    return rows
+    return rows, details
 
 
-def save_task(task: Task, folder: Path):
-    """The picture of the last fraction, and its weights."""
-    task.draw(task.details, folder / f"{task.config.task}.png")
+def save_task(task: Task, details, folder: Path):
+    """Save the picture and the weights of the last fraction."""
+    task.draw(details, folder / f"{task.config.task}.png")
     if task.trained is task.model:
         write_checkpoint(task.model.checkpoint(), folder / "flip.pt")
     else:
@@ -535,10 +541,10 @@ def print_predictions(config: TaskConfig):
     print(markdown_table(["probability, %", *config.predict], rows, digits=0))
 
 
-def table(rows, task):
+def table(rows, title):
     """A Markdown table with the columns of the first row, the baseline."""
     _, baseline = rows[0]
-    header = [f"{task}, %"]
+    header = [f"{title}, %"]
     for column in baseline:
         column = column.replace("img_r", "text to image R@")
         header.append(column.replace("txt_r", "image to text R@"))

@@ -69,12 +69,13 @@ class StepParams(NamedTuple):
     alpha: float = 0.4              # weight of the soft targets in ITC
     within_batch: bool = False      # True: ITC is CLIP's loss, without momentum encoder, queue and
                                     # soft targets
-    with_itm: bool = True           # False: skip ITM in this step
+    with_itm: bool = True           # False: skip ITM in this step (finetune.py has steps with both
+                                    # ITM and CLIP's loss)
 
 
 class FLIPOutput(NamedTuple):
-    itc: torch.Tensor                   # the two losses, each (); the paper minimises their sum
-    itm: torch.Tensor                   # 0 if `StepParams` skips it
+    itc: torch.Tensor                   # scalar; the paper minimises itc + itm
+    itm: torch.Tensor                   # scalar, 0 if `StepParams` skips it
     image_keys: torch.Tensor            # keys from all processes (A, E), for `enqueue`
     text_keys: torch.Tensor
     identity: torch.Tensor              # (A,)
@@ -117,7 +118,7 @@ class Encoders(nn.Module):
 
 def project(first_tokens, projection: nn.Linear):
     """First tokens (B, D) -> features (B, E) of unit norm."""
-    features = projection(first_tokens.to(projection.weight))
+    features = projection(first_tokens.to(projection.weight))       # its dtype and device
     return F.normalize(features.float(), dim=-1)
 
 
@@ -220,7 +221,8 @@ class FLIP(nn.Module):
             raise ValueError("the features of a batch are NaN or infinite: training has diverged; "
                              "start a new run with a smaller --lr")
         sampled = torch.multinomial(probabilities, 1, generator=generator)
-        if dist.is_initialized():
+        _, world_size = rank_and_world_size()
+        if world_size > 1:
             sampled = sampled.to(identity.device)
             dist.broadcast(sampled, src=0)
         return sampled.cpu().squeeze(1).chunk(2)
@@ -273,8 +275,8 @@ class FLIP(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, image_keys, text_keys, identity):
-        """Overwrite the oldest queue entries with keys (A, E): the momentum encoder's or, in phase
-        1, the student's. The ring buffer wraps."""
+        """Overwrite the oldest entries of the queue, a ring buffer, with keys (A, E): the momentum
+        encoder's or, in phase 1, the student's."""
         Q = self.config.queue_size
         image_keys = image_keys[-Q:]
         text_keys = text_keys[-Q:]
@@ -290,7 +292,7 @@ class FLIP(nn.Module):
         self.temperature.clamp_(0.001, 0.5)
 
     # ---- re-ranking, see `rerank` ----
-    def score_pairs(self, image_tokens, captions: Captions, pairs=None):
+    def pair_logits(self, image_tokens, captions: Captions, pairs=None):
         """ITM logits (P, 2) of pairs (P, 2), indices of image and caption, a CPU tensor sorted by
         image (None: all combinations). image_tokens may be on any device, in any dtype."""
         if pairs is None:
@@ -385,19 +387,20 @@ class FLIP(nn.Module):
         for pixels in pixel_batches(images, self.config.vit.image_size):
             pixels = pixels.to(self.device, self.dtype)
             tokens, features = self.student.image_tokens_and_features(pixels)
-            logits.append(self.score_pairs(tokens, captions).unflatten(0, (-1, T)))
+            logits.append(self.pair_logits(tokens, captions).unflatten(0, (-1, T)))
             cosines.append(features @ text_features.T)
         return torch.cat(logits), torch.cat(cosines)
 
     def match_probability(self, images, texts):
-        """P(match) of each pair (I, T), assuming that wrong pairs are distributed as in training.
-        To rank, use `score`."""
+        """P(match) of each pair (I, T), if one in three pairs is true and the others are hard
+        negatives, as in training. To rank, use `score`."""
         logits, _ = self.match_logits(images, texts)
         return logits.softmax(-1)[..., 1]
 
-    def probabilities(self, images, texts):
-        """Zero-shot classification of I images: softmax over the T texts of cosine / temperature,
-        (I, T). (CLIP's logit_scale is the logarithm of 1 / temperature.)"""
+    def classify(self, images, texts):
+        """Zero-shot classification: probabilities (I, T) of T texts, one of which is true of an
+        image: their softmax of cosine / temperature. (CLIP's logit_scale is the logarithm of 1 /
+        temperature.)"""
         cosines = self.encode_image(images) @ self.encode_text(texts).T
         return (cosines / self.temperature).softmax(-1).detach()
 
@@ -430,13 +433,13 @@ class FLIP(nn.Module):
     def from_pretrained(path, config=None, vocabulary=None, image_size=0, device="cpu",
                         dtype=torch.float32):
         """Load a model, in evaluation mode, from one of our checkpoints or the official
-        FLIP-base.pth: a file, a folder containing it, or a hub name. Raises ValueError if it is
-        damaged or does not fit.
+        FLIP-base.pth: a file, a folder containing it, or a hub name. Raises ValueError if the
+        file is damaged or incompatible.
 
         config: a FLIPConfig for an official checkpoint, which does not store its sizes; the default
         is base. vocabulary (file, folder or hub name): for checkpoints without one, such as the
-        official. image_size: another one than the checkpoint's, to which the position embeddings
-        are resized."""
+        official one. image_size: a size other than the checkpoint's, to which the position
+        embeddings are resized."""
         saved = read_checkpoint(path)
         with naming(path):
             if config is None:
@@ -491,7 +494,7 @@ def rerank(model: FLIP, image_tokens, captions: Captions, similarity, k: int):
     own = torch.arange(len(pairs)).tensor_split(world_size)[rank]       # those of this process
     scores = similarity.new_zeros(len(pairs))
     if len(own):
-        logits = model.score_pairs(image_tokens, captions, pairs[own].cpu()).to(similarity)
+        logits = model.pair_logits(image_tokens, captions, pairs[own].cpu()).to(similarity)
         scores[own] = model.rerank_score(logits, similarity[image_index[own], text_index[own]])
     if world_size > 1:
         dist.all_reduce(scores)

@@ -5,20 +5,20 @@
          distribution over the keys (`soft_targets`). With momentum encoder and queue,
          `contrastive_loss_reference` is its definition; training calls `contrastive_loss`, which
          computes the same in chunks of keys and stores no logits. Within the batch, it is CLIP's
-         loss, `clip_loss`
+         loss, `clip_loss`.
     ITM  image-text matching: binary classification of image-caption pairs, true ones and hard
-         negatives: wrong pairs, sampled with a probability that grows with their cosine
+         negatives: wrong pairs, sampled with a probability that grows with their cosine.
 
-ITC compares features of the *student*, the model that is trained, with *keys*: features of the
-other modality computed by the *momentum encoder*, a moving average of the student. The keys are
-those of the batch and those of earlier batches, kept in a *queue*; they have no gradient. flip.py
-explains why. CLIP's loss compares the student's features with each other, with gradients on both
-sides. ITM classifies pairs; only the sampling of its negatives compares features.
+ITC compares features of the *student*, the model that is trained, with *keys*, features of the
+other modality. In complete FLIP, the *momentum encoder*, a moving average of the student, computes
+the keys of the batch; those of earlier batches are kept in a *queue*; and keys have no gradient.
+flip.py explains why. In CLIP's loss, the keys are the student's own features of the batch, and have
+a gradient. ITM classifies pairs; only the sampling of its negatives compares features.
 
 Departures from the official code: pairs with the same identity count as positives, in batch and
 queue (the official code has a branch for this but never reaches it); positives are masked out
-*before* the softmax that gives the negatives' probabilities, so rounding can never leave a row with
-zero probability everywhere.
+*before* the softmax that gives the negatives' probabilities, so that rounding cannot leave a row
+without a candidate.
 
 Shapes: see attention.py. Run `python losses.py` for a numerical example.
 """
@@ -35,10 +35,10 @@ def soft_targets(momentum_feature, keys, identity, key_identity, temperature, al
     (soft) + (1 - alpha) x a uniform distribution over the keys of the row's own identity
     (positives). The arguments are those of `contrastive_loss_reference`."""
     soft = (momentum_feature @ keys.T / temperature).softmax(1)
-    return alpha * soft + (1 - alpha) * positives(identity, key_identity, soft.dtype)
+    return alpha * soft + (1 - alpha) * positive_targets(identity, key_identity, soft.dtype)
 
 
-def positives(identity, key_identity, dtype):
+def positive_targets(identity, key_identity, dtype):
     """A uniform distribution over the keys of each row's own identity, (B, K)."""
     same = (identity[:, None] == key_identity[None, :]).to(dtype)
     return same / same.sum(1, keepdim=True)
@@ -63,9 +63,9 @@ def clip_loss(image, text, image_keys, text_keys, identity, key_identity, temper
     3), except that equal identities are positives. Gradients flow into all features.
 
     image and text (B, E): the student's features of this process, of unit norm; image_keys and
-    text_keys (A, E): those of all processes, with gradient; identity (B,), key_identity (A,). In
-    float32 (or float64), even under autocast."""
-    targets = positives(identity, key_identity, image.dtype)
+    text_keys (A, E): those of all processes, with gradient; identity (B,), key_identity (A,).
+    Features are float32 or float64, and so is all of the computation, even under autocast."""
+    targets = positive_targets(identity, key_identity, image.dtype)
     with torch.autocast(image.device.type, enabled=False):
         image_to_text = F.cross_entropy(image @ text_keys.T / temperature, targets)
         text_to_image = F.cross_entropy(text @ image_keys.T / temperature, targets)
@@ -74,12 +74,12 @@ def clip_loss(image, text, image_keys, text_keys, identity, key_identity, temper
 
 # ---- image-text matching -------------------------------------------------------------------------
 def hard_negative_probabilities(similarity, identity, temperature):
-    """Probabilities (A, A), for the A pairs of the global batch, of sampling column j as row i's
-    negative.
+    """Probabilities (A, A), for the A pairs of the global batch, that column j is sampled as the
+    negative of row i.
 
     softmax(similarity / temperature) over the columns of *other* identities: similar pairs are
-    sampled more often. similarity (A, A) are cosines of student features. Every row needs at least
-    one column of another identity."""
+    sampled more often. similarity (A, A): cosines of student features. Every row needs at least one
+    column of another identity."""
     logits = similarity / temperature
     return logits.masked_fill(identity[:, None] == identity[None, :], -torch.inf).softmax(1)
 
@@ -182,7 +182,8 @@ def contrastive_loss(feature, momentum_feature, keys, identity, key_identity, te
 
 # ---- a numerical example -------------------------------------------------------------------------
 def main():
-    """Print both losses of three images and their captions. Images 1 and 3 show the same person."""
+    """Print both losses of three images and their captions. The first and the last image show the
+    same person."""
     torch.set_printoptions(precision=3)
     identity = torch.tensor([7, 8, 7])
     temperature = torch.tensor(0.07)

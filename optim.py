@@ -1,4 +1,4 @@
-"""Optimisers: Muon, AdamW and their parameter groups; how a learning rate rises and decays."""
+"""Optimisers (Muon, AdamW and their parameter groups) and learning-rate schedules."""
 import math
 
 import torch
@@ -58,16 +58,16 @@ def newton_schulz(X: torch.Tensor, steps=5) -> torch.Tensor:
     return X
 
 
-def build_optimizers(module: torch.nn.Module, weight_decay, muon_lr=0.0):
-    """[AdamW, Muon], or [AdamW] if muon_lr is 0; each trained parameter is in exactly one of them.
+def build_optimizers(module: torch.nn.Module, weight_decay, muon_multiple=0.0):
+    """[AdamW, Muon], or [AdamW] if muon_multiple is 0. Each trained parameter is in one of them.
 
     Muon updates all matrices, including the patch convolution and the projections, except the word
-    and position embeddings and the matching head. AdamW updates everything else. muon_lr: Muon's
-    rate, as a multiple of the learning rate.
+    and position embeddings and the matching head. AdamW updates everything else. muon_multiple:
+    Muon's rate, as a multiple of AdamW's.
 
-    Weight decay applies to all parameters with two or more dimensions, also to position embeddings
-    and the patch convolution. A parameter without a gradient, such as cross-attention's in a step
-    without ITM, is not changed at all."""
+    Weight decay applies to all parameters with two or more dimensions, including position
+    embeddings and the patch convolution. A parameter without a gradient, such as cross-attention's
+    in a step without ITM, is not changed at all."""
     matrices = []           # for Muon
     decayed = []
     not_decayed = []
@@ -75,7 +75,7 @@ def build_optimizers(module: torch.nn.Module, weight_decay, muon_lr=0.0):
         if not p.requires_grad:
             continue
         is_excepted = any(part in name for part in ("words", "positions", "matching_head"))
-        if muon_lr and p.ndim > 1 and not is_excepted:
+        if muon_multiple and p.ndim > 1 and not is_excepted:
             matrices.append(p)
         elif p.ndim > 1:
             decayed.append(p)
@@ -85,9 +85,9 @@ def build_optimizers(module: torch.nn.Module, weight_decay, muon_lr=0.0):
     groups = [{"params": decayed, "weight_decay": weight_decay, "lr_multiple": 1.0},
               {"params": not_decayed, "weight_decay": 0.0, "lr_multiple": 1.0}]
     adamw = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, fused=True)
-    if not muon_lr:
+    if not muon_multiple:
         return [adamw]
-    groups = [{"params": matrices, "weight_decay": weight_decay, "lr_multiple": muon_lr}]
+    groups = [{"params": matrices, "weight_decay": weight_decay, "lr_multiple": muon_multiple}]
     return [adamw, Muon(groups)]
 
 
@@ -99,7 +99,7 @@ def set_learning_rate(optimizers, lr):
 
 # ---- schedules -----------------------------------------------------------------------------------
 def ramp(x: float, start: float, end: float) -> float:
-    """0 up to start, 1 from end on, linear in between."""
+    """0 before start, 1 after end, linear in between."""
     if end <= start:
         return float(x >= end)
     return min(1.0, max(0.0, (x - start) / (end - start)))
@@ -119,8 +119,8 @@ def warmup_decay(step, steps, warmup, lr, lr_start=0.0, lr_min=0.0, decay="cosin
 
 def learning_rate(step: int, config, steps_per_epoch: int) -> float:
     """The learning rate of a step of pre-training, from a config.Config: linear warm-up over
-    `warmup` steps, but at most 20 % of the run; then linear decay or, as in the paper, x 0.9 per
-    epoch, counted from the end of the warm-up."""
+    `warmup` steps, but at most 20 % of the run; then linear decay or, as in the paper, x 0.9 at the
+    beginning of each epoch after the one in which the warm-up ends."""
     warmup = min(config.warmup, config.steps // 5)
     if config.lr_decay == "epoch" and step >= warmup:
         epochs = step // steps_per_epoch - warmup // steps_per_epoch

@@ -4,7 +4,7 @@ A run starts from random weights, or those of CLIP and BERT (`new_model`), from 
 another FLIP (`model_of_init`), or from its own checkpoint (`starting_model` loads the model, and
 `restore` the rest).
 
-A checkpoint contains what `FLIP.checkpoint` returns (weights, momentum encoder, queues, vocabulary)
+A checkpoint contains what `FLIP.checkpoint` returns (weights, momentum encoder, queue, vocabulary)
 and, under "training", the states of the optimisers, the step, the configuration, the log, and the
 losses that are not in the log yet. It contains no state of random numbers and no position in the
 data: both are pure functions of (seed, step).
@@ -45,8 +45,11 @@ def starting_model(config: Config) -> FLIP:
     if path.exists():
         raise ValueError(f"{path} already exists; use --resume, or choose another --out")
     if config.init:
-        return model_of_init(config)
-    return new_model(config)
+        model = model_of_init(config)
+    else:
+        model = new_model(config)
+    model.update_momentum(0)        # the momentum encoder starts as a copy of the student
+    return model
 
 
 def new_model(config: Config) -> FLIP:
@@ -66,12 +69,11 @@ def new_model(config: Config) -> FLIP:
         load_clip(model.student.image, config.clip)
     if config.bert:
         load_bert(model.student.text, config.bert)
-    model.update_momentum(0)        # the momentum encoder starts as a copy of the student
     return model
 
 
 def model_of_init(config: Config) -> FLIP:
-    """A model with the learned weights of --init and with a fresh queue and momentum encoder."""
+    """A model with the learned weights of --init and a new queue."""
     model = FLIP.from_pretrained(config.init, vocabulary=config.vocabulary,
                                  image_size=config.image_size)
     model.require_tokenizer()
@@ -85,13 +87,12 @@ def model_of_init(config: Config) -> FLIP:
     torch.manual_seed(derive_seed("initial queue", config.seed))
     model.config = replace(model.config, queue_size=config.queue_size, rerank_by_pmi=by_pmi)
     model.init_queue()
-    model.update_momentum(0)        # the momentum encoder starts as a copy of the student
     return model
 
 
 # ---- data ----------------------------------------------------------------------------------------
 def training_faces(config: Config, size: int) -> Faces:
-    """The faces to train on, drawn in size x size pixels or those of --data."""
+    """The faces to train on, drawn at size x size pixels or read from --data."""
     if not config.data:
         return load_toy_faces(config.faces, size, seed=0, folder=config.cache)
     faces = open_faces(config.data, "train", config.cache, config.columns)
@@ -101,11 +102,22 @@ def training_faces(config: Config, size: int) -> Faces:
 
 
 def validation_faces(config: Config, size: int) -> Faces:
-    """The faces to evaluate on, at most --validation of them; those of --data can be read."""
+    """The faces to evaluate on, at most --validation of them. Unreadable images of --data are left
+    out."""
     if not config.data:
         return load_toy_faces(config.validation, size, seed=1, folder=config.cache)
     faces = open_faces(config.data, "val", config.cache, config.columns)
     return readable(faces.subset(range(min(config.validation, len(faces)))), size)
+
+
+def sample_captions(faces: Faces, count: int = 3000) -> list[str]:
+    """Two captions of each of the first `count` faces, the same in every call."""
+    texts = []
+    for i in range(min(count, len(faces))):
+        for k in range(2):
+            rng = random_stream("captions for the vocabulary", i, k)
+            texts.append(faces.caption(i, rng))
+    return texts
 
 
 # ---- processes and compilation -------------------------------------------------------------------
@@ -118,8 +130,8 @@ def data_parallel(model: FLIP, config: Config) -> nn.Module:
 
 
 def compile_encoders(model: FLIP):
-    """Replace the blocks of all four encoders by compiled ones. All blocks of an encoder share
-    their code, so that each kind of call is compiled once."""
+    """Compile the blocks of all four encoders in place. All blocks of an encoder share their code,
+    so that each kind of call is compiled once."""
     for encoders in (model.student, model.momentum_encoder):
         for block in encoders.image.blocks:
             block.compile()
@@ -128,7 +140,7 @@ def compile_encoders(model: FLIP):
 
 
 # ---- the plan ------------------------------------------------------------------------------------
-def plan_steps(config: Config, model: FLIP, faces: Faces) -> tuple[FaceDataset, Config]:
+def plan_run(config: Config, model: FLIP, faces: Faces) -> tuple[FaceDataset, Config]:
     """The data set, and the configuration completed by the run's batch size, steps, precision and
     number of processes."""
     rank, world_size = rank_and_world_size()
@@ -146,21 +158,11 @@ def plan_steps(config: Config, model: FLIP, faces: Faces) -> tuple[FaceDataset, 
     return dataset, config
 
 
-def sample_captions(faces: Faces, count: int = 3000) -> list[str]:
-    """Two captions of each of the first `count` faces, the same in every call."""
-    texts = []
-    for i in range(min(count, len(faces))):
-        for k in range(2):
-            rng = random_stream("captions for the vocabulary", i, k)
-            texts.append(faces.caption(i, rng))
-    return texts
-
-
 # ---- the run -------------------------------------------------------------------------------------
 @dataclass
 class Run:
-    """A training run. Training reassigns only the fields from `steps_done` on."""
-    config: Config                  # as `plan_steps` has completed it
+    """A training run. During training, only the fields from `steps_done` on are assigned."""
+    config: Config                  # as `plan_run` has completed it
     model: FLIP
     parallel_model: nn.Module       # see `data_parallel`
     optimizers: list[torch.optim.Optimizer]
@@ -189,19 +191,18 @@ class Run:
         """Whether to validate now: every `eval_every` steps, after the last step and, with --init,
         before the first one; but not if the log has the metrics already."""
         step = self.steps_done
-        is_due = step % self.config.eval_every == 0 or step == self.config.steps
         if step == 0:
             is_due = bool(self.config.init)
-        if not is_due:
-            return False
-        return step not in [line["step"] for line in self.log.validations()]
+        else:
+            is_due = step % self.config.eval_every == 0 or step == self.config.steps
+        return is_due and step not in [line["step"] for line in self.log.validations()]
 
     def save_is_due(self) -> bool:
         """Whether the last save was more than `save_every` minutes ago."""
         return time.time() - self.last_save > 60 * self.config.save_every
 
 
-def begin_log(run: Run):
+def begin(run: Run):
     """Begin the log of a new run, and print its plan."""
     run.log.restart([{"config": asdict(run.config)}])
     if run.is_main:
@@ -240,7 +241,7 @@ def resumable(run: Run):
             if not run.updating:
                 save(run)
                 note = f"saved after step {run.steps_done}"
-                if not isinstance(error, ValueError):       # it would only recur
+                if not isinstance(error, ValueError):       # which would only recur
                     note += "; continue with --resume"
                 if run.is_main:
                     error.add_note(note)
@@ -268,7 +269,7 @@ def save(run: Run):
 
 
 def digests(run: Run) -> list[str]:
-    """What a resumed run must have in common: its training and validation faces."""
+    """What must be unchanged when a run is resumed: its training and validation faces."""
     return [run.dataset.faces.digest, run.validation.faces.digest]
 
 

@@ -1,5 +1,5 @@
-"""Search a folder of face images with a sentence, ranked by cosine and re-ranked with the ITM head;
-or with an image, ranked by cosine.
+"""Search a folder of face images with a sentence, ranked by cosine and re-ranked with the matching
+head; or with an image, ranked by cosine.
 
     python search.py --images DIR "an old man" --without glasses --without "a hat"
     python search.py --images DIR --like photograph.jpg
@@ -113,7 +113,7 @@ class SearchResult(NamedTuple):
     path: str
     score: float                # see `search`
     cosine: float               # of the features of image and query
-    probability: float | None   # that the image matches the sentence, from the ITM head
+    probability: float | None   # that the image matches the sentence, from the matching head
 
     def __str__(self):
         percent = "-" if self.probability is None else f"{100 * self.probability:.1f} %"
@@ -226,7 +226,7 @@ def attribute_patches(model: FLIP, images: list, phrase: str, baseline, steps=8)
             interpolated = baseline + difference * (step + 0.5) / steps
             interpolated.requires_grad_()
             tokens, features = model.student.image_tokens_and_features(interpolated)
-            logits = model.score_pairs(tokens, captions).unflatten(0, (-1, 2))  # (B, 2, 2)
+            logits = model.pair_logits(tokens, captions).unflatten(0, (-1, 2))  # (B, 2, 2)
             scores = beyond_silence(model.rerank_score(logits, features @ text_features.T))
             gradient += torch.autograd.grad(scores.sum(), interpolated)[0] / steps
         by_pixel = (difference * gradient).sum(1)                               # (B, S, S)

@@ -19,8 +19,8 @@ SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
 def clean_caption(text: str) -> str:
-    """Lower-case a caption and replace the punctuation . ! " ( ) * # : ; ~ and repeated spaces by
-    one space, as BLIP does. (BLIP also keeps at most 65 words, which MAX_TOKENS implies.)"""
+    """Lower-case a caption and replace the punctuation . ! " ( ) * # : ; ~ and runs of spaces by
+    a single space, as BLIP does. (BLIP also keeps at most 65 words, which MAX_TOKENS implies.)"""
     return " ".join(re.sub(r'[.!"()*#:;~]', " ", text.lower()).split())
 
 
@@ -31,7 +31,7 @@ class Captions:
     sequences: Sequences    # where each caption starts and ends
 
     def pin_memory(self):
-        """Called by the DataLoader, so that the copy to a GPU is asynchronous."""
+        """Called by the DataLoader, so that ids are copied to a GPU asynchronously."""
         return Captions(self.ids.pin_memory(), self.sequences)
 
     def to(self, device):
@@ -60,9 +60,9 @@ class Captions:
 
 
 class Tokenizer:
-    """BERT's WordPiece: lower-case, split at spaces and punctuation, then greedily into the longest
-    known pieces. Calling it on a caption or a list of captions cleans them, truncates them to
-    MAX_TOKENS and returns packed `Captions`: [CLS] pieces [SEP]."""
+    """BERT's WordPiece: lower-case, split at spaces and punctuation, then split each word greedily
+    into the longest known pieces. Calling it on a caption or a list of captions cleans them,
+    truncates them to MAX_TOKENS and returns packed `Captions`: [CLS] pieces [SEP]."""
 
     def __init__(self, wordpiece: tokenizers.Tokenizer):
         self.wordpiece = wordpiece
@@ -71,8 +71,8 @@ class Tokenizer:
         if sorted(vocabulary.values()) != list(range(len(vocabulary))):
             missing.append("ids without gaps or repetitions")
         if missing:
-            raise ValueError("expected a vocabulary like bert-base-uncased's, without repetitions; "
-                             f"missing: {', '.join(missing)}")
+            raise ValueError("expected a vocabulary like bert-base-uncased's; it lacks "
+                             f"{', '.join(missing)}")
         self.cls_id = vocabulary["[CLS]"]
         self.sep_id = vocabulary["[SEP]"]
 
@@ -128,8 +128,8 @@ class Tokenizer:
 
     @staticmethod
     def train(captions: list[str]):
-        """Build a vocabulary from captions: their 5,000 most frequent words, and all letters to
-        spell the others. (Unlike the library's trainer, it is deterministic.)"""
+        """Build a vocabulary from captions: their 5,000 most frequent words, and all characters,
+        so that other words can be spelled. (Unlike the library's trainer, it is deterministic.)"""
         empty = Tokenizer.from_vocabulary(SPECIAL).wordpiece
         counts = Counter()
         for caption in captions:

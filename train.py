@@ -16,7 +16,7 @@ Flags, the paper's values and the tiny model's recipe are in config.py; what a r
 how it is saved and resumed, is in runs.py. What changes from step to step (learning rate, phase,
 weight of the soft targets) follows a schedule that depends only on the step. Data and random
 numbers depend only on the seed and the position in the run. So a resumed run computes exactly what
-an uninterrupted one does. Random numbers are seeded by their purpose and these numbers:
+an uninterrupted one does. Random numbers are seeded by their purpose and the numbers listed here:
 
     order of the faces                  (seed, epoch)           FaceDataset.batch_indices
     caption and augmentation            (seed, epoch, index)    FaceDataset.__getitem__
@@ -53,8 +53,8 @@ PHASES = {1: "ITC within the batch", 2: "complete FLIP"}
 
 
 def phase(step: int, config: Config) -> int:
-    """The phase of a step, see PHASES."""
-    return 1 if step < config.complete_from * config.steps else 2
+    """The phase of a step, see PHASES. The last step is in phase 2, however short the run."""
+    return 1 if step < int(config.complete_from * config.steps) else 2
 
 
 def schedule(step: int, config: Config) -> StepParams:
@@ -91,8 +91,8 @@ def compute_gradients(run: runs.Run, batch: Batch, step: int):
 
 
 def update(run: runs.Run, out: FLIPOutput, step: int):
-    """Change everything that a step changes: queue, weights, temperature and momentum encoder. The
-    queue is filled in phase 1, too, so that phase 2 begins with features of earlier batches."""
+    """Apply the step: change queue, weights, temperature and momentum encoder. The queue is filled
+    in phase 1, too, so that phase 2 begins with features of earlier batches."""
     config = run.config
     model = run.model
     model.enqueue(out.image_keys, out.text_keys, out.identity)
@@ -120,12 +120,12 @@ def train(config: Config):
         run = build_run(config, device, log)
         with runs.resumable(run):
             training_loop(run)
-    metrics = log.validations()
+    validations = log.validations()
     if run.is_main:
-        initial = metrics[0] if metrics[0]["step"] == 0 else None
-        print(recall_table(metrics[-1], run.validation, initial))
+        initial = validations[0] if validations[0]["step"] == 0 else None
+        print(recall_table(validations[-1], run.validation, initial))
         print(f"{config.out}: flip.pt, log.jsonl, curves.png, retrieval.png")
-    return run.model, metrics[-1]
+    return run.model, validations[-1]
 
 
 def build_run(config: Config, device: torch.device, log: runs.Log) -> runs.Run:
@@ -139,8 +139,8 @@ def build_run(config: Config, device: torch.device, log: runs.Log) -> runs.Run:
     model.to(device).train()
     if config.compile:
         runs.compile_encoders(model)
-    dataset, config = runs.plan_steps(config, model, faces)
-    optimizers = build_optimizers(model, config.weight_decay, config.muon_lr)
+    dataset, config = runs.plan_run(config, model, faces)
+    optimizers = build_optimizers(model, config.weight_decay, config.muon_multiple)
     validation = EvaluationSet.from_faces(validation_faces, faces,
                                           config.batch_size * config.processes)
     parallel_model = runs.data_parallel(model, config)
@@ -148,21 +148,22 @@ def build_run(config: Config, device: torch.device, log: runs.Log) -> runs.Run:
     if config.resume:
         runs.restore(run)
     else:
-        runs.begin_log(run)
+        runs.begin(run)
     return run
 
 
 def training_loop(run: runs.Run):
     """Train until the last step, or until a signal asks to stop."""
     config = run.config
-    if run.validation_is_due():
+    if run.validation_is_due():     # before the first step only with --init
         validate(run)
     first = run.steps_done
     steps = range(first, config.steps)
     bar = tqdm(steps, initial=first, total=config.steps, disable=not run.is_main)
     with contextlib.closing(run.dataset.iterate_from(first)) as batches:
         for step, batch in zip(bar, batches):
-            bar.set_description(f"phase {phase(step, config)}: {PHASES[phase(step, config)]}")
+            number = phase(step, config)
+            bar.set_description(f"phase {number}: {PHASES[number]}")
             out, step_losses = compute_gradients(run, batch, step)
             run.updating = True             # if this fails halfway, the run is not saved
             update(run, out, step)
@@ -176,24 +177,25 @@ def training_loop(run: runs.Run):
                 bar.set_postfix(itc=means["itc"], itm=means["itm"])
                 run.unlogged_losses = []
 
-            if run.validation_is_due():
+            is_validated = run.validation_is_due()
+            if is_validated:
                 validate(run)
-                runs.save(run)
             must_stop = run.must_stop()     # because of a signal
-            if must_stop or run.save_is_due():
+            if is_validated or must_stop or run.save_is_due():
                 runs.save(run)
             if must_stop and run.steps_done < config.steps:
                 raise SystemExit(f"stopped after step {run.steps_done}; continue with --resume")
 
 
 def mean_losses(run: runs.Run):
-    """Mean losses since the last line of the log; that of ITM over the steps that train it (None if
-    no step does). Raises ValueError if the losses are not finite."""
+    """Mean losses since the last line of the log; that of ITM over the steps that train it, or None
+    if there are none. Raises ValueError if the losses are not finite."""
     config = run.config
     steps = range(run.steps_done - len(run.unlogged_losses), run.steps_done)
     itc, itm = torch.stack(run.unlogged_losses).sum(0).tolist()
     if not math.isfinite(itc + itm):
-        raise ValueError(f"the loss of steps {steps[0] + 1} to {steps[-1] + 1} is NaN or infinite")
+        raise ValueError(f"the loss of steps {steps[0] + 1} to {steps[-1] + 1} is NaN or infinite: "
+                         "training has diverged; start a new run with a smaller --lr")
     num_with_itm = sum(schedule(step, config).with_itm for step in steps)
     return {
         "phase": phase(steps[-1], config),

@@ -6,9 +6,9 @@
 
 The contrastive loss uses the class token; in image-grounded mode the text encoder attends to all
 tokens. Three details follow CLIP so that its weights can be loaded: a LayerNorm before the first
-block, the activation x * sigmoid(1.702 x), a patch convolution without bias. Implementations differ
-in the final LayerNorm: Hugging Face's CLIP applies it only to the pooled class token; the official
-FLIP, and this code, apply it to all tokens, because cross-attention reads them.
+block, the activation x * sigmoid(1.702 x), and a patch convolution without bias. Implementations
+differ in the final LayerNorm: Hugging Face's CLIP applies it only to the pooled class token; the
+official FLIP, and this code, apply it to all tokens, because cross-attention reads them.
 
 Inside `forward`, the tokens of a batch of images are packed: one tensor (B L, D), and a `Sequences`
 with the offset of each image. The letters of the shapes are listed in attention.py.
@@ -56,8 +56,8 @@ class ViTBlock(nn.Module):
 
     def forward(self, x, sequences, first_token_only=False):
         """x (B L, D) packed -> (B L, D); with first_token_only -> (B, D): computes only the class
-        tokens; they still attend to the whole image. Used for the last block when no other token is
-        needed."""
+        tokens, which still attend to the whole image. Used for the last block when no other token
+        is needed."""
         y = self.norm_attention(x)
         query = y
         query_sequences = sequences
@@ -120,8 +120,8 @@ class ViT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """Random initial values. Those of the positions are on the scale of the patch embeddings,
-        so that an eyebrow can be told from a mustache."""
+        """Random initial values. Position embeddings start on the scale of the patch embeddings, so
+        that an eyebrow can be told from a mustache."""
         nn.init.normal_(self.class_token, std=0.02)
         nn.init.normal_(self.positions, std=0.5)
         nn.init.normal_(self.patch_embedding.weight, std=0.02)
