@@ -23,7 +23,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 import toyfaces
-from captions import sample_caption
+from captions import ATTRIBUTES, sample_caption
 from common.distributed import iterate_with_workers, start_worker
 from common.images import load_image, normalize_batch
 from common.seeds import random_stream
@@ -39,7 +39,7 @@ class Faces:
     name: str                       # "CelebA train"; seeds generated captions to evaluate on
     images: object                  # uint8 (I, S, S, 3), or a sequence of Path or TarImage
     identity: np.ndarray            # int64 (I,): equal numbers mean the same person
-    attributes: object = None       # bool (I, 40), in the order of captions.ATTRIBUTES
+    attributes: object = None       # bool (I, 40), in the order of ATTRIBUTES
     captions: object = None         # a list of texts per image; None: the grammar writes them
     sketches: object = None         # uint8 (I, stages, S, S), white on black, or per image the
                                     # paths of its sketch at each stage
@@ -48,6 +48,8 @@ class Faces:
     def __post_init__(self):
         for values in (self.identity, self.attributes, self.captions, self.sketches):
             assert values is None or len(values) == len(self.images) > 0, self.name
+        if self.attributes is not None:
+            assert self.attributes.shape[1] == len(ATTRIBUTES), self.name
 
     def __len__(self):
         return len(self.images)

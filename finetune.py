@@ -261,11 +261,11 @@ class AttributeHead(nn.Module):
     """Pooled vectors (B, V, D) -> logits (B, labels): LayerNorm, learned weighted sum over V,
     linear."""
 
-    def __init__(self, num_vectors, width, num_labels):
+    def __init__(self, vectors, width, labels):
         super().__init__()
         self.norm = nn.LayerNorm(width)
-        self.weights = nn.Parameter(torch.full((num_vectors,), 1 / num_vectors))
-        self.linear = nn.Linear(width, num_labels)
+        self.weights = nn.Parameter(torch.full((vectors,), 1 / vectors))
+        self.linear = nn.Linear(width, labels)
 
     def forward(self, x):
         pooled = torch.einsum("v,bvd->bd", self.weights, self.norm(x))
@@ -399,13 +399,13 @@ def sketch_ranks(similarity):
     return (~(similarity < true[..., None])).sum(-1)
 
 
-def early_retrieval(ranks, num_photos):
-    """Metrics in percent from ranks (I, stages) among `num_photos` photos: m@A (mean rank
-    percentile) and m@B (mean reciprocal rank) over all stages; w@A and w@B weight stage t of n by
-    exp(-t / n), without normalisation, so that their maximum is about 63; A, the percentile of the
-    finished sketch."""
+def early_retrieval(ranks, photos):
+    """Metrics in percent from ranks (I, stages) among `photos` photos: m@A (mean rank percentile)
+    and m@B (mean reciprocal rank) over all stages; w@A and w@B weight stage t of n by exp(-t / n),
+    without normalisation, so that their maximum is about 63; A, the percentile of the finished
+    sketch."""
     stages = ranks.shape[1]
-    percentile = 100 * (num_photos - ranks.double()) / (num_photos - 1)
+    percentile = 100 * (photos - ranks.double()) / (photos - 1)
     inverse = 100 / ranks.double()
     weight = torch.exp(-torch.arange(1, stages + 1, dtype=torch.float64) / stages)
     return {

@@ -3005,7 +3005,7 @@ def test_tokens_are_pooled_after_blocks_4_6_8_and_12_of_base_and_at_four_depths_
 
 
 def test_early_retrieval_is_the_official_one():
-    metrics = finetune.early_retrieval(GOLDEN["slfir.ranks"], num_photos=20)
+    metrics = finetune.early_retrieval(GOLDEN["slfir.ranks"], photos=20)
     for ours, theirs in (("m@A", "mA"), ("m@B", "mB"), ("w@A", "wA"), ("w@B", "wB")):
         assert metrics[ours] == pytest.approx(GOLDEN[f"slfir.{theirs}"].item(), abs=1e-9)
 

@@ -160,6 +160,7 @@ def training_loop(run: runs.Run):
     first = run.steps_done
     steps = range(first, config.steps)
     bar = tqdm(steps, initial=first, total=config.steps, disable=not run.is_main)
+    began = time.time()
     with contextlib.closing(run.dataset.iterate_from(first)) as batches:
         for step, batch in zip(bar, batches):
             number = phase(step, config)
@@ -173,7 +174,8 @@ def training_loop(run: runs.Run):
 
             if run.steps_done % config.log_every == 0 or run.steps_done == config.steps:
                 means = mean_losses(run)
-                run.log.write(step=run.steps_done, time=time.time(), **means)
+                seconds = (time.time() - began) / (run.steps_done - first)      # per step, so far
+                run.log.write(step=run.steps_done, seconds=seconds, **means)
                 bar.set_postfix(itc=means["itc"], itm=means["itm"])
                 run.unlogged_losses = []
 
