@@ -1165,7 +1165,7 @@ def test_batch_larger_than_the_rest_of_the_queue_wraps():
 
 
 @parametrize("backend", [
-    "aot_eager",
+    "eager",
     pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_encoders_compute_the_same_losses_and_gradients(backend, monkeypatch):
     model = small_flip()
