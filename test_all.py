@@ -3100,10 +3100,15 @@ def test_finetuning_changes_only_heads_without_dropout(
     assert [found for _, found in again] == [*metrics[:len(again)]]
 
 
-def test_attributes_are_trained_on_celeba_with_a_row_per_fraction(tuned, tmp_path):
+def test_attributes_are_trained_on_celeba_with_a_row_per_fraction(tuned, tmp_path, monkeypatch):
+    """The picture is that of the largest fraction."""
     write_celeba(tmp_path, count=40, held_out=5)
     config = tuned("attributes", data=str(tmp_path), fractions=(1.0, 0.1), random=False)
+    plot = MagicMock()
+    monkeypatch.setattr(finetune, "plot_accuracies", plot)
     rows = dict(finetune.finetune(config))
+    *_, title, _ = plot.call_args.args
+    assert "head trained on 100 % of" in title
     assert [*rows] == [
         "majority class",
         f"{config.checkpoint}, tuned on 10 % of the faces",
