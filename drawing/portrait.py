@@ -93,7 +93,8 @@ def render(look, shapes: list[Shape], canvas: int) -> Image.Image:
 
 
 # ---- colours, proportions, and one function per part of the portrait -----------------------------
-CIRCLE = [(float(np.cos(angle)), float(np.sin(angle))) for angle in np.arange(8) * np.pi / 4]
+CIRCLE = [(np.cos(angle), np.sin(angle)) for angle in np.arange(8) * np.pi / 4]
+SIDES = (-1, 1)     # signs of x in the left and the right half of the image
 
 
 def oval(x, y, half_width, half_height):
@@ -152,7 +153,7 @@ def choose_colours(has, uniform, pick):
 def choose_proportions(has, uniform, pick):
     """Positions and sizes: attributes set the ranges, from which `uniform` samples."""
     return dict(
-        skew=pick((-1, 1)) * uniform(0.05, 0.075) * (not has.Attractive),
+        skew=pick(SIDES) * uniform(0.05, 0.075) * (not has.Attractive),
         width=uniform(0.73, 0.79) - 0.11 * has.Oval_Face + 0.13 * has.Chubby,
         jaw=(uniform(0.58, 0.63) + 0.06 * has.Male - 0.13 * has.Oval_Face + 0.18 * has.Chubby
              + 0.03 * (not has.Young)),
@@ -165,7 +166,7 @@ def choose_proportions(has, uniform, pick):
         volume=uniform(0.12, 0.22), parting=uniform(-0.2, 0.2), length=uniform(0.95, 1.7),
         hat_height=uniform(0.32, 0.5), brimmed=pick((False, True)), round_glasses=pick((False, True)),
         spots=[(uniform(-0.5, 0.5), uniform(-0.5, 0.75), uniform(0.034, 0.05)) for _ in range(6)],
-        light=pick((-1, 1)), shading=int(uniform(30, 75)),
+        light=pick(SIDES), shading=int(uniform(30, 75)),
         yaw=uniform(-0.28, 0.28), pitch=uniform(-0.10, 0.10), roll=uniform(-0.10, 0.10),
         scale=uniform(0.33, 0.36), centre=uniform(0.475, 0.525) + 1j * uniform(0.465, 0.495))
 
@@ -183,7 +184,7 @@ def back_hair(look):
     w, top = look.width, -1 - look.volume
     end = 0.42 if look.Male else look.length
     if look.Wavy_Hair:
-        heights = np.linspace(-0.5, end, 8).tolist()
+        heights = np.linspace(-0.5, end, 8)
         side = [(w + 0.09 + 0.11 * (i % 2) + 0.06 * (y + 0.5), y) for i, y in enumerate(heights)]
         outline = symmetric([(0, top), (0.6, top + 0.25), *side, (w * 0.6, end + 0.1)])
         yield Shape("hair", outline, look.hair_dark, depth=0)
@@ -204,7 +205,7 @@ def bust(look):
     outline = symmetric([(0, dip), (w + 0.02, 1.16), (shoulder * 0.8, 1.32),
                          (shoulder, 1.5), (shoulder + 0.15, 2.2)])
     yield Shape("clothes", outline, (40, 44, 58) if look.Wearing_Necktie else look.cloth, smooth=False)
-    for side in (-1, 1):
+    for side in SIDES:
         collar = mirrored(side, (w + 0.03, 1.12), (0.02, dip + 0.06), (0.26, dip + 0.2), (w + 0.16, 1.22))
         yield Shape("clothes", collar, WHITE if look.Wearing_Necktie else look.cloth_dark, smooth=False)
     if look.Wearing_Necktie:
@@ -237,7 +238,7 @@ def head(look):
 def skin(look):
     """High cheekbones, rosy cheeks, blemishes, and wrinkles on the forehead and beside mouth and
     eyes."""
-    for side in (-1, 1):
+    for side in SIDES:
         if look.High_Cheekbones:
             hollow = mirrored(side, (0.34, 0.42), (0.5, 0.29), (0.68, 0.1), (0.66, 0.3), (0.55, 0.46))
             bone = mirrored(side, (0.3, 0.22), (0.42, 0.1), (0.6, 0.0), (0.65, 0.08), (0.5, 0.23))
@@ -252,7 +253,7 @@ def skin(look):
     if not look.Young:
         for y in (-0.58, -0.48):
             yield Shape("wrinkle", [(-0.28, y), (0, y - 0.03), (0.28, y)], look.line, 0.035)
-        for side in (-1, 1):
+        for side in SIDES:
             yield Shape("wrinkle", mirrored(side, (0.2, 0.34), (0.34, 0.46), (0.37, 0.62)), look.line, 0.04)
             for fan in (-0.04, 0.04):
                 crow_foot = mirrored(side, (0.53, look.eye_y - fan / 2), (0.64, look.eye_y + 2 * fan))
@@ -274,7 +275,7 @@ def beard(look):
         yield Shape("beard", outline, look.hair_dark)
     if look.Sideburns:
         w = look.width
-        for side in (-1, 1):
+        for side in SIDES:
             outline = mirrored(side, (w + 0.02, -0.3), (w + 0.02, 0.25), (look.jaw + 0.02, 0.56),
                                (w - 0.2, 0.42), (w - 0.13, 0.0), (w - 0.1, -0.3))
             yield Shape("beard", outline, look.hair_dark)
@@ -298,7 +299,7 @@ def nose(look):
 def eyes(look):
     makeup = look.Heavy_Makeup
     w, h = look.eye_width, look.eye_height
-    for side in (-1, 1):
+    for side in SIDES:
         x, y = side * look.eye_x, look.eye_y + side * look.skew
 
         def place(*points):
@@ -331,7 +332,7 @@ def eyes(look):
 def brows(look):
     thick = (0.17 if look.Bushy_Eyebrows else 0.05) + 0.02 * look.Male
     rise = 0.16 if look.Arched_Eyebrows else 0.03
-    for side in (-1, 1):
+    for side in SIDES:
         y = look.brow_y - 1.2 * side * look.skew - thick / 2
         upper = [(0.14, y - 0.01), (0.26, y - rise * 0.75), (0.40, y - rise), (0.50, y - rise * 0.5)]
         lower = [(px, py + thick) for px, py in upper[::-1]]
@@ -378,7 +379,7 @@ def top_hair(look):
     rise = 0.76 + (0.06 if receding else look.volume)
     angles = np.linspace(np.pi, 2 * np.pi, 14 if wavy else 8)
     bumps = 1 + 0.06 * wavy * (-1.0) ** np.arange(len(angles))
-    outer = np.stack([bumps * (w + 0.08) * np.cos(angles), bumps * rise * np.sin(angles) - 0.25], 1).tolist()
+    outer = np.stack([bumps * (w + 0.08) * np.cos(angles), bumps * rise * np.sin(angles) - 0.25], 1)
     temple = -0.1 if receding else 0.02 if look.Male else 0.25
     if receding:
         right, middle = [(w - 0.03, temple), (w - 0.06, -0.5), (0.42, -0.97), (0.2, -0.88)], (0, -0.82)
@@ -400,11 +401,11 @@ def strands(look):
         return
     t = np.linspace(0, 1, 6)
     ripple = 0.06 * np.sin(11 * t) * look.Wavy_Hair
-    for side in (-1, 1):
+    for side in SIDES:
         for low, colour in ((0.3, look.hair_light), (0.62, look.hair_dark)):
             start, end = look.parting + side * 0.08, side * (look.width - 0.02)
             drop = (0.48 * low - 0.75 - top) * t**2
-            path = np.stack([start + (end - start) * t, top + 0.12 * low + drop + ripple], 1).tolist()
+            path = np.stack([start + (end - start) * t, top + 0.12 * low + drop + ripple], 1)
             yield Shape("hair", path, colour, 0.035)
 
 
@@ -412,17 +413,17 @@ def locks(look):
     """A woman's loose hair, in front of her shoulders."""
     if not look.Male and (look.Straight_Hair or look.Wavy_Hair):
         wavy = look.Wavy_Hair
-        heights = np.linspace(-0.3, look.length - 0.1, 7).tolist()
+        heights = np.linspace(-0.3, look.length - 0.1, 7)
         middle = [(look.width - 0.01 + 0.08 * wavy * (i % 2) + 0.008 * i, y) for i, y in enumerate(heights)]
         outline = [(x + 0.08, y) for x, y in middle] + [(x - 0.07, y) for x, y in middle[::-1]]
-        for side in (-1, 1):
+        for side in SIDES:
             yield Shape("hair", mirrored(side, *outline), look.hair, smooth=wavy, depth=0)
 
 
 def bangs(look):
     if look.Bangs:
         w = look.width * 0.88
-        fringe = [(x, -0.35 - 0.07 * (i % 2)) for i, x in enumerate(np.linspace(w, -w, 9).tolist())]
+        fringe = [(x, -0.35 - 0.07 * (i % 2)) for i, x in enumerate(np.linspace(w, -w, 9))]
         outline = [(-w, -0.55), (-0.4, -0.95), (0.4, -0.95), (w, -0.55), *fringe]
         yield Shape("hair", outline, look.hair, smooth=False)
         for x, y in fringe[2:-1:2]:
@@ -442,7 +443,7 @@ def accessories(look):
         x, y, w, h = look.eye_x, look.eye_y + 0.03, 0.25, 0.23 if look.round_glasses else 0.17
         lens = oval(x, y, w, h) if look.round_glasses else [
             (x - w, y - h), (x + w, y - h), (x + w * 0.9, y + h), (x - w * 0.9, y + h)]
-        for side in (-1, 1):
+        for side in SIDES:
             outline = mirrored(side, *lens)
             yield Shape("glasses", outline, (225, 240, 250, 60), smooth=look.round_glasses)
             yield Shape("glasses", outline + outline[:1], look.frame, 0.06, look.round_glasses)
@@ -450,7 +451,7 @@ def accessories(look):
                         look.frame, 0.06)
         yield Shape("glasses", [(w - x, y - 0.04), (0, y - 0.08), (x - w, y - 0.04)], look.frame, 0.06)
     if look.Wearing_Earrings:
-        for side in (-1, 1):
+        for side in SIDES:
             yield Shape("earring", oval(side * (look.width + 0.04), 0.34, 0.075, 0.11), look.metal, depth=0)
 
 
