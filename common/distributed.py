@@ -112,12 +112,11 @@ def choose_precision(name: str, device: torch.device) -> str:
     AMX. On other hardware, bf16 is slower than float32."""
     if name != "auto":
         return name
+    has_bf16 = False
     if device.type == "cuda":
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        cpu = {}
-        if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):     # not in older torch
-            cpu = torch.cpu.get_capabilities()
+    elif device.type == "cpu":
+        cpu = torch.cpu.get_capabilities()
         has_bf16 = cpu.get("avx512_bf16") or cpu.get("amx_bf16")
     return "bf16" if has_bf16 else "float32"
 
@@ -168,8 +167,7 @@ def rank_zero_first():
 def all_gather(x: torch.Tensor) -> torch.Tensor:
     """x (B, ...) of all processes -> (A, ...), in rank order. The gradient of x is the sum of those
     of all processes."""
-    _, world_size = rank_and_world_size()
-    if world_size == 1:
+    if not dist.is_initialized():
         return x
     return torch.cat(differentiable_all_gather(x.contiguous()))
 
@@ -177,6 +175,6 @@ def all_gather(x: torch.Tensor) -> torch.Tensor:
 def all_gather_objects(obj) -> list:
     """The `obj` of every process, in rank order; any object that can be pickled."""
     objects = [obj] * rank_and_world_size()[1]
-    if len(objects) > 1:
+    if dist.is_initialized():
         dist.all_gather_object(objects, obj)
     return objects
