@@ -29,8 +29,8 @@ from common.script import atomic_write
 
 SPLITS = ("train", "val", "test")
 COLUMNS = ("caption", "face_caption", "pcfg", "laion_caption")  # text columns of FaceCaption-15M
-PRESENT = {"1": 1, "0": 0, "-1": 0}     # {attribute's value in an annotation file: in a row}
 NONE = -1                               # in a row: the face has no attributes
+PRESENT = {"1": 1, "0": 0, "-1": 0, None: NONE}     # {attribute's value in a `Record`: in a row}
 ROW = np.dtype([
     ("split", "i4"),            # its index in SPLITS
     ("attributes", "i1", 40),
@@ -71,7 +71,7 @@ class Record:
     image: object                   # file name below the layout's image folder, Path or `TarImage`
     split: str                      # one of SPLITS
     person_id: str = ""             # equal for images of one person; "": only this image shows them
-    attributes: tuple | None = None     # CelebA's 40 attributes in its order, as written: "-1"
+    attributes: tuple = (None,) * 40    # CelebA's in its order, as written: "-1"; None: has none
     captions: dict | None = None    # {column: text or list of texts}; other keys are ignored
     sketches: list | None = None    # Paths, in drawing order
 
@@ -319,8 +319,6 @@ def check_listed_once(record: Record, image: str, split_of: dict):
 
 def attribute_values(record: Record) -> tuple:
     """A row's 40 values of the record's attributes. Raises ValueError if one is not 1, 0 or -1."""
-    if record.attributes is None:
-        return (NONE,) * 40
     values = set(record.attributes)
     if not values <= PRESENT.keys():
         raise ValueError(f"{record.where}: expected 1, 0 or -1 for every attribute, found {values}")
