@@ -22,7 +22,8 @@ from flip import FLIP, FLIPConfig, StepParams
 from losses import contrastive_loss, contrastive_loss_reference
 from tokenizer import MAX_TOKENS, Captions
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
 
 
 def seconds(call):
@@ -61,7 +62,7 @@ def sdpa_padded(query, key, value, query_sequences, key_sequences):
     return unpad(out, query_sequences)
 
 
-def bench_attention(images=80 if DEVICE == "cuda" else 8):
+def bench_attention(images=80 if ON_GPU else 8):
     """Time the three uses of attention, at base size, with three captions per image in the last."""
     lengths = torch.randint(12, 66, (images,), generator=torch.Generator().manual_seed(0))
     image = Sequences.uniform(images, 197, DEVICE)
@@ -74,8 +75,8 @@ def bench_attention(images=80 if DEVICE == "cuda" else 8):
 
 
 def compare_attention(title, queries: Sequences, keys: Sequences):
-    dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
-    tolerance = 2e-2 if DEVICE == "cuda" else 1e-4
+    dtype = torch.bfloat16 if ON_GPU else torch.float32
+    tolerance = 2e-2 if ON_GPU else 1e-4
     torch.manual_seed(0)
     inputs = []
     for sequences in (queries, keys, keys):
@@ -134,7 +135,7 @@ def training_step(config, B):
     return step, B * (config.vit.num_patches + 1) + len(ids)
 
 
-def bench_step(config=FLIPConfig(), B=8, matrix=8192 if DEVICE == "cuda" else 2048):
+def bench_step(config=FLIPConfig(), B=8, matrix=8192 if ON_GPU else 2048):
     """Time a training step. The counted operations are those of PyTorch's matrix products (not
     those in Triton's kernels); the peak is the speed of one large product."""
     step, tokens = training_step(config, B)
@@ -159,7 +160,7 @@ def main():
     parser.add_argument("which", nargs="?", choices=["attention", "contrastive", "step"])
     which = parser.parse_args().which
     device = f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
-    if DEVICE == "cuda":
+    if ON_GPU:
         device = torch.cuda.get_device_name()
     print(f"{device}, torch {torch.__version__}, {datetime.date.today():%d %B %Y}\n")
     if which in (None, "attention"):
