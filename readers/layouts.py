@@ -10,6 +10,8 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from captions import ATTRIBUTES
 from common.images import IMAGE_SUFFIXES, open_image
 from common.script import naming
@@ -433,24 +435,22 @@ def box_in_stored_image(box, stored, original):
     the image (--resize_mode keep_ratio) and padded it with white to a square (border, its default).
     Raises ValueError if less than half of the box, or at most one row or column of pixels, is
     inside."""
-    scales = [after / before for before, after in zip(original, stored)]        # of x and y
-    margins = [0, 0]
+    scales = np.divide(stored, original)                            # of x and y
+    margins = 0
     differs = abs(scales[0] - scales[1]) * max(original) > 1        # by more than rounding
     if stored[0] == stored[1] and differs:                          # padded
-        scales = [min(scales)] * 2
-        margins = [int((stored[0] - round(side * scales[0])) / 2) for side in original]
+        scales = scales.min()
+        margins = (stored[0] - np.round(np.multiply(original, scales))) // 2
 
-    edges = [edge * scale + margin
-             for edge, scale, margin in zip(box, scales * 2, margins * 2)]
-    inside = [min(max(edge, 0), size) for edge, size in zip(edges, stored * 2)]
-    x1, y1, x2, y2 = edges
-    left, top, right, bottom = inside
-    area = (right - left) * (bottom - top)
-    is_inside = min(right - left, bottom - top) > 1 and area >= (x2 - x1) * (y2 - y1) / 2
+    corners = np.reshape(box, (2, 2)) * scales + margins            # x1, y1; x2, y2
+    inside = np.clip(corners, 0, stored)
+    whole_size = corners[1] - corners[0]
+    size = inside[1] - inside[0]
+    is_inside = size.min() > 1 and size.prod() >= whole_size.prod() / 2
     if not is_inside:
         raise ValueError(f"expected half of the box {box} inside the image of {original}, "
                          f"stored as {stored}")
-    return [round(edge, 2) for edge in inside]
+    return [round(edge, 2) for edge in inside.ravel().tolist()]
 
 
 # ---- table of layouts ----------------------------------------------------------------------------
