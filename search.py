@@ -52,17 +52,15 @@ def path_of(image: str) -> str:
 @torch.no_grad()
 def encode_images(model: FLIP, images: list[str]) -> dict[str, torch.Tensor]:
     """{image: feature (E,)} of the images that can be read. The others are named in a warning."""
-    unreadable = []
-    grey = []
+    is_grey = {}                # of the images that can be read
 
     def read(i, size):
         try:
             image = load_image(path_of(images[i]), size=size)
         except ValueError as error:
             warnings.warn(f"skipped: {error}")
-            unreadable.append(images[i])
             return Image.new("RGB", (size, size))
-        grey.append(np.ptp(image, axis=2).mean() < 4)       # of 255
+        is_grey[images[i]] = np.ptp(image, axis=2).mean() < 4       # of 255
         return image
 
     encoded = []
@@ -71,12 +69,9 @@ def encode_images(model: FLIP, images: list[str]) -> dict[str, torch.Tensor]:
         with fast_autocast(model):
             pixels = pixels.to(model.device, model.dtype)
             encoded.extend(model.student.image_features(pixels).cpu())
-    features = dict(zip(images, encoded))
-    for image in unreadable:
-        del features[image]
-    if sum(grey) > len(grey) / 2:
+    if sum(is_grey.values()) > len(is_grey) / 2:
         warnings.warn("most images are grey; a model trained on colour images ranks them badly")
-    return features
+    return {image: feature for image, feature in zip(images, encoded) if image in is_grey}
 
 
 def encode_folder(model: FLIP, folder: str | Path, cache: str | Path) -> dict[str, torch.Tensor]:
