@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from captions import ATTRIBUTES
 from common.distributed import parallel_map
-from common.script import atomic_write, run_script
+from common.script import atomic_write, naming, run_script
 from common.seeds import random_stream
 from drawing.portrait import build_shapes, render
 from drawing.sketch import rasterize_strokes, stroke_points
@@ -146,24 +146,21 @@ def draw_cached(count: int, size: int, seed: int, folder: str, stages: int):
 
     Returns a memory-mapped structured array with the fields attributes (40,), picture (size, size,
     3) and sketches (stages, size, size), and the name of its file, which differs for other
-    faces."""
+    faces. A damaged file is an error that names it; it can be deleted."""
     path = Path(folder) / f"faces-{count}x{size}-{stages}stages-seed{seed}-{code_version()}.npy"
-    if path.exists():
-        try:
-            return np.load(path, mmap_mode="r"), path.name
-        except (ValueError, EOFError):
-            print(f"{path} is damaged: drawing the faces again")
-    dtype = [
-        ("attributes", bool, len(ATTRIBUTES)),
-        ("picture", np.uint8, (size, size, 3)),
-        ("sketches", np.uint8, (stages, size, size))]
-    draw_one = functools.partial(face_and_sketch, seed=seed, size=size, stages=stages)
-    with (atomic_write(path) as partial,
-          parallel_map(draw_one, range(count), "drawing faces", chunk_size=16) as rows):
-        drawn = np.lib.format.open_memmap(partial, "w+", dtype, (count,))
-        for i, row in enumerate(rows):
-            drawn[i] = row
-    return np.load(path, mmap_mode="r"), path.name
+    if not path.exists():
+        dtype = [
+            ("attributes", bool, len(ATTRIBUTES)),
+            ("picture", np.uint8, (size, size, 3)),
+            ("sketches", np.uint8, (stages, size, size))]
+        draw_one = functools.partial(face_and_sketch, seed=seed, size=size, stages=stages)
+        with (atomic_write(path) as partial,
+              parallel_map(draw_one, range(count), "drawing faces", chunk_size=16) as rows):
+            drawn = np.lib.format.open_memmap(partial, "w+", dtype, (count,))
+            for i, row in enumerate(rows):
+                drawn[i] = row
+    with naming(path):
+        return np.load(path, mmap_mode="r"), path.name
 
 
 def code_version() -> str:

@@ -25,7 +25,7 @@ from PIL import Image
 
 from common.distributed import parallel_map, rank_and_world_size
 from common.images import load_image
-from common.script import atomic_write
+from common.script import atomic_write, naming
 
 SPLITS = ("train", "val", "test")
 COLUMNS = ("caption", "face_caption", "pcfg", "laion_caption")  # text columns of FaceCaption-15M
@@ -81,10 +81,10 @@ def open_split(path: str | Path, split: str, layouts, cache: str | Path, columns
     """Open one split of a data set, given as a folder or a JSON annotation file. Returns the fields
     of `data.Faces`. Captions come from all `columns` of a record.
 
-    The first call writes an index of all splits to `cache`. It is written again if it is damaged,
-    or if one of its source files or their folders has changed. Raises ValueError if no layout
-    matches or several do, if annotations are inconsistent, if over 1 % of a split's records are
-    invalid, or if the split is empty."""
+    The first call writes an index of all splits to `cache`. It is written again if one of its
+    source files or their folders has changed. Raises ValueError if no layout matches or several do,
+    if annotations are inconsistent, if over 1 % of a split's records are invalid, or if the split
+    is empty."""
     path = Path(os.path.abspath(path))
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such folder or file")
@@ -138,8 +138,9 @@ def files_of(folder: Path, patterns: str):
 
 
 def open_index(path: Path, folder: Path, layout, cache: str | Path, columns: tuple):
-    """Rows and text of a data set's index. The index is first written if it is missing, damaged or
-    older than the data set."""
+    """Rows and text of a data set's index, both memory-mapped. The index is first written if it is
+    missing or older than the data set. A damaged one is an error that names it; it can be
+    deleted."""
     key = stable_hash(repr((str(path), columns)))
     index = Path(cache).absolute() / f"index-{key:014x}.npy"
     index.parent.mkdir(parents=True, exist_ok=True)     # first, because it may be in `folder`
@@ -151,24 +152,16 @@ def open_index(path: Path, folder: Path, layout, cache: str | Path, columns: tup
     for source in sources - {index.parent}:
         status = os.stat(source)
         changed = max(changed, status.st_mtime, status.st_ctime)    # a copy may keep its st_mtime
-    if index.exists() and index.stat().st_mtime > changed:
-        try:
-            return read_index(index)
-        except (ValueError, OSError, EOFError):
-            print(f"{index} is damaged: indexing the data set again")
-    index_job = functools.partial(index_records, layout.reader, layout.image_folders, folder,
-                                  columns)
-    write_index(index, layout, path, index_job)
-    return read_index(index)
+    if not index.exists() or index.stat().st_mtime <= changed:
+        index_job = functools.partial(index_records, layout.reader, layout.image_folders, folder,
+                                      columns)
+        write_index(index, layout, path, index_job)
 
-
-def read_index(index: Path):
-    """Rows and text of an index, both memory-mapped. Raises ValueError, OSError or EOFError if it
-    is damaged."""
-    rows = np.load(index, mmap_mode="r")
-    text = np.memmap(index.with_suffix(".jsonl"), mode="r")
-    if rows["length"].sum() != len(text):
-        raise ValueError(f"{index}: the lengths of rows and text differ")
+    with naming(index):
+        rows = np.load(index, mmap_mode="r")
+        text = np.memmap(index.with_suffix(".jsonl"), mode="r")
+        if rows["length"].sum() != len(text):
+            raise ValueError("expected a JSON line for each row; delete this index")
     return rows, text
 
 
