@@ -256,7 +256,7 @@ def index_records(reader, image_folders: tuple, folder: Path, columns: tuple, jo
     rows = []
     lines = []
     invalid = []
-    split_of = {}                       # {image file: its split}
+    split_of = {}           # {image: its split}; in one split, captioned images may be repeated
     for record in reader(job):
         number = 0
         try:
@@ -264,8 +264,10 @@ def index_records(reader, image_folders: tuple, folder: Path, columns: tuple, jo
                 raise record
             number = SPLITS.index(record.split)
             image, size = find_image(record, image_folders, folder)
-            if not isinstance(image, TarImage):
-                check_listed_once(record, image, split_of)
+            name = str(image)
+            if name in split_of and (split_of[name] != record.split or record.captions is None):
+                raise ValueError(f"{record.where}: {name!r} is already in split {split_of[name]}")
+            split_of[name] = record.split
             attributes = attribute_values(record)
             line = {"images": image}
             if record.captions is not None:
@@ -277,7 +279,7 @@ def index_records(reader, image_folders: tuple, folder: Path, columns: tuple, jo
             invalid.append((number, printable))
             continue
         encoded = json.dumps(line, separators=(",", ":")).encode() + b"\n"
-        person = stable_hash(record.person_id or str(image))
+        person = stable_hash(record.person_id or name)
         content = stable_hash(f"{line} {size}")
         lines.append(encoded)
         rows.append((number, attributes, len(encoded), 0, person, content))
@@ -300,14 +302,6 @@ def find_image(record: Record, image_folders: tuple, folder: Path):
         if os.path.isfile(path):
             return relative(path, folder), os.path.getsize(path)
     raise ValueError(f"{record.where}: the image {image!r} does not exist")
-
-
-def check_listed_once(record: Record, image: str, split_of: dict):
-    """Raise a ValueError if an image is listed in two splits. In one split, it may be listed again
-    if its records have captions."""
-    if image in split_of and (split_of[image] != record.split or record.captions is None):
-        raise ValueError(f"{record.where}: {image!r} is already in split {split_of[image]}")
-    split_of[image] = record.split
 
 
 def attribute_values(record: Record) -> tuple:
