@@ -25,7 +25,7 @@ import sys
 import tarfile
 import tempfile
 import tracemalloc
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import fields, replace
 from functools import partial, partialmethod
 from pathlib import Path
@@ -38,7 +38,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from numpy.random import default_rng
 from numpy.testing import assert_array_equal
-from PIL import Image, ImageFilter
+from PIL import Image, ImageFilter, ImageOps
 from tokenizers.processors import TemplateProcessing
 from torch.distributed.elastic.utils.distributed import get_free_port
 
@@ -61,7 +61,7 @@ import runs
 import search
 import toyfaces
 import train
-from attention import Attention, Dropout, Sequences, attention
+from attention import Dropout, Sequences, attention
 from bert import Bert, BertConfig
 from captions import ATTRIBUTES, FACTS, GRAMMAR, MIN_FACTS, PROBABILITIES, sample_caption
 from common import distributed
@@ -413,15 +413,15 @@ def attention_and_gradients(inputs, sequences, grad, dropout=0.0):
 def expected_attention(inputs, sequences, grad, factors=itertools.repeat(1.0)):
     """(o, dq, dk, dv) by float64 autograd through the definition, sequence by sequence;
     factors: dropout's multipliers of the weights of each query sequence."""
-    q, k, v = exact = [x.detach().double().requires_grad_() for x in inputs]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
     queries, keys = sequences
+    lengths = queries.lengths, keys.lengths, keys.lengths
+    parts = [x.split(own.tolist()) for x, own in zip(exact, lengths)]
     out = []
-    for i, factor in zip(range(len(queries)), factors):
-        rows = slice(*queries.offsets[i:i + 2])
-        columns = slice(*keys.offsets[i:i + 2])
-        scores = torch.einsum("qhd,khd->hqk", q[rows], k[columns]) * q.shape[-1] ** -0.5
+    for q, k, v, factor in zip(*parts, factors):
+        scores = torch.einsum("qhd,khd->hqk", q, k) * q.shape[-1] ** -0.5
         weights = scores.softmax(-1) * factor
-        out.append(torch.einsum("hqk,khd->qhd", weights, v[columns]))
+        out.append(torch.einsum("hqk,khd->qhd", weights, v))
     return with_gradients(torch.cat(out), exact, grad.double())
 
 
@@ -488,14 +488,13 @@ def test_dropout_of_hidden_states_drops_the_given_share_and_rescales_the_rest():
 # ---- losses.py (ITC) and its kernel: against float64 autograd through torch's cross-entropy ------
 def contrastive_case(B=20, Q=300, E=32, temperature=0.07, dtype=torch.float32):
     """All arguments but alpha. Momentum features are near their keys; persons recur."""
-    feature = unit(B, E).to(DEVICE).requires_grad_()
-    momentum = unit(B, E).to(DEVICE)
-    noise = torch.randn(B, E).to(DEVICE)
-    queue = unit(Q, E).to(DEVICE)
-    own_keys = F.normalize(momentum + 0.1 * noise, dim=-1)
-    keys = torch.cat([own_keys, queue]).to(dtype)
-    persons = torch.cat([torch.arange(B) // 2, torch.randint(0, 50, (Q,))]).to(DEVICE)
-    tau = torch.tensor(temperature, device=DEVICE, requires_grad=True)
+    with torch.device(DEVICE):
+        feature = unit(B, E).requires_grad_()
+        momentum = unit(B, E)
+        own_keys = F.normalize(momentum + 0.1 * torch.randn(B, E), dim=-1)
+        keys = torch.cat([own_keys, unit(Q, E)]).to(dtype)
+        persons = torch.cat([torch.arange(B) // 2, torch.randint(0, 50, (Q,))])
+        tau = torch.tensor(temperature, requires_grad=True)
     return feature, momentum, keys, persons[:B], persons, tau
 
 
@@ -616,10 +615,6 @@ def clip_weights(encoder):
         "visual_projection.weight": torch.ones(2, 2)}
 
 
-def position_grid(encoder, side):
-    """The position embeddings of the patches, (1, D, side, side)."""
-    return encoder.positions[1:].detach().unflatten(0, (side, side)).permute(2, 0, 1)[None]
-
 
 def test_clip_weights_load_by_hugging_face_names_and_resize_to_another_image_size(tmp_path):
     """Positions are resized by torch's bicubic interpolation of their grid."""
@@ -636,26 +631,25 @@ def test_clip_weights_load_by_hugging_face_names_and_resize_to_another_image_siz
     images = torch.randn(2, 3, 32, 32)
     close(equal(images), source(images), 0)
     close(larger.positions[0], source.positions[0], 0)
-    resized = F.interpolate(position_grid(source, 4), (8, 8), mode="bicubic")
-    close(position_grid(larger, 8), resized, 1e-6)
+    grid = source.positions[1:].T.reshape(1, -1, 4, 4)              # (1, D, 4, 4)
+    resized = F.interpolate(grid, (8, 8), mode="bicubic")
+    close(larger.positions[1:].T, resized.detach().flatten(2)[0], 1e-6)
 
 
 BIAS = "vision_model.pre_layrnorm.bias"
 
 
 @parametrize("weights, settings, message", [
-    ({}, {"hidden_act": "gelu"}, "expected hidden_act 'quick_gelu', found 'gelu'"),
     ({}, {"vision_config": {"layer_norm_eps": 1e-6}}, "expected layer_norm_eps 1e-05, found 1e-06"),
     ({}, {"vision_config": {"num_attention_heads": 4}}, "expected num_attention_heads 3, found 4"),
-    ({BIAS: None}, {}, "pytorch_model.bin: norm_before.bias is missing"),
     ({BIAS: torch.ones(24).int()}, {}, "expected (24,) torch.float32, found (24,) torch.int32"),
-    ({BIAS: torch.ones(24).double() * 1e300}, {}, "bias: expected (24,) torch.float32, found NaN")])
+    ({BIAS: torch.ones(24).double() * 1e300}, {},
+     "pytorch_model.bin: norm_before.bias: expected (24,) torch.float32, found NaN")])
 def test_mismatched_weights_or_settings_are_named_and_none_is_loaded(
         tmp_path, weights, settings, message):
     """1e300 is infinite in float32."""
     changed = clip_weights(ViT(GOLDEN_VIT)) | weights
-    present = {name: x for name, x in changed.items() if x is not None}
-    torch.save(present, tmp_path / "pytorch_model.bin")
+    torch.save(changed, tmp_path / "pytorch_model.bin")
     write_files(tmp_path, {"config.json": settings})
 
     encoder = ViT(GOLDEN_VIT)
@@ -694,7 +688,8 @@ def test_files_of_a_hub_name_come_from_the_hub(official, tmp_path, hub):
 
     load_clip(ViT(GOLDEN_VIT), "owner/clip")                        # it has no config.json
     write_files(folder, {"owner/clip/config.json": {"hidden_act": "gelu"}})
-    assert "found 'gelu'" in error_of(load_clip, ViT(GOLDEN_VIT), "owner/clip")
+    error = error_of(load_clip, ViT(GOLDEN_VIT), "owner/clip")
+    assert "expected hidden_act 'quick_gelu', found 'gelu'" in error
 
 
 def test_misspelt_paths_are_not_looked_up_on_the_hub(tmp_path, hub):
@@ -742,14 +737,14 @@ def test_changed_checkpoint_is_rejected(saved, place, value, message):
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 3700000000\n"
 
 
-@parametrize("name, content, cause", [
-    ("flip.pt", "one flipped bit", "wrong checksum of"),
-    ("flip.pt", "cut off", "central directory"),
-    ("flip.pt", b"", ""),
-    ("FLIP-base.pth", POINTER, "Weights only load failed"),
-    ("model.safetensors", POINTER, "header too large")])
+@parametrize("name, content", [
+    ("flip.pt", "one flipped bit"),
+    ("flip.pt", "cut off"),
+    ("flip.pt", b""),
+    ("FLIP-base.pth", POINTER),
+    ("model.safetensors", POINTER)])
 def test_damaged_or_foreign_file_is_rejected_in_one_line_with_its_name(
-        uninterrupted, tmp_path, name, content, cause):
+        uninterrupted, tmp_path, name, content):
     whole = (uninterrupted / "flip.pt").read_bytes()
     if content == "one flipped bit":
         content = bytearray(whole)
@@ -757,15 +752,10 @@ def test_damaged_or_foreign_file_is_rejected_in_one_line_with_its_name(
     if content == "cut off":
         content = whole[:-500]
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(SystemExit) as caught:
-        run_script(lambda: FLIP.from_pretrained(tmp_path))
-
-    message = str(caught.value)
     start = bytes(content[:40])
-    assert "\n" not in message
-    assert message.startswith(f"error: {tmp_path / name} is damaged or contains no weights: "
-                              f"{len(content):,} bytes that begin with {start!r}")
-    assert cause in str(caught.value.__context__.__cause__)
+    assert error_of(FLIP.from_pretrained, tmp_path).startswith(
+        f"{tmp_path / name} is damaged or contains no weights: "
+        f"{len(content):,} bytes that begin with {start!r}")
 
 
 @parametrize("error, path, printed", [
@@ -838,15 +828,15 @@ def test_bert_weights_load_with_token_type_0_added_and_the_rest_has_berts_deviat
     torch.save(saved, tmp_path / "pytorch_model.bin")
     load_bert(encoder, tmp_path)
 
-    loaded = dict(encoder.state_dict())
+    loaded = encoder.state_dict()
     new = [x for name, x in loaded.items() if "cross_attention" in name and x.ndim == 2]
     new.append(loaded["words.weight"][-2:])
     for x in new:
         assert x.std().item() == pytest.approx(0.02, rel=0.3)
-    expected = {name: theirs[name] for name in own}
-    expected["positions"] += types[0]
-    expected["words.weight"] = torch.cat([words, new[-1]])
-    same({name: loaded[name] for name in own}, expected)
+    theirs["positions"] += types[0]
+    theirs["words.weight"][-2:] = new[-1]
+    for name in own:
+        same(loaded[name], theirs[name])
 
 
 def test_official_checkpoint_saves_back_the_same(official):
@@ -932,19 +922,14 @@ def test_every_dropout_is_active_in_training_and_off_in_evaluation():
     captions = golden_captions("eval")
     width = encoder.layers[0].cross_attention.key.in_features
     images = torch.randn(len(captions), 5, width)
-    dropouts = []
     for module in encoder.modules():
-        if isinstance(module, (nn.Dropout, Attention)):
-            name = "p" if isinstance(module, nn.Dropout) else "dropout"
-            dropouts.append((module, name))
-
-    for module, name in dropouts:
-        setattr(module, name, 0.5)
-        for training in (True, False):
-            encoder.train(training)
-            repeated = torch.equal(encoder(captions, images), encoder(captions, images))
-            assert repeated != training
-        setattr(module, name, 0.0)
+        for name in {"p", "dropout"} & vars(module).keys():
+            setattr(module, name, 0.5)
+            for training in (True, False):
+                encoder.train(training)
+                repeated = torch.equal(encoder(captions, images), encoder(captions, images))
+                assert repeated != training
+            setattr(module, name, 0.0)
 
 
 # ---- tokenizer.py: against official token ids ----------------------------------------------------
@@ -1373,8 +1358,8 @@ def at_least(count, probabilities):
 def test_captions_to_evaluate_on_state_each_fact_as_often_as_the_grammar_says():
     """Alone and given any other attribute: captions have random numbers of their own."""
     attributes = [toyfaces.sample_attributes(random_stream("face", 1, i)) for i in range(1000)]
-    images = np.zeros((1000, 1))
-    faces = data.Faces("drawn faces (seed 1)", images, np.arange(1000), np.array(attributes))
+    numbers = range(1000)
+    faces = data.Faces("drawn faces (seed 1)", numbers, numbers, np.array(attributes))
     facts = grammar.facts_of(faces.attributes)                                  # (1000, 43)
 
     expected = np.zeros(facts.shape)        # P(stated | face): at least MIN_FACTS facts are stated
@@ -1726,17 +1711,11 @@ def test_captions_of_several_columns_are_joined(tmp_path):
 
 def stored_by_img2dataset(image, mode):
     """keep_ratio makes the shorter side 256 pixels, border the longer one, and pads with white."""
-    width, height = image.size
-    side = {"no": 256, "keep_ratio": min(width, height), "border": max(width, height)}[mode]
-    size = round(width * 256 / side), round(height * 256 / side)
-    if mode == "no":
-        return image
-    resized = image.resize(size, Image.Resampling.BOX)
     if mode == "keep_ratio":
-        return resized
-    padded = plain("white", (256, 256))
-    padded.paste(resized, (int((256 - resized.width) / 2), int((256 - resized.height) / 2)))
-    return padded
+        return ImageOps.cover(image, (256, 256), Image.Resampling.BOX)
+    if mode == "border":
+        return ImageOps.pad(image, (256, 256), Image.Resampling.BOX, "white")
+    return image
 
 
 @parametrize("mode", ["no", "keep_ratio", "border"])
@@ -1779,10 +1758,11 @@ def read_tars(folder):
 
 
 # names as long as the formats allow: members of GNU and PAX then have several headers
+LONG = [20, 98, 99, 100, 101, 155, 200, 300, 97]
 LENGTHS = {
     tarfile.USTAR_FORMAT: [20, 98, 99, 100, 101, 155, 97],
-    tarfile.GNU_FORMAT: [20, 98, 99, 100, 101, 155, 200, 300, 97],
-    tarfile.PAX_FORMAT: [20, 98, 99, 100, 101, 155, 200, 300, 97]}
+    tarfile.GNU_FORMAT: LONG,
+    tarfile.PAX_FORMAT: LONG}
 
 
 def long_named_faces(format):
@@ -2465,14 +2445,10 @@ def test_recall_counts_an_images_best_caption_and_counts_ties_as_misses():
     assert metrics["img_r1"] == pytest.approx(200 / 3)
 
 
-def test_recall_table_contains_chance_and_both_references(quick):
-    training = runs.training_faces(quick(), 48)
-    held_out = runs.validation_faces(quick(), 48)
-    validation = EvaluationSet.from_faces(held_out, training, batch_size=8)
-    names = ("img", "txt", "itc_img", "itc_txt")
-    metrics = {f"{name}_r{k}": 10.0 for name, k in itertools.product(names, (1, 5, 10))}
-    ours = metrics | {"itc_img_r1": 8.0}
-    initial = metrics | {"img_r1": 7.0}
+def test_recall_table_contains_chance_and_both_references():
+    validation = EvaluationSet.from_faces(noise_faces(), noise_faces(), batch_size=8)
+    ours = defaultdict(lambda: 10.0, itc_img_r1=8.0)
+    initial = defaultdict(lambda: 10.0, img_r1=7.0)
     table = evaluation.recall_table(ours, validation, initial)
     rows = [line.split(" | ") for line in table.splitlines()[2:]]
     assert [row[0][2:] for row in rows] == [
@@ -2640,8 +2616,7 @@ def test_two_processes_have_the_losses_of_one_with_the_same_global_batch(whole_r
 @parametrize("world, workers, ending, codes, step", [
     (1, 0, "kill()", (-9,), 0),
     (2, 0, "signal.raise_signal(signal.SIGTERM)", (1, 1), 6),
-    (1, 0, "signal.raise_signal(signal.SIGHUP)", (1,), 5),
-    (1, 2, "os.killpg(0, signal.SIGTERM); os.killpg(0, signal.SIGINT)", (1,), 5),
+    (1, 2, "os.killpg(0, signal.SIGHUP); os.killpg(0, signal.SIGINT)", (1,), 5),
     (1, 2, "active_children()[0].kill()", (1,), None),
     (1, 2, "kill()", (-9,), 4),
     (2, 0, "runs.write_checkpoint = kill", (-9, 1), 4)])
