@@ -614,7 +614,6 @@ def clip_weights(encoder):
         "visual_projection.weight": torch.ones(2, 2)}
 
 
-
 def test_clip_weights_load_by_hugging_face_names_and_resize_to_another_image_size(tmp_path):
     """Positions are resized by torch's bicubic interpolation of their grid."""
     from safetensors.torch import save_file
@@ -2191,7 +2190,6 @@ def test_invalid_record_of_a_tar_is_named(tmp_path, changes, message):
     assert message in error_of(open_faces, write_tar(tmp_path, **changes))
 
 
-
 @parametrize("name, content, message", [
     ("faces.parquet", b"", "*.tar, *.json (not compressed; FaceCaption-15M's .parquet"),
     ("val.json", PAIRS, "found val.json, but no train.json"),
@@ -3051,7 +3049,7 @@ def test_attributes_are_trained_on_celeba_with_a_row_per_fraction(tuned, tmp_pat
     """The picture is that of the largest fraction."""
     write_celeba(tmp_path, count=40, held_out=5)
     config = tuned("attributes", data=str(tmp_path), fractions=(1.0, 0.1), random=False)
-    plot = MagicMock()
+    plot = MagicMock(wraps=finetune.plot_accuracies)
     monkeypatch.setattr(finetune, "plot_accuracies", plot)
     rows = dict(finetune.finetune(config))
     *_, title, _ = plot.call_args.args
