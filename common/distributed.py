@@ -115,7 +115,7 @@ def choose_precision(name: str, device: torch.device) -> str:
     has_bf16 = False
     if device.type == "cuda":
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif device.type == "cpu":
+    elif device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):       # not in older torch
         cpu = torch.cpu.get_capabilities()
         has_bf16 = cpu.get("avx512_bf16") or cpu.get("amx_bf16")
     return "bf16" if has_bf16 else "float32"
