@@ -132,8 +132,7 @@ def beyond_silence(scores):
 def search(model: FLIP, features: dict, query="", without=(), top=8,
            image=None) -> list[SearchResult]:
     """The `top` best of I images, {path: feature (E,)}, for a sentence or an image (a path or a PIL
-    image), and for a list of exclusions. Raises ValueError if there are no images or no known
-    words.
+    image), and for a list of exclusions. Raises ValueError if a text has no known words.
 
     The score of a text is `beyond_silence`, that of an image is its cosine. For a sentence, the ITM
     head re-ranks the 32 images (or `top`, if more) with the highest score by cosine.
@@ -141,8 +140,6 @@ def search(model: FLIP, features: dict, query="", without=(), top=8,
     Captions state what is present, so a model does not learn negations. Instead, n exclusions are
     scored by themselves and subtracted with weight 1 / (n + 1) each, so that the query outweighs
     them together."""
-    if not features:
-        raise ValueError("there are no images to search")
     if top < 1:
         raise ValueError(f"top {top}: expected at least 1")
     if (image is None) == (not query):

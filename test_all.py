@@ -1421,9 +1421,9 @@ def test_reference_recall_matches_two_faces_worked_by_hand():
     references = optimum.reference_recall(np.stack(stated), faces)
     of_text = 100 * (1 + 1 / 2) / 2
     of_image = 100 * 3 / 4
-    assert references["attribute match"] == [of_text, 100, 100, of_image, 100, 100]
-    assert references["Bayes optimum"] == [100] * 6
-    assert len(references) == 2
+    assert references == {
+        "attribute match": [of_text, 100, 100, of_image, 100, 100],
+        "Bayes optimum": [100] * 6}
 
 
 def test_ideal_contrastive_loss_is_the_cross_entropy_of_log_likelihood_ratios():
@@ -1459,7 +1459,6 @@ def test_ideal_loss_is_known_for_drawn_faces_and_whole_batches():
 def test_sketch_grows_by_equal_amounts_of_ink_and_never_loses_any():
     for i in range(20):
         frames = toyfaces.sketch(i, seed=3, size=48)
-        assert frames.shape == (70, 48, 48)
         assert (frames[1:] >= frames[:-1]).all()
         ink = frames.sum((1, 2)) / frames[-1].sum()
         # a short line has round ends, a long one crosses others
@@ -2068,7 +2067,6 @@ def write_fs2k(folder):
 def test_fs2k_has_one_sketch_per_photo_and_no_text(tmp_path):
     train, val, test = open_splits(write_fs2k(tmp_path))
     assert [len(train), len(val), len(test)] == [18, 2, 10]
-    assert train.sketch_stages == 1
     assert not train.has_text
     assert train.images[3] == tmp_path / "photo/photo1/image0103.png"
     assert val.images[1] == tmp_path / "photo/photo2/image0109.jpg"
@@ -2221,8 +2219,6 @@ def test_affine_augmentations_map_coordinates_as_in_the_paper(name, matrix):
 def test_augmentation_changes_five_in_nine_images_beyond_mirroring():
     """Each of two operations is skipped with probability 1/2, or without effect in 3 of 9 cases."""
     image = noise_faces().picture(0)
-    for name in ("identity", "brightness", "sharpness"):
-        assert data.apply_operation(name, image, 1) == image
     rng = default_rng(0)
     samples = [data.augment(image, rng).tobytes() for _ in range(3000)]
     mirrored = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -2373,11 +2369,9 @@ def test_values_of_flags_are_checked_before_the_run(flags, message):
     assert message in error_of(parse_flags, *flags.split())
 
 
-@parametrize("flags, message", [
-    ("retrieval --k_test 0", "--k_test 0: expected a number from 1 to inf"),
-    ("attributes --fractions 0.5 2", "--fractions 2.0: expected a number from 0 to 1")])
-def test_values_of_the_flags_of_finetuning_are_checked_before_the_run(flags, message):
-    assert message in error_of(parse_task_arguments, flags.split())
+def test_each_of_several_values_of_a_flag_is_checked():
+    error = error_of(parse_task_arguments, "attributes --fractions 0.5 2".split())
+    assert "--fractions 2.0: expected a number from 0 to 1" in error
 
 
 @parametrize("name", ["xpu9", "nothing"])
@@ -3339,15 +3333,9 @@ def test_unknown_words_and_negations_of_a_query_are_named(model, features, query
 
 @parametrize("query, without", [
     (" ", []),
-    ("a man", [""]),
-    ("a dog", []),
     ("a man", ["the freckles"])])
 def test_queries_and_exclusions_without_a_known_word_are_rejected(model, features, query, without):
     assert "no word of" in error_of(search.search, model, features, query, without)
-
-
-def test_search_without_images_is_rejected(model):
-    assert "no images" in error_of(search.search, model, {}, "a man")
 
 
 def test_search_needs_a_sentence_or_an_image_and_a_positive_number(model, features, paths):
