@@ -2881,7 +2881,8 @@ def test_default_run_finds_faces_more_often_than_matching_all_attributes(default
     """Text to image; the recalls of RESULTS.md, less three points."""
     config, metrics = default_run
     held_out = runs.validation_faces(config, 48)
-    references = EvaluationSet.from_faces(held_out, runs.training_faces(config, 48)).references
+    training = runs.training_faces(config, 48)
+    references = EvaluationSet.from_faces(held_out, training, config.batch_size).references
     assert 60 <= references["attribute match"][1] <= 80
     assert references["Bayes optimum"][0] > 65
     assert metrics["img_r1"] >= 52
