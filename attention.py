@@ -80,7 +80,7 @@ class Sequences:
         return self.max_length * len(self) == self.num_tokens
 
     @property
-    def first_token_index(self):
+    def first_token_indices(self):
         """Index of the first token of each sequence, (B,) int32."""
         return self.offsets[:-1]
 
@@ -204,8 +204,8 @@ def dropout_mask(weights, dropout):
 
 
 class Dropout(nn.Dropout):
-    """nn.Dropout, on a CPU with `dropout_mask`: a step of the base model takes 2 to 4 % less
-    time."""
+    """nn.Dropout that uses `dropout_mask` on a CPU, which makes a step of the base model 2 to 4 %
+    faster."""
 
     def forward(self, x):
         if x.is_cuda or not self.training or self.p == 0:

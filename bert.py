@@ -63,7 +63,7 @@ class BertLayer(nn.Module):
         x = tokens
         x_sequences = sequences
         if first_token_only:
-            x = tokens.index_select(0, sequences.first_token_index)     # (P, D)
+            x = tokens.index_select(0, sequences.first_token_indices)     # (P, D)
             x_sequences = Sequences.uniform(len(x), 1, x.device)
         mixed = self.attention(x, x_sequences, tokens, sequences)
         x = self.norm_attention(x + self.dropout(mixed))

@@ -13,8 +13,8 @@ from readers.index import COLUMNS
 from vit import ViTConfig
 
 # image encoder, text encoder (the vocabulary sets vocab_size), dimension of the features. The tiny
-# model has no dropout: for drawn faces, every epoch writes new captions, of up to 65 tokens
-# (tokenizer.py)
+# model has no dropout, because drawn faces get new captions in every epoch. Its 66 positions are
+# enough for captions of up to 65 tokens (tokenizer.py)
 TINY = (ViTConfig(image_size=48, patch_size=8, width=128, depth=3, heads=4),
         BertConfig(vocab_size=1, width=128, depth=2, heads=4, positions=66, dropout=0.0),
         128)
@@ -185,7 +185,7 @@ def resumed_config(folder: Path, given: dict) -> Config:
     for name, value in given.items():
         if name in CHANGEABLE_ON_RESUME:
             changed[name] = value
-        elif name not in changed and value not in (saved[name], "auto"):
+        elif name not in changed and value not in (saved[name], "auto"):    # "auto": as saved
             raise ValueError(f"--resume: the run in {path} has --{name} {saved[name]}, which "
                              f"cannot change; omit --{name} {value}, or start another run")
     return Config(**saved | changed)

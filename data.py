@@ -36,14 +36,16 @@ class Faces:
     """I face images with optional attributes, captions and sketches. For a data set on disk, all
     fields are read from a memory-mapped file, as numpy arrays or, for lists of texts and paths, as
     `readers.index.Column`s, which are indexed like arrays."""
-    name: str                       # "CelebA train"; seeds generated captions to evaluate on
+    name: str                       # "CelebA train"; also the seed of generated captions
+                                    # to evaluate on
     images: object                  # uint8 (I, S, S, 3), or a sequence of Path or TarImage
     identity: np.ndarray            # int64 (I,): equal numbers mean the same person
     attributes: object = None       # bool (I, 40), in the order of ATTRIBUTES
     captions: object = None         # a list of texts per image; None: the grammar writes them
     sketches: object = None         # uint8 (I, stages, S, S), white on black, or per image the
                                     # paths of its sketch at each stage
-    digest: str = ""                # of the whole split: other images or annotations, other digest
+    digest: str = ""                # of the whole split; changes if any image or annotation
+                                    # does
 
     def __post_init__(self):
         for values in (self.identity, self.attributes, self.captions, self.sketches):
@@ -240,7 +242,7 @@ class FaceDataset(torch.utils.data.Dataset):
     def iterate_from(self, number: int):
         """Yield batches without end, starting with batch `number`, counted from 0 over all epochs.
         Damaged images are named once. Raises ValueError if they exceed 1 % of the images read so
-        far. (Until 1,000 are read, 10 may be damaged, or 1 % of all faces if there are fewer.)"""
+        far. (At least 1,000 count as read, or all faces if there are fewer.)"""
         context = None
         if self.workers and sys.platform == "linux":
             context = "fork"        # forked workers share the memory-mapped index
@@ -258,8 +260,8 @@ class FaceDataset(torch.utils.data.Dataset):
                     if message not in damaged:
                         damaged.add(message)
                         print(f"{message} (replaced by the next face)", flush=True)
-                        faces_read = min(len(self.faces), max(1000, num_read))
-                        require_few(len(damaged), faces_read, f"{self.faces.name}: {message}")
+                        counted = min(len(self.faces), max(1000, num_read))
+                        require_few(len(damaged), counted, f"{self.faces.name}: {message}")
                 yield batch
 
     def batch_indices(self, number):

@@ -20,7 +20,8 @@ Departures from the official code:
     the official code                                       here
     selects weights on the test split, and trains           selects on the validation split, trains
     LFWA's head on it                                       on the training split
-    frozen encoders have dropout, momentum encoder, queue   none of these
+    keeps dropout in the frozen encoders, and the           uses none of these
+    momentum encoder and queue
     trains the attribute head with SGD                      with AdamW
     also trains a matching head for sketches                does not: no metric uses it
 """
@@ -58,8 +59,8 @@ class Task:
 
     It sets two attributes:
 
-        trained             the module to optimise: the model, of which only parameters that require
-                            gradients are trained, or a new head
+        trained             the module to optimise: a new head, or the model (of which only
+                            parameters that require gradients are trained)
         baseline            the first row of the table, (name, metrics), which defines the columns
 
     and has four methods:
@@ -249,6 +250,7 @@ def pool_tokens(vit, images):
     norm."""
     tokens, hidden = vit(images, return_hidden=True)            # (B, L, D), and a list of the same
     depth = vit.config.depth
+    # a set: in a shallow encoder, some of the depths coincide
     depths = {max(1, depth // 3), math.ceil(depth / 2), math.ceil(2 * depth / 3)}
     vectors = []
     for x in [hidden[n - 1] for n in sorted(depths)] + [tokens]:
@@ -451,7 +453,7 @@ def open_task_split(config: TaskConfig, split: str, count: int, size: int) -> Fa
                  "sketch": faces.sketches is not None}
     if not available[config.task]:
         raise ValueError(f"{faces.name} lacks the annotations that {config.task} needs")
-    if split == "train" and config.task == "retrieval":     # whose batches replace damaged images
+    if split == "train" and config.task == "retrieval":     # its batches replace damaged images
         return faces
     if count:
         faces = faces.subset(range(min(count, len(faces))))

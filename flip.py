@@ -26,8 +26,9 @@ Phase 2 starts with a copy of the student as momentum encoder, and with a queue 
 phase 1's last batches.
 
 `forward` computes the losses and changes no state. In each step, after the backward pass, the
-training loop calls `enqueue`, steps the optimisers, and calls `clamp_temperature` and, if the next
-step is in phase 2, `update_momentum`. (The official forward does all but the optimisers' part.)
+training loop calls `enqueue`, steps the optimisers, and calls `clamp_temperature`. If the next step
+is in phase 2, it also calls `update_momentum`: steps of phase 1 do not use the momentum encoder.
+(The official forward does all but the optimisers' part; it begins with the momentum encoder.)
 
 Shapes: see attention.py. Run `python flip.py` to trace a batch.
 """

@@ -125,8 +125,10 @@ def data_parallel(model: FLIP, config: Config) -> nn.Module:
     """The model itself or, if there are several processes, a DistributedDataParallel around it."""
     if config.processes == 1:
         return model
+    # phase 1 leaves cross-attention and matching head without gradients
+    has_phase_1 = config.complete_from > 0
     return DistributedDataParallel(model, broadcast_buffers=False,
-                                   find_unused_parameters=config.complete_from > 0)
+                                   find_unused_parameters=has_phase_1)
 
 
 def compile_encoders(model: FLIP):
@@ -241,7 +243,7 @@ def resumable(run: Run):
             if not run.updating:
                 save(run)
                 note = f"saved after step {run.steps_done}"
-                if not isinstance(error, ValueError):       # which would only recur
+                if not isinstance(error, ValueError):       # a ValueError would only recur
                     note += "; continue with --resume"
                 if run.is_main:
                     error.add_note(note)

@@ -1041,7 +1041,7 @@ def test_activations_are_the_official_ones_also_for_first_tokens_alone(official,
     queries = captions.with_first_token(token)
     joint = student.text(queries, tokens)
     close(joint, GOLDEN[f"eval.joint_tokens_{first}"][present])
-    for firsts in (joint[captions.sequences.first_token_index],
+    for firsts in (joint[captions.sequences.first_token_indices],
                    student.text(queries, tokens, first_token_only=True)):
         close(official.matching_head(firsts), GOLDEN[f"eval.itm_logits_{first}"])
 

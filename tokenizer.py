@@ -20,7 +20,8 @@ SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 def clean_caption(text: str) -> str:
     """Lower-case a caption and replace the punctuation . ! " ( ) * # : ; ~ and runs of spaces by
-    a single space, as BLIP does. (BLIP also keeps at most 65 words, which MAX_TOKENS implies.)"""
+    a single space, as BLIP does. (The official code also keeps at most 65 words, which MAX_TOKENS
+    implies.)"""
     return " ".join(re.sub(r'[.!"()*#:;~]', " ", text.lower()).split())
 
 
@@ -44,7 +45,7 @@ class Captions:
         """Repack the captions at `indices` (a CPU tensor; repeats allowed)."""
         device = self.ids.device
         chosen = Sequences.from_lengths(self.sequences.lengths[indices], device)
-        starts = self.sequences.first_token_index[indices.to(device, non_blocking=True)]
+        starts = self.sequences.first_token_indices[indices.to(device, non_blocking=True)]
         return Captions(self.ids[starts[chosen.sequence_ids] + chosen.position_ids], chosen)
 
     @staticmethod
@@ -55,7 +56,7 @@ class Captions:
 
     def with_first_token(self, token: int) -> "Captions":
         """The same captions with their first token replaced by the id `token`."""
-        first = self.sequences.first_token_index.long()
+        first = self.sequences.first_token_indices.long()
         return Captions(self.ids.index_fill(0, first, token), self.sequences)
 
 
@@ -88,8 +89,8 @@ class Tokenizer:
         cleaned = [clean_caption(text) for text in texts]
         ids = []
         lengths = []
-        for pieces in self.wordpiece.encode_batch_fast(cleaned, add_special_tokens=False):
-            caption = [self.cls_id, *pieces.ids[:MAX_TOKENS - 2], self.sep_id]
+        for encoding in self.wordpiece.encode_batch_fast(cleaned, add_special_tokens=False):
+            caption = [self.cls_id, *encoding.ids[:MAX_TOKENS - 2], self.sep_id]
             ids.extend(caption)
             lengths.append(len(caption))
         return Captions(torch.tensor(ids), Sequences.from_lengths(lengths))

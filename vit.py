@@ -62,7 +62,7 @@ class ViTBlock(nn.Module):
         query = y
         query_sequences = sequences
         if first_token_only:
-            first = sequences.first_token_index                         # (B,)
+            first = sequences.first_token_indices                         # (B,)
             x = x.index_select(0, first)                                # (B, D)
             query = y.index_select(0, first)
             query_sequences = Sequences.uniform(len(x), 1, x.device)

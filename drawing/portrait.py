@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw
+from PIL.ImageColor import getrgb as rgb
 
 from captions import ATTRIBUTES
 
@@ -116,36 +117,38 @@ def symmetric(right):
     return [*right, *((-x, y) for x, y in right[::-1] if x)]
 
 
-BLACK, WHITE = (20, 16, 18), (255, 255, 255)
-SKINS = ((248, 212, 184), (236, 188, 152), (212, 158, 118), (170, 116, 82), (120, 78, 54))
-HAIRS = {"Bald": (112, 68, 40), "Black_Hair": (36, 30, 36), "Blond_Hair": (234, 196, 106),
-         "Gray_Hair": (176, 178, 184), "Brown_Hair": (112, 68, 40)}  # first match wins; Bald: for the brows
-OTHER_HAIRS = ((196, 86, 36), (150, 46, 34), (210, 110, 62), (176, 70, 44), (170, 60, 110), (74, 110, 140))
-IRISES = ((82, 52, 32), (58, 104, 150), (74, 120, 74), (120, 84, 40))
-LIPSTICKS = ((200, 30, 58), (216, 62, 110), (156, 24, 66), (224, 70, 60))
-EYE_SHADOWS = ((110, 70, 150), (60, 110, 160), (150, 80, 50), (50, 130, 120))
-CLOTHES = ((52, 84, 136), (176, 64, 70), (64, 122, 104), (232, 196, 120), (96, 80, 130), (60, 64, 74),
-           (222, 132, 120), (226, 226, 220))
-BACKDROPS = ((188, 212, 226), (240, 214, 186), (200, 222, 196), (222, 206, 230), (116, 140, 160),
-             (158, 132, 120), (236, 232, 222), (90, 96, 112))
-METALS = ((246, 206, 84), (236, 240, 246))
-FRAMES = ((30, 30, 36), (120, 40, 40), (60, 44, 30))
+def palette(colours: str) -> list[tuple]:
+    return [rgb(colour) for colour in colours.split()]
+
+
+BLACK, WHITE = palette("#141012 #ffffff")
+SKINS = palette("#f8d4b8 #ecbc98 #d49e76 #aa7452 #784e36")
+HAIRS = {"Bald": rgb("#704428"), "Black_Hair": rgb("#241e24"), "Blond_Hair": rgb("#eac46a"),
+         "Gray_Hair": rgb("#b0b2b8"), "Brown_Hair": rgb("#704428")}  # first match wins; Bald: for the brows
+OTHER_HAIRS = palette("#c45624 #962e22 #d26e3e #b0462c #aa3c6e #4a6e8c")
+IRISES = palette("#523420 #3a6896 #4a784a #785428")
+LIPSTICKS = palette("#c81e3a #d83e6e #9c1842 #e0463c")
+EYE_SHADOWS = palette("#6e4696 #3c6ea0 #965032 #328278")
+CLOTHES = palette("#345488 #b04046 #407a68 #e8c478 #605082 #3c404a #de8478 #e2e2dc")
+BACKDROPS = palette("#bcd4e2 #f0d6ba #c8dec4 #decee6 #748ca0 #9e8478 #ece8de #5a6070")
+METALS = palette("#f6ce54 #ecf0f6")
+FRAMES = palette("#1e1e24 #782828 #3c2c1e")
 
 
 def choose_colours(has, uniform, pick):
     """All colours of an image. Colours that no attribute determines are random."""
     skin = mix(*pick(tuple(zip(SKINS, SKINS[1:]))), uniform(0, 1))
     if has.Pale_Skin:
-        skin = mix(skin, (255, 242, 238), 0.84)
+        skin = mix(skin, rgb("#fff2ee"), 0.84)
     hair = next((colour for name, colour in HAIRS.items() if getattr(has, name)), pick(OTHER_HAIRS))
     shade = uniform(-0.12, 0.12)
     hair = mix(hair, WHITE if shade > 0 else BLACK, abs(shade))
     lipstick, cloth, backdrop, second = pick(LIPSTICKS), pick(CLOTHES), pick(BACKDROPS), pick(BACKDROPS)
     return dict(
-        skin=skin, skin_dark=mix(skin, (76, 24, 28), 0.28), skin_light=mix(skin, WHITE, 0.42),
+        skin=skin, skin_dark=mix(skin, rgb("#4c181c"), 0.28), skin_light=mix(skin, WHITE, 0.42),
         hair=hair, hair_dark=mix(hair, BLACK, 0.36), hair_light=mix(hair, WHITE, 0.22),
-        lips=lipstick if has.Wearing_Lipstick else mix(skin, (160, 56, 60), 0.46),
-        cloth=cloth, cloth_dark=mix(cloth, BLACK, 0.25), line=mix(skin, (40, 10, 14), 0.58),
+        lips=lipstick if has.Wearing_Lipstick else mix(skin, rgb("#a0383c"), 0.46),
+        cloth=cloth, cloth_dark=mix(cloth, BLACK, 0.25), line=mix(skin, rgb("#280a0e"), 0.58),
         iris=pick(IRISES), eye_shadow=pick(EYE_SHADOWS), metal=pick(METALS), frame=pick(FRAMES),
         accent=pick(CLOTHES[:5]), backdrop=[mix(backdrop, second, uniform(0, 0.6)) for _ in range(4)])
 
@@ -204,12 +207,12 @@ def bust(look):
     shoulder, dip = (1.42, 1.32) if look.Male else (1.2, 1.5)
     outline = symmetric([(0, dip), (w + 0.02, 1.16), (shoulder * 0.8, 1.32),
                          (shoulder, 1.5), (shoulder + 0.15, 2.2)])
-    yield Shape("clothes", outline, (40, 44, 58) if look.Wearing_Necktie else look.cloth, smooth=False)
+    yield Shape("clothes", outline, rgb("#282c3a") if look.Wearing_Necktie else look.cloth, smooth=False)
     for side in SIDES:
         collar = mirrored(side, (w + 0.03, 1.12), (0.02, dip + 0.06), (0.26, dip + 0.2), (w + 0.16, 1.22))
         yield Shape("clothes", collar, WHITE if look.Wearing_Necktie else look.cloth_dark, smooth=False)
     if look.Wearing_Necktie:
-        yield Shape("tie", symmetric([(0.5, 1.2), (0.3, 2.2)]), (244, 244, 246), smooth=False)
+        yield Shape("tie", symmetric([(0.5, 1.2), (0.3, 2.2)]), rgb("#f4f4f6"), smooth=False)
         yield Shape("tie", symmetric([(0.13, 1.2), (0.09, 1.36), (0.2, 2.2)]), look.accent, smooth=False)
     if look.Wearing_Necklace:
         chain = [(-w - 0.03, 1.08), (-0.22, 1.28), (0, 1.35), (0.22, 1.28), (w + 0.03, 1.08)]
@@ -245,11 +248,11 @@ def skin(look):
             yield Shape("cheek", hollow, (*look.skin_dark, 180))
             yield Shape("cheek", bone, (*look.skin_light, 150))
         if look.Rosy_Cheeks:
-            yield Shape("cheek", oval(side * 0.45, 0.26, 0.19, 0.15), (236, 60, 84, 70))
-            yield Shape("cheek", oval(side * 0.45, 0.26, 0.13, 0.10), (236, 60, 84, 90))
+            yield Shape("cheek", oval(side * 0.45, 0.26, 0.19, 0.15), rgb("#ec3c5446"))
+            yield Shape("cheek", oval(side * 0.45, 0.26, 0.13, 0.10), rgb("#ec3c545a"))
     if not look.Attractive:
         for x, y, radius in look.spots:
-            yield Shape("blemish", oval(x, y, radius, radius), mix(look.skin, (150, 40, 40), 0.5))
+            yield Shape("blemish", oval(x, y, radius, radius), mix(look.skin, rgb("#962828"), 0.5))
     if not look.Young:
         for y in (-0.58, -0.48):
             yield Shape("wrinkle", [(-0.28, y), (0, y - 0.03), (0.28, y)], look.line, 0.035)
@@ -265,7 +268,7 @@ def beard(look):
     stubble = getattr(look, "5_o_Clock_Shadow")     # the name is not an identifier
     full = not (look.No_Beard or stubble or look.Goatee or look.Mustache or look.Sideburns)
     if full or stubble:  # cheeks below `top`, chin and upper lip
-        top, reach, colour = (0.05, 1.04, look.hair_dark) if full else (0.28, 0.97, (48, 50, 64, 90))
+        top, reach, colour = (0.05, 1.04, look.hair_dark) if full else (0.28, 0.97, rgb("#3032405a"))
         edge = [(look.width * 0.95 * reach, top), (look.jaw * reach, 0.60), (look.chin * reach, 0.93 * reach)]
         inner = [(look.width * 0.82, top + 0.02), (look.jaw * 0.72, 0.45), (0.1, 0.45)]
         outline = [*symmetric([*edge, (0, reach)]), *mirrored(-1, *inner), *inner[::-1]]
@@ -314,9 +317,9 @@ def eyes(look):
         if look.Bags_Under_Eyes:
             bag = symmetric([(0, 0.05), (w, 0), (w * 0.6, 0.13), (0, 0.17)])
             bag = [(x + px, y + h + py) for px, py in bag]
-            yield Shape("eye bag", bag, mix(look.skin, (52, 14, 64), 0.4))
+            yield Shape("eye bag", bag, mix(look.skin, rgb("#340e40"), 0.4))
         lid = place((-1, 0.2), (-0.5, -0.8), (0.2, -1), (1, -0.2))
-        yield Shape("eye", lid + place((0.45, 0.8), (-0.35, 0.85)), (252, 250, 248))
+        yield Shape("eye", lid + place((0.45, 0.8), (-0.35, 0.85)), rgb("#fcfaf8"))
         centre = x + look.gaze
         iris = [(px, min(max(py, y - h * 0.95), y + h * 0.8)) for px, py in oval(centre, y, 0.105, 0.115)]
         yield Shape("iris", iris, look.iris)
@@ -354,7 +357,7 @@ def mouth(look):
     if gap:
         inside = [(-w * 0.86, left[1]), (0, middle - gap * 0.75), (w * 0.86, right[1])]
         floor, bite = middle + gap * 0.9, middle + gap * 0.15
-        yield Shape("mouth", inside + [(w * 0.45, floor), (-w * 0.45, floor)], (88, 22, 30))
+        yield Shape("mouth", inside + [(w * 0.45, floor), (-w * 0.45, floor)], rgb("#58161e"))
         ends = look.mouth_y - rise * 0.45
         yield Shape("teeth", symmetric([(0, middle - gap * 0.7), (w * 0.6, ends), (w * 0.35, bite)]), WHITE)
     else:
@@ -445,7 +448,7 @@ def accessories(look):
             (x - w, y - h), (x + w, y - h), (x + w * 0.9, y + h), (x - w * 0.9, y + h)]
         for side in SIDES:
             outline = mirrored(side, *lens)
-            yield Shape("glasses", outline, (225, 240, 250, 60), smooth=look.round_glasses)
+            yield Shape("glasses", outline, rgb("#e1f0fa3c"), smooth=look.round_glasses)
             yield Shape("glasses", outline + outline[:1], look.frame, 0.06, look.round_glasses)
             yield Shape("glasses", mirrored(side, (x + w, y - 0.06), (look.width, y - 0.08)),
                         look.frame, 0.06)

@@ -107,7 +107,7 @@ def fwd_block(q, i, row_max, row_sum, acc, key, value, start, end, seed_value,
     j = start + tl.arange(0, BLOCK_N)
     k = load(key, start, end, BLOCK_N, d, BLOCK_D, MASKED)
     v = load(value, start, end, BLOCK_N, d, BLOCK_D, MASKED)
-    s = dot(q, tl.trans(k)) * (LOG2_E * d ** -0.5)              # s = q k^T / sqrt(d), in log 2
+    s = dot(q, tl.trans(k)) * (LOG2_E * d ** -0.5)              # q k^T / sqrt(d), in units of log 2
     if MASKED:
         s = tl.where((j < end)[None, :], s, float("-inf"))
     new_max = tl.maximum(row_max, tl.max(s, 1))
@@ -155,7 +155,7 @@ def dq_block(q, do, i, row_lse, row_delta, dq, key, value, start, end, seed_valu
     j = start + tl.arange(0, BLOCK_N)
     k = load(key, start, end, BLOCK_N, d, BLOCK_D, MASKED)
     v = load(value, start, end, BLOCK_N, d, BLOCK_D, MASKED)
-    s = dot(q, tl.trans(k)) * (LOG2_E * d ** -0.5)              # s = q k^T / sqrt(d), in log 2
+    s = dot(q, tl.trans(k)) * (LOG2_E * d ** -0.5)              # q k^T / sqrt(d), in units of log 2
     if MASKED:
         s = tl.where((j < end)[None, :], s, float("-inf"))
     w = tl.exp2(s - row_lse)                                    # w = exp(s - lse)
@@ -207,7 +207,7 @@ def dkdv_block(k, v, j, dk, dv, grad, query, lse, delta, start, end, seed_value,
     do = load(grad, start, end, BLOCK_M, d, BLOCK_D, MASKED)
     row_lse = tl.trans(load(lse, start, end, BLOCK_M, 1, 1, MASKED))
     row_delta = tl.trans(load(delta, start, end, BLOCK_M, 1, 1, MASKED))
-    s = dot(k, tl.trans(q)) * (LOG2_E * d ** -0.5)              # s = q k^T / sqrt(d), in log 2
+    s = dot(k, tl.trans(q)) * (LOG2_E * d ** -0.5)              # q k^T / sqrt(d), in units of log 2
     w = tl.exp2(s - row_lse)                                    # w = exp(s - lse)
     dw = dot(v, tl.trans(do))                                   # dw = r * (do v^T)
     dw = apply_dropout(dw, seed_value, j[:, None], i[None, :], dropout)
