@@ -75,8 +75,8 @@ def visible(shapes, lines, points, direction, shape_index):
 
 
 def rasterize_strokes(points: np.ndarray, stage: np.ndarray, stages: int, size: int) -> np.ndarray:
-    """Rasterise pen positions `points`, complex (m,) in image widths, reached at `stage` (m,), in
-    ascending order. Returns the sketch at each stage, white on black, uint8 (stages, size, size).
+    """Rasterise pen positions `points`, complex (m,) in image widths, reached at `stage` (m,).
+    Returns the sketch at each stage, white on black, uint8 (stages, size, size).
 
     Each pixel of an oversampled canvas stores the first stage at which the round pen covers it. The
     brightness of an output pixel is the fraction of its canvas pixels that are covered so far."""
@@ -88,17 +88,12 @@ def rasterize_strokes(points: np.ndarray, stage: np.ndarray, stages: int, size: 
     y, x = np.mgrid[-margin:margin + 1, -margin:margin + 1]
     disc = (y * edge + x)[x**2 + y**2 <= radius**2]     # offsets of the pixels that the pen covers
     column, row = (coordinates(points) * canvas).astype(int) + margin
-    # in reverse, so that the first stage remains; contiguous, else NumPy assigns in another order
-    pen = (row * edge + column)[::-1, None] + disc      # (m, pixels of the disc)
+    pen = (row * edge + column)[:, None] + disc         # (m, pixels of the disc)
     first = np.full(edge * edge, stages)
-    first[pen] = stage[::-1, None]
+    np.minimum.at(first, pen, stage[:, None])
     first = first.reshape(edge, edge)[margin:-margin, margin:-margin]
 
-    pixel = np.arange(size * size).reshape(size, 1, size, 1)
-    stage_of_pixel = first.reshape(size, oversampling, size, oversampling)
-    bins = stage_of_pixel * size * size + pixel         # a number for each (stage, pixel)
-    covered = np.bincount(bins.ravel(), minlength=(stages + 1) * size * size)
-    covered = covered.reshape(-1, size, size)[:stages].astype(np.uint16)
-    for previous, current in zip(covered, covered[1:]):  # faster than cumsum over axis 0
-        current += previous
-    return (covered * 255 // oversampling**2).astype(np.uint8)
+    first = first.reshape(size, oversampling, size, oversampling)
+    first = first.transpose(1, 3, 0, 2).copy()          # the canvas pixels of each output pixel
+    covered = np.array([(first <= t).sum((0, 1)) for t in range(stages)])
+    return (255 * covered // oversampling**2).astype(np.uint8)
