@@ -93,7 +93,7 @@ def rasterize_strokes(points: np.ndarray, stage: np.ndarray, stages: int, size: 
     np.minimum.at(first, pen, stage[:, None])
     first = first.reshape(edge, edge)[margin:-margin, margin:-margin]
 
-    first = first.reshape(size, oversampling, size, oversampling)
-    first = first.transpose(1, 3, 0, 2).copy()          # the canvas pixels of each output pixel
+    # (oversampling, oversampling, size, size); the copy is contiguous, which halves the time
+    first = first.reshape(size, oversampling, size, oversampling).transpose(1, 3, 0, 2).copy()
     covered = np.array([(first <= t).sum((0, 1)) for t in range(stages)])
     return (255 * covered // oversampling**2).astype(np.uint8)
